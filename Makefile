@@ -1,0 +1,171 @@
+# Everything a developer does with this project; `make` alone lists it.
+#
+# Nothing but Python 3.11 to 3.13, make and git is expected: the first target that needs Poetry
+# puts a pinned one into .tools/ (git-ignored), and Poetry fills .venv/ from poetry.lock. Whoever
+# has a Poetry of their own may use it instead: `poetry install` and `poetry run …` share .venv/.
+
+# The steps share one virtual environment, and check-all's order is part of its meaning.
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+# Not taken from the environment: shells and Conda export a HOST that names something else.
+HOST = 0.0.0.0
+PORT = 8000
+IMAGE = llm-fastapi-service:latest
+CONTAINER = llm-service
+
+POETRY_VERSION := 2.5.1
+MIRROR_PLUGIN_VERSION := 0.6.5
+TOOLS := .tools/poetry
+TOOLS_STAMP := $(TOOLS)/.poetry-$(POETRY_VERSION)-mirror-$(MIRROR_PLUGIN_VERSION)
+INSTALL_STAMP := .venv/.installed-by-make
+
+# Prints the first suitable Python's own path, so that a version manager's shim or an activated
+# environment does not end up inside .venv/. ensurepip is asked for because some distributions
+# ship venv without it.
+define FIND_PYTHON
+for candidate in $(if $(PYTHON),"$(PYTHON)",python3.11 python3.12 python3.13 python3); do \
+	"$$candidate" -c 'import ensurepip, sys, venv; v = sys.version_info[:2]; \
+	print(getattr(sys, "_base_executable", sys.executable)); sys.exit(not (3, 11) <= v < (3, 14))' \
+	2>/dev/null && exit 0; \
+done; \
+echo "error: no Python 3.11 to 3.13 with its venv module found: install one (Debian: python3.11" \
+	"and python3.11-venv), or name it: make PYTHON=/path/to/python" >&2; exit 1
+endef
+
+# Settings that would send the tools, or what Poetry installs, elsewhere than into the environments
+# of this project: pip's targets, and a virtual environment that happens to be active.
+unexport PIP_TARGET PIP_PREFIX PIP_ROOT PIP_USER PIP_PYTHON PIP_CONSTRAINT PIP_REQUIREMENT
+unexport PIP_NO_DEPS PIP_DRY_RUN PYTHONHOME VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV
+
+# Poetry reads the JSON pages that only some package indexes have. The plugin sends it to the
+# simple API that pip uses, which all have; so whatever pip is configured for, Poetry follows, its
+# certificate authority included. pip's own parser is asked, as `pip config get` reads one file only.
+define ASK_PIP
+import os, shlex
+from pip._internal.commands import create_command
+pip = create_command("download").parser.get_default_values()
+for name, value in (("POETRY_PYPI_MIRROR_URL", pip.index_url), ("REQUESTS_CA_BUNDLE", pip.cert)):
+    if value and not os.environ.get(name):
+        print(f"export {name}={shlex.quote(value)}")
+endef
+export ASK_PIP
+
+# The keyring is left alone because a locked one waits for a window that no terminal shows.
+export POETRY_KEYRING_ENABLED ?= false
+export POETRY_VIRTUALENVS_IN_PROJECT := true
+export POETRY_NO_INTERACTION := 1
+POETRY := $(TOOLS)/bin/poetry
+RUN := $(POETRY) run
+
+##@ Start here
+
+.PHONY: help
+help: ## List the targets
+	@awk 'BEGIN { FS = ":.*## " } \
+		/^##@ / { printf "\n%s\n", substr($$0, 5) } \
+		/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: model ## Install, fetch a small real model, start the service and ask it a question
+	@$(RUN) python -m scripts.demo
+
+.PHONY: install
+install: $(INSTALL_STAMP) ## Install the locked dependencies into .venv/
+
+.PHONY: model
+model: install ## Fetch the bundled model (98 MB, once)
+	@$(RUN) python -m scripts.fetch_model
+
+.PHONY: run
+run: install ## Start the service (HOST=0.0.0.0 PORT=8000)
+	$(RUN) uvicorn app.main:app --host $(HOST) --port $(PORT)
+
+##@ Checks
+
+.PHONY: test
+test: model ## Run the tests; the coverage report is htmlcov/index.html
+	$(RUN) pytest tests/ -v --cov=app --cov-report=term-missing --cov-report=html
+
+.PHONY: format
+format: install ## Format the code and sort the imports
+	$(RUN) ruff check --select I --fix-only .
+	$(RUN) ruff format .
+
+.PHONY: format-check
+format-check: install ## Check the format without changing anything
+	$(RUN) ruff format --check .
+
+.PHONY: lint
+lint: install ## Look for mistakes and bad style
+	$(RUN) ruff check .
+
+.PHONY: type-check
+type-check: install ## Check the types
+	$(RUN) mypy app scripts tests
+
+.PHONY: imports
+imports: install ## Check which layer imports which
+	$(RUN) lint-imports
+
+.PHONY: deps
+deps: install ## Look for missing and unused dependencies
+	$(RUN) deptry .
+
+.PHONY: lock-check
+lock-check: install ## Check that poetry.lock fits pyproject.toml
+	$(POETRY) check --lock
+
+.PHONY: check-all
+check-all: format-check lint type-check imports deps lock-check test ## Run all of the checks
+
+##@ Docker
+
+.PHONY: build-docker
+build-docker: ## Build the image
+	docker build -t $(IMAGE) .
+
+# A variable is passed only where it is set, because passing an unset one removes .env's value.
+.PHONY: run-docker
+run-docker: ## Start a container with config.yml, .env and the keys of the environment
+	docker run -d \
+		-p $(PORT):8000 \
+		$(if $(wildcard .env),--env-file .env) \
+		$(if $(HUGGINGFACE_TOKEN),-e HUGGINGFACE_TOKEN) \
+		$(if $(SECURITY__API_KEY),-e SECURITY__API_KEY) \
+		-v "$(CURDIR)/config.yml:/app/config.yml" \
+		--name $(CONTAINER) \
+		$(IMAGE)
+
+.PHONY: logs
+logs: ## Follow the container's log
+	docker logs -f $(CONTAINER)
+
+##@ Housekeeping
+
+.PHONY: clean
+clean: ## Remove reports and caches; .venv/, .tools/ and models/ stay
+	rm -rf htmlcov .coverage .coverage.* coverage.xml build dist .demo
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find app scripts tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(TOOLS_STAMP):
+	@set -eu; python="$$($(FIND_PYTHON))"; \
+	echo "Installing Poetry $(POETRY_VERSION) into $(TOOLS) with $$python"; \
+	rm -rf $(TOOLS); \
+	"$$python" -m venv $(TOOLS); \
+	$(TOOLS)/bin/python -m pip install --quiet --no-user --disable-pip-version-check \
+		"poetry==$(POETRY_VERSION)" "poetry-plugin-pypi-mirror==$(MIRROR_PLUGIN_VERSION)"; \
+	touch $@
+
+# An existing .venv/ is kept: choosing a Python for it again could make Poetry build it anew.
+$(INSTALL_STAMP): $(TOOLS_STAMP) poetry.lock pyproject.toml
+	@set -eu; settings="$$($(TOOLS)/bin/python -c "$$ASK_PIP")"; eval "$$settings"; \
+	if ! .venv/bin/python -c '' 2>/dev/null; then \
+		python="$$($(FIND_PYTHON))"; \
+		echo "Creating .venv with $$python"; \
+		$(POETRY) env use --quiet "$$python"; \
+	fi; \
+	echo "Installing the locked dependencies into .venv (about 5 GB the first time)"; \
+	$(POETRY) install; \
+	touch $@

@@ -1,0 +1,132 @@
+"""What handlers ask for, by name; and the guard in front of every keyed route."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, cast
+
+from fastapi import Depends, Request, Response
+from fastapi.routing import APIRoute
+from fastapi.security import APIKeyHeader, HTTPBearer
+from pydantic_core import from_json
+from starlette.types import Receive, Scope
+
+from app.core.config import Settings
+from app.core.metrics import Metrics
+from app.core.security import KeyRing, Principal
+from app.llm.engine.client import EngineClient
+from app.services.generation import GenerationService
+from app.utils.errors import InvalidJSONError
+
+T = TypeVar("T")
+
+CLIENT_CLOSED_REQUEST = 499
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything the composition root built, for the routers."""
+
+    settings: Settings
+    metrics: Metrics
+    keys: KeyRing
+    engine: EngineClient
+    generation: GenerationService
+
+
+def get_services(request: Request) -> Services:
+    """The application's services."""
+    return cast(Services, request.app.state.services)
+
+
+def get_generation(request: Request) -> GenerationService:
+    """The use case of every generating route."""
+    return get_services(request).generation
+
+
+def get_caller(request: Request) -> Principal:
+    """Who calls; the guard has found out before the body was read."""
+    return cast(Principal, request.state.principal)
+
+
+AppServices = Annotated[Services, Depends(get_services)]
+Generation = Annotated[GenerationService, Depends(get_generation)]
+Caller = Annotated[Principal, Depends(get_caller)]
+
+# Only for the OpenAPI document; the guard does the checking.
+KEY_SCHEMES = [
+    Depends(APIKeyHeader(name="X-API-Key", auto_error=False)),
+    Depends(HTTPBearer(auto_error=False)),
+]
+
+
+class _ParsedRequest(Request):
+    """A request whose body has been read and parsed."""
+
+    def __init__(self, scope: Scope, receive: Receive, body: bytes) -> None:
+        super().__init__(scope, receive)
+        self._content = body
+
+    async def body(self) -> bytes:
+        """The body's bytes."""
+        return self._content
+
+    async def json(self) -> Any:
+        """The body's JSON; strict, so that what Python cannot represent faithfully is refused."""
+        return parse_json(self._content)
+
+
+def parse_json(body: bytes) -> Any:
+    """Parse a request body.
+
+    Raises:
+        InvalidJSONError: Malformed, not UTF-8, a lone surrogate, NaN or an infinity, nested too
+            deeply, or a number too long to be meant.
+    """
+    try:
+        return from_json(body, allow_inf_nan=False)
+    except (ValueError, RecursionError):
+        raise InvalidJSONError from None
+
+
+class GuardedRoute(APIRoute):
+    """A route that knows its caller before it reads the body.
+
+    FastAPI reads and parses the body before any dependency runs; a caller without a key must
+    not cost that much.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler, behind the guard."""
+        handle = super().get_route_handler()
+        takes_body = self.body_field is not None
+
+        async def guarded(request: Request) -> Response:
+            services = get_services(request)
+            request.state.principal = services.keys.authenticate(request.headers)
+            if not takes_body:
+                return await handle(request)
+            body = await request.body()
+            # FastAPI turns whatever its own parsing raises into a bare 400.
+            parse_json(body)
+            return await handle(_ParsedRequest(request.scope, request.receive, body))
+
+        return guarded
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """Run ``work``, and cancel it when the client leaves; ``None`` stands for that."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,102 @@
+"""From any exception to the one error shape."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from app.api.schemas import ErrorResponse
+from app.core.logging import get_logger, request_id_var
+from app.utils.errors import (
+    InternalError,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    NotFoundError,
+    ServiceError,
+    ValidationFailedError,
+)
+
+log = get_logger()
+
+# Longest list of faults in a message, and longest name of a field: both come from the caller.
+_MAX_FAULTS = 3
+_MAX_NAME = 64
+
+
+def error_content(error: ServiceError) -> dict[str, Any]:
+    """The JSON object that stands for ``error`` in a response and in a stream."""
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.type,
+            "param": error.param,
+            "code": error.code,
+            "request_id": request_id_var.get(),
+            **error.details,
+        }
+    }
+
+
+def error_response(error: ServiceError) -> Response:
+    """The HTTP response that stands for ``error``."""
+    return Response(
+        msgspec.json.encode(error_content(error)),
+        status_code=error.status,
+        media_type="application/json",
+        headers=error.headers,
+    )
+
+
+def validation_error(faults: Sequence[Mapping[str, Any]]) -> ServiceError:
+    """What pydantic found wrong with a request, without repeating any of it."""
+    described = [_describe(fault) for fault in faults[:_MAX_FAULTS]]
+    more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
+    param = described[0][0] if described else None
+    message = "; ".join(f"{name}: {text}" if name else text for name, text in described)
+    return ValidationFailedError(message + more, param=param)
+
+
+def _describe(fault: Mapping[str, Any]) -> tuple[str | None, str]:
+    # Members of a union stand in the location as type names, which mean nothing to a caller.
+    parts = [p for p in fault["loc"] if p != "body" and not str(p).startswith(("str", "list[", "constrained", "function"))]  # fmt: skip
+    name = ".".join(str(part)[:_MAX_NAME] for part in parts).encode("ascii", "replace").decode()
+    text = str(fault["msg"]).removeprefix("Value error, ")
+    return name or None, text
+
+
+async def _on_service_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)  # noqa: S101 - registered for nothing else
+    return error_response(error)
+
+
+async def _on_validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for nothing else
+    return error_response(validation_error(error.errors()))
+
+
+async def _on_http_exception(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for nothing else
+    known: dict[int, ServiceError] = {404: NotFoundError(), 405: MethodNotAllowedError()}
+    fallback = InternalError() if error.status_code >= 500 else InvalidRequestError()
+    translated = known.get(error.status_code, fallback)
+    translated.headers.update(error.headers or {})
+    return error_response(translated)
+
+
+def register_error_handlers(app: FastAPI) -> None:
+    """Make ``app`` answer every exception in the one shape."""
+    app.add_exception_handler(ServiceError, _on_service_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+
+
+def responses(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
+    """The errors a route declares in the OpenAPI document."""
+    by_status: dict[int | str, dict[str, Any]] = {}
+    for error in errors:
+        codes = by_status.setdefault(error.status, {"model": ErrorResponse, "description": ""})
+        codes["description"] = ", ".join(filter(None, (codes["description"], error.code)))
+    return by_status

@@ -1,0 +1,57 @@
+"""Is it alive, is it ready, what does it measure. None of these touches the engine."""
+
+from typing import Literal
+
+from fastapi import APIRouter, Response
+
+from app.api.dependencies import AppServices
+from app.api.schemas import HealthResponse, ProbeResponse
+from app.llm.engine.client import EngineState
+
+router = APIRouter(tags=["health"])
+
+Status = Literal["healthy", "loading", "unhealthy", "draining"]
+
+_STATUS: dict[EngineState, Status] = {
+    EngineState.READY: "healthy",
+    EngineState.LOADING: "loading",
+    EngineState.RESTARTING: "loading",
+    EngineState.DRAINING: "draining",
+    EngineState.FAILED: "unhealthy",
+    EngineState.STOPPED: "unhealthy",
+}
+
+
+@router.get("/health", responses={503: {"description": "Not healthy", "model": HealthResponse}})
+async def health(services: AppServices, response: Response) -> HealthResponse:
+    """Service health and model status; 503 while loading, draining or unhealthy."""
+    engine = services.engine
+    status = _STATUS[engine.state]
+    if status != "healthy":
+        response.status_code = 503
+    return HealthResponse(
+        status=status,
+        model_loaded=engine.state in (EngineState.READY, EngineState.DRAINING),
+        model_name=engine.model_label,
+    )
+
+
+@router.get("/livez")
+async def livez() -> ProbeResponse:
+    """Whether the process answers at all."""
+    return ProbeResponse(status="alive")
+
+
+@router.get("/readyz", responses={503: {"description": "Not ready", "model": ProbeResponse}})
+async def readyz(services: AppServices, response: Response) -> ProbeResponse:
+    """Whether requests would be taken; a full queue is no reason to send them elsewhere."""
+    if services.engine.state is EngineState.READY:
+        return ProbeResponse(status="ready")
+    response.status_code = 503
+    return ProbeResponse(status=_STATUS[services.engine.state])
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(services: AppServices) -> Response:
+    """Metrics in Prometheus' text format."""
+    return Response(services.metrics.render(), media_type=services.metrics.content_type)

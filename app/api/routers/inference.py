@@ -1,0 +1,39 @@
+"""POST /v1/generate: text from a prompt."""
+
+from fastapi import APIRouter, Request, Response
+
+from app.api.dependencies import (
+    CLIENT_CLOSED_REQUEST,
+    KEY_SCHEMES,
+    Generation,
+    GuardedRoute,
+    unless_disconnected,
+)
+from app.api.errors import responses
+from app.api.schemas import GenerateRequest, GenerateResponse, answer_fields, job_fields
+from app.api.sse import EventStream, answer_frames
+from app.services.generation import Job
+from app.utils.errors import GENERATION_ERRORS
+
+router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["inference"])
+
+
+@router.post(
+    "/v1/generate",
+    response_model=GenerateResponse,
+    responses=responses(*GENERATION_ERRORS),
+)
+async def generate(
+    body: GenerateRequest, generation: Generation, request: Request
+) -> GenerateResponse | Response:
+    """Generate text from a prompt; with `stream: true` as server-sent events."""
+    job = Job(prompt=body.prompt, **job_fields(body))
+    if body.stream:
+        answer = await generation.open(job)
+        return EventStream(answer_frames(answer, lambda piece: {"text": piece}))
+    completion = await unless_disconnected(request, generation.complete(job))
+    if completion is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return GenerateResponse(
+        generated_text=completion.text, prompt=body.prompt, **answer_fields(completion)
+    )

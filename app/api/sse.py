@@ -1,0 +1,83 @@
+"""Server-sent events: framing, and answers as streams of them."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from sse_starlette.event import ServerSentEvent
+from sse_starlette.sse import EventSourceResponse, SendTimeoutError
+from starlette.types import Receive, Scope, Send
+
+from app.api.errors import error_content
+from app.api.schemas import usage
+from app.core.logging import get_logger
+from app.services.generation import Answer
+from app.utils.errors import InternalError, ServiceError
+
+log = get_logger()
+
+PING_SECONDS = 15
+# A reader that takes nothing for this long is dropped, which frees its place in the engine.
+SEND_TIMEOUT_SECONDS = 30
+
+DONE = b"data: [DONE]\n\n"
+
+Delta = Callable[[str], dict[str, Any]]
+"""Makes the ``delta`` member of an event from a piece of text."""
+
+
+def frame(content: Any) -> bytes:
+    """One event that carries ``content`` as JSON."""
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+class EventStream(EventSourceResponse):
+    """A response of events; see API.md, "Streams"."""
+
+    def __init__(self, frames: AsyncIterator[bytes]) -> None:
+        super().__init__(
+            frames,
+            ping=PING_SECONDS,
+            ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
+            sep="\n",
+            send_timeout=SEND_TIMEOUT_SECONDS,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events until they end or the reader is gone."""
+        try:
+            await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            log.warning("a stream's reader stopped reading and was dropped")
+
+
+async def answer_frames(answer: Answer, delta: Delta) -> AsyncIterator[bytes]:
+    """An answer as the native routes stream it.
+
+    A fault on the way becomes an event of its own, since the status line is long gone.
+    """
+    yield frame({"id": answer.id, "model": answer.model, "delta": {"role": "assistant"}})
+    try:
+        async with aclosing(answer):
+            async for piece in answer:
+                yield frame({"id": answer.id, "delta": delta(piece)})
+        completion = answer.completion
+    except ServiceError as error:
+        yield frame(error_content(error))
+    except Exception:
+        log.exception("a stream broke off")
+        yield frame(error_content(InternalError()))
+    else:
+        yield frame(
+            {
+                "id": completion.id,
+                "model": completion.model,
+                "delta": {},
+                "finish_reason": completion.finish_reason,
+                "tokens_generated": completion.completion_tokens,
+                "cached": completion.cached,
+                "usage": usage(completion).model_dump(),
+            }
+        )
+    yield DONE

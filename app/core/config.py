@@ -1,0 +1,325 @@
+"""Settings: config.yml < .env < environment, validated once, frozen, handed out by section.
+
+Nested keys join with two underscores in .env and the environment: ``MODEL__NAME`` is
+``model.name``. An unknown key or a bad value is a :class:`ConfigurationError` of one line.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from dotenv import dotenv_values
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from app.utils.errors import ConfigurationError
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+DEFAULT_API_KEY = "change-me-in-env"
+PRODUCTION_KEY_MIN_CHARS = 32
+
+
+class Section(BaseModel):
+    """One section of the settings; frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class AppSettings(Section):
+    """What the service calls itself and where it listens."""
+
+    name: str = Field("LLM FastAPI Service", description="Title in the OpenAPI document.")
+    host: str = Field("0.0.0.0", description="Address that `llm-service serve` binds.")  # noqa: S104 - a container must listen on all interfaces
+    port: int = Field(8000, ge=0, le=65535, description="Port that `llm-service serve` binds.")
+    environment: Literal["development", "production"] = Field(
+        "development",
+        description="production refuses weak API keys and hides the interactive documentation.",
+    )
+    shutdown_grace_seconds: float = Field(
+        20.0, ge=0, le=3600, description="How long running requests may go on after SIGTERM."
+    )
+
+
+class ModelSettings(Section):
+    """Which model, from where, and how it is run."""
+
+    name: str = Field(
+        "google/gemma-2-2b-it",
+        min_length=1,
+        description="Hub repository (owner/name, or owner/name/FILE.gguf), or a local path.",
+    )
+    source: Literal["hub", "local", "bundled"] = Field(
+        "hub",
+        description="hub downloads `name`, local reads it from disk, bundled ignores it and uses "
+        "SmolLM2-135M-Instruct.",
+    )
+    revision: str | None = Field(
+        None, min_length=1, description="Branch, tag or commit of a hub model; default: main."
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", description="cpu or cuda.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of the weights; auto takes what the device is fastest at."
+    )
+    engine: Literal["auto", "transformers", "echo"] = Field(
+        "auto", description="Backend that runs the model; echo repeats the prompt, for tests."
+    )
+    max_tokens: int = Field(
+        512, ge=1, le=1_000_000, description="Most tokens a request may ask for, and the default."
+    )
+    temperature: float = Field(
+        0.7, ge=0, le=2, description="Sampling temperature of a request that names none."
+    )
+
+
+class EngineSettings(Section):
+    """Limits of the engine process."""
+
+    max_running: int = Field(
+        32, ge=1, le=1024, description="Requests generated at once, in one batch."
+    )
+    max_waiting: int = Field(
+        128, ge=0, le=100_000, description="Requests that may wait; past that, 503 at once."
+    )
+    request_timeout_seconds: float = Field(
+        300.0, gt=0, le=86_400, description="Longest a request may take, waiting included."
+    )
+    echo_step_seconds: float = Field(
+        0.0, ge=0, le=60, description="Time the echo engine takes for a token; for load tests."
+    )
+
+
+class NamedKey(Section):
+    """A key of a named caller."""
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$")
+    key: SecretStr = Field(min_length=1)
+
+
+class SecuritySettings(Section):
+    """Who may call, and how much may be sent."""
+
+    api_key: SecretStr = Field(
+        SecretStr(DEFAULT_API_KEY),
+        min_length=1,
+        description="The key callers send; set it in the environment.",
+    )
+    api_keys: list[NamedKey] = Field(
+        default_factory=list,
+        description="More keys, each {name, key}; in the environment as JSON.",
+    )
+    max_prompt_chars: int = Field(
+        4000, ge=1, le=10_000_000, description="Most characters in a prompt or in all messages."
+    )
+    max_body_bytes: int = Field(
+        1_048_576, ge=1024, le=1_073_741_824, description="Largest request body."
+    )
+    trusted_proxies: list[str] = Field(
+        default_factory=list,
+        description="Addresses or networks whose X-Forwarded-For is believed.",
+    )
+
+
+class RateLimitSettings(Section):
+    """Token bucket for each caller."""
+
+    enabled: bool = Field(True, description="Limit callers at all.")
+    requests_per_minute: int = Field(
+        10, ge=1, le=1_000_000, description="Rate at which a caller's bucket refills."
+    )
+    burst_size: int | None = Field(
+        None, ge=1, le=1_000_000, description="Size of the bucket; default: requests_per_minute."
+    )
+
+
+class CacheSettings(Section):
+    """Answers kept for identical requests."""
+
+    enabled: bool = Field(True, description="Keep and serve answers to identical requests.")
+    size: int = Field(100, ge=1, le=1_000_000, description="Most answers kept.")
+    ttl_seconds: float = Field(3600, gt=0, description="How long an answer is kept.")
+
+
+class ChatHistorySettings(Section):
+    """Conversations kept for callers that send a session_id."""
+
+    enabled: bool = Field(True, description="Keep conversations.")
+    ttl_seconds: float = Field(7200, gt=0, description="How long an idle conversation is kept.")
+
+
+class LoggingSettings(Section):
+    """The log on standard error."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level.")
+    format: Literal["json", "text"] = Field(
+        "json", description="json: one object a line; text: for people at a terminal."
+    )
+
+
+class Settings(BaseSettings):
+    """All settings. Build it with :func:`load_settings`."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_nested_delimiter="__",
+        hide_input_in_errors=True,
+        protected_namespaces=(),
+    )
+
+    app: AppSettings = AppSettings()
+    model: ModelSettings = ModelSettings()
+    engine: EngineSettings = EngineSettings()
+    security: SecuritySettings = SecuritySettings()
+    rate_limit: RateLimitSettings = RateLimitSettings()
+    cache: CacheSettings = CacheSettings()
+    chat_history: ChatHistorySettings = ChatHistorySettings()
+    logging: LoggingSettings = LoggingSettings()
+    huggingface_token: Annotated[
+        SecretStr | None, Field(description="Token for gated hub models; never shown.")
+    ] = None
+
+    @model_validator(mode="after")
+    def _refuse_weak_keys_in_production(self) -> "Settings":
+        if self.app.environment != "production":
+            return self
+        keys = [self.security.api_key, *(named.key for named in self.security.api_keys)]
+        secrets = [key.get_secret_value() for key in keys]
+        if any(key == DEFAULT_API_KEY or len(key) < PRODUCTION_KEY_MIN_CHARS for key in secrets):
+            raise ValueError(
+                "app.environment is production: set SECURITY__API_KEY, and every key of "
+                f"SECURITY__API_KEYS, to a key of your own of at least {PRODUCTION_KEY_MIN_CHARS} "
+                "characters (openssl rand -hex 32 makes one)"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # The values of config.yml come in as init arguments; here they stand last, so that .env
+        # and the environment override them key by key.
+        return env_settings, dotenv_settings, init_settings
+
+
+def load_settings(
+    *, config_file: Path | None = None, env_file: Path | None = None
+) -> Settings:
+    """Read config.yml, .env and the environment.
+
+    Args:
+        config_file: The YAML file; default: the environment's ``CONFIG_FILE``, else config.yml
+            beside the ``app`` package, which may be missing.
+        env_file: The .env file; default: the one beside the ``app`` package, which may be missing.
+
+    Raises:
+        ConfigurationError: With one line that names key, value and what is allowed.
+    """
+    env_path = env_file or PROJECT_ROOT / ".env"
+    named = config_file or (Path(os.environ["CONFIG_FILE"]) if "CONFIG_FILE" in os.environ else None)
+    yaml_path = named or PROJECT_ROOT / "config.yml"
+    values = _read_yaml(yaml_path, required=named is not None)
+    try:
+        return Settings(_env_file=env_path, **values)
+    except ValidationError as error:
+        origins = _Origins(yaml_path, env_path, values)
+        raise ConfigurationError(
+            "configuration error: " + "; ".join(origins.describe(e) for e in error.errors())
+        ) from None
+    except SettingsError as error:
+        raise ConfigurationError(
+            f"configuration error: {_one_line(error)}; lists and objects in the environment are "
+            "JSON, such as '[\"10.0.0.0/8\"]'"
+        ) from None
+
+
+def _read_yaml(path: Path, *, required: bool) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if required:
+            raise ConfigurationError(f"configuration error: {path} does not exist") from None
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"configuration error: cannot read {path}: {_one_line(error)}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"configuration error: {path} is not YAML: {_one_line(error)}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigurationError(f"configuration error: {path} must hold sections, such as model:")
+    unknown = sorted(set(values) - set(Settings.model_fields))
+    if unknown:
+        # pydantic-settings takes keyword arguments that start with an underscore for its own.
+        raise ConfigurationError(
+            f"configuration error: {unknown[0]} (in {path}) is not a setting; "
+            f"known: {', '.join(Settings.model_fields)}"
+        )
+    return values
+
+
+class _Origins:
+    """Says where a bad value came from, in the order in which the sources win."""
+
+    def __init__(self, yaml_path: Path, env_path: Path, yaml_values: Mapping[str, Any]) -> None:
+        self._yaml_path = yaml_path
+        self._yaml = yaml_values
+        self._env_path = env_path
+        self._env = {key.upper(): value for key, value in os.environ.items()}
+        dotenv = dotenv_values(env_path) if env_path.is_file() else {}
+        self._dotenv = {key.upper(): value for key, value in dotenv.items()}
+
+    def describe(self, error: Any) -> str:
+        """One pydantic error as a clause: key, value, origin, and what is allowed."""
+        path = [str(part) for part in error["loc"]]
+        if not path:
+            return str(error["msg"]).removeprefix("Value error, ")
+        key = ".".join(path)
+        value, origin = self._find(path)
+        known = _known_keys(path)
+        if error["type"] == "extra_forbidden":
+            return f"{key}{origin} is not a setting; known here: {', '.join(known)}"
+        shown = "" if _is_secret(path) or value is None else f" = {value!r}"
+        return f"{key}{shown}{origin}: {error['msg']}"
+
+    def _find(self, path: list[str]) -> tuple[Any, str]:
+        # A list's items have their index in the path, but the variable holds the whole list.
+        for length in range(len(path), 0, -1):
+            name = "__".join(path[:length]).upper()
+            if name in self._env:
+                return self._env[name], f" (in the environment, {name})"
+            if name in self._dotenv:
+                return self._dotenv[name], f" (in {self._env_path}, {name})"
+        value: Any = self._yaml
+        for part in path:
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value, f" (in {self._yaml_path})"
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    fields: dict[str, Any] = dict(Settings.model_fields)
+    for part in path[:-1]:
+        annotation = fields[part].annotation if part in fields else None
+        fields = dict(getattr(annotation, "model_fields", {}))
+    return list(fields)
+
+
+def _is_secret(path: list[str]) -> bool:
+    return any("key" in part or "token" in part for part in path) and path[-1] != "max_tokens"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,84 @@
+"""Structured logging on standard error: one JSON object a line, or text for a terminal.
+
+Prompts, answers and keys are never logged. What an event carries beyond its message goes into
+``extra=``, so that it becomes a JSON member of its own and cannot break the line.
+"""
+
+import logging
+import sys
+from contextvars import ContextVar
+from datetime import datetime
+from typing import Any
+
+from pythonjsonlogger.json import JsonFormatter
+
+from app.core.config import LoggingSettings
+from app.utils.timing import utc_timestamp
+
+LOGGER_NAME = "llm_service"
+
+request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""Id of the request being served; set by the outermost middleware."""
+
+# Loggers of libraries whose lines at INFO are noise here, or repeat the access log.
+_QUIET = ("httpx", "httpcore", "huggingface_hub", "transformers", "urllib3", "filelock", "sse_starlette")
+
+
+def get_logger(name: str | None = None) -> logging.Logger:
+    """The service's logger, or a child of it."""
+    return logging.getLogger(f"{LOGGER_NAME}.{name}" if name else LOGGER_NAME)
+
+
+class ServiceJsonFormatter(JsonFormatter):
+    """The shape README.md shows: timestamp, level, logger, message, then the event's own members."""
+
+    def add_fields(
+        self,
+        log_data: dict[str, Any],
+        record: logging.LogRecord,
+        message_dict: dict[str, Any],
+    ) -> None:
+        """Fill ``log_data`` in the order in which it is to be printed."""
+        log_data["timestamp"] = utc_timestamp(record.created)
+        log_data["level"] = record.levelname
+        log_data["logger"] = record.name
+        log_data["message"] = record.getMessage()
+        if request_id := request_id_var.get():
+            log_data["request_id"] = request_id
+        super().add_fields(log_data, record, message_dict)
+
+
+class TextFormatter(logging.Formatter):
+    """One readable line an event; control characters in it are escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Render ``record``; a traceback follows on lines of its own."""
+        stamp = f"{datetime.fromtimestamp(record.created):%H:%M:%S}"
+        message = record.getMessage().encode("unicode_escape").decode("ascii")
+        request_id = request_id_var.get()
+        suffix = f" [{request_id}]" if request_id else ""
+        line = f"{stamp} {record.levelname:<7} {record.name}: {message}{suffix}"
+        if record.exc_info:
+            line = f"{line}\n{self.formatException(record.exc_info)}"
+        return line
+
+
+def configure_logging(settings: LoggingSettings) -> None:
+    """Send every logger of the process, uvicorn's included, through one handler."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        ServiceJsonFormatter() if settings.format == "json" else TextFormatter()
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    get_logger().setLevel(settings.level)
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    # The middleware writes the access log, with the request id and the latency.
+    access = logging.getLogger("uvicorn.access")
+    access.handlers.clear()
+    access.propagate = False
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)

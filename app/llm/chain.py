@@ -1,0 +1,265 @@
+"""The LangChain side: the served model as a LangChain LLM, and the chains the routes run.
+
+LangChain is imported here and nowhere else, since its interfaces move often.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from langchain.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage
+from langchain_core.callbacks import (
+    AsyncCallbackManagerForLLMRun,
+    CallbackManagerForLLMRun,
+)
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from langchain_core.prompt_values import PromptValue
+from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
+from langchain_core.runnables import Runnable, RunnableLambda
+from langchain_huggingface import HuggingFacePipeline
+from pydantic import ConfigDict
+
+from app.llm.engine.base import SAMPLING_FIELDS
+from app.llm.engine.client import Admission
+from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
+
+T = TypeVar("T")
+
+SYSTEM_PROMPT_FILE = Path(__file__).parent / "prompts" / "base_system.txt"
+
+_MESSAGE_CLASSES: dict[str, type[SystemMessage | HumanMessage | AIMessage]] = {
+    "system": SystemMessage,
+    "user": HumanMessage,
+    "assistant": AIMessage,
+}
+_ROLES = {"system": "system", "human": "user", "ai": "assistant"}
+
+
+class ServedPipeline(HuggingFacePipeline):
+    """The served model as LangChain sees it: a ``HuggingFacePipeline`` that runs on the engine.
+
+    Any LangChain program of this process can use it. Beside the parent's interface it honours
+    ``stop``, ``max_tokens`` and the sampling fields (``temperature``, ``top_p``, ``top_k``,
+    ``min_p``, ``repetition_penalty``, ``presence_penalty``, ``frequency_penalty``, ``seed``) on
+    every call, batches requests that run at the same time, stops generating when its caller
+    leaves, and reports finish reason and token usage in ``generation_info`` and ``llm_output``.
+
+    The synchronous methods wait for the event loop, so they are for threads other than its own.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    generator: TextGenerator
+    options: GenerationOptions = GenerationOptions()
+    loop: asyncio.AbstractEventLoop | None = None
+
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        report: GenerationReport = kwargs.pop("report", None) or GenerationReport()
+        async for piece in self._pieces(prompt, stop, report, kwargs):
+            info = _generation_info(report) if report.finish_reason else None
+            chunk = GenerationChunk(text=piece, generation_info=info)
+            if run_manager is not None:
+                await run_manager.on_llm_new_token(piece, chunk=chunk)
+            yield chunk
+
+    def _pieces(
+        self,
+        prompt: str,
+        stop: list[str] | None,
+        report: GenerationReport,
+        kwargs: dict[str, Any],
+    ) -> AsyncIterator[str]:
+        rendered: bool = kwargs.pop("rendered", False)
+        admission: Admission | None = kwargs.pop("admission", None)
+        options = _merge(self.options, stop, kwargs)
+        return self.generator.stream(
+            prompt, options, report, rendered=rendered, admission=admission
+        )
+
+    async def _complete(
+        self, prompt: str, stop: list[str] | None, kwargs: dict[str, Any]
+    ) -> Generation:
+        report: GenerationReport = kwargs.pop("report", None) or GenerationReport()
+        text = "".join([piece async for piece in self._pieces(prompt, stop, report, kwargs)])
+        return Generation(text=text, generation_info=_generation_info(report))
+
+    async def _agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        generations: list[Generation] = []
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._complete(prompt, stop, dict(kwargs)))
+                    for prompt in prompts
+                ]
+        except BaseExceptionGroup as failures:
+            # Callers expect the service's own error, not a group of one.
+            raise failures.exceptions[0] from failures
+        generations = [task.result() for task in tasks]
+        return LLMResult(
+            generations=[[generation] for generation in generations],
+            llm_output={"model_name": self.model_id, "token_usage": _total_usage(generations)},
+        )
+
+    def _generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        return self._on_loop(self._agenerate(prompts, stop, None, **kwargs))
+
+    def _stream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[GenerationChunk]:
+        chunks = self._astream(prompt, stop, None, **kwargs)
+        try:
+            while True:
+                try:
+                    chunk = self._on_loop(anext(chunks))
+                except StopAsyncIteration:
+                    return
+                if run_manager is not None:
+                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+        finally:
+            self._on_loop(chunks.aclose())  # type: ignore[attr-defined]
+
+    def _on_loop(self, awaitable: Any) -> Any:
+        if self.loop is None or not self.loop.is_running():
+            raise RuntimeError("ServedPipeline needs the event loop its engine runs on")
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is self.loop:
+            raise RuntimeError("use ainvoke or astream on the event loop: invoke would block it")
+
+        async def wait() -> Any:
+            return await awaitable
+
+        return asyncio.run_coroutine_threadsafe(wait(), self.loop).result()
+
+
+def _merge(
+    options: GenerationOptions, stop: Sequence[str] | None, kwargs: dict[str, Any]
+) -> GenerationOptions:
+    """The bound options with one call's own; unknown arguments are refused, not ignored."""
+    if "options" in kwargs:
+        options = kwargs.pop("options")
+    max_tokens = kwargs.pop("max_tokens", options.max_tokens)
+    unknown = set(kwargs) - set(SAMPLING_FIELDS)
+    if unknown:
+        raise TypeError(f"ServedPipeline does not take {', '.join(sorted(unknown))}")
+    sampling = options.sampling
+    if kwargs:
+        values = {name: getattr(sampling, name) for name in SAMPLING_FIELDS}
+        sampling = type(sampling)(**{**values, **kwargs})
+    return replace(
+        options,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stop=tuple(stop) if stop is not None else options.stop,
+    )
+
+
+def _generation_info(report: GenerationReport) -> dict[str, Any]:
+    return {"finish_reason": report.finish_reason, "token_usage": _usage(report)}
+
+
+def _usage(report: GenerationReport) -> dict[str, int]:
+    return {
+        "prompt_tokens": report.prompt_tokens,
+        "completion_tokens": report.completion_tokens,
+        "total_tokens": report.prompt_tokens + report.completion_tokens,
+        "cached_tokens": report.cached_tokens,
+    }
+
+
+def _total_usage(generations: Sequence[Generation]) -> dict[str, int]:
+    usages = [(g.generation_info or {})["token_usage"] for g in generations]
+    return {name: sum(u[name] for u in usages) for name in _usage(GenerationReport())}
+
+
+class TextParser(StrOutputParser):
+    """Passes text on piece by piece.
+
+    The parent hands every streamed piece to a thread pool, which costs more than the rest of
+    the chain together.
+    """
+
+    async def _atransform(self, input: AsyncIterator[Any]) -> AsyncIterator[str]:  # noqa: A002 - the parent's name
+        async for piece in input:
+            yield piece if isinstance(piece, str) else str(piece.content)
+
+
+class Chains:
+    """The chains behind /v1/generate and /v1/chat: prompt | ServedPipeline | parser."""
+
+    def __init__(self, pipeline: ServedPipeline, generator: TextGenerator) -> None:
+        self.pipeline = pipeline
+        self._generator = generator
+        self._text_prompt = PromptTemplate.from_template("{prompt}")
+        self._chat_prompt = ChatPromptTemplate([MessagesPlaceholder("messages")]) | RunnableLambda(
+            self._render_blocking, afunc=self._render
+        )
+        self._parser = TextParser()
+        self.system_prompt = SYSTEM_PROMPT_FILE.read_text(encoding="utf-8").strip()
+
+    def generate(
+        self, options: GenerationOptions, report: GenerationReport, admission: Admission
+    ) -> Runnable[dict[str, Any], str]:
+        """The chain for a bare prompt; its input is ``{"prompt": str}``."""
+        model = self.pipeline.bind(options=options, report=report, admission=admission)
+        return self._text_prompt | model | self._parser
+
+    def chat(
+        self, options: GenerationOptions, report: GenerationReport, admission: Admission
+    ) -> Runnable[dict[str, Any], str]:
+        """The chain for a chat; its input is ``{"messages": chat_messages(...)}``."""
+        model = self.pipeline.bind(
+            options=options, report=report, admission=admission, rendered=True
+        )
+        return self._chat_prompt | model | self._parser
+
+    def chat_messages(self, messages: Sequence[Mapping[str, str]]) -> list[AnyMessage]:
+        """Messages as LangChain has them, behind a system message.
+
+        A first message with the role ``system`` takes the place of base_system.txt.
+        """
+        converted: list[AnyMessage] = [
+            _MESSAGE_CLASSES[m["role"]](content=m["content"]) for m in messages
+        ]
+        if messages and messages[0]["role"] == "system":
+            return converted
+        return [SystemMessage(content=self.system_prompt), *converted]
+
+    async def _render(self, value: PromptValue) -> str:
+        tokenizer = self._generator.tokenizer
+        return await tokenizer.run(tokenizer.render_chat, _plain(value))
+
+    def _render_blocking(self, value: PromptValue) -> str:
+        return self._generator.tokenizer.render_chat(_plain(value))
+
+
+def _plain(value: PromptValue) -> list[dict[str, str]]:
+    return [{"role": _ROLES[m.type], "content": str(m.content)} for m in value.to_messages()]

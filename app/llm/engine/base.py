@@ -1,0 +1,248 @@
+"""The engine protocol: what the API process and the engine process say to each other.
+
+One Unix socket joins the two. A message is a 4-byte big-endian length and that many bytes of
+MessagePack, typed by the structs below. The API process sends :data:`Command` messages, the
+engine process :data:`Report` messages; all events of one engine step travel in one message.
+Nothing here imports torch, so both sides can.
+"""
+
+import struct
+from typing import Final, Literal, Protocol
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+MAX_MESSAGE_BYTES: Final = 256 * 1024 * 1024
+"""Largest message; a tokenizer of the biggest vocabularies takes about 35 MB."""
+
+_HEADER = struct.Struct(">I")
+HEADER_BYTES: Final = _HEADER.size
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of everything on the wire."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How tokens are chosen; the defaults change nothing.
+
+    Attributes:
+        temperature: Divides the logits; 0 is greedy.
+        top_p: Smallest set of tokens whose probabilities reach this sum.
+        top_k: Only the k likeliest tokens; 0 is no limit.
+        min_p: Only tokens at least this share as likely as the likeliest.
+        repetition_penalty: Divides the positive and multiplies the negative logits of tokens
+            seen before (Keskar et al., 2019).
+        presence_penalty: Subtracted once from the logit of a token generated before.
+        frequency_penalty: Subtracted once for each time a token was generated before.
+        seed: Makes a sampled answer repeatable, whatever else is in the batch.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+
+
+NEUTRAL_SAMPLING: Final = SamplingParams()
+SAMPLING_FIELDS: Final = SamplingParams.__struct_fields__
+
+
+class GenerationRequest(msgspec.Struct, frozen=True):
+    """A request as the engine sees it.
+
+    Attributes:
+        id: Unique among the requests in flight.
+        prompt_token_ids: At least one token.
+        max_tokens: Most tokens to generate, the end-of-sequence token included.
+        sampling: How to choose them.
+    """
+
+    id: str
+    prompt_token_ids: list[int]
+    max_tokens: int
+    sampling: SamplingParams
+
+
+class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one step brought one request.
+
+    Attributes:
+        request_id: Whose tokens these are.
+        token_ids: New tokens, in order; an end-of-sequence token is among them.
+        finish_reason: Set on the request's last event, and on no other.
+        error: What went wrong, for the log; only beside the finish reason ``error``.
+        cached_tokens: Prompt tokens found in the KV cache; on the first event only.
+    """
+
+    request_id: str
+    token_ids: list[int] = []
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    cached_tokens: int = 0
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What is being served; sent once, when the model is ready.
+
+    Attributes:
+        model: Name callers see.
+        revision: Commit or hash of the weights, where one is known.
+        backend: Which backend runs it.
+        backend_reason: Why this backend was chosen.
+        device: ``cpu`` or the CUDA device's name.
+        dtype: Precision of the weights.
+        context_length: Most tokens of prompt and answer together.
+        supported: Names of the sampling fields this backend honours.
+        tokenizer_json: The tokenizer, as the ``tokenizers`` library serialises it.
+        chat_template: The model's Jinja template; ``None`` where it has none.
+        special_tokens: ``bos_token``, ``eos_token`` and the like, for the template.
+    """
+
+    model: str
+    revision: str | None
+    backend: str
+    backend_reason: str
+    device: str
+    dtype: str
+    context_length: int
+    supported: frozenset[str]
+    tokenizer_json: str
+    chat_template: str | None
+    special_tokens: dict[str, str]
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """Figures of the moment, sent with every step."""
+
+    running: int = 0
+    kv_cache_usage: float = 0.0
+
+
+# --- API process -> engine process --------------------------------------------------------------
+
+
+class Configure(Message):
+    """First message: what to load. The token travels here so that no environment shows it."""
+
+    model: dict[str, str | int | float | None]
+    max_running: int
+    echo_step_seconds: float
+    huggingface_token: str | None
+    log_level: str
+    log_format: str
+
+
+class Submit(Message):
+    """Generate."""
+
+    request: GenerationRequest
+
+
+class Cancel(Message):
+    """Stop generating; answered by the request's terminal event if it had none yet."""
+
+    request_id: str
+
+
+class Stop(Message):
+    """Leave, now."""
+
+
+# --- engine process -> API process --------------------------------------------------------------
+
+
+class Loading(Message):
+    """Progress of loading, for the log and /status."""
+
+    message: str
+
+
+class Ready(Message):
+    """The model is loaded."""
+
+    info: EngineInfo
+
+
+class LoadFailed(Message):
+    """The model cannot be loaded; one line that says what to do. The process ends after it."""
+
+    message: str
+
+
+class Step(Message):
+    """All events of one step, and the figures after it."""
+
+    events: list[TokenEvent]
+    stats: EngineStats
+
+
+Command = Configure | Submit | Cancel | Stop
+Report = Loading | Ready | LoadFailed | Step
+
+_encoder = msgspec.msgpack.Encoder()
+_command_decoder = msgspec.msgpack.Decoder(Command)
+_report_decoder = msgspec.msgpack.Decoder(Report)
+
+
+def pack(message: Message) -> bytes:
+    """Frame ``message`` for the socket."""
+    body = _encoder.encode(message)
+    return _HEADER.pack(len(body)) + body
+
+
+def body_length(header: bytes) -> int:
+    """Length of the body that follows a header.
+
+    Raises:
+        ValueError: The peer announces more than :data:`MAX_MESSAGE_BYTES`.
+    """
+    length: int = _HEADER.unpack(header)[0]
+    if length > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a message of {length} bytes is too large")
+    return length
+
+
+def unpack_command(body: bytes) -> Command:
+    """Decode what the API process sent."""
+    return _command_decoder.decode(body)
+
+
+def unpack_report(body: bytes) -> Report:
+    """Decode what the engine process sent."""
+    return _report_decoder.decode(body)
+
+
+class Backend(Protocol):
+    """What runs the model, inside the engine process; one thread owns it.
+
+    A new backend is one file that implements this and one row in ``app/llm/loader.py``.
+    """
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is being served."""
+
+    def add(self, request: GenerationRequest) -> None:
+        """Take a request into the next step's batch.
+
+        Raises:
+            Exception: This request cannot be run; its neighbours are not affected.
+        """
+
+    def cancel(self, request_id: str) -> None:
+        """Free a request's place before the next step; unknown ids are ignored."""
+
+    def step(self) -> list[TokenEvent]:
+        """Advance every request by one step and return what it brought."""
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+
+    def stats(self) -> EngineStats:
+        """Figures of the moment."""

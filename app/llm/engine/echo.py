@@ -1,0 +1,147 @@
+"""The echo backend: no model, repeats the prompt; serves tests, load tests and demonstrations.
+
+It answers with the last user message (or the whole prompt, where there is no chat), one token a
+step. A token is one byte of UTF-8, so every character outside ASCII spans several tokens. Faults
+are asked for in the prompt, which makes them deterministic and keeps them out of the settings:
+
+=================  ==============================================================
+``[echo:fault]``   this request fails, its neighbours go on
+``[echo:raise]``   the step raises, as a broken backend would
+``[echo:crash]``   the engine process dies of a signal, as in a segmentation fault
+``[echo:hang]``    the step never returns
+=================  ==============================================================
+"""
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from app.llm.engine.base import (
+    SAMPLING_FIELDS,
+    EngineInfo,
+    EngineStats,
+    GenerationRequest,
+    TokenEvent,
+)
+
+CONTEXT_LENGTH = 8192
+_START, _END = "<|im_start|>", "<|im_end|>"
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def build_tokenizer() -> Tokenizer:
+    """A tokenizer of 256 bytes and ChatML's two special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in (_START, _END)])
+    return tokenizer
+
+
+@dataclass
+class _Running:
+    """A request and what is still to be said."""
+
+    request: GenerationRequest
+    answer: list[int]
+    fault: str | None
+    said: int = field(default=0)
+
+
+class EchoBackend:
+    """A deterministic stand-in for a model. See the module's docstring."""
+
+    def __init__(self, *, step_seconds: float = 0.0) -> None:
+        self._step_seconds = step_seconds
+        self._tokenizer = build_tokenizer()
+        self._end_id = self._tokenizer.token_to_id(_END)
+        self._start_id = self._tokenizer.token_to_id(_START)
+        self._running: dict[str, _Running] = {}
+        self.info = EngineInfo(
+            model="echo",
+            revision=None,
+            backend="echo",
+            backend_reason="model.engine is echo",
+            device="cpu",
+            dtype="none",
+            context_length=CONTEXT_LENGTH,
+            supported=frozenset(SAMPLING_FIELDS),
+            tokenizer_json=self._tokenizer.to_str(),
+            chat_template=_CHAT_TEMPLATE,
+            special_tokens={"eos_token": _END},
+        )
+
+    def add(self, request: GenerationRequest) -> None:
+        """Take a request into the next step."""
+        text = self._last_user_message(request.prompt_token_ids)
+        fault = text.partition("[echo:")[2].partition("]")[0] or None
+        answer = [*self._tokenizer.encode(text, add_special_tokens=False).ids, self._end_id]
+        self._running[request.id] = _Running(request, answer, fault)
+
+    def _last_user_message(self, prompt: list[int]) -> str:
+        if self._start_id not in prompt:
+            return self._decode(prompt)
+        turns: list[list[int]] = []
+        for token in prompt:
+            if token == self._start_id:
+                turns.append([])
+            elif turns and token != self._end_id:
+                turns[-1].append(token)
+        texts = [self._decode(turn) for turn in turns]
+        users = [text for text in texts if text.startswith("user\n")]
+        # The template ends each turn with a newline of its own, after the end token.
+        return users[-1].removeprefix("user\n").removesuffix("\n") if users else ""
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request."""
+        self._running.pop(request_id, None)
+
+    def step(self) -> list[TokenEvent]:
+        """Say one more token of every answer."""
+        if self._step_seconds:
+            time.sleep(self._step_seconds)
+        return [self._advance(running) for running in list(self._running.values())]
+
+    def _advance(self, running: _Running) -> TokenEvent:
+        request = running.request
+        if running.fault == "fault":
+            del self._running[request.id]
+            return TokenEvent(request_id=request.id, finish_reason="error", error="asked for")
+        if running.fault in ("raise", "crash", "hang") and running.said >= 3:
+            _break(running.fault)
+        token = running.answer[running.said]
+        running.said += 1
+        at_end = token == self._end_id
+        finish = "stop" if at_end else "length" if running.said >= request.max_tokens else None
+        if finish:
+            del self._running[request.id]
+        return TokenEvent(request_id=request.id, token_ids=[token], finish_reason=finish)
+
+    def has_work(self) -> bool:
+        """Whether any answer is unfinished."""
+        return bool(self._running)
+
+    def stats(self) -> EngineStats:
+        """Figures of the moment; there is no KV cache to use."""
+        return EngineStats(running=len(self._running))
+
+
+def _break(fault: str) -> None:
+    if fault == "raise":
+        raise RuntimeError("the prompt asked for it")
+    if fault == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    while True:
+        time.sleep(3600)

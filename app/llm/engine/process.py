@@ -1,0 +1,121 @@
+"""Starting, talking to and ending the engine process, from the API process's side."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+
+from app.core.config import PROJECT_ROOT
+from app.llm.engine.base import HEADER_BYTES, Message, Report, Stop, body_length, pack, unpack_report
+
+# The engine ends within a step of being told to; past this it is not coming back.
+_STOP_SECONDS = 3.0
+# The service's keys are none of the engine's business, and a crash dump may show an environment.
+_WITHHELD = ("SECURITY__", "HUGGINGFACE_TOKEN")
+
+
+class EngineProcess:
+    """One run of the engine process; it is never started twice."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def start(cls) -> "EngineProcess":
+        """Start the process and connect to it.
+
+        Raises:
+            OSError: The machine has no process or descriptor left.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "app.llm.engine.worker",
+                    str(theirs.fileno()),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    env=_environment(),
+                )
+            except BaseException:
+                ours.close()
+                raise
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        return cls(process, reader, writer)
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def send(self, message: Message) -> None:
+        """Queue a message; quietly dropped when the process is gone, which the reader notices."""
+        if not self._writer.is_closing():
+            self._writer.write(pack(message))
+
+    async def reports(self) -> AsyncIterator[Report]:
+        """What the process says, until it ends."""
+        while True:
+            try:
+                header = await self._reader.readexactly(HEADER_BYTES)
+                body = await self._reader.readexactly(body_length(header))
+            except (asyncio.IncompleteReadError, ConnectionError):
+                return
+            yield unpack_report(body)
+
+    async def wait(self) -> str:
+        """Wait for the end; returns how it came, for the log."""
+        self._writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()
+        try:
+            async with asyncio.timeout(_STOP_SECONDS):
+                code = await self._process.wait()
+        except TimeoutError:
+            # It closed its end of the socket but lives on: nothing can be asked of it any more.
+            self.kill()
+            code = await self._process.wait()
+        return _describe_exit(code)
+
+    async def stop(self) -> None:
+        """Ask the process to end, and see to it that it does."""
+        self.send(Stop())
+        try:
+            async with asyncio.timeout(_STOP_SECONDS):
+                await self._process.wait()
+        except TimeoutError:
+            self.kill()
+            await self._process.wait()
+
+    def kill(self) -> None:
+        """End the process at once."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+
+def _environment() -> dict[str, str]:
+    environment = {k: v for k, v in os.environ.items() if not k.upper().startswith(_WITHHELD)}
+    # The service may have been started from any folder.
+    paths = [str(PROJECT_ROOT), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return environment
+
+
+def _describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    hint = " (often: out of memory)" if -code == signal.SIGKILL else ""
+    return f"signal {name}{hint}"

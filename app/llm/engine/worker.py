@@ -1,0 +1,209 @@
+"""The engine process: owns the model and advances all running requests step by step.
+
+It is a process of its own because a step holds the interpreter for tens of milliseconds, and
+because a crash in native code must cost the running requests, not the service. The main thread
+owns the model; a second thread only reads commands off the socket, so that a cancellation is
+known before the next step begins, and so that this process ends when its parent is gone.
+"""
+
+import argparse
+import os
+import queue
+import signal
+import socket
+import threading
+
+from app.core.config import LoggingSettings, ModelSettings
+from app.core.logging import configure_logging, get_logger
+from app.llm.engine.base import (
+    HEADER_BYTES,
+    Backend,
+    Cancel,
+    Command,
+    Configure,
+    EngineStats,
+    Loading,
+    LoadFailed,
+    Message,
+    Ready,
+    Step,
+    Stop,
+    Submit,
+    TokenEvent,
+    body_length,
+    pack,
+    unpack_command,
+)
+from app.utils.errors import ModelLoadError
+
+log = get_logger("engine")
+
+
+class Channel:
+    """The worker's end of the socket.
+
+    Attributes:
+        commands: What :meth:`start_reading` has read and the worker not yet taken.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+
+    def start_reading(self) -> None:
+        """Read commands on a thread of their own, and end this process when the peer is gone."""
+        threading.Thread(target=self._read_commands, name="commands", daemon=True).start()
+
+    def _read_commands(self) -> None:
+        while (command := self.receive()) is not None:
+            self.commands.put(command)
+        # The service is gone. The main thread may be deep in native code, or in a download, so
+        # nothing gentler than this ends the process for certain.
+        os._exit(0)
+
+    def send(self, message: Message) -> None:
+        """Send one message; blocks while the peer is slow to read."""
+        self._socket.sendall(pack(message))
+
+    def receive(self) -> Command | None:
+        """Wait for one command; ``None`` when the peer is gone."""
+        header = self._read(HEADER_BYTES)
+        if header is None:
+            return None
+        body = self._read(body_length(header))
+        return None if body is None else unpack_command(body)
+
+    def _read(self, count: int) -> bytes | None:
+        buffer = bytearray()
+        while len(buffer) < count:
+            try:
+                piece = self._socket.recv(count - len(buffer))
+            except ConnectionError:
+                return None
+            if not piece:
+                return None
+            buffer += piece
+        return bytes(buffer)
+
+
+class Worker:
+    """The loop between the socket and the backend."""
+
+    def __init__(self, channel: Channel, backend: Backend) -> None:
+        self._channel = channel
+        self._backend = backend
+        self._in_flight: set[str] = set()
+        self._reported_stats = EngineStats()
+
+    def run(self) -> None:
+        """Serve until told to stop."""
+        while True:
+            events: list[TokenEvent] = []
+            if not self._take_commands(events):
+                return
+            if self._backend.has_work():
+                events += self._step()
+            self._report(events)
+
+    def _take_commands(self, events: list[TokenEvent]) -> bool:
+        """Apply every command that has come; wait for one if there is nothing to do."""
+        block = not self._backend.has_work()
+        while True:
+            try:
+                command = self._channel.commands.get(block=block)
+            except queue.Empty:
+                return True
+            block = False
+            if isinstance(command, Submit):
+                self._submit(command, events)
+            elif isinstance(command, Cancel):
+                self._cancel(command.request_id, events)
+            elif isinstance(command, Stop):
+                return False
+
+    def _submit(self, command: Submit, events: list[TokenEvent]) -> None:
+        request = command.request
+        self._in_flight.add(request.id)
+        try:
+            self._backend.add(request)
+        except Exception as error:
+            log.exception("a request could not be added", extra={"engine_request": request.id})
+            events.append(_failure(request.id, error))
+
+    def _cancel(self, request_id: str, events: list[TokenEvent]) -> None:
+        if request_id in self._in_flight:
+            self._backend.cancel(request_id)
+            events.append(TokenEvent(request_id=request_id, finish_reason="cancelled"))
+
+    def _step(self) -> list[TokenEvent]:
+        try:
+            return self._backend.step()
+        except Exception:
+            # The backend isolates what belongs to one request; what gets here leaves the model
+            # or its cache in doubt. Ending is the one state the client can mend.
+            log.exception("an engine step failed")
+            raise
+
+    def _report(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            if event.finish_reason is not None:
+                self._in_flight.discard(event.request_id)
+        stats = self._backend.stats()
+        # A cancelled request's pages are freed in a step that has no events of its own.
+        if events or stats != self._reported_stats:
+            self._reported_stats = stats
+            self._channel.send(Step(events=events, stats=stats))
+
+
+def _failure(request_id: str, error: Exception) -> TokenEvent:
+    return TokenEvent(request_id=request_id, finish_reason="error", error=repr(error))
+
+
+def _load(channel: Channel, configure: Configure) -> Backend | None:
+    # Imported here: choosing a backend imports torch, which takes seconds that the log can tell.
+    from app.llm.loader import load_backend
+
+    try:
+        return load_backend(
+            ModelSettings.model_validate(configure.model),
+            max_running=configure.max_running,
+            echo_step_seconds=configure.echo_step_seconds,
+            token=configure.huggingface_token,
+            progress=lambda message: channel.send(Loading(message=message)),
+        )
+    except ModelLoadError as error:
+        channel.send(LoadFailed(message=str(error)))
+    except Exception as error:
+        log.exception("loading the model failed")
+        reason = " ".join(str(error).split())[:300]
+        channel.send(LoadFailed(message=f"the model cannot be loaded: {reason or repr(error)}"))
+    return None
+
+
+def main() -> int:
+    """Entry point: ``python -m app.llm.engine.worker FD``; the parent holds the other end."""
+    parser = argparse.ArgumentParser(description="The engine process; started by the service.")
+    parser.add_argument("fd", type=int, help="file descriptor of the socket to the service")
+    channel = Channel(socket.socket(fileno=parser.parse_args().fd))
+    # Ctrl-C reaches the whole process group; the service decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    configure = channel.receive()
+    if not isinstance(configure, Configure):
+        return 1
+    configure_logging(
+        LoggingSettings.model_validate(
+            {"level": configure.log_level, "format": configure.log_format}
+        )
+    )
+    channel.start_reading()
+    backend = _load(channel, configure)
+    if backend is None:
+        return 1
+    channel.send(Ready(info=backend.info))
+    Worker(channel, backend).run()
+    return 0
+
+
+if __name__ == "__main__":
+    # The interpreter's own shutdown would wait for threads that native libraries started.
+    os._exit(main())

@@ -1,0 +1,199 @@
+"""From a prompt's text to an answer's text: admission, tokens, stop strings, accounting."""
+
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Literal
+
+from app.llm.detokenizer import Detokenizer, StopMatcher
+from app.llm.engine.base import (
+    NEUTRAL_SAMPLING,
+    SAMPLING_FIELDS,
+    EngineInfo,
+    GenerationRequest,
+    SamplingParams,
+)
+from app.llm.engine.client import Admission, EngineClient
+from app.llm.tokenizer import PromptTokenizer
+from app.utils.errors import (
+    ContextLengthExceededError,
+    ModelLoadingError,
+    UnsupportedParameterError,
+    ValidationFailedError,
+)
+
+FinishReason = Literal["stop", "length", "content_filter"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """What a caller may ask of one generation.
+
+    Attributes:
+        max_tokens: Most tokens to generate; ``None`` takes ``default_max_tokens``, or what the
+            context leaves if that is less.
+        default_max_tokens: See ``max_tokens``.
+        sampling: How tokens are chosen.
+        stop: The answer ends before the first of these strings.
+    """
+
+    max_tokens: int | None = None
+    default_max_tokens: int = 512
+    sampling: SamplingParams = NEUTRAL_SAMPLING
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class GenerationReport:
+    """What is known of a generation beside its text; filled while it runs.
+
+    Attributes:
+        id: Also the id of the request in the engine, and so in its log.
+        prompt_tokens: Tokens of the prompt.
+        cached_tokens: How many of them were in the KV cache.
+        completion_tokens: Tokens generated, the end-of-sequence token included.
+        finish_reason: ``None`` until the answer is complete.
+    """
+
+    id: str = field(default_factory=lambda: f"gen-{uuid.uuid4().hex}")
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: FinishReason | None = None
+
+
+class TextGenerator:
+    """Generates text with the engine."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self.engine = engine
+
+    @property
+    def tokenizer(self) -> PromptTokenizer:
+        """The served model's tokenizer.
+
+        Raises:
+            ModelLoadingError: The model has not been loaded yet.
+        """
+        if self.engine.tokenizer is None:
+            raise ModelLoadingError
+        return self.engine.tokenizer
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is being served.
+
+        Raises:
+            ModelLoadingError: The model has not been loaded yet.
+        """
+        if self.engine.info is None:
+            raise ModelLoadingError
+        return self.engine.info
+
+    async def stream(
+        self,
+        prompt: str,
+        options: GenerationOptions,
+        report: GenerationReport,
+        *,
+        rendered: bool = False,
+        admission: Admission | None = None,
+    ) -> AsyncIterator[str]:
+        """Generate, and yield the answer in pieces.
+
+        The first piece is empty and comes as soon as the request is accepted, before any token:
+        from then on it can only fail for reasons of the service.
+
+        Args:
+            prompt: Bare text, or what :meth:`PromptTokenizer.render_chat` returned.
+            options: What the caller asks.
+            report: Filled on the way; complete after the last piece.
+            rendered: Whether ``prompt`` comes from a chat template.
+            admission: A place taken before; otherwise one is taken here.
+
+        Raises:
+            ServiceError: See :meth:`EngineClient.admit` and :meth:`Admission.generate`, and
+                ``ContextLengthExceededError``, ``UnsupportedParameterError``.
+        """
+        check_supported(options.sampling, self.info)
+        place = admission or self.engine.admit()
+        try:
+            request = await self._prepare(prompt, options, report, rendered=rendered)
+            yield ""
+            pieces = self._pieces(place, request, options.stop, report)
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    yield piece
+        finally:
+            place.release()
+
+    async def _prepare(
+        self, prompt: str, options: GenerationOptions, report: GenerationReport, *, rendered: bool
+    ) -> GenerationRequest:
+        tokenizer = self.tokenizer
+        encode = tokenizer.encode_rendered if rendered else tokenizer.encode_text
+        ids = await tokenizer.run(encode, prompt)
+        if not ids:
+            raise ValidationFailedError("The prompt has no tokens.", param="prompt")
+        report.prompt_tokens = len(ids)
+        return GenerationRequest(
+            id=report.id,
+            prompt_token_ids=ids,
+            max_tokens=self._fit(len(ids), options),
+            sampling=options.sampling,
+        )
+
+    def _fit(self, prompt_tokens: int, options: GenerationOptions) -> int:
+        """How many tokens may be generated.
+
+        Raises:
+            ContextLengthExceededError: Prompt and answer do not fit the model's context.
+        """
+        context_length = self.info.context_length
+        room = context_length - prompt_tokens
+        asked = options.max_tokens or max(1, min(options.default_max_tokens, room))
+        if asked > room:
+            raise ContextLengthExceededError(
+                prompt_tokens=prompt_tokens, max_tokens=asked, context_length=context_length
+            )
+        return asked
+
+    async def _pieces(
+        self,
+        place: Admission,
+        request: GenerationRequest,
+        stop: tuple[str, ...],
+        report: GenerationReport,
+    ) -> AsyncIterator[str]:
+        detokenizer = Detokenizer(self.tokenizer.decoder)
+        stops = StopMatcher(stop)
+        events = place.generate(request)
+        async with aclosing(events):
+            async for event in events:
+                report.completion_tokens += len(event.token_ids)
+                report.cached_tokens += event.cached_tokens
+                piece, stopped = stops.feed(detokenizer.feed(event.token_ids))
+                if stopped:
+                    report.finish_reason = "stop"
+                    yield piece
+                    return
+                if event.finish_reason is not None:
+                    report.finish_reason = "length" if event.finish_reason == "length" else "stop"
+                    piece += stops.flush()
+                if piece:
+                    yield piece
+
+
+def check_supported(sampling: SamplingParams, info: EngineInfo) -> None:
+    """Refuse sampling fields the running backend would ignore.
+
+    Raises:
+        UnsupportedParameterError: Naming the first one.
+    """
+    for name in SAMPLING_FIELDS:
+        asked = getattr(sampling, name) != getattr(NEUTRAL_SAMPLING, name)
+        if asked and name not in info.supported:
+            raise UnsupportedParameterError(
+                f"The running engine ({info.backend}) does not support {name}.", param=name
+            )

@@ -1,0 +1,220 @@
+"""Where a model comes from (bundled, hub, local) and which backend runs it.
+
+Runs in the engine process, once, at its start. Weights are safetensors or GGUF; pickles and code
+from a repository are refused. Every foreseeable failure is a :class:`ModelLoadError` of one line.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from app.core.config import ModelSettings
+from app.llm import bundled, hub
+from app.llm.engine.base import SAMPLING_FIELDS, Backend, EngineInfo
+from app.llm.engine.echo import EchoBackend
+from app.llm.hub import Progress, Snapshot
+from app.utils.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Pipeline
+
+BUNDLED_NAME = "SmolLM2-135M-Instruct"
+_GGUF_MAGIC = b"GGUF"
+
+
+def load_backend(
+    settings: ModelSettings,
+    *,
+    max_running: int,
+    echo_step_seconds: float,
+    token: str | None,
+    progress: Progress,
+) -> Backend:
+    """Load the configured model and start the backend that runs it.
+
+    Args:
+        settings: The ``model`` section.
+        max_running: Requests generated at once.
+        echo_step_seconds: Time the echo backend takes for a step.
+        token: Hub token, for gated models.
+        progress: Told what is being done, for the log.
+
+    Raises:
+        ModelLoadError: It cannot be loaded; one line that says what to do.
+    """
+    if settings.engine == "echo":
+        return EchoBackend(step_seconds=echo_step_seconds)
+    reason = (
+        "model.engine is transformers"
+        if settings.engine == "transformers"
+        else "model.engine is auto, and transformers runs every model"
+    )
+    snapshot = find_model(settings, token=token, progress=progress)
+    check_weights(snapshot)
+    progress(f"loading {model_name(settings)} with transformers")
+    pipe = _load_pipeline(settings, snapshot)
+    progress("starting continuous batching")
+    return _start_transformers(pipe, settings, snapshot, reason, max_running)
+
+
+def model_name(settings: ModelSettings) -> str:
+    """The name callers see; known before the model is loaded."""
+    if settings.engine == "echo":
+        return "echo"
+    return BUNDLED_NAME if settings.source == "bundled" else settings.name
+
+
+def find_model(settings: ModelSettings, *, token: str | None, progress: Progress) -> Snapshot:
+    """Bring the model's files onto this machine.
+
+    Raises:
+        ModelLoadError: They cannot be had, or are of a kind that is refused.
+    """
+    if settings.source == "bundled":
+        return _fetch_bundled(progress)
+    if settings.source == "local":
+        return _find_local(Path(settings.name).expanduser())
+    return hub.download(settings.name, revision=settings.revision, token=token, progress=progress)
+
+
+def _fetch_bundled(progress: Progress) -> Snapshot:
+    if not bundled.is_fetched():
+        progress("fetching the bundled model (93 MB, once)")
+    try:
+        path = bundled.fetch()
+    except bundled.FetchError as error:
+        raise ModelLoadError(str(error)) from None
+    return Snapshot(path.parent, path.name, bundled.BUNDLED.sha256)
+
+
+def _find_local(path: Path) -> Snapshot:
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelLoadError(f"{path} is not a GGUF file; for safetensors name the folder")
+        return Snapshot(path.parent, path.name)
+    if not path.is_dir():
+        raise ModelLoadError(
+            f"{path} does not exist: set MODEL__NAME to a folder with safetensors or to a GGUF file"
+        )
+    names = [entry.name for entry in path.iterdir()]
+    return Snapshot(path, hub.choose_weights(names, str(path)))
+
+
+def check_weights(snapshot: Snapshot) -> None:
+    """Refuse weights that are truncated or not what their name says, before loading them.
+
+    Raises:
+        ModelLoadError: Naming the file.
+    """
+    if snapshot.gguf:
+        path = snapshot.directory / snapshot.gguf
+        with path.open("rb") as file:
+            if file.read(4) != _GGUF_MAGIC:
+                raise ModelLoadError(f"{path} is not a GGUF file: download it again")
+        return
+    if not (snapshot.directory / "config.json").is_file():
+        raise ModelLoadError(f"{snapshot.directory} has no config.json: it is not a model folder")
+    for path in sorted(snapshot.directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(
+                f"{path} is corrupt or truncated ({_one_line(error)}): delete it and download it again"
+            ) from None
+
+
+def _load_pipeline(settings: ModelSettings, snapshot: Snapshot) -> "Pipeline":
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, pipeline
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadError(
+            "model.device is cuda, but this machine has no CUDA device that torch can use: "
+            "set MODEL__DEVICE=cpu"
+        )
+    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    weights: dict[str, Any] = {"use_safetensors": True}
+    if snapshot.gguf:
+        source["gguf_file"] = snapshot.gguf
+        # Left packed, every forward pass on a CPU would unpack the weights again.
+        weights = {"quantization_config": GgufConfig(dequantize=True)}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(snapshot.directory, **source)
+        model = AutoModelForCausalLM.from_pretrained(
+            snapshot.directory,
+            dtype=_dtype(settings, torch),
+            attn_implementation="sdpa",
+            **weights,
+            **source,
+        )
+    except (
+        ValueError, KeyError, TypeError, OSError, RuntimeError, IndexError, ImportError, SafetensorError,
+    ) as error:  # fmt: skip
+        raise ModelLoadError(_explain(error, settings, snapshot)) from error
+    return pipeline("text-generation", model=model, tokenizer=tokenizer, device=settings.device)
+
+
+def _dtype(settings: ModelSettings, torch: Any) -> "torch.dtype | str":
+    """The precision of the weights, as ``from_pretrained`` takes it."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
+    if settings.device == "cuda":
+        return "auto"
+    # Without bfloat16 instructions a CPU converts at every step, which is slower than float32.
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32  # type: ignore[no-any-return]
+
+
+def _explain(error: Exception, settings: ModelSettings, snapshot: Snapshot) -> str:
+    """One line on why a model cannot be loaded, and what to do."""
+    text = _one_line(error)
+    name = model_name(settings)
+    if "trust_remote_code" in text:
+        return f"{name} needs code from its repository to run, which is refused: choose another model"
+    if "does not recognize this architecture" in text or "not supported" in text:
+        return f"{name} is of an architecture that transformers cannot run: {text[:200]}"
+    if snapshot.gguf:
+        return (
+            f"{snapshot.directory / snapshot.gguf} cannot be loaded ({text[:200]}): if it is "
+            "truncated or corrupt, delete it and download it again"
+        )
+    return f"{name} cannot be loaded from {snapshot.directory}: {text[:300]}"
+
+
+def _start_transformers(
+    pipe: "Pipeline", settings: ModelSettings, snapshot: Snapshot, reason: str, max_running: int
+) -> Backend:
+    import torch
+
+    from app.llm.engine.transformers_backend import TransformersBackend, context_length
+
+    model, tokenizer = pipe.model, pipe.tokenizer
+    on_cuda = settings.device == "cuda"
+    info = EngineInfo(
+        model=model_name(settings),
+        revision=snapshot.revision,
+        backend="transformers",
+        backend_reason=reason,
+        device=f"cuda ({torch.cuda.get_device_name()})" if on_cuda else "cpu",
+        dtype=str(model.dtype).removeprefix("torch."),
+        context_length=context_length(model.config),
+        supported=frozenset(SAMPLING_FIELDS),
+        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
+        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        special_tokens={
+            key: value
+            for key, value in tokenizer.special_tokens_map.items()
+            if isinstance(value, str)
+        },
+    )
+    return TransformersBackend(pipe, info, max_running=max_running)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or repr(error)

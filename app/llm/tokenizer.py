@@ -1,0 +1,139 @@
+"""Text to token ids and back, in the API process, off its event loop.
+
+One thread owns the encoder: the ``tokenizers`` library is not safe to share between threads
+while its settings change. Decoding uses a second copy, on the event loop, where it takes
+microseconds.
+
+Text that callers wrote stays text. Where a message contains the spelling of a special token
+(``<|im_end|>``), the spelling is replaced by a placeholder before the chat template is rendered,
+and encoded as plain characters afterwards; a forged turn therefore never becomes a turn.
+"""
+
+import asyncio
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import jinja2
+from tokenizers import Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from app.llm.engine.base import EngineInfo
+from app.utils.errors import InvalidRequestError
+
+T = TypeVar("T")
+
+# Stands in for a model that has no chat template of its own.
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+class TemplateError(InvalidRequestError):
+    """The model's chat template refuses these messages, such as two user turns in a row."""
+
+    code = "chat_template_error"
+
+
+class PromptTokenizer:
+    """Renders and encodes prompts for one model."""
+
+    def __init__(self, info: EngineInfo) -> None:
+        """Build both copies of the tokenizer.
+
+        Args:
+            info: What the engine said about the model it loaded.
+        """
+        self._encoder = Tokenizer.from_str(info.tokenizer_json)
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
+        self.decoder = Tokenizer.from_str(info.tokenizer_json)
+        self._template = info.chat_template or DEFAULT_CHAT_TEMPLATE
+        self._template_variables = dict(info.special_tokens)
+        added = self._encoder.get_added_tokens_decoder()
+        self._special = {token.content: token_id for token_id, token in added.items() if token.special}
+        # Longest first: a token takes priority over the tokens it contains.
+        spellings = sorted(self._special, key=len, reverse=True)
+        self._spelling = re.compile("|".join(map(re.escape, spellings)) or "(?!)")
+        # Private-use characters around a nonce nobody can guess: a caller cannot write one.
+        self._nonce = secrets.token_hex(8)
+        self._placeholder = re.compile(f"\ue000{self._nonce}:(\\d+)\ue001")
+        self._spellings = spellings
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids of the model's special tokens."""
+        return frozenset(self._special.values())
+
+    async def run(self, function: Callable[..., T], *args: object) -> T:
+        """Call one of the methods below on the owner's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    def close(self) -> None:
+        """End the owner's thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt for a chat, ending where the assistant is to speak.
+
+        Args:
+            messages: Each with ``role`` and ``content``.
+
+        Returns:
+            Text for :meth:`encode_rendered`; placeholders stand for special spellings in it.
+
+        Raises:
+            TemplateError: The model's template refuses the messages.
+        """
+        chat = [{**m, "content": self._escape(m["content"])} for m in messages]
+        try:
+            rendered, _ = render_jinja_template(
+                [chat],
+                chat_template=self._template,
+                add_generation_prompt=True,
+                **self._template_variables,
+            )
+        except jinja2.TemplateError as error:
+            # Templates raise in words meant for callers; anything longer is not one of these.
+            reason = " ".join(str(error).split())[:200]
+            raise TemplateError(
+                f"The model's chat template refuses these messages: {reason}", param="messages"
+            ) from error
+        return rendered[0]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a bare prompt, all of it plain text, with the model's own opening token."""
+        return self._encode(text, specials_are_text=True, add_special_tokens=True)
+
+    def encode_rendered(self, rendered: str) -> list[int]:
+        """Token ids of what :meth:`render_chat` returned; only the template's specials count."""
+        if self._nonce not in rendered:
+            return self._encode(rendered)
+        ids: list[int] = []
+        position = 0
+        for match in self._spelling.finditer(rendered):
+            ids += self._encode_restored(rendered[position : match.start()])
+            ids.append(self._special[match.group()])
+            position = match.end()
+        return ids + self._encode_restored(rendered[position:])
+
+    def _encode_restored(self, text: str) -> list[int]:
+        restored = self._placeholder.sub(lambda m: self._spellings[int(m[1])], text)
+        return self._encode(restored, specials_are_text=True) if restored else []
+
+    def _encode(
+        self, text: str, *, specials_are_text: bool = False, add_special_tokens: bool = False
+    ) -> list[int]:
+        self._encoder.encode_special_tokens = specials_are_text
+        ids: list[int] = self._encoder.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def _escape(self, content: str) -> str:
+        index = self._spellings.index
+        return self._spelling.sub(
+            lambda m: f"\ue000{self._nonce}:{index(m.group())}\ue001", content
+        )

@@ -1,0 +1,181 @@
+"""The composition root: builds every part, once, and joins them into an application.
+
+``uvicorn app.main:app`` works because ``app`` is made when it is first asked for; importing this
+module reads no settings.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from types import FrameType
+from typing import Any
+
+from fastapi import FastAPI
+from sse_starlette.sse import AppStatus
+
+from app import __version__
+from app.api.dependencies import Services
+from app.api.errors import register_error_handlers
+from app.api.middleware import BodyLimitMiddleware, RequestContextMiddleware
+from app.api.routers import chat, health, inference
+from app.core.config import Settings, load_settings
+from app.core.logging import configure_logging, get_logger
+from app.core.metrics import Metrics
+from app.core.security import KeyRing
+from app.llm.chain import Chains, ServedPipeline
+from app.llm.engine.client import EngineClient
+from app.llm.generator import GenerationOptions, TextGenerator
+from app.llm.loader import model_name
+from app.services.generation import GenerationService
+from app.utils.errors import StartupError
+
+log = get_logger()
+
+EXIT_STARTUP_FAILED = 3
+
+
+def exit_process(message: str) -> None:
+    """End the process because the model cannot be served; one line on standard error."""
+    log.critical(message)
+    sys.stderr.flush()
+    # There is nothing to finish: no request was ever accepted, or the engine is beyond repair.
+    os._exit(EXIT_STARTUP_FAILED)
+
+
+def create_app(
+    settings: Settings | None = None, *, on_fatal: Callable[[str], None] = exit_process
+) -> FastAPI:
+    """Build the application.
+
+    Args:
+        settings: Default: :func:`load_settings`.
+        on_fatal: Called with one line when the model cannot be served and will not be.
+
+    Raises:
+        ConfigurationError: The settings cannot work.
+    """
+    settings = settings or load_settings()
+    configure_logging(settings.logging)
+    metrics = Metrics()
+    token = settings.huggingface_token
+    engine = EngineClient(
+        model=settings.model,
+        model_label=model_name(settings.model),
+        engine=settings.engine,
+        logging=settings.logging,
+        huggingface_token=token.get_secret_value() if token else None,
+        metrics=metrics,
+        on_fatal=on_fatal,
+    )
+    generator = TextGenerator(engine)
+    pipeline = ServedPipeline(
+        model_id=engine.model_label,
+        generator=generator,
+        options=GenerationOptions(default_max_tokens=settings.model.max_tokens),
+    )
+    services = Services(
+        settings=settings,
+        metrics=metrics,
+        keys=KeyRing(settings.security),
+        engine=engine,
+        generation=GenerationService(
+            engine=engine,
+            chains=Chains(pipeline, generator),
+            model=settings.model,
+            security=settings.security,
+        ),
+    )
+    return _build(settings, services, pipeline)
+
+
+def _build(settings: Settings, services: Services, pipeline: ServedPipeline) -> FastAPI:
+    interactive = settings.app.environment != "production"
+    app = FastAPI(
+        title=settings.app.name,
+        version=__version__,
+        lifespan=_lifespan(settings, services, pipeline),
+        docs_url="/docs" if interactive else None,
+        redoc_url=None,
+        openapi_url="/openapi.json" if interactive else None,
+    )
+    app.state.services = services
+    register_error_handlers(app)
+    for router in (health.router, inference.router, chat.router):
+        app.include_router(router)
+    app.add_middleware(BodyLimitMiddleware, max_bytes=settings.security.max_body_bytes)
+    # Added last, so that it is outermost.
+    app.add_middleware(RequestContextMiddleware, metrics=services.metrics)
+    return app
+
+
+def _lifespan(
+    settings: Settings, services: Services, pipeline: ServedPipeline
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # Streams end by our own drain, which lets them finish or say why not; sse-starlette
+        # would cut them at the first signal.
+        AppStatus.disable_automatic_graceful_drain()
+        pipeline.loop = asyncio.get_running_loop()
+        await services.engine.start()
+        with _draining_on_signal(services.engine, settings.app.shutdown_grace_seconds):
+            try:
+                yield
+            finally:
+                await services.engine.stop()
+
+    return lifespan
+
+
+class _draining_on_signal:  # noqa: N801 - a context manager, used like a function
+    """Stops taking work at SIGTERM or SIGINT, and ends what still runs after the grace.
+
+    uvicorn has installed its handlers before the lifespan begins; they run after ours. Without a
+    main thread (tests) or without uvicorn there is nothing to wrap.
+    """
+
+    def __init__(self, engine: EngineClient, grace_seconds: float) -> None:
+        self._engine = engine
+        self._grace = grace_seconds
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous = signal.getsignal(number)
+            try:
+                signal.signal(number, self._on_signal)
+            except ValueError:
+                # Not the main thread.
+                return
+            self._previous[number] = previous
+
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._loop.call_soon_threadsafe(self._drain)
+        previous = self._previous[signal.Signals(number)]
+        if callable(previous):
+            previous(number, frame)
+
+    def _drain(self) -> None:
+        log.info("draining: no new requests; running ones have %.0f s", self._grace)
+        self._engine.drain()
+        self._loop.call_later(self._grace, self._engine.abort_running)
+
+
+def __getattr__(name: str) -> Any:
+    """Make ``app`` when uvicorn asks for it; a bad configuration ends the start with one line."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        application = create_app()
+    except StartupError as error:
+        raise SystemExit(str(error)) from None
+    globals()["app"] = application
+    return application

@@ -1,0 +1,195 @@
+"""The one use case behind every route that generates: check, admit, generate, account."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from app.core.config import ModelSettings, SecuritySettings
+from app.llm.chain import Chains
+from app.llm.engine.base import SamplingParams
+from app.llm.engine.client import EngineClient
+from app.llm.generator import FinishReason, GenerationOptions, GenerationReport
+from app.utils.errors import InternalError, PromptTooLongError, ValidationFailedError
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A complete answer.
+
+    Attributes:
+        id: Of this answer.
+        text: What the model said.
+        model: Which model said it.
+        finish_reason: Why it ended.
+        prompt_tokens: Tokens of the prompt.
+        completion_tokens: Tokens generated.
+        cached_tokens: Prompt tokens found in the engine's KV cache.
+        cached: Whether the whole answer came from the response cache.
+    """
+
+    id: str
+    text: str
+    model: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    cached: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a caller wants generated; either a prompt or messages.
+
+    Attributes:
+        prompt: Bare text to continue.
+        messages: A chat to answer, each with ``role`` and ``content``.
+        max_tokens: Most tokens, or ``None`` for the configured number.
+        temperature: Sampling temperature, or ``None`` for the configured one.
+        sampling: The other sampling fields that the caller set.
+        stop: Strings that end the answer.
+    """
+
+    prompt: str | None = None
+    messages: Sequence[Mapping[str, str]] = ()
+    max_tokens: int | None = None
+    temperature: float | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+
+
+class Answer:
+    """An answer on its way: iterate over its text, then read :attr:`completion`."""
+
+    def __init__(self, model: str, report: GenerationReport, pieces: AsyncIterator[str]) -> None:
+        self.id = report.id
+        self.model = model
+        self._report = report
+        self._pieces = pieces
+        self._text: list[str] = []
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        """The answer's text, piece by piece.
+
+        Raises:
+            ServiceError: The answer broke off.
+        """
+        async for piece in self._pieces:
+            if piece:
+                self._text.append(piece)
+                yield piece
+
+    async def aclose(self) -> None:
+        """Stop generating, if it has not ended."""
+        await self._pieces.aclose()  # type: ignore[attr-defined]
+
+    @property
+    def completion(self) -> Completion:
+        """The whole answer, once the iteration has ended.
+
+        Raises:
+            InternalError: It has not.
+        """
+        report = self._report
+        if report.finish_reason is None:
+            raise InternalError
+        return Completion(
+            id=self.id,
+            text="".join(self._text),
+            model=self.model,
+            finish_reason=report.finish_reason,
+            prompt_tokens=report.prompt_tokens,
+            completion_tokens=report.completion_tokens,
+            cached_tokens=report.cached_tokens,
+        )
+
+
+class GenerationService:
+    """Generates answers for every router and for the command line."""
+
+    def __init__(
+        self,
+        *,
+        engine: EngineClient,
+        chains: Chains,
+        model: ModelSettings,
+        security: SecuritySettings,
+    ) -> None:
+        self._engine = engine
+        self._chains = chains
+        self._model = model
+        self._max_prompt_chars = security.max_prompt_chars
+
+    async def complete(self, job: Job) -> Completion:
+        """Generate a whole answer.
+
+        Raises:
+            ServiceError: Refused or failed.
+        """
+        answer = await self.open(job)
+        try:
+            async for _ in answer:
+                pass
+        finally:
+            await answer.aclose()
+        return answer.completion
+
+    async def open(self, job: Job) -> Answer:
+        """Begin an answer; returns once the request is admitted and its prompt accepted.
+
+        Raises:
+            ServiceError: Refused; after this, the answer's iteration can still fail.
+        """
+        options = self._options(job)
+        self._check_length(job)
+        report = GenerationReport()
+        pieces = self._generate(job, options, report)
+        try:
+            # The first piece is empty and says that the request is in.
+            await anext(pieces)
+        except BaseException:
+            await pieces.aclose()  # type: ignore[attr-defined]
+            raise
+        return Answer(self._engine.model_label, report, pieces)
+
+    async def _generate(
+        self, job: Job, options: GenerationOptions, report: GenerationReport
+    ) -> AsyncIterator[str]:
+        admission = self._engine.admit()
+        try:
+            if job.prompt is not None:
+                chain = self._chains.generate(options, report, admission)
+                pieces = chain.astream({"prompt": job.prompt})
+            else:
+                chain = self._chains.chat(options, report, admission)
+                pieces = chain.astream({"messages": self._chains.chat_messages(job.messages)})
+            async with aclosing(pieces):  # type: ignore[type-var]
+                async for piece in pieces:
+                    yield piece
+        finally:
+            # LangChain closes its inner generators when it gets to it; the place is freed now.
+            admission.release()
+
+    def _options(self, job: Job) -> GenerationOptions:
+        if job.max_tokens is not None and job.max_tokens > self._model.max_tokens:
+            raise ValidationFailedError(
+                f"max_tokens: at most {self._model.max_tokens} (model.max_tokens).",
+                param="max_tokens",
+            )
+        temperature = self._model.temperature if job.temperature is None else job.temperature
+        return GenerationOptions(
+            max_tokens=job.max_tokens,
+            default_max_tokens=self._model.max_tokens,
+            sampling=SamplingParams(temperature=temperature, **job.sampling),
+            stop=job.stop,
+        )
+
+    def _check_length(self, job: Job) -> None:
+        characters = len(job.prompt or "") + sum(len(m["content"]) for m in job.messages)
+        if characters > self._max_prompt_chars:
+            raise PromptTooLongError(
+                f"The prompt has {characters} characters; at most {self._max_prompt_chars} are "
+                "allowed (security.max_prompt_chars).",
+                param="prompt" if job.prompt is not None else "messages",
+            )
