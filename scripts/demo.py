@@ -301,7 +301,7 @@ def main() -> int:
     try:
         demo()
     except (DemoError, FetchError, httpx.HTTPError) as error:
-        print(f"\nerror: {error or type(error).__name__}", file=sys.stderr)
+        print(f"\nerror: {str(error) or type(error).__name__}", file=sys.stderr)
         if isinstance(error, DemoError | httpx.HTTPError) and (tail := _log_tail()):
             print(f"The last lines of {LOG}:\n{tail}", file=sys.stderr)
         return 1

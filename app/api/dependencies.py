@@ -36,7 +36,7 @@ class Services:
 
 def get_services(request: Request) -> Services:
     """The application's services."""
-    return cast(Services, request.app.state.services)
+    return cast("Services", request.app.state.services)
 
 
 def get_generation(request: Request) -> GenerationService:
@@ -46,7 +46,7 @@ def get_generation(request: Request) -> GenerationService:
 
 def get_caller(request: Request) -> Principal:
     """Who calls; the guard has found out before the body was read."""
-    return cast(Principal, request.state.principal)
+    return cast("Principal", request.state.principal)
 
 
 AppServices = Annotated[Services, Depends(get_services)]

@@ -24,6 +24,8 @@ log = get_logger()
 # Longest list of faults in a message, and longest name of a field: both come from the caller.
 _MAX_FAULTS = 3
 _MAX_NAME = 64
+# Members of a union stand in an error's location as type names, which mean nothing to a caller.
+_UNION_MEMBERS = ("str", "constrained-str", "list[")
 
 
 def error_content(error: ServiceError) -> dict[str, Any]:
@@ -60,8 +62,9 @@ def validation_error(faults: Sequence[Mapping[str, Any]]) -> ServiceError:
 
 
 def _describe(fault: Mapping[str, Any]) -> tuple[str | None, str]:
-    # Members of a union stand in the location as type names, which mean nothing to a caller.
-    parts = [p for p in fault["loc"] if p != "body" and not str(p).startswith(("str", "list[", "constrained", "function"))]  # fmt: skip
+    _, *parts = fault["loc"]
+    if len(parts) > 1 and str(parts[1]).startswith(_UNION_MEMBERS):
+        del parts[1]
     name = ".".join(str(part)[:_MAX_NAME] for part in parts).encode("ascii", "replace").decode()
     text = str(fault["msg"]).removeprefix("Value error, ")
     return name or None, text

@@ -27,10 +27,15 @@ class SamplingFields(RequestModel):
     """How the answer is generated; shared by /v1/generate and /v1/chat."""
 
     max_tokens: int | None = Field(
-        None, ge=1, description="Most tokens to generate; at most, and by default, model.max_tokens."
+        None,
+        ge=1,
+        description="Most tokens to generate; at most, and by default, model.max_tokens.",
     )
     temperature: float | None = Field(
-        None, ge=0, le=2, description="0 always takes the likeliest token; default: model.temperature."
+        None,
+        ge=0,
+        le=2,
+        description="0 always takes the likeliest token; default: model.temperature.",
     )
     top_p: float = Field(1.0, gt=0, le=1, description="Only the likeliest tokens up to this sum.")
     top_k: int = Field(0, ge=0, le=1_000_000, description="Only the k likeliest tokens; 0: all.")

@@ -32,7 +32,7 @@ def frame(content: Any) -> bytes:
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
-class EventStream(EventSourceResponse):
+class EventStream(EventSourceResponse):  # type: ignore[misc]
     """A response of events; see API.md, "Streams"."""
 
     def __init__(self, frames: AsyncIterator[bytes]) -> None:

@@ -202,20 +202,19 @@ class Settings(BaseSettings):
     @classmethod
     def settings_customise_sources(
         cls,
-        settings_cls: type[BaseSettings],
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - the interface
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
         dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the interface
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The sources in the order in which they win."""
         # The values of config.yml come in as init arguments; here they stand last, so that .env
         # and the environment override them key by key.
         return env_settings, dotenv_settings, init_settings
 
 
-def load_settings(
-    *, config_file: Path | None = None, env_file: Path | None = None
-) -> Settings:
+def load_settings(*, config_file: Path | None = None, env_file: Path | None = None) -> Settings:
     """Read config.yml, .env and the environment.
 
     Args:
@@ -227,7 +226,9 @@ def load_settings(
         ConfigurationError: With one line that names key, value and what is allowed.
     """
     env_path = env_file or PROJECT_ROOT / ".env"
-    named = config_file or (Path(os.environ["CONFIG_FILE"]) if "CONFIG_FILE" in os.environ else None)
+    named = config_file or (
+        Path(os.environ["CONFIG_FILE"]) if "CONFIG_FILE" in os.environ else None
+    )
     yaml_path = named or PROJECT_ROOT / "config.yml"
     values = _read_yaml(yaml_path, required=named is not None)
     try:
@@ -252,11 +253,15 @@ def _read_yaml(path: Path, *, required: bool) -> dict[str, Any]:
             raise ConfigurationError(f"configuration error: {path} does not exist") from None
         return {}
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"configuration error: cannot read {path}: {_one_line(error)}") from None
+        raise ConfigurationError(
+            f"configuration error: cannot read {path}: {_one_line(error)}"
+        ) from None
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"configuration error: {path} is not YAML: {_one_line(error)}") from None
+        raise ConfigurationError(
+            f"configuration error: {path} is not YAML: {_one_line(error)}"
+        ) from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -6,8 +6,8 @@ Prompts, answers and keys are never logged. What an event carries beyond its mes
 
 import logging
 import sys
+import time
 from contextvars import ContextVar
-from datetime import datetime
 from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter
@@ -21,7 +21,7 @@ request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 """Id of the request being served; set by the outermost middleware."""
 
 # Loggers of libraries whose lines at INFO are noise here, or repeat the access log.
-_QUIET = ("httpx", "httpcore", "huggingface_hub", "transformers", "urllib3", "filelock", "sse_starlette")
+_QUIET = ("httpx", "httpcore", "huggingface_hub", "transformers", "filelock", "sse_starlette")
 
 
 def get_logger(name: str | None = None) -> logging.Logger:
@@ -30,7 +30,7 @@ def get_logger(name: str | None = None) -> logging.Logger:
 
 
 class ServiceJsonFormatter(JsonFormatter):
-    """The shape README.md shows: timestamp, level, logger, message, then the event's own members."""
+    """README.md's shape: timestamp, level, logger, message, then the event's own members."""
 
     def add_fields(
         self,
@@ -53,7 +53,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Render ``record``; a traceback follows on lines of its own."""
-        stamp = f"{datetime.fromtimestamp(record.created):%H:%M:%S}"
+        stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
         message = record.getMessage().encode("unicode_escape").decode("ascii")
         request_id = request_id_var.get()
         suffix = f" [{request_id}]" if request_id else ""
@@ -66,9 +66,7 @@ class TextFormatter(logging.Formatter):
 def configure_logging(settings: LoggingSettings) -> None:
     """Send every logger of the process, uvicorn's included, through one handler."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        ServiceJsonFormatter() if settings.format == "json" else TextFormatter()
-    )
+    handler.setFormatter(ServiceJsonFormatter() if settings.format == "json" else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

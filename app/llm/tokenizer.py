@@ -54,7 +54,9 @@ class PromptTokenizer:
         self._template = info.chat_template or DEFAULT_CHAT_TEMPLATE
         self._template_variables = dict(info.special_tokens)
         added = self._encoder.get_added_tokens_decoder()
-        self._special = {token.content: token_id for token_id, token in added.items() if token.special}
+        self._special = {
+            token.content: token_id for token_id, token in added.items() if token.special
+        }
         # Longest first: a token takes priority over the tokens it contains.
         spellings = sorted(self._special, key=len, reverse=True)
         self._spelling = re.compile("|".join(map(re.escape, spellings)) or "(?!)")
@@ -103,7 +105,7 @@ class PromptTokenizer:
             raise TemplateError(
                 f"The model's chat template refuses these messages: {reason}", param="messages"
             ) from error
-        return rendered[0]
+        return str(rendered[0])
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a bare prompt, all of it plain text, with the model's own opening token."""

@@ -1,7 +1,6 @@
 """The one use case behind every route that generates: check, admit, generate, account."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +61,9 @@ class Job:
 class Answer:
     """An answer on its way: iterate over its text, then read :attr:`completion`."""
 
-    def __init__(self, model: str, report: GenerationReport, pieces: AsyncIterator[str]) -> None:
+    def __init__(
+        self, model: str, report: GenerationReport, pieces: AsyncGenerator[str, None]
+    ) -> None:
         self.id = report.id
         self.model = model
         self._report = report
@@ -82,7 +83,7 @@ class Answer:
 
     async def aclose(self) -> None:
         """Stop generating, if it has not ended."""
-        await self._pieces.aclose()  # type: ignore[attr-defined]
+        await self._pieces.aclose()
 
     @property
     def completion(self) -> Completion:
@@ -149,13 +150,13 @@ class GenerationService:
             # The first piece is empty and says that the request is in.
             await anext(pieces)
         except BaseException:
-            await pieces.aclose()  # type: ignore[attr-defined]
+            await pieces.aclose()
             raise
         return Answer(self._engine.model_label, report, pieces)
 
     async def _generate(
         self, job: Job, options: GenerationOptions, report: GenerationReport
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         admission = self._engine.admit()
         try:
             if job.prompt is not None:
@@ -164,9 +165,8 @@ class GenerationService:
             else:
                 chain = self._chains.chat(options, report, admission)
                 pieces = chain.astream({"messages": self._chains.chat_messages(job.messages)})
-            async with aclosing(pieces):  # type: ignore[type-var]
-                async for piece in pieces:
-                    yield piece
+            async for piece in pieces:
+                yield piece
         finally:
             # LangChain closes its inner generators when it gets to it; the place is freed now.
             admission.release()

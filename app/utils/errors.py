@@ -185,7 +185,7 @@ class EngineUnavailableError(RetryableError):
 
     status = 503
     code = "engine_unavailable"
-    default_message = "The engine stopped unexpectedly and is being restarted; see Retry-After."
+    default_message = "The engine stopped unexpectedly and is being restarted."
 
 
 class DeadlineExceededError(ServiceError):

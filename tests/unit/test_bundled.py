@@ -114,7 +114,7 @@ class IndexHandler(BaseHTTPRequestHandler):
             body = body[: index.cut_after]
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the interface
         """Keep the test's output clean."""
 
 

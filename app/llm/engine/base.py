@@ -20,10 +20,6 @@ _HEADER = struct.Struct(">I")
 HEADER_BYTES: Final = _HEADER.size
 
 
-class Message(msgspec.Struct, frozen=True, tag=True):
-    """Base of everything on the wire."""
-
-
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How tokens are chosen; the defaults change nothing.
 
@@ -127,7 +123,7 @@ class EngineStats(msgspec.Struct, frozen=True):
 # --- API process -> engine process --------------------------------------------------------------
 
 
-class Configure(Message):
+class Configure(msgspec.Struct, frozen=True, tag=True):
     """First message: what to load. The token travels here so that no environment shows it."""
 
     model: dict[str, str | int | float | None]
@@ -138,44 +134,44 @@ class Configure(Message):
     log_format: str
 
 
-class Submit(Message):
+class Submit(msgspec.Struct, frozen=True, tag=True):
     """Generate."""
 
     request: GenerationRequest
 
 
-class Cancel(Message):
+class Cancel(msgspec.Struct, frozen=True, tag=True):
     """Stop generating; answered by the request's terminal event if it had none yet."""
 
     request_id: str
 
 
-class Stop(Message):
+class Stop(msgspec.Struct, frozen=True, tag=True):
     """Leave, now."""
 
 
 # --- engine process -> API process --------------------------------------------------------------
 
 
-class Loading(Message):
+class Loading(msgspec.Struct, frozen=True, tag=True):
     """Progress of loading, for the log and /status."""
 
     message: str
 
 
-class Ready(Message):
+class Ready(msgspec.Struct, frozen=True, tag=True):
     """The model is loaded."""
 
     info: EngineInfo
 
 
-class LoadFailed(Message):
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
     """The model cannot be loaded; one line that says what to do. The process ends after it."""
 
     message: str
 
 
-class Step(Message):
+class Step(msgspec.Struct, frozen=True, tag=True):
     """All events of one step, and the figures after it."""
 
     events: list[TokenEvent]
@@ -184,10 +180,11 @@ class Step(Message):
 
 Command = Configure | Submit | Cancel | Stop
 Report = Loading | Ready | LoadFailed | Step
+Message = Command | Report
 
 _encoder = msgspec.msgpack.Encoder()
-_command_decoder = msgspec.msgpack.Decoder(Command)
-_report_decoder = msgspec.msgpack.Decoder(Report)
+_command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_report_decoder: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
 
 
 def pack(message: Message) -> bytes:

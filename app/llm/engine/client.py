@@ -8,7 +8,7 @@ until the last. Leaving at any point frees what it held, at the latest within on
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -22,7 +22,6 @@ from app.llm.engine.base import (
     EngineStats,
     GenerationRequest,
     Loading,
-    LoadFailed,
     Ready,
     Report,
     Step,
@@ -128,7 +127,7 @@ class Admission:
             timeout, self.fail, DeadlineExceededError()
         )
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Run ``request`` and yield its events; the last one has a finish reason.
 
         Raises:
@@ -303,7 +302,9 @@ class EngineClient:
             failed_starts = 0 if was_ready else failed_starts + 1
             log.error("the engine process ended: %s", ending, extra={"ready": was_ready})
             if failed_starts >= _MAX_FAILED_STARTS:
-                self._give_up(f"the engine process died {failed_starts} times while loading: {ending}")
+                self._give_up(
+                    f"the engine process died {failed_starts} times while loading: {ending}"
+                )
                 return
             if self.state is not EngineState.DRAINING:
                 self.state = EngineState.RESTARTING
@@ -450,7 +451,11 @@ class EngineClient:
 
     def _abandon(self, request: GenerationRequest | None) -> None:
         """Stop the engine's work for a request that has not ended."""
-        if request is not None and self._by_request.pop(request.id, None) and self._process:
+        if (
+            request is not None
+            and self._by_request.pop(request.id, None) is not None
+            and self._process
+        ):
             self._process.send(Cancel(request_id=request.id))
 
     def _leave(

@@ -23,6 +23,7 @@ from app.llm.engine.base import (
     SAMPLING_FIELDS,
     EngineInfo,
     EngineStats,
+    FinishReason,
     GenerationRequest,
     TokenEvent,
 )
@@ -63,8 +64,8 @@ class EchoBackend:
     def __init__(self, *, step_seconds: float = 0.0) -> None:
         self._step_seconds = step_seconds
         self._tokenizer = build_tokenizer()
-        self._end_id = self._tokenizer.token_to_id(_END)
-        self._start_id = self._tokenizer.token_to_id(_START)
+        self._end_id = _special_id(self._tokenizer, _END)
+        self._start_id = _special_id(self._tokenizer, _START)
         self._running: dict[str, _Running] = {}
         self.info = EngineInfo(
             model="echo",
@@ -124,8 +125,9 @@ class EchoBackend:
         token = running.answer[running.said]
         running.said += 1
         at_end = token == self._end_id
-        finish = "stop" if at_end else "length" if running.said >= request.max_tokens else None
-        if finish:
+        finish: FinishReason | None = None
+        if at_end or running.said >= request.max_tokens:
+            finish = "stop" if at_end else "length"
             del self._running[request.id]
         return TokenEvent(request_id=request.id, token_ids=[token], finish_reason=finish)
 
@@ -136,6 +138,13 @@ class EchoBackend:
     def stats(self) -> EngineStats:
         """Figures of the moment; there is no KV cache to use."""
         return EngineStats(running=len(self._running))
+
+
+def _special_id(tokenizer: Tokenizer, token: str) -> int:
+    token_id = tokenizer.token_to_id(token)
+    if token_id is None:
+        raise KeyError(token)
+    return token_id
 
 
 def _break(fault: str) -> None:

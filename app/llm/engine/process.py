@@ -9,7 +9,15 @@ import sys
 from collections.abc import AsyncIterator
 
 from app.core.config import PROJECT_ROOT
-from app.llm.engine.base import HEADER_BYTES, Message, Report, Stop, body_length, pack, unpack_report
+from app.llm.engine.base import (
+    HEADER_BYTES,
+    Message,
+    Report,
+    Stop,
+    body_length,
+    pack,
+    unpack_report,
+)
 
 # The engine ends within a step of being told to; past this it is not coming back.
 _STOP_SECONDS = 3.0
@@ -109,6 +117,8 @@ def _environment() -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if not k.upper().startswith(_WITHHELD)}
     # The service may have been started from any folder.
     paths = [str(PROJECT_ROOT), environment.get("PYTHONPATH", "")]
+    # Bars that redraw a line make a server's log unreadable.
+    environment["TQDM_DISABLE"] = "1"
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return environment
 

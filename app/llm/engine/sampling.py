@@ -80,7 +80,9 @@ def select(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
         if rows:
             chosen_samplers = [samplers[i] for i in rows]
             index = torch.tensor(rows, device=scores.device)
-            logits = scores[index] / _column(scores, [s.params.temperature for s in chosen_samplers])
+            logits = scores[index] / _column(
+                scores, [s.params.temperature for s in chosen_samplers]
+            )
             scores[index, pick(logits, chosen_samplers)] = torch.inf
     return scores
 
@@ -97,9 +99,7 @@ def _penalise(row: Tensor, sampler: RequestSampler) -> None:
         row[seen] = torch.where(logits > 0, logits / penalty, logits * penalty)
     if sampler.generated and (params.presence_penalty or params.frequency_penalty):
         tokens = torch.tensor(list(sampler.generated), device=row.device)
-        counts = torch.tensor(
-            list(sampler.generated.values()), device=row.device, dtype=row.dtype
-        )
+        counts = torch.tensor(list(sampler.generated.values()), device=row.device, dtype=row.dtype)
         row[tokens] -= params.presence_penalty + params.frequency_penalty * counts
 
 

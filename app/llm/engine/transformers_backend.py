@@ -9,7 +9,7 @@ is one message, a cancellation takes effect before the next step, and nothing wa
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,15 +35,18 @@ _PAGE_SIZE = 32
 # Prompt tokens a step takes in beside the running requests; longer prompts come in pieces, so
 # that they do not stall the running streams.
 _CPU_BATCH_TOKENS = 512
+# Tokens of cache planned for each running request on a CPU, where the cache is resident memory
+# from the start. A few longer requests are fine; if all are, some wait and are computed again.
+_CPU_TOKENS_PER_REQUEST = 1024
 # Share of the memory that is free after loading which the KV cache may take on a CPU.
 _CPU_CACHE_SHARE = 0.4
 
 
-class _Selector(ContinuousBatchingLogitsProcessor):
+class _Selector(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
     """Runs :func:`select` as a logits processor: the place transformers has for one's own."""
 
-    supported_kwargs: dict[str, type] = {"sampler": RequestSampler}
-    ignored_kwargs: tuple[str, ...] = ()
+    supported_kwargs: ClassVar[dict[str, type]] = {"sampler": RequestSampler}
+    ignored_kwargs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         self._samplers: list[RequestSampler] = []
@@ -54,10 +57,12 @@ class _Selector(ContinuousBatchingLogitsProcessor):
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
         """Note whose row is which; the tensor itself is not needed."""
-        self._samplers = [r.state.logit_processor_kwargs["sampler"] for r in requests_with_new_token]
+        self._samplers = [
+            r.state.logit_processor_kwargs["sampler"] for r in requests_with_new_token
+        ]
         return torch.zeros(len(self._samplers), dtype=torch.int32)
 
-    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:  # noqa: ARG002 - the interface
         """Choose every row's token."""
         return select(scores, self._samplers)
 
@@ -227,7 +232,7 @@ def context_length(config: Any) -> int:
 
 
 def _cpu_blocks(model: Any, max_running: int) -> int:
-    """Pages for ``max_running`` full contexts, within a share of the memory that is free."""
+    """Pages for the planned tokens of ``max_running`` requests, within a share of free memory."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -236,5 +241,6 @@ def _cpu_blocks(model: Any, max_running: int) -> int:
     affordable = int(free * _CPU_CACHE_SHARE / bytes_per_token)
     context = context_length(model.config)
     # One whole context is the least: a request that was admitted must be able to finish.
-    tokens = min(max_running * context, max(affordable, context))
+    wanted = max(context, max_running * min(context, _CPU_TOKENS_PER_REQUEST))
+    tokens = max(context, min(wanted, affordable))
     return -(-tokens // _PAGE_SIZE) + 1

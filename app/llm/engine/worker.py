@@ -22,8 +22,8 @@ from app.llm.engine.base import (
     Command,
     Configure,
     EngineStats,
-    Loading,
     LoadFailed,
+    Loading,
     Message,
     Ready,
     Step,
@@ -34,6 +34,7 @@ from app.llm.engine.base import (
     pack,
     unpack_command,
 )
+from app.llm.loader import load_backend
 from app.utils.errors import ModelLoadError
 
 log = get_logger("engine")
@@ -160,9 +161,6 @@ def _failure(request_id: str, error: Exception) -> TokenEvent:
 
 
 def _load(channel: Channel, configure: Configure) -> Backend | None:
-    # Imported here: choosing a backend imports torch, which takes seconds that the log can tell.
-    from app.llm.loader import load_backend
-
     try:
         return load_backend(
             ModelSettings.model_validate(configure.model),
