@@ -24,12 +24,14 @@ from app.api.routers import chat, health, inference
 from app.core.config import Settings, load_settings
 from app.core.logging import configure_logging, get_logger
 from app.core.metrics import Metrics
+from app.core.rate_limit import CallerLimits, ClientAddress
 from app.core.security import KeyRing
 from app.llm.chain import Chains, ServedPipeline
 from app.llm.engine.client import EngineClient
 from app.llm.generator import GenerationOptions, TextGenerator
 from app.llm.loader import model_name
 from app.services.generation import GenerationService
+from app.services.response_cache import ResponseCache
 from app.utils.errors import StartupError
 
 log = get_logger()
@@ -80,10 +82,13 @@ def create_app(
         settings=settings,
         metrics=metrics,
         keys=KeyRing(settings.security),
+        limits=CallerLimits(settings.rate_limit, metrics),
+        addresses=ClientAddress(settings.security.trusted_proxies),
         engine=engine,
         generation=GenerationService(
             engine=engine,
             chains=Chains(pipeline, generator),
+            cache=ResponseCache(settings.cache, metrics),
             model=settings.model,
             security=settings.security,
         ),

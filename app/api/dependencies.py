@@ -6,17 +6,20 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
 
 from fastapi import Depends, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic_core import from_json
 from starlette.types import Receive, Scope
 
+from app.api.errors import validation_error
 from app.core.config import Settings
 from app.core.metrics import Metrics
+from app.core.rate_limit import CallerLimits, ClientAddress
 from app.core.security import KeyRing, Principal
 from app.llm.engine.client import EngineClient
 from app.services.generation import GenerationService
-from app.utils.errors import InvalidJSONError
+from app.utils.errors import InvalidAPIKeyError, InvalidJSONError, ServiceError
 
 T = TypeVar("T")
 
@@ -30,6 +33,8 @@ class Services:
     settings: Settings
     metrics: Metrics
     keys: KeyRing
+    limits: CallerLimits
+    addresses: ClientAddress
     engine: EngineClient
     generation: GenerationService
 
@@ -102,16 +107,47 @@ class GuardedRoute(APIRoute):
         takes_body = self.body_field is not None
 
         async def guarded(request: Request) -> Response:
-            services = get_services(request)
-            request.state.principal = services.keys.authenticate(request.headers)
-            if not takes_body:
-                return await handle(request)
-            body = await request.body()
-            # FastAPI turns whatever its own parsing raises into a bare 400.
-            parse_json(body)
-            return await handle(_ParsedRequest(request.scope, request.receive, body))
+            limit_headers = await _admit_caller(request)
+            try:
+                if takes_body:
+                    body = await request.body()
+                    # FastAPI turns whatever its own parsing raises into a bare 400.
+                    parse_json(body)
+                    request = _ParsedRequest(request.scope, request.receive, body)
+                response = await handle(request)
+            except RequestValidationError as error:
+                refusal = validation_error(error.errors())
+                refusal.headers.update(limit_headers)
+                raise refusal from None
+            except ServiceError as error:
+                error.headers.update(limit_headers)
+                raise
+            response.headers.update(limit_headers)
+            return response
 
         return guarded
+
+
+async def _admit_caller(request: Request) -> dict[str, str]:
+    """Find out who calls and take a token from that caller's bucket.
+
+    Returns:
+        The X-RateLimit headers of the answer.
+
+    Raises:
+        InvalidAPIKeyError: No key, or an unknown one; each costs the address a token.
+        RateLimitExceededError: The bucket is empty.
+    """
+    services = get_services(request)
+    try:
+        principal = services.keys.authenticate(request.headers)
+    except InvalidAPIKeyError as error:
+        address = services.addresses.of(request.scope.get("client"), request.headers)
+        headers = await services.limits.take(request, f"ip:{address}", reason="ip")
+        error.headers.update(headers)
+        raise
+    request.state.principal = principal
+    return await services.limits.take(request, f"key:{principal.key_id}", reason="key")
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:

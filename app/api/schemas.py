@@ -5,8 +5,10 @@ Numbers are numbers: ``"16"``, ``true`` and NaN are refused, unknown fields too.
 
 from typing import Annotated, Any, Literal, Self
 
+from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from app.core.security import Principal
 from app.llm.engine.base import SAMPLING_FIELDS
 from app.services.generation import Completion
 
@@ -212,14 +214,17 @@ def usage(completion: Completion) -> Usage:
     )
 
 
-def job_fields(body: SamplingFields) -> dict[str, Any]:
+def job_fields(body: SamplingFields, caller: Principal, request: Request) -> dict[str, Any]:
     """The arguments of a :class:`Job` that /v1/generate and /v1/chat share."""
+    no_cache = "no-cache" in request.headers.get("cache-control", "").lower()
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return {
         "max_tokens": body.max_tokens,
         "temperature": body.temperature,
         "sampling": {name: getattr(body, name) for name in _SAMPLING_FIELDS},
         "stop": stop,
+        "caller": caller.key_id,
+        "cache": body.cache and not no_cache,
     }
 
 

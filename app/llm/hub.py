@@ -3,6 +3,8 @@
 Nothing here imports torch. Every failure becomes a :class:`ModelLoadError` that says what to do.
 """
 
+import io
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -11,17 +13,21 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import httpx
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    IncompleteSnapshotError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    XetDownloadError,
 )
-from huggingface_hub.utils import tqdm as hub_tqdm
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
 from app.utils.errors import ModelLoadError
 
@@ -32,6 +38,9 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # What a tokenizer, a configuration or a chat template may lie in, beside the weights.
 _COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 _PROGRESS_SECONDS = 2.0
+# A file that is being downloaded is written to all the time; one this old was left by a killed run.
+_ABANDONED_SECONDS = 3600.0
+_ALTERNATIVES = "choose another MODEL__NAME, or set MODEL__SOURCE=bundled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +58,22 @@ class Snapshot:
     revision: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What was asked for: a repository, a GGUF file in it if one is named, and a revision."""
+
+    repo: str
+    file: str | None
+    revision: str | None
+
+
 def choose_weights(names: list[str], where: str, wanted: str | None = None) -> str | None:
     """Which file holds the weights: ``None`` for safetensors, else a GGUF file's name.
+
+    Args:
+        names: Files there are, relative to the model's folder.
+        where: The repository or the folder, as MODEL__NAME names it.
+        wanted: The GGUF file that was asked for by name.
 
     Raises:
         ModelLoadError: There are only pickled weights, none at all, or several GGUF files.
@@ -60,22 +83,27 @@ def choose_weights(names: list[str], where: str, wanted: str | None = None) -> s
         if wanted in names:
             return wanted
         raise ModelLoadError(
-            f"{where} has no file {wanted}; it has {', '.join(gguf) or 'no GGUF file'}"
+            f"{where} has no file {wanted}: correct MODEL__NAME; "
+            f"it has {', '.join(gguf) or 'no GGUF file'}"
         )
-    if any(n.endswith(".safetensors") for n in names):
+    # Subfolders hold other formats, or the parts of another kind of model.
+    top = [n for n in names if "/" not in n]
+    if any(n.endswith(".safetensors") for n in top):
         return None
     if len(gguf) == 1:
         return gguf[0]
     if gguf:
         raise ModelLoadError(
-            f"{where} has several GGUF files: append one to MODEL__NAME, as in NAME/{gguf[0]}"
+            f"{where} has several GGUF files: name one of them, as in MODEL__NAME={where}/{gguf[0]}"
         )
-    if any(n.endswith(_PICKLE_SUFFIXES) for n in names):
+    if any(n.endswith(_PICKLE_SUFFIXES) for n in top):
         raise ModelLoadError(
             f"{where} has only pickled weights, which can run code when they are loaded and are "
             "refused: choose a model with safetensors or GGUF weights"
         )
-    raise ModelLoadError(f"{where} has no weights: safetensors or GGUF files are needed")
+    raise ModelLoadError(
+        f"{where} has no weights: choose a model with safetensors or GGUF files at its top level"
+    )
 
 
 def download(name: str, *, revision: str | None, token: str | None, progress: Progress) -> Snapshot:
@@ -90,93 +118,176 @@ def download(name: str, *, revision: str | None, token: str | None, progress: Pr
     Raises:
         ModelLoadError: It cannot be had; the message says what to do.
     """
-    repo, wanted = _split_name(name)
-    progress(f"looking up {repo} on the hub")
+    wanted = _parse_name(name, revision)
+    token = _checked_token(token)
+    # The library would print beside the service's log what it also sends through it.
+    logging.getLogger("huggingface_hub").handlers.clear()
+    progress(f"looking up {wanted.repo} on the hub")
     try:
-        return _download(repo, wanted, revision, token, progress)
-    except GatedRepoError:
-        hint = (
-            "the token in HUGGINGFACE_TOKEN may not read it: accept its licence on the hub"
-            if token
-            else "accept its licence on the hub and set HUGGINGFACE_TOKEN"
-        )
-        raise ModelLoadError(f"{repo} is a gated model; {hint}, {_ALTERNATIVES}") from None
-    except RevisionNotFoundError:
-        raise ModelLoadError(
-            f"{repo} has no revision {revision!r}: correct MODEL__REVISION or leave it out"
-        ) from None
-    except RepositoryNotFoundError:
-        raise ModelLoadError(
-            f"{repo} is not on the hub, or is private: check MODEL__NAME, set HUGGINGFACE_TOKEN "
-            "if it is private, or set MODEL__SOURCE=local for a path"
-        ) from None
+        return _download(wanted, token, progress)
     except HFValidationError:
         raise ModelLoadError(
-            f"{name!r} is not a hub repository name (owner/name); for a path set MODEL__SOURCE=local"
+            f"{name!r} is not a hub repository name (owner/name): correct MODEL__NAME; "
+            "for a path set MODEL__SOURCE=local"
         ) from None
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "an error"
-        raise ModelLoadError(
-            f"the hub answered {status} for {repo}: try again later, {_ALTERNATIVES}"
-        ) from None
+        raise ModelLoadError(_explain_refusal(error, wanted, has_token=bool(token))) from None
     except OSError as error:
         raise ModelLoadError(
-            f"{repo} cannot be downloaded: {' '.join(str(error).split())}"
+            f"{wanted.repo} cannot be downloaded to {constants.HF_HUB_CACHE}: "
+            f"{' '.join(str(error).split())}"
+        ) from None
+    except ValueError:
+        raise ModelLoadError(
+            "the server in HF_ENDPOINT does not answer as a hub does: correct HF_ENDPOINT or "
+            "leave it out"
         ) from None
 
 
-_ALTERNATIVES = "choose another MODEL__NAME, or set MODEL__SOURCE=bundled"
-
-
-def _split_name(name: str) -> tuple[str, str | None]:
+def _parse_name(name: str, revision: str | None) -> _Wanted:
     parts = PurePosixPath(name).parts
     if len(parts) > 2 and name.endswith(".gguf"):
-        return "/".join(parts[:2]), "/".join(parts[2:])
-    return name, None
+        return _Wanted("/".join(parts[:2]), "/".join(parts[2:]), revision)
+    return _Wanted(name, None, revision)
 
 
-def _download(
-    repo: str, wanted: str | None, revision: str | None, token: str | None, progress: Progress
-) -> Snapshot:
+def _checked_token(token: str | None) -> str | None:
+    """The token without the line end that secret files carry.
+
+    Raises:
+        ModelLoadError: It cannot be sent; the HTTP client's own error would quote it.
+    """
+    token = (token or "").strip()
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise ModelLoadError(
+            "HUGGINGFACE_TOKEN holds characters that no token has: copy it again from the hub"
+        )
+    return token or None
+
+
+def _explain_refusal(error: HfHubHTTPError, wanted: _Wanted, *, has_token: bool) -> str:
+    """One line on what the hub refused, and what to do."""
+    repo, status = wanted.repo, error.response.status_code
+    if isinstance(error, GatedRepoError):
+        hint = (
+            "the token in HUGGINGFACE_TOKEN may not read it: accept its licence on the hub with "
+            "the account the token belongs to"
+            if has_token
+            else "accept its licence on the hub and set HUGGINGFACE_TOKEN"
+        )
+        return f"{repo} is a gated model; {hint}, {_ALTERNATIVES}"
+    if isinstance(error, RevisionNotFoundError):
+        return (
+            f"{repo} has no revision {wanted.revision!r}: correct MODEL__REVISION or leave it out"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{repo} is not on the hub, or is private: check MODEL__NAME, set HUGGINGFACE_TOKEN "
+            "if it is private, or set MODEL__SOURCE=local for a path"
+        )
+    if status in (401, 403) and has_token:
+        return (
+            f"the hub refuses the token in HUGGINGFACE_TOKEN ({status}): correct it, or leave it "
+            "out for a model that is not gated"
+        )
+    return f"the hub answered {status} for {repo}: try again later, {_ALTERNATIVES}"
+
+
+def _download(wanted: _Wanted, token: str | None, progress: Progress) -> Snapshot:
     try:
-        info = HfApi(token=token or False).model_info(repo, revision=revision)
-    except (httpx.TransportError, OfflineModeIsEnabled):
-        return _from_cache(repo, wanted, revision, progress)
+        info = HfApi(token=token or False).model_info(
+            wanted.repo, revision=wanted.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+    except OfflineModeIsEnabled:
+        return _from_cache(wanted, progress, "HF_HUB_OFFLINE is set", "unset it")
+    except httpx.TransportError:
+        advice = "check the network and HF_ENDPOINT"
+        return _from_cache(wanted, progress, "the hub cannot be reached", advice)
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status < 500 and status != httpx.codes.TOO_MANY_REQUESTS:
+            raise
+        return _from_cache(wanted, progress, f"the hub answered {status}", "try again later")
+    if info.sha is None:
+        raise ValueError("the hub named no commit")
     names = [sibling.rfilename for sibling in info.siblings or []]
-    gguf = choose_weights(names, repo, wanted)
+    gguf = choose_weights(names, wanted.repo, wanted.file)
     files = _needed(names, gguf)
-    progress(f"downloading {repo} ({len(files)} files)")
+    cache = _cache_folder(wanted.repo)
+    _remove_abandoned(cache)
+    progress(f"downloading {wanted.repo} ({len(files)} files)")
     try:
         directory = snapshot_download(
-            repo,
+            wanted.repo,
             # The commit that was just looked up: a push in between must not mix two versions.
             revision=info.sha,
             token=token or False,
             allow_patterns=files,
-            tqdm_class=_progress_bar(repo, progress),
+            tqdm_class=_progress_bar(wanted.repo, progress),
         )
-    except (httpx.TransportError, LocalEntryNotFoundError):
+    except (httpx.TransportError, LocalEntryNotFoundError, XetDownloadError):
         raise ModelLoadError(
-            f"the connection to the hub broke while downloading {repo}: start again, what was "
-            "downloaded is kept"
+            f"the connection to the hub broke while downloading {wanted.repo}: start again; "
+            "files that were complete are kept"
         ) from None
+    _remember(cache, wanted.revision, info.sha)
     return Snapshot(Path(directory), gguf, info.sha)
 
 
-def _from_cache(
-    repo: str, wanted: str | None, revision: str | None, progress: Progress
-) -> Snapshot:
+def _from_cache(wanted: _Wanted, progress: Progress, reason: str, advice: str) -> Snapshot:
+    """The model as it was last downloaded, if all of it was."""
+    repo, revision = wanted.repo, wanted.revision
     try:
-        directory = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
+        # Nothing matches the empty list, so this finds the folder without judging its contents.
+        folder = snapshot_download(
+            repo, revision=revision, local_files_only=True, allow_patterns=[]
+        )
+        try:
+            names = [file.path for file in get_cached_repo_tree(repo, revision=revision)]
+        except CachedRepoTreeNotFoundError:
+            # Another program downloaded it; what lies there is all there is to know.
+            files = (path for path in Path(folder).rglob("*") if path.is_file())
+            names = [path.relative_to(folder).as_posix() for path in files]
+        gguf = choose_weights(names, repo, wanted.file)
+        directory = Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                local_files_only=True,
+                allow_patterns=_needed(names, gguf),
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        whole = "whole " if isinstance(error, IncompleteSnapshotError) else ""
         raise ModelLoadError(
-            f"{repo} is not in the cache and the hub cannot be reached: check the network and "
-            f"HF_ENDPOINT, {_ALTERNATIVES}"
+            f"{reason}, and {repo} is not {whole}in the cache: {advice}, {_ALTERNATIVES}"
         ) from None
-    progress(f"the hub cannot be reached; using {repo} from the cache")
-    names = [path.name for path in directory.iterdir()]
+    progress(f"{reason}; using {repo} from the cache")
     # The cache names a snapshot's folder by its commit.
-    return Snapshot(directory, choose_weights(names, repo, wanted), directory.name)
+    return Snapshot(directory, gguf, directory.name)
+
+
+def _cache_folder(repo: str) -> Path:
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+
+
+def _remember(cache: Path, revision: str | None, commit: str) -> None:
+    """Note which commit a branch or tag stands for, so that it is found without the hub.
+
+    ``snapshot_download`` does so only when it looks the revision up itself. This is the cache's
+    documented layout, and written last: a download that broke must not hide an older, whole one.
+    """
+    ref = cache / "refs" / (revision or constants.DEFAULT_REVISION)
+    if ref.name != commit:
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit, encoding="ascii")
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Delete what killed downloads left; nothing goes on from it, and it fills the disk."""
+    for path in cache.glob("blobs/*.incomplete"):
+        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+            path.unlink(missing_ok=True)
 
 
 def _needed(names: list[str], gguf: str | None) -> list[str]:
@@ -185,7 +296,10 @@ def _needed(names: list[str], gguf: str | None) -> list[str]:
     companions = [n for n in top if n.endswith(_COMPANION_SUFFIXES)]
     if gguf:
         return [*companions, gguf]
-    return [*companions, *(n for n in top if n.endswith(".safetensors"))]
+    weights = [n for n in top if n.endswith(".safetensors")]
+    # Beside transformers' own files some repositories hold the same weights in a second layout.
+    own = [n for n in weights if n.startswith("model")]
+    return [*companions, *(own or weights)]
 
 
 def _progress_bar(repo: str, progress: Progress) -> type[hub_tqdm]:
@@ -193,10 +307,16 @@ def _progress_bar(repo: str, progress: Progress) -> type[hub_tqdm]:
     lock = threading.Lock()
     last = time.monotonic()
 
-    class ReportingBar(hub_tqdm):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs["disable"] = False
-            super().__init__(*args, **kwargs)
+    class ReportingBar(hub_tqdm):
+        # A bar that draws nothing needs no thread that looks after its drawing.
+        monitor_interval = 0
+
+        def __init__(self, *args: Any, name: str | None = None, **kwargs: Any) -> None:
+            # One bar counts what comes in, another what is written; one of them is enough.
+            self._counts_bytes = kwargs.get("unit") == "B" and not str(name).endswith(".transfer")
+            kwargs |= {"disable": False, "file": io.StringIO()}
+            # hub_tqdm's own __init__ turns a bar off where HF_HUB_DISABLE_PROGRESS_BARS is set.
+            super(hub_tqdm, self).__init__(*args, **kwargs)
 
         def display(self, *_args: Any, **_kwargs: Any) -> None:
             """Draw nothing: a server's log is not a terminal."""
@@ -205,7 +325,7 @@ def _progress_bar(repo: str, progress: Progress) -> type[hub_tqdm]:
             nonlocal last
             super().update(n)
             with lock:
-                due = self.unit == "B" and time.monotonic() - last >= _PROGRESS_SECONDS
+                due = self._counts_bytes and time.monotonic() - last >= _PROGRESS_SECONDS
                 if due:
                     last = time.monotonic()
             if due and self.total:

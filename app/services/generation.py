@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from app.core.config import ModelSettings, SecuritySettings
@@ -9,6 +10,7 @@ from app.llm.chain import Chains
 from app.llm.engine.base import SamplingParams
 from app.llm.engine.client import EngineClient
 from app.llm.generator import FinishReason, GenerationOptions, GenerationReport
+from app.services.response_cache import ResponseCache, cache_key
 from app.utils.errors import InternalError, PromptTooLongError, ValidationFailedError
 
 
@@ -48,6 +50,8 @@ class Job:
         temperature: Sampling temperature, or ``None`` for the configured one.
         sampling: The other sampling fields that the caller set.
         stop: Strings that end the answer.
+        caller: Id of the caller's key; answers are kept for each caller apart.
+        cache: Whether a kept answer may be served, and this one kept.
     """
 
     prompt: str | None = None
@@ -56,16 +60,24 @@ class Job:
     temperature: float | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
+    caller: str = ""
+    cache: bool = True
 
 
 class Answer:
     """An answer on its way: iterate over its text, then read :attr:`completion`."""
 
     def __init__(
-        self, model: str, report: GenerationReport, pieces: AsyncGenerator[str, None]
+        self,
+        model: str,
+        report: GenerationReport,
+        pieces: AsyncGenerator[str, None],
+        *,
+        cached: bool = False,
     ) -> None:
         self.id = report.id
         self.model = model
+        self.cached = cached
         self._report = report
         self._pieces = pieces
         self._text: list[str] = []
@@ -103,6 +115,7 @@ class Answer:
             prompt_tokens=report.prompt_tokens,
             completion_tokens=report.completion_tokens,
             cached_tokens=report.cached_tokens,
+            cached=self.cached,
         )
 
 
@@ -114,11 +127,13 @@ class GenerationService:
         *,
         engine: EngineClient,
         chains: Chains,
+        cache: ResponseCache,
         model: ModelSettings,
         security: SecuritySettings,
     ) -> None:
         self._engine = engine
         self._chains = chains
+        self._cache = cache
         self._model = model
         self._max_prompt_chars = security.max_prompt_chars
 
@@ -144,15 +159,32 @@ class GenerationService:
         """
         options = self._options(job)
         self._check_length(job)
-        report = GenerationReport()
-        pieces = self._generate(job, options, report)
+        key = self._cache_key(job, options) if job.cache else None
+        model = self._engine.model_label
+        if stored := self._cache.lookup(key):
+            return Answer(model, stored.report, _all_at_once(stored.text), cached=True)
+        report, pieces = self._cache.generate(key, partial(self._generate, job, options))
         try:
             # The first piece is empty and says that the request is in.
             await anext(pieces)
         except BaseException:
             await pieces.aclose()
             raise
-        return Answer(self._engine.model_label, report, pieces)
+        return Answer(model, report, pieces)
+
+    def _cache_key(self, job: Job, options: GenerationOptions) -> str:
+        info = self._engine.info
+        return cache_key(
+            job.caller,
+            self._engine.model_label,
+            (info.revision, info.chat_template, info.dtype) if info else None,
+            self._chains.system_prompt,
+            job.prompt,
+            job.messages,
+            options.max_tokens or options.default_max_tokens,
+            options.sampling,
+            options.stop,
+        )
 
     async def _generate(
         self, job: Job, options: GenerationOptions, report: GenerationReport
@@ -193,3 +225,7 @@ class GenerationService:
                 "allowed (security.max_prompt_chars).",
                 param="prompt" if job.prompt is not None else "messages",
             )
+
+
+async def _all_at_once(text: str) -> AsyncGenerator[str, None]:
+    yield text

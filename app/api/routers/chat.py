@@ -5,6 +5,7 @@ from fastapi import APIRouter, Request, Response
 from app.api.dependencies import (
     CLIENT_CLOSED_REQUEST,
     KEY_SCHEMES,
+    Caller,
     Generation,
     GuardedRoute,
     unless_disconnected,
@@ -26,10 +27,10 @@ router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["ch
 
 @router.post("/v1/chat", response_model=ChatResponse, responses=responses(*GENERATION_ERRORS))
 async def chat(
-    body: ChatRequest, generation: Generation, request: Request
+    body: ChatRequest, generation: Generation, caller: Caller, request: Request
 ) -> ChatResponse | Response:
     """Answer a conversation; with `stream: true` as server-sent events."""
-    job = Job(messages=[m.model_dump() for m in body.messages], **job_fields(body))
+    job = Job(messages=[m.model_dump() for m in body.messages], **job_fields(body, caller, request))
     if body.stream:
         answer = await generation.open(job)
         return EventStream(answer_frames(answer, lambda piece: {"content": piece}))

@@ -5,6 +5,7 @@ from fastapi import APIRouter, Request, Response
 from app.api.dependencies import (
     CLIENT_CLOSED_REQUEST,
     KEY_SCHEMES,
+    Caller,
     Generation,
     GuardedRoute,
     unless_disconnected,
@@ -24,10 +25,10 @@ router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["in
     responses=responses(*GENERATION_ERRORS),
 )
 async def generate(
-    body: GenerateRequest, generation: Generation, request: Request
+    body: GenerateRequest, generation: Generation, caller: Caller, request: Request
 ) -> GenerateResponse | Response:
     """Generate text from a prompt; with `stream: true` as server-sent events."""
-    job = Job(prompt=body.prompt, **job_fields(body))
+    job = Job(prompt=body.prompt, **job_fields(body, caller, request))
     if body.stream:
         answer = await generation.open(job)
         return EventStream(answer_frames(answer, lambda piece: {"text": piece}))

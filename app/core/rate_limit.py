@@ -1,0 +1,228 @@
+"""Rate limiting: a true token bucket for each caller, behind slowapi.
+
+slowapi brings the limiter, its exception and its decorator; the bucket is a strategy of our own,
+registered with ``limits``, because neither library has one. slowapi's middlewares are not used:
+they exempt included routers, and its decorator on a handler would run after the body is read.
+"""
+
+import ipaddress
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cachetools import TTLCache
+from limits import RateLimitItem, WindowStats
+from limits.storage import StorageTypes
+from limits.strategies import STRATEGIES, RateLimiter
+from slowapi import Limiter
+from slowapi.errors import RateLimitExceeded
+
+from app.core.config import RateLimitSettings
+from app.core.metrics import Metrics
+from app.utils.errors import RateLimitExceededError
+
+_STRATEGY = "token-bucket"
+# Callers remembered at most. A forgotten one starts with a full bucket, so the bound must be far
+# above the number of callers that are active at a time; an entry takes about 200 bytes.
+_MAX_BUCKETS = 100_000
+
+
+class TokenBucketRateLimiter(RateLimiter):
+    """The generic cell rate algorithm (ITU-T I.371): a token bucket in one number for each key.
+
+    A bucket of :attr:`burst_size` tokens refills at the limit's rate. In any window of ``t``
+    seconds at most ``burst_size + rate * t`` hits succeed.
+
+    Attributes:
+        burst_size: Tokens in a full bucket; ``None`` takes the limit's own amount.
+        clock: Seconds, never going back.
+    """
+
+    def __init__(self, storage: StorageTypes) -> None:
+        super().__init__(storage)
+        self.burst_size: int | None = None
+        self.clock: Callable[[], float] = time.monotonic
+        self._lock = threading.Lock()
+        # When each bucket will be full again ("theoretical arrival time"). One that is full
+        # needs no entry; the longest-lived takes a whole bucket's refill to become so.
+        self._full_at: TTLCache[str, float] = TTLCache(
+            maxsize=_MAX_BUCKETS, ttl=math.inf, timer=self._now
+        )
+
+    def _now(self) -> float:
+        return self.clock()
+
+    def _terms(self, item: RateLimitItem) -> tuple[float, int]:
+        """Seconds a token takes to refill, and tokens in a full bucket."""
+        return item.get_expiry() / item.amount, self.burst_size or item.amount
+
+    def hit(self, item: RateLimitItem, *identifiers: str, cost: int = 1) -> bool:
+        """Take ``cost`` tokens if the bucket has them."""
+        interval, burst = self._terms(item)
+        key = item.key_for(*identifiers)
+        with self._lock:
+            now = self.clock()
+            full_at = max(self._full_at.get(key, now), now) + cost * interval
+            # Sums of intervals drift by a few ulps, which must not cost a caller a token.
+            if full_at - now > burst * interval * (1 + 1e-9):
+                return False
+            self._full_at[key] = full_at
+            return True
+
+    def test(self, item: RateLimitItem, *identifiers: str, cost: int = 1) -> bool:
+        """Whether the bucket has ``cost`` tokens."""
+        return self._tokens(item, *identifiers) >= cost
+
+    def _tokens(self, item: RateLimitItem, *identifiers: str) -> float:
+        interval, burst = self._terms(item)
+        missing = max(self._full_at.get(item.key_for(*identifiers), 0.0) - self.clock(), 0.0)
+        return burst - missing / interval + 1e-9
+
+    def get_window_stats(self, item: RateLimitItem, *identifiers: str) -> WindowStats:
+        """Unix time at which the bucket is full, and whole tokens in it."""
+        missing = max(self._full_at.get(item.key_for(*identifiers), 0.0) - self.clock(), 0.0)
+        return WindowStats(time.time() + missing, int(self._tokens(item, *identifiers)))
+
+    def state(self, item: RateLimitItem, *identifiers: str) -> "BucketState":
+        """What a caller is told about its bucket."""
+        interval, burst = self._terms(item)
+        tokens = self._tokens(item, *identifiers)
+        return BucketState(
+            limit=burst,
+            remaining=max(int(tokens), 0),
+            reset_seconds=max(math.ceil((burst - tokens) * interval), 0),
+            retry_after=max((1 - tokens) * interval, 0.0),
+        )
+
+
+STRATEGIES[_STRATEGY] = TokenBucketRateLimiter  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True)
+class BucketState:
+    """A caller's bucket at a moment.
+
+    Attributes:
+        limit: Tokens in a full bucket.
+        remaining: Whole tokens in it now.
+        reset_seconds: Until it is full.
+        retry_after: Seconds until the next token.
+    """
+
+    limit: int
+    remaining: int
+    reset_seconds: int
+    retry_after: float
+
+    def headers(self) -> dict[str, str]:
+        """The X-RateLimit headers."""
+        return {
+            "X-RateLimit-Limit": str(self.limit),
+            "X-RateLimit-Remaining": str(self.remaining),
+            "X-RateLimit-Reset": str(self.reset_seconds),
+        }
+
+
+class CallerLimits:
+    """The limits of this service: a bucket for each API key, and one for each other address."""
+
+    def __init__(self, settings: RateLimitSettings, metrics: Metrics) -> None:
+        self._enabled = settings.enabled
+        self._metrics = metrics
+        self._limiter = Limiter(
+            key_func=_caller_of,
+            strategy=_STRATEGY,
+            storage_uri="memory://",
+            enabled=settings.enabled,
+            key_style="endpoint",
+            # Its default would read the project's .env once more, with other names in mind.
+            config_filename=os.devnull,
+        )
+        self.buckets: TokenBucketRateLimiter = self._limiter.limiter
+        self.buckets.burst_size = settings.burst_size
+
+        async def take(request: Any) -> None:
+            """Stands for every limited route, so that all of them share a caller's bucket."""
+
+        self._take = self._limiter.limit(f"{settings.requests_per_minute}/minute")(take)
+
+    async def take(self, request: Any, caller: str, *, reason: str) -> dict[str, str]:
+        """Take a token from ``caller``'s bucket.
+
+        Args:
+            request: The HTTP request; its state carries the caller to slowapi.
+            caller: ``key:...`` or ``ip:...``.
+            reason: Label of the refusal in the metrics.
+
+        Returns:
+            The X-RateLimit headers of the answer; none while limits are off.
+
+        Raises:
+            RateLimitExceededError: The bucket is empty.
+        """
+        if not self._enabled:
+            return {}
+        request.state.rate_limit_caller = caller
+        request.state._rate_limiting_complete = False
+        try:
+            await self._take(request=request)
+        except RateLimitExceeded:
+            self._metrics.rate_limited.labels(reason).inc()
+            state = self._state(request)
+            error = RateLimitExceededError(retry_after=state.retry_after)
+            error.headers.update(state.headers())
+            raise error from None
+        return self._state(request).headers()
+
+    def _state(self, request: Any) -> BucketState:
+        item, identifiers = request.state.view_rate_limit
+        return self.buckets.state(item, *identifiers)
+
+
+def _caller_of(request: Any) -> str:
+    return str(request.state.rate_limit_caller)
+
+
+class ClientAddress:
+    """Finds the address a request comes from, believing only proxies that are trusted."""
+
+    def __init__(self, trusted_proxies: Sequence[str]) -> None:
+        """Parse the networks.
+
+        Args:
+            trusted_proxies: Addresses or networks, ``10.0.0.0/8``.
+
+        Raises:
+            ValueError: One of them is neither.
+        """
+        self._trusted = [ipaddress.ip_network(n, strict=False) for n in trusted_proxies]
+        # uvicorn rewrites the peer's address by itself when the peer is 127.0.0.1, or one of
+        # the addresses in this variable; it then leaves 0 for the port.
+        self._uvicorn_configured = "FORWARDED_ALLOW_IPS" in os.environ
+
+    def of(self, client: tuple[str, int] | None, headers: Mapping[str, str]) -> str:
+        """The rightmost address that no trusted proxy vouches against."""
+        if client is None:
+            return "unknown"
+        peer, port = client
+        if port == 0 and not self._uvicorn_configured:
+            peer = "127.0.0.1"
+        forwarded = [a.strip() for a in headers.get("x-forwarded-for", "").split(",") if a.strip()]
+        while forwarded and self._is_trusted(peer):
+            peer = forwarded.pop()
+        return peer if _parse(peer) else "unknown"
+
+    def _is_trusted(self, address: str) -> bool:
+        parsed = _parse(address)
+        return parsed is not None and any(parsed in network for network in self._trusted)
+
+
+def _parse(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(address)
+    except ValueError:
+        return None
