@@ -20,19 +20,22 @@ from app import __version__
 from app.api.dependencies import Services
 from app.api.errors import register_error_handlers
 from app.api.middleware import BodyLimitMiddleware, RequestContextMiddleware
-from app.api.routers import chat, health, inference
+from app.api.routers import chat, health, inference, sessions, status
 from app.core.config import Settings, load_settings
 from app.core.logging import configure_logging, get_logger
 from app.core.metrics import Metrics
 from app.core.rate_limit import CallerLimits, ClientAddress
 from app.core.security import KeyRing
+from app.core.sessions import SessionStore
 from app.llm.chain import Chains, ServedPipeline
 from app.llm.engine.client import EngineClient
 from app.llm.generator import GenerationOptions, TextGenerator
 from app.llm.loader import model_name
+from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
 from app.services.response_cache import ResponseCache
 from app.utils.errors import StartupError
+from app.utils.timing import Stopwatch
 
 log = get_logger()
 
@@ -78,19 +81,28 @@ def create_app(
         generator=generator,
         options=GenerationOptions(default_max_tokens=settings.model.max_tokens),
     )
+    generation = GenerationService(
+        engine=engine,
+        chains=Chains(pipeline, generator),
+        cache=ResponseCache(settings.cache, metrics),
+        model=settings.model,
+        security=settings.security,
+    )
     services = Services(
         settings=settings,
+        uptime=Stopwatch(),
         metrics=metrics,
         keys=KeyRing(settings.security),
         limits=CallerLimits(settings.rate_limit, metrics),
         addresses=ClientAddress(settings.security.trusted_proxies),
         engine=engine,
-        generation=GenerationService(
-            engine=engine,
-            chains=Chains(pipeline, generator),
-            cache=ResponseCache(settings.cache, metrics),
-            model=settings.model,
-            security=settings.security,
+        generation=generation,
+        conversation=ConversationService(
+            store=SessionStore(settings.chat_history),
+            generation=generation,
+            generator=generator,
+            metrics=metrics,
+            enabled=settings.chat_history.enabled,
         ),
     )
     return _build(settings, services, pipeline)
@@ -108,8 +120,8 @@ def _build(settings: Settings, services: Services, pipeline: ServedPipeline) -> 
     )
     app.state.services = services
     register_error_handlers(app)
-    for router in (health.router, inference.router, chat.router):
-        app.include_router(router)
+    for module in (health, status, inference, chat, sessions):
+        app.include_router(module.router)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.security.max_body_bytes)
     # Added last, so that it is outermost.
     app.add_middleware(RequestContextMiddleware, metrics=services.metrics)

@@ -18,8 +18,10 @@ from app.core.metrics import Metrics
 from app.core.rate_limit import CallerLimits, ClientAddress
 from app.core.security import KeyRing, Principal
 from app.llm.engine.client import EngineClient
+from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
 from app.utils.errors import InvalidAPIKeyError, InvalidJSONError, ServiceError
+from app.utils.timing import Stopwatch
 
 T = TypeVar("T")
 
@@ -31,12 +33,14 @@ class Services:
     """Everything the composition root built, for the routers."""
 
     settings: Settings
+    uptime: Stopwatch
     metrics: Metrics
     keys: KeyRing
     limits: CallerLimits
     addresses: ClientAddress
     engine: EngineClient
     generation: GenerationService
+    conversation: ConversationService
 
 
 def get_services(request: Request) -> Services:
@@ -54,8 +58,14 @@ def get_caller(request: Request) -> Principal:
     return cast("Principal", request.state.principal)
 
 
+def get_conversation(request: Request) -> ConversationService:
+    """The use case of chats with a session."""
+    return get_services(request).conversation
+
+
 AppServices = Annotated[Services, Depends(get_services)]
 Generation = Annotated[GenerationService, Depends(get_generation)]
+Conversation = Annotated[ConversationService, Depends(get_conversation)]
 Caller = Annotated[Principal, Depends(get_caller)]
 
 # Only for the OpenAPI document; the guard does the checking.

@@ -104,11 +104,18 @@ class ChatRequest(SamplingFields):
     )
 
     messages: list[Message] = Field(min_length=1, max_length=1000)
+    session_id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9._:-]{1,128}$",
+        description="Keeps the conversation; with it, only the new messages are sent.",
+    )
 
     @model_validator(mode="after")
     def _system_comes_first(self) -> Self:
         if any(m.role == "system" for m in self.messages[1:]):
             raise ValueError("only the first message may have the role system")
+        if self.messages[-1].role == "system":
+            raise ValueError("a message to answer must follow the one with the role system")
         return self
 
 
@@ -125,6 +132,9 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    dropped_messages: int | None = Field(
+        None, description="Messages of the history that did not fit the context."
+    )
 
 
 class AnswerFields(BaseModel):
@@ -156,6 +166,24 @@ class ChatResponse(AnswerFields):
     """Answer of POST /v1/chat."""
 
     message: AssistantMessage
+    session_id: str | None = None
+
+
+class AnyMessage(BaseModel):
+    """One message of a kept conversation."""
+
+    role: str
+    content: str
+
+
+class SessionResponse(BaseModel):
+    """Answer of GET /v1/sessions/{id}."""
+
+    session_id: str
+    system: str | None = Field(description="The system message, where one was sent.")
+    messages: list[AnyMessage]
+    created_at: float = Field(description="Unix time.")
+    ttl_seconds: float = Field(description="How long it is kept after its last turn.")
 
 
 class HealthResponse(BaseModel):
@@ -166,6 +194,87 @@ class HealthResponse(BaseModel):
     status: Literal["healthy", "loading", "unhealthy", "draining"]
     model_loaded: bool
     model_name: str
+
+
+class QueueStatus(BaseModel):
+    """How full the engine is."""
+
+    running: int
+    waiting: int
+    max_running: int
+    max_waiting: int
+    kv_cache_usage: float = Field(description="Share of the KV cache in use, 0 to 1.")
+
+
+class EngineStatus(BaseModel):
+    """What is served, and by what; the empty members are known once the model is loaded."""
+
+    state: str
+    message: str | None = Field(description="What the engine is doing, while it is not ready.")
+    backend: str | None = None
+    backend_reason: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    context_length: int | None = None
+    supported_parameters: list[str] = []
+    restarts: int
+    queue: QueueStatus
+
+
+class ModelStatus(BaseModel):
+    """The served model."""
+
+    name: str
+    source: str
+    revision: str | None = None
+
+
+class CacheStatus(BaseModel):
+    """The response cache."""
+
+    enabled: bool
+    entries: int
+    bytes: int
+    max_entries: int
+    max_bytes: int
+    ttl_seconds: float
+    hits: int
+    misses: int
+
+
+class SessionsStatus(BaseModel):
+    """The conversations that are kept."""
+
+    enabled: bool
+    active: int
+    max_sessions: int
+    ttl_seconds: float
+
+
+class LimitsStatus(BaseModel):
+    """The limits in force."""
+
+    max_tokens: int
+    max_prompt_chars: int
+    max_body_bytes: int
+    request_timeout_seconds: float
+    rate_limit_enabled: bool
+    requests_per_minute: int
+    burst_size: int
+
+
+class StatusResponse(BaseModel):
+    """Answer of GET /status."""
+
+    name: str
+    version: str
+    environment: str
+    uptime_seconds: float
+    model: ModelStatus
+    engine: EngineStatus
+    cache: CacheStatus
+    sessions: SessionsStatus
+    limits: LimitsStatus
 
 
 class ProbeResponse(BaseModel):
@@ -211,6 +320,7 @@ def usage(completion: Completion) -> Usage:
         completion_tokens=completion.completion_tokens,
         total_tokens=completion.prompt_tokens + completion.completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=completion.cached_tokens),
+        dropped_messages=completion.dropped_messages or None,
     )
 
 

@@ -77,7 +77,7 @@ async def answer_frames(answer: Answer, delta: Delta) -> AsyncIterator[bytes]:
                 "finish_reason": completion.finish_reason,
                 "tokens_generated": completion.completion_tokens,
                 "cached": completion.cached,
-                "usage": usage(completion).model_dump(),
+                "usage": usage(completion).model_dump(exclude_none=True),
             }
         )
     yield DONE

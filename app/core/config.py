@@ -154,6 +154,13 @@ class ChatHistorySettings(Section):
 
     enabled: bool = Field(True, description="Keep conversations.")
     ttl_seconds: float = Field(7200, gt=0, description="How long an idle conversation is kept.")
+    max_sessions: int = Field(10_000, ge=1, le=10_000_000, description="Most conversations kept.")
+    max_messages: int = Field(
+        200, ge=2, le=100_000, description="Most messages kept of a conversation."
+    )
+    max_bytes: int = Field(
+        268_435_456, ge=4096, le=1_099_511_627_776, description="Most bytes of all conversations."
+    )
 
 
 class LoggingSettings(Section):

@@ -30,7 +30,7 @@ class Metrics:
 
     def __init__(self) -> None:
         # A series with the time of each series' first sample would double the page.
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         r = self.registry
         self.http_requests = Counter(
@@ -113,6 +113,9 @@ class Metrics:
             "Look-ups in the response cache.",
             ("result",),
             registry=r,
+        )
+        self.sessions_active = Gauge(
+            "chat_sessions_active", "Conversations that are kept.", registry=r
         )
         self.cache_entries = Gauge(
             "response_cache_entries", "Answers in the response cache.", registry=r

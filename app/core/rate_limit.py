@@ -10,6 +10,7 @@ import math
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,15 +134,18 @@ class CallerLimits:
     def __init__(self, settings: RateLimitSettings, metrics: Metrics) -> None:
         self._enabled = settings.enabled
         self._metrics = metrics
-        self._limiter = Limiter(
-            key_func=_caller_of,
-            strategy=_STRATEGY,
-            storage_uri="memory://",
-            enabled=settings.enabled,
-            key_style="endpoint",
-            # Its default would read the project's .env once more, with other names in mind.
-            config_filename=os.devnull,
-        )
+        with warnings.catch_warnings():
+            # The null device is no regular file, which starlette's reader remarks on.
+            warnings.simplefilter("ignore", UserWarning)
+            self._limiter = Limiter(
+                key_func=_caller_of,
+                strategy=_STRATEGY,
+                storage_uri="memory://",
+                enabled=settings.enabled,
+                key_style="endpoint",
+                # Its default would read the project's .env once more, with other names in mind.
+                config_filename=os.devnull,
+            )
         self.buckets: TokenBucketRateLimiter = self._limiter.limiter
         self.buckets.burst_size = settings.burst_size
 

@@ -4,16 +4,17 @@ LangChain is imported here and nowhere else, since its interfaces move often.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NotRequired, TypedDict
 
 from langchain.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage
 from langchain_core.callbacks import (
     AsyncCallbackManagerForLLMRun,
     CallbackManagerForLLMRun,
 )
+from langchain_core.messages import BaseMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.prompt_values import PromptValue
@@ -26,8 +27,6 @@ from app.llm.engine.base import SAMPLING_FIELDS
 from app.llm.engine.client import Admission
 from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
 
-T = TypeVar("T")
-
 SYSTEM_PROMPT_FILE = Path(__file__).parent / "prompts" / "base_system.txt"
 
 _MESSAGE_CLASSES: dict[str, type[SystemMessage | HumanMessage | AIMessage]] = {
@@ -35,6 +34,16 @@ _MESSAGE_CLASSES: dict[str, type[SystemMessage | HumanMessage | AIMessage]] = {
     "user": HumanMessage,
     "assistant": AIMessage,
 }
+
+
+class ChatMessage(TypedDict):
+    """A message as the services pass it; see :meth:`PromptTokenizer.render_chat`."""
+
+    role: str
+    content: str
+    token_ids: NotRequired[list[int]]
+
+
 _ROLES = {"system": "system", "human": "user", "ai": "assistant"}
 
 
@@ -243,13 +252,16 @@ class Chains:
         chain: Runnable[dict[str, Any], str] = self._chat_prompt | model | self._parser
         return chain
 
-    def chat_messages(self, messages: Sequence[Mapping[str, str]]) -> list[AnyMessage]:
+    def chat_messages(self, messages: Sequence[ChatMessage]) -> list[AnyMessage]:
         """Messages as LangChain has them, behind a system message.
 
         A first message with the role ``system`` takes the place of base_system.txt.
         """
         converted: list[AnyMessage] = [
-            _MESSAGE_CLASSES[m["role"]](content=m["content"]) for m in messages
+            _MESSAGE_CLASSES[m["role"]](
+                content=m["content"], additional_kwargs={"token_ids": m.get("token_ids")}
+            )
+            for m in messages
         ]
         if messages and messages[0]["role"] == "system":
             return converted
@@ -257,11 +269,23 @@ class Chains:
 
     async def _render(self, value: PromptValue) -> str:
         tokenizer = self._generator.tokenizer
-        return await tokenizer.run(tokenizer.render_chat, _plain(value))
+        return await tokenizer.run(tokenizer.render_chat, _plain(value.to_messages()))
 
     def _render_blocking(self, value: PromptValue) -> str:
-        return self._generator.tokenizer.render_chat(_plain(value))
+        return self._generator.tokenizer.render_chat(_plain(value.to_messages()))
+
+    async def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
+        """Tokens of the prompt that :meth:`chat` would make of these messages."""
+        tokenizer = self._generator.tokenizer
+        return await tokenizer.run(tokenizer.count_chat, _plain(self.chat_messages(messages)))
 
 
-def _plain(value: PromptValue) -> list[dict[str, str]]:
-    return [{"role": _ROLES[m.type], "content": str(m.content)} for m in value.to_messages()]
+def _plain(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+    return [
+        {
+            "role": _ROLES[m.type],
+            "content": str(m.content),
+            "token_ids": m.additional_kwargs.get("token_ids"),
+        }
+        for m in messages
+    ]

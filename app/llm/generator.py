@@ -54,6 +54,8 @@ class GenerationReport:
         cached_tokens: How many of them were in the KV cache.
         completion_tokens: Tokens generated, the end-of-sequence token included.
         finish_reason: ``None`` until the answer is complete.
+        token_ids: The answer's tokens without the one that ended it; empty where they are not
+            exactly the text, as after a stop string.
     """
 
     id: str = field(default_factory=lambda: f"gen-{uuid.uuid4().hex}")
@@ -61,6 +63,7 @@ class GenerationReport:
     cached_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: FinishReason | None = None
+    token_ids: list[int] = field(default_factory=list)
 
 
 class TextGenerator:
@@ -172,17 +175,28 @@ class TextGenerator:
         async with aclosing(events):
             async for event in events:
                 report.completion_tokens += len(event.token_ids)
+                report.token_ids += event.token_ids
                 report.cached_tokens += event.cached_tokens
                 piece, stopped = stops.feed(detokenizer.feed(event.token_ids))
                 if stopped:
                     report.finish_reason = "stop"
+                    report.token_ids.clear()
                     yield piece
                     return
                 if event.finish_reason is not None:
                     report.finish_reason = "length" if event.finish_reason == "length" else "stop"
                     piece += stops.flush()
+                    self._keep_exact(report)
                 if piece:
                     yield piece
+
+    def _keep_exact(self, report: GenerationReport) -> None:
+        """Leave out the end-of-sequence token; give up where a special token is in the text."""
+        special = self.tokenizer.special_token_ids
+        if report.token_ids and report.token_ids[-1] in special:
+            report.token_ids.pop()
+        if not special.isdisjoint(report.token_ids):
+            report.token_ids.clear()
 
 
 def check_supported(sampling: SamplingParams, info: EngineInfo) -> None:

@@ -3,6 +3,7 @@
 Nothing here imports torch. Every failure becomes a :class:`ModelLoadError` that says what to do.
 """
 
+import contextlib
 import io
 import logging
 import threading
@@ -278,7 +279,10 @@ def _remember(cache: Path, revision: str | None, commit: str) -> None:
     documented layout, and written last: a download that broke must not hide an older, whole one.
     """
     ref = cache / "refs" / (revision or constants.DEFAULT_REVISION)
-    if ref.name != commit:
+    if ref.name == commit:
+        return
+    # A whole model in a cache that is mounted read-only can be served all the same.
+    with contextlib.suppress(OSError):
         ref.parent.mkdir(parents=True, exist_ok=True)
         ref.write_text(commit, encoding="ascii")
 
@@ -286,8 +290,10 @@ def _remember(cache: Path, revision: str | None, commit: str) -> None:
 def _remove_abandoned(cache: Path) -> None:
     """Delete what killed downloads left; nothing goes on from it, and it fills the disk."""
     for path in cache.glob("blobs/*.incomplete"):
-        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-            path.unlink(missing_ok=True)
+        # It may be gone by now, or belong to somebody else.
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink()
 
 
 def _needed(names: list[str], gguf: str | None) -> list[str]:

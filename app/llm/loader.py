@@ -4,6 +4,7 @@ Runs in the engine process, once, at its start. Weights are safetensors or GGUF;
 from a repository are refused. Every foreseeable failure is a :class:`ModelLoadError` of one line.
 """
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +52,18 @@ def load_backend(
         if settings.engine == "transformers"
         else "model.engine is auto, and transformers runs every model"
     )
+    _check_device(settings)
     snapshot = find_model(settings, token=token, progress=progress)
     check_weights(snapshot)
     progress(f"loading {model_name(settings)} with transformers")
-    pipe = _load_pipeline(settings, snapshot)
+    try:
+        pipe = _load_pipeline(settings, snapshot)
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        # The libraries below raise whatever they meet first in a broken file; tokenizers raises
+        # plain Exception. The cause is kept for whoever debugs it.
+        raise ModelLoadError(_explain(error, settings, snapshot)) from error
     progress("starting continuous batching")
     return _start_transformers(pipe, settings, snapshot, reason, max_running)
 
@@ -92,13 +101,18 @@ def _fetch_bundled(progress: Progress) -> Snapshot:
 def _find_local(path: Path) -> Snapshot:
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelLoadError(f"{path} is not a GGUF file; for safetensors name the folder")
+            raise ModelLoadError(
+                f"{path} is not a GGUF file: for safetensors set MODEL__NAME to their folder"
+            )
         return Snapshot(path.parent, path.name)
-    if not path.is_dir():
+    try:
+        names = [entry.name for entry in path.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
         raise ModelLoadError(
             f"{path} does not exist: set MODEL__NAME to a folder with safetensors or to a GGUF file"
-        )
-    names = [entry.name for entry in path.iterdir()]
+        ) from None
+    except OSError as error:
+        raise ModelLoadError(f"{path} cannot be read: {error.strerror}") from None
     return Snapshot(path, hub.choose_weights(names, str(path)))
 
 
@@ -115,15 +129,49 @@ def check_weights(snapshot: Snapshot) -> None:
                 raise ModelLoadError(f"{path} is not a GGUF file: download it again")
         return
     if not (snapshot.directory / "config.json").is_file():
-        raise ModelLoadError(f"{snapshot.directory} has no config.json: it is not a model folder")
+        raise ModelLoadError(
+            f"{snapshot.directory} has no config.json: set MODEL__NAME to a model's whole folder"
+        )
+    _check_shards(snapshot.directory)
     for path in sorted(snapshot.directory.glob("*.safetensors")):
         try:
             with safe_open(path, framework="numpy"):
                 pass
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(
-                f"{path} is corrupt or truncated ({_one_line(error)}): delete it and download it again"
+                f"{path} is corrupt or truncated ({_one_line(error)}): "
+                "delete it and download it again"
             ) from None
+
+
+def _check_shards(directory: Path) -> None:
+    """Every file that the weights' index names must be there."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelLoadError(f"{index} is corrupt: delete it and download it again") from None
+    missing = sorted(str(name) for name in shards if not (directory / str(name)).is_file())
+    if missing:
+        raise ModelLoadError(
+            f"{directory} lacks {missing[0]}, one of {len(shards)} files that its index names "
+            f"({len(missing)} missing): download it again"
+        )
+
+
+def _check_device(settings: ModelSettings) -> None:
+    """Said before gigabytes are downloaded for a device that is not there."""
+    if settings.device == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ModelLoadError(
+            "model.device is cuda, but this machine has no CUDA device that torch can use: "
+            "set MODEL__DEVICE=cpu"
+        )
 
 
 def _load_pipeline(settings: ModelSettings, snapshot: Snapshot) -> "Pipeline":
@@ -131,33 +179,43 @@ def _load_pipeline(settings: ModelSettings, snapshot: Snapshot) -> "Pipeline":
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, pipeline
     from transformers.utils import logging as transformers_logging
 
+    # One log, ours, at its level; the library would write to standard error itself.
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ModelLoadError(
-            "model.device is cuda, but this machine has no CUDA device that torch can use: "
-            "set MODEL__DEVICE=cpu"
-        )
     source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     weights: dict[str, Any] = {"use_safetensors": True}
     if snapshot.gguf:
         source["gguf_file"] = snapshot.gguf
         # Left packed, every forward pass on a CPU would unpack the weights again.
         weights = {"quantization_config": GgufConfig(dequantize=True)}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(snapshot.directory, **source)
-        model = AutoModelForCausalLM.from_pretrained(
-            snapshot.directory,
-            dtype=_dtype(settings, torch),
-            attn_implementation="sdpa",
-            **weights,
-            **source,
+    tokenizer = AutoTokenizer.from_pretrained(snapshot.directory, **source)
+    _check_tokenizer(tokenizer, settings, snapshot)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        snapshot.directory,
+        dtype=_dtype(settings, torch),
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        **weights,
+        **source,
+    )
+    if missing := sorted(report["missing_keys"]):
+        # transformers would fill them with random numbers and serve nonsense.
+        raise ModelLoadError(
+            f"{snapshot.directory} lacks {len(missing)} of the model's tensors, {missing[0]} for "
+            "one: download it again, or choose another model"
         )
-    except (
-        ValueError, KeyError, TypeError, OSError, RuntimeError, IndexError, ImportError, SafetensorError,
-    ) as error:  # fmt: skip
-        raise ModelLoadError(_explain(error, settings, snapshot)) from error
     return pipeline("text-generation", model=model, tokenizer=tokenizer, device=settings.device)
+
+
+def _check_tokenizer(tokenizer: Any, settings: ModelSettings, snapshot: Snapshot) -> None:
+    """A folder without a tokenizer gets one with an empty vocabulary from transformers."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None or not len(tokenizer):
+        raise ModelLoadError(
+            f"{model_name(settings)} has no tokenizer that can be used: "
+            f"{snapshot.directory} needs its tokenizer.json"
+        )
 
 
 def _dtype(settings: ModelSettings, torch: Any) -> "torch.dtype | str":

@@ -14,7 +14,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jinja2
 from tokenizers import Tokenizer
@@ -57,19 +57,19 @@ class PromptTokenizer:
         self._special = {
             token.content: token_id for token_id, token in added.items() if token.special
         }
+        self.special_token_ids = frozenset(self._special.values())
         # Longest first: a token takes priority over the tokens it contains.
         spellings = sorted(self._special, key=len, reverse=True)
         self._spelling = re.compile("|".join(map(re.escape, spellings)) or "(?!)")
         # Private-use characters around a nonce nobody can guess: a caller cannot write one.
         self._nonce = secrets.token_hex(8)
         self._placeholder = re.compile(f"\ue000{self._nonce}:(\\d+)\ue001")
+        self._exact = re.compile(f"\ue000{self._nonce}#([\\d,]+)\ue001")
         self._spellings = spellings
+        self._boundary = re.compile(
+            f"\ue000{self._nonce}#(?P<exact>[\\d,]+)\ue001|{self._spelling.pattern}"
+        )
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
-
-    @property
-    def special_token_ids(self) -> frozenset[int]:
-        """Ids of the model's special tokens."""
-        return frozenset(self._special.values())
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """Call one of the methods below on the owner's thread."""
@@ -79,11 +79,16 @@ class PromptTokenizer:
         """End the owner's thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def count_chat(self, messages: Sequence[Mapping[str, Any]]) -> int:
+        """Tokens of a chat's prompt."""
+        return len(self.encode_rendered(self.render_chat(messages)))
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The prompt for a chat, ending where the assistant is to speak.
 
         Args:
-            messages: Each with ``role`` and ``content``.
+            messages: Each with ``role`` and ``content``, and ``token_ids`` where the content is
+                an answer whose tokens are known: these very tokens are then encoded.
 
         Returns:
             Text for :meth:`encode_rendered`; placeholders stand for special spellings in it.
@@ -91,7 +96,25 @@ class PromptTokenizer:
         Raises:
             TemplateError: The model's template refuses the messages.
         """
-        chat = [{**m, "content": self._escape(m["content"])} for m in messages]
+        plain = [self._escape(m["content"]) for m in messages]
+        rendered = self._render(messages, plain)
+        exact = [
+            self._write_exact(m["token_ids"]) if m.get("token_ids") else text
+            for m, text in zip(messages, plain, strict=True)
+        ]
+        if exact == plain:
+            return rendered
+        with_tokens = self._render(messages, exact)
+        # A template may look at an answer's text, or cut it: then the tokens would be wrong.
+        texts = dict(zip(exact, plain, strict=True))
+        unchanged = self._exact.sub(lambda match: texts[match.group()], with_tokens) == rendered
+        return with_tokens if unchanged else rendered
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], contents: Sequence[str]) -> str:
+        chat = [
+            {"role": m["role"], "content": content}
+            for m, content in zip(messages, contents, strict=True)
+        ]
         try:
             rendered, _ = render_jinja_template(
                 [chat],
@@ -117,9 +140,12 @@ class PromptTokenizer:
             return self._encode(rendered)
         ids: list[int] = []
         position = 0
-        for match in self._spelling.finditer(rendered):
+        for match in self._boundary.finditer(rendered):
             ids += self._encode_restored(rendered[position : match.start()])
-            ids.append(self._special[match.group()])
+            if match["exact"]:
+                ids += map(int, match["exact"].split(","))
+            else:
+                ids.append(self._special[match.group()])
             position = match.end()
         return ids + self._encode_restored(rendered[position:])
 
@@ -133,6 +159,9 @@ class PromptTokenizer:
         self._encoder.encode_special_tokens = specials_are_text
         ids: list[int] = self._encoder.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def _write_exact(self, token_ids: Sequence[int]) -> str:
+        return f"\ue000{self._nonce}#{','.join(map(str, token_ids))}\ue001"
 
     def _escape(self, content: str) -> str:
         index = self._spellings.index

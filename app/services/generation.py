@@ -1,12 +1,13 @@
 """The one use case behind every route that generates: check, admit, generate, account."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from app.core.cache import CacheStatistics
 from app.core.config import ModelSettings, SecuritySettings
-from app.llm.chain import Chains
+from app.llm.chain import Chains, ChatMessage
 from app.llm.engine.base import SamplingParams
 from app.llm.engine.client import EngineClient
 from app.llm.generator import FinishReason, GenerationOptions, GenerationReport
@@ -27,6 +28,8 @@ class Completion:
         completion_tokens: Tokens generated.
         cached_tokens: Prompt tokens found in the engine's KV cache.
         cached: Whether the whole answer came from the response cache.
+        dropped_messages: Messages of the history that did not fit the context.
+        token_ids: The answer's tokens, where they are exactly its text; see GenerationReport.
     """
 
     id: str
@@ -37,6 +40,8 @@ class Completion:
     completion_tokens: int
     cached_tokens: int
     cached: bool = False
+    dropped_messages: int = 0
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ class Job:
     """
 
     prompt: str | None = None
-    messages: Sequence[Mapping[str, str]] = ()
+    messages: Sequence[ChatMessage] = ()
     max_tokens: int | None = None
     temperature: float | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -78,6 +83,8 @@ class Answer:
         self.id = report.id
         self.model = model
         self.cached = cached
+        self.dropped_messages = 0
+        self._on_end: Callable[[Completion | None], None] | None = None
         self._report = report
         self._pieces = pieces
         self._text: list[str] = []
@@ -92,10 +99,23 @@ class Answer:
             if piece:
                 self._text.append(piece)
                 yield piece
+        self._end(self.completion)
+
+    def on_end(self, callback: Callable[[Completion | None], None]) -> None:
+        """Call ``callback`` once: with the whole answer, or with ``None`` if there is none."""
+        self._on_end = callback
+
+    def _end(self, completion: Completion | None) -> None:
+        callback, self._on_end = self._on_end, None
+        if callback is not None:
+            callback(completion)
 
     async def aclose(self) -> None:
-        """Stop generating, if it has not ended."""
-        await self._pieces.aclose()
+        """Stop generating, if it has not ended; must be called in any case."""
+        try:
+            await self._pieces.aclose()
+        finally:
+            self._end(None)
 
     @property
     def completion(self) -> Completion:
@@ -116,6 +136,8 @@ class Answer:
             completion_tokens=report.completion_tokens,
             cached_tokens=report.cached_tokens,
             cached=self.cached,
+            dropped_messages=self.dropped_messages,
+            token_ids=tuple(report.token_ids),
         )
 
 
@@ -143,13 +165,7 @@ class GenerationService:
         Raises:
             ServiceError: Refused or failed.
         """
-        answer = await self.open(job)
-        try:
-            async for _ in answer:
-                pass
-        finally:
-            await answer.aclose()
-        return answer.completion
+        return await collect(await self.open(job))
 
     async def open(self, job: Job) -> Answer:
         """Begin an answer; returns once the request is admitted and its prompt accepted.
@@ -203,6 +219,18 @@ class GenerationService:
             # LangChain closes its inner generators when it gets to it; the place is freed now.
             admission.release()
 
+    def cache_statistics(self) -> CacheStatistics:
+        """How the response cache is doing."""
+        return self._cache.statistics()
+
+    def answer_tokens(self, job: Job) -> int:
+        """Tokens the answer may take, as far as they are known before the prompt is."""
+        return job.max_tokens or self._model.max_tokens
+
+    async def count_chat_tokens(self, messages: Sequence[ChatMessage]) -> int:
+        """Tokens of a chat's prompt."""
+        return await self._chains.count_tokens(messages)
+
     def _options(self, job: Job) -> GenerationOptions:
         if job.max_tokens is not None and job.max_tokens > self._model.max_tokens:
             raise ValidationFailedError(
@@ -225,6 +253,20 @@ class GenerationService:
                 "allowed (security.max_prompt_chars).",
                 param="prompt" if job.prompt is not None else "messages",
             )
+
+
+async def collect(answer: Answer) -> Completion:
+    """Wait for the whole answer.
+
+    Raises:
+        ServiceError: It broke off.
+    """
+    try:
+        async for _ in answer:
+            pass
+        return answer.completion
+    finally:
+        await answer.aclose()
 
 
 async def _all_at_once(text: str) -> AsyncGenerator[str, None]:

@@ -111,6 +111,24 @@ class MethodNotAllowedError(InvalidRequestError):
     default_message = "This address does not answer that method."
 
 
+class SessionNotFoundError(NotFoundError):
+    """The caller has no conversation of this name."""
+
+    code = "session_not_found"
+    default_message = "There is no such session."
+
+
+class SessionBusyError(InvalidRequestError):
+    """Another turn of the conversation is under way."""
+
+    status = 409
+    code = "session_busy"
+    default_message = "Another request of this session is being answered."
+
+    def __init__(self) -> None:
+        super().__init__(param="session_id")
+
+
 class BodyTooLargeError(InvalidRequestError):
     """The body exceeds ``security.max_body_bytes``."""
 

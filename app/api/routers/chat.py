@@ -6,6 +6,7 @@ from app.api.dependencies import (
     CLIENT_CLOSED_REQUEST,
     KEY_SCHEMES,
     Caller,
+    Conversation,
     Generation,
     GuardedRoute,
     unless_disconnected,
@@ -19,24 +20,41 @@ from app.api.schemas import (
     job_fields,
 )
 from app.api.sse import EventStream, answer_frames
-from app.services.generation import Job
-from app.utils.errors import GENERATION_ERRORS
+from app.llm.chain import ChatMessage
+from app.services.generation import Completion, Job, collect
+from app.utils.errors import GENERATION_ERRORS, SessionBusyError
 
 router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["chat"])
 
 
-@router.post("/v1/chat", response_model=ChatResponse, responses=responses(*GENERATION_ERRORS))
+@router.post(
+    "/v1/chat",
+    response_model=ChatResponse,
+    response_model_exclude_none=True,
+    responses=responses(*GENERATION_ERRORS, SessionBusyError),
+)
 async def chat(
-    body: ChatRequest, generation: Generation, caller: Caller, request: Request
+    body: ChatRequest,
+    generation: Generation,
+    conversation: Conversation,
+    caller: Caller,
+    request: Request,
 ) -> ChatResponse | Response:
     """Answer a conversation; with `stream: true` as server-sent events."""
-    job = Job(messages=[m.model_dump() for m in body.messages], **job_fields(body, caller, request))
+    messages: list[ChatMessage] = [{"role": m.role, "content": m.content} for m in body.messages]
+    job = Job(messages=messages, **job_fields(body, caller, request))
+    opening = conversation.open(job, body.session_id) if body.session_id else generation.open(job)
     if body.stream:
-        answer = await generation.open(job)
-        return EventStream(answer_frames(answer, lambda piece: {"content": piece}))
-    completion = await unless_disconnected(request, generation.complete(job))
+        return EventStream(answer_frames(await opening, lambda piece: {"content": piece}))
+
+    async def complete() -> Completion:
+        return await collect(await opening)
+
+    completion = await unless_disconnected(request, complete())
     if completion is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return ChatResponse(
-        message=AssistantMessage(content=completion.text), **answer_fields(completion)
+        message=AssistantMessage(content=completion.text),
+        session_id=body.session_id,
+        **answer_fields(completion),
     )

@@ -22,6 +22,7 @@ router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["in
 @router.post(
     "/v1/generate",
     response_model=GenerateResponse,
+    response_model_exclude_none=True,
     responses=responses(*GENERATION_ERRORS),
 )
 async def generate(

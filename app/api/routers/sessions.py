@@ -1,0 +1,36 @@
+"""GET and DELETE /v1/sessions/{session_id}: a conversation's history, and forgetting it."""
+
+from fastapi import APIRouter
+
+from app.api.dependencies import KEY_SCHEMES, Caller, Conversation, GuardedRoute
+from app.api.errors import responses
+from app.api.schemas import AnyMessage, SessionResponse
+from app.utils.errors import InvalidAPIKeyError, RateLimitExceededError, SessionNotFoundError
+
+router = APIRouter(
+    route_class=GuardedRoute,
+    dependencies=KEY_SCHEMES,
+    tags=["sessions"],
+    responses=responses(InvalidAPIKeyError, SessionNotFoundError, RateLimitExceededError),
+)
+
+
+@router.get("/v1/sessions/{session_id}", response_model=SessionResponse)
+async def get_session(
+    session_id: str, conversation: Conversation, caller: Caller
+) -> SessionResponse:
+    """What was said in a conversation of the caller's own."""
+    session = conversation.find(caller.key_id, session_id)
+    return SessionResponse(
+        session_id=session.id,
+        system=session.system,
+        messages=[AnyMessage(role=m.role, content=m.content) for m in session.messages],
+        created_at=session.created_at,
+        ttl_seconds=conversation.ttl_seconds,
+    )
+
+
+@router.delete("/v1/sessions/{session_id}", status_code=204)
+async def delete_session(session_id: str, conversation: Conversation, caller: Caller) -> None:
+    """Forget a conversation; a turn under way is not kept either."""
+    conversation.forget(caller.key_id, session_id)

@@ -1,0 +1,93 @@
+"""GET /status: what is served, how full it is, and which limits are in force."""
+
+from dataclasses import asdict
+
+from fastapi import APIRouter
+
+from app import __version__
+from app.api.dependencies import KEY_SCHEMES, AppServices, GuardedRoute, Services
+from app.api.errors import responses
+from app.api.schemas import (
+    CacheStatus,
+    EngineStatus,
+    LimitsStatus,
+    ModelStatus,
+    QueueStatus,
+    SessionsStatus,
+    StatusResponse,
+)
+from app.llm.engine.client import EngineState
+from app.utils.errors import InvalidAPIKeyError, RateLimitExceededError
+
+router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["health"])
+
+
+@router.get("/status", responses=responses(InvalidAPIKeyError, RateLimitExceededError))
+async def status(services: AppServices) -> StatusResponse:
+    """Detailed status with cache statistics. Reads what is known; never asks the engine."""
+    settings = services.settings
+    history = settings.chat_history
+    return StatusResponse(
+        name=settings.app.name,
+        version=__version__,
+        environment=settings.app.environment,
+        uptime_seconds=round(services.uptime.seconds, 3),
+        model=ModelStatus(
+            name=services.engine.model_label,
+            source=settings.model.source,
+            revision=services.engine.info.revision if services.engine.info else None,
+        ),
+        engine=_engine(services),
+        cache=CacheStatus(
+            enabled=settings.cache.enabled,
+            ttl_seconds=settings.cache.ttl_seconds,
+            **asdict(services.generation.cache_statistics()),
+        ),
+        sessions=SessionsStatus(
+            enabled=history.enabled,
+            active=services.conversation.active,
+            max_sessions=history.max_sessions,
+            ttl_seconds=history.ttl_seconds,
+        ),
+        limits=_limits(services),
+    )
+
+
+def _engine(services: Services) -> EngineStatus:
+    engine = services.engine
+    info = engine.info
+    ready = engine.state is EngineState.READY
+    queue = QueueStatus(kv_cache_usage=engine.stats.kv_cache_usage, **asdict(engine.queue()))
+    known = (
+        {
+            "backend": info.backend,
+            "backend_reason": info.backend_reason,
+            "device": info.device,
+            "dtype": info.dtype,
+            "context_length": info.context_length,
+            "supported_parameters": sorted(info.supported),
+        }
+        if info
+        else {}
+    )
+    return EngineStatus(
+        state=engine.state,
+        message=None if ready else engine.loading_message,
+        restarts=engine.restarts,
+        queue=queue,
+        **known,
+    )
+
+
+def _limits(services: Services) -> LimitsStatus:
+    settings = services.settings
+    limit = settings.rate_limit
+    return LimitsStatus(
+        max_tokens=settings.model.max_tokens,
+        max_prompt_chars=settings.security.max_prompt_chars,
+        max_body_bytes=settings.security.max_body_bytes,
+        request_timeout_seconds=settings.engine.request_timeout_seconds,
+        rate_limit_enabled=limit.enabled,
+        requests_per_minute=limit.requests_per_minute,
+        burst_size=limit.burst_size or limit.requests_per_minute,
+    )

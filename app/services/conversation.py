@@ -1,0 +1,152 @@
+"""A chat with a memory: the history goes before the new messages, and grows by each turn."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from app.core.metrics import Metrics
+from app.core.sessions import HistoryMessage, Session, SessionStore
+from app.llm.chain import ChatMessage
+from app.llm.generator import TextGenerator
+from app.services.generation import Answer, Completion, GenerationService, Job
+from app.utils.errors import (
+    SessionNotFoundError,
+    UnsupportedParameterError,
+)
+
+# A template's own text around a message takes fewer tokens than this.
+_TEMPLATE_TOKENS_PER_MESSAGE = 64
+
+
+class ConversationService:
+    """Turns of conversations that callers name by a ``session_id``."""
+
+    def __init__(
+        self,
+        *,
+        store: SessionStore,
+        generation: GenerationService,
+        generator: TextGenerator,
+        metrics: Metrics,
+        enabled: bool,
+    ) -> None:
+        self._store = store
+        self._generation = generation
+        self._generator = generator
+        self._enabled = enabled
+        metrics.sessions_active.set_function(lambda: len(store))
+
+    @property
+    def ttl_seconds(self) -> float:
+        """How long an idle conversation is kept."""
+        return self._store.ttl_seconds
+
+    @property
+    def active(self) -> int:
+        """Conversations kept now."""
+        return len(self._store)
+
+    def find(self, caller: str, session_id: str) -> Session:
+        """A caller's conversation.
+
+        Raises:
+            SessionNotFoundError: There is none of this name for this caller.
+        """
+        session = self._store.find(caller, session_id)
+        if session is None or not session.messages:
+            raise SessionNotFoundError
+        return session
+
+    def forget(self, caller: str, session_id: str) -> None:
+        """Delete a caller's conversation.
+
+        Raises:
+            SessionNotFoundError: There is none of this name for this caller.
+        """
+        if not self._store.forget(caller, session_id):
+            raise SessionNotFoundError
+
+    async def open(self, job: Job, session_id: str) -> Answer:
+        """Begin a turn; see :meth:`GenerationService.open`.
+
+        The turn is kept once its answer is complete. One that is refused, fails or is left
+        leaves the conversation as it was.
+
+        Raises:
+            SessionBusyError: Another turn of this conversation is under way.
+            UnsupportedParameterError: Conversations are switched off.
+            ServiceError: Refused.
+        """
+        if not self._enabled:
+            raise UnsupportedParameterError(
+                "Conversations are switched off here (chat_history.enabled).", param="session_id"
+            )
+        session = self._store.begin_turn(job.caller, session_id)
+        try:
+            return await self._open(job, session)
+        except BaseException:
+            self._store.end_turn(session)
+            raise
+
+    async def _open(self, job: Job, session: Session) -> Answer:
+        new = list(job.messages)
+        system = session.system
+        if new[0]["role"] == "system":
+            system = new.pop(0)["content"]
+        before: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
+        history, dropped = await self._fit(job, before, session.messages, new)
+        answer = await self._generation.open(
+            replace(job, messages=[*before, *map(_as_message, history), *new])
+        )
+        answer.dropped_messages = dropped
+
+        def end(completion: Completion | None) -> None:
+            if completion is None:
+                self._store.end_turn(session)
+                return
+            said = HistoryMessage("assistant", completion.text, completion.token_ids)
+            asked = [HistoryMessage(m["role"], m["content"]) for m in new]
+            self._store.end_turn(session, [*asked, said], system)
+
+        answer.on_end(end)
+        return answer
+
+    async def _fit(
+        self,
+        job: Job,
+        before: Sequence[ChatMessage],
+        history: Sequence[HistoryMessage],
+        new: Sequence[ChatMessage],
+    ) -> tuple[Sequence[HistoryMessage], int]:
+        """The latest turns of the history that fit the context, and how many messages do not."""
+        room = self._generator.info.context_length - self._generation.answer_tokens(job)
+        starts = [i for i, m in enumerate(history) if m.role == "user"]
+
+        async def fits(start: int) -> bool:
+            messages = [*before, *map(_as_message, history[start:]), *new]
+            # A token is at least one byte: most conversations need no counting.
+            size = sum(len(m["content"].encode()) for m in messages)
+            if size + _TEMPLATE_TOKENS_PER_MESSAGE * (len(messages) + 1) <= room:
+                return True
+            return await self._generation.count_chat_tokens(messages) <= room
+
+        if not history or await fits(0):
+            return history, 0
+        low, high = 0, len(starts)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if await fits(starts[middle]):
+                high = middle
+            else:
+                low = middle
+        start = starts[high] if high < len(starts) else len(history)
+        return history[start:], start
+
+
+def _as_message(message: HistoryMessage) -> ChatMessage:
+    if message.token_ids:
+        return {
+            "role": message.role,
+            "content": message.content,
+            "token_ids": list(message.token_ids),
+        }
+    return {"role": message.role, "content": message.content}
