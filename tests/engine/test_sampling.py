@@ -1,0 +1,129 @@
+"""Token selection against what the parameters are defined to mean."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from app.llm.engine.base import SamplingParams
+from app.llm.engine.sampling import RequestSampler, select
+
+VOCABULARY = 2000
+DRAWS = 4000
+
+
+def draw(logits: torch.Tensor, params: SamplingParams, draws: int = DRAWS) -> Counter[int]:
+    """How often each token is chosen from the same logits, by one generator."""
+    sampler = RequestSampler(params, [])
+    counts: Counter[int] = Counter()
+    for start in range(0, draws, 500):
+        rows = min(500, draws - start)
+        scores = logits.repeat(rows, 1)
+        chosen = select(scores, [sampler] * rows).argmax(-1)
+        counts.update(chosen.tolist())
+    return counts
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    """A few likely tokens and a long tail."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(VOCABULARY, generator=generator)
+    values[:5] += torch.tensor([6.0, 5.5, 5.0, 4.0, 3.0])
+    return values
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_frequencies_follow_the_softmax(logits: torch.Tensor, temperature: float) -> None:
+    """Each of the likely tokens comes as often as its probability says (6 standard errors)."""
+    counts = draw(logits, SamplingParams(temperature=temperature, seed=1))
+    expected = torch.softmax(logits / temperature, -1)
+    for token in range(5):
+        p = expected[token].item()
+        error = (p * (1 - p) / DRAWS) ** 0.5
+        assert abs(counts[token] / DRAWS - p) < 6 * error + 1e-9
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1, top_k=3, seed=1),
+        SamplingParams(temperature=1, top_p=0.6, seed=1),
+        SamplingParams(temperature=1, min_p=0.5, seed=1),
+        SamplingParams(temperature=1.3, top_k=50, top_p=0.5, min_p=0.1, seed=1),
+    ],
+)
+def test_filters_keep_what_they_are_defined_to_keep(
+    logits: torch.Tensor, params: SamplingParams
+) -> None:
+    """Tokens outside a plainly written reference never come, and those inside do."""
+    probabilities = torch.softmax(logits / params.temperature, -1)
+    order = probabilities.argsort(descending=True)
+    kept = order[: params.top_k] if params.top_k else order
+    shares = probabilities[kept] / probabilities[kept].sum()
+    before = shares.cumsum(-1) - shares
+    kept = kept[(before < params.top_p) & (shares >= params.min_p * shares[0])]
+    counts = draw(logits, params)
+    assert set(counts) <= set(kept.tolist())
+    certain = [t for t in kept.tolist() if probabilities[t] / probabilities[kept].sum() > 0.01]
+    assert set(certain) <= set(counts)
+
+
+def test_a_flat_distribution_reaches_past_the_shortlist() -> None:
+    """top-p over more tokens than the shortlist holds still sees all of them."""
+    flat = torch.zeros(VOCABULARY)
+    counts = draw(flat, SamplingParams(temperature=1, top_p=0.999, seed=3), draws=6000)
+    assert len(counts) > 1500
+
+
+def test_greedy_rows_are_left_alone(logits: torch.Tensor) -> None:
+    """A greedy row's scores do not change at all."""
+    scores = logits.repeat(2, 1)
+    greedy = RequestSampler(SamplingParams(temperature=0), [])
+    sampled = RequestSampler(SamplingParams(temperature=1, seed=0), [])
+    result = select(scores.clone(), [greedy, sampled])
+    assert torch.equal(result[0], scores[0])
+    assert torch.isinf(result[1]).sum() == 1
+
+
+def test_rows_draw_from_their_own_generators(logits: torch.Tensor) -> None:
+    """A row's choice is the same whether it is drawn alone or beside others."""
+
+    def first_ten(others: int) -> list[int]:
+        mine = RequestSampler(SamplingParams(temperature=1.5, seed=5), [])
+        rows = [mine] + [
+            RequestSampler(SamplingParams(temperature=1, seed=i, top_p=0.9), [])
+            for i in range(others)
+        ]
+        return [int(select(logits.repeat(len(rows), 1), rows)[0].argmax()) for _ in range(10)]
+
+    assert first_ten(0) == first_ten(7)
+
+
+def test_repetition_penalty_counts_prompt_and_answer() -> None:
+    """Tokens of both lose: positive logits are divided, negative ones multiplied."""
+    sampler = RequestSampler(SamplingParams(temperature=0, repetition_penalty=2.0), [0, 1])
+    sampler.generated.update([2])
+    scores = select(torch.tensor([[4.0, -1.0, 3.0, 1.0]]), [sampler])
+    assert scores.tolist() == [[2.0, -2.0, 1.5, 1.0]]
+
+
+def test_presence_and_frequency_penalties_count_the_answer_only() -> None:
+    """A token generated n times loses presence + n * frequency."""
+    params = SamplingParams(temperature=0, presence_penalty=1.0, frequency_penalty=0.5)
+    sampler = RequestSampler(params, [0])
+    sampler.generated.update([1, 2, 2])
+    scores = select(torch.tensor([[4.0, 4.0, 4.0]]), [sampler])
+    assert scores.tolist() == [[4.0, 2.5, 2.0]]
+
+
+def test_an_extreme_distribution_is_never_out_of_range() -> None:
+    """With nearly all probability on one token, rounding never picks an impossible one."""
+    logits = torch.full((VOCABULARY,), -1e4)
+    logits[17] = 1e4
+    for params in (
+        SamplingParams(temperature=1, seed=0),
+        SamplingParams(temperature=2, top_p=0.5, seed=0),
+        SamplingParams(temperature=0.01, top_k=5, min_p=0.9, seed=0),
+    ):
+        assert set(draw(logits, params, draws=500)) == {17}
