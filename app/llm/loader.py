@@ -5,6 +5,8 @@ from a repository are refused. Every foreseeable failure is a :class:`ModelLoadE
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,14 +58,7 @@ def load_backend(
     snapshot = find_model(settings, token=token, progress=progress)
     check_weights(snapshot)
     progress(f"loading {model_name(settings)} with transformers")
-    try:
-        pipe = _load_pipeline(settings, snapshot)
-    except ModelLoadError:
-        raise
-    except Exception as error:
-        # The libraries below raise whatever they meet first in a broken file; tokenizers raises
-        # plain Exception. The cause is kept for whoever debugs it.
-        raise ModelLoadError(_explain(error, settings, snapshot)) from error
+    pipe = _load_pipeline(settings, snapshot)
     progress("starting continuous batching")
     return _start_transformers(pipe, settings, snapshot, reason, max_running)
 
@@ -112,7 +107,9 @@ def _find_local(path: Path) -> Snapshot:
             f"{path} does not exist: set MODEL__NAME to a folder with safetensors or to a GGUF file"
         ) from None
     except OSError as error:
-        raise ModelLoadError(f"{path} cannot be read: {error.strerror}") from None
+        raise ModelLoadError(
+            f"{path} cannot be read ({error.strerror}): let this service's user read it"
+        ) from None
     return Snapshot(path, hub.choose_weights(names, str(path)))
 
 
@@ -128,10 +125,12 @@ def check_weights(snapshot: Snapshot) -> None:
             if file.read(4) != _GGUF_MAGIC:
                 raise ModelLoadError(f"{path} is not a GGUF file: download it again")
         return
-    if not (snapshot.directory / "config.json").is_file():
+    config = snapshot.directory / "config.json"
+    if not config.is_file():
         raise ModelLoadError(
             f"{snapshot.directory} has no config.json: set MODEL__NAME to a model's whole folder"
         )
+    _read_object(config)
     _check_shards(snapshot.directory)
     for path in sorted(snapshot.directory.glob("*.safetensors")):
         try:
@@ -144,16 +143,24 @@ def check_weights(snapshot: Snapshot) -> None:
             ) from None
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{path} is corrupt: delete it and download it again")
+    return value
+
+
 def _check_shards(directory: Path) -> None:
     """Every file that the weights' index names must be there."""
     index = directory / "model.safetensors.index.json"
     if not index.is_file():
         return
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ModelLoadError(f"{index} is corrupt: delete it and download it again") from None
-    missing = sorted(str(name) for name in shards if not (directory / str(name)).is_file())
+    weight_map = _read_object(index).get("weight_map")
+    shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    missing = sorted(name for name in shards if not (directory / name).is_file())
     if missing:
         raise ModelLoadError(
             f"{directory} lacks {missing[0]}, one of {len(shards)} files that its index names "
@@ -176,7 +183,13 @@ def _check_device(settings: ModelSettings) -> None:
 
 def _load_pipeline(settings: ModelSettings, snapshot: Snapshot) -> "Pipeline":
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, pipeline
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GgufConfig,
+        PreTrainedTokenizerFast,
+        pipeline,
+    )
     from transformers.utils import logging as transformers_logging
 
     # One log, ours, at its level; the library would write to standard error itself.
@@ -190,32 +203,32 @@ def _load_pipeline(settings: ModelSettings, snapshot: Snapshot) -> "Pipeline":
         source["gguf_file"] = snapshot.gguf
         # Left packed, every forward pass on a CPU would unpack the weights again.
         weights = {"quantization_config": GgufConfig(dequantize=True)}
-    tokenizer = AutoTokenizer.from_pretrained(snapshot.directory, **source)
-    _check_tokenizer(tokenizer, settings, snapshot)
-    model, report = AutoModelForCausalLM.from_pretrained(
-        snapshot.directory,
-        dtype=_dtype(settings, torch),
-        attn_implementation="sdpa",
-        output_loading_info=True,
-        **weights,
-        **source,
-    )
-    if missing := sorted(report["missing_keys"]):
-        # transformers would fill them with random numbers and serve nonsense.
-        raise ModelLoadError(
-            f"{snapshot.directory} lacks {len(missing)} of the model's tensors, {missing[0]} for "
-            "one: download it again, or choose another model"
+    with _explaining("tokenizer", settings, snapshot):
+        tokenizer = AutoTokenizer.from_pretrained(snapshot.directory, **source)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast) or not len(tokenizer):
+            raise ValueError("it is none that the tokenizers library can run")
+    with _explaining("model", settings, snapshot):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            snapshot.directory,
+            dtype=_dtype(settings, torch),
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            **weights,
+            **source,
         )
-    return pipeline("text-generation", model=model, tokenizer=tokenizer, device=settings.device)
+        if missing := sorted(report["missing_keys"]):
+            # transformers would fill them with random numbers, and nonsense would be served.
+            raise ValueError(f"{len(missing)} of its tensors are missing, {missing[0]} for one")
+        return pipeline("text-generation", model=model, tokenizer=tokenizer, device=settings.device)
 
 
-def _check_tokenizer(tokenizer: Any, settings: ModelSettings, snapshot: Snapshot) -> None:
-    """A folder without a tokenizer gets one with an empty vocabulary from transformers."""
-    if getattr(tokenizer, "backend_tokenizer", None) is None or not len(tokenizer):
-        raise ModelLoadError(
-            f"{model_name(settings)} has no tokenizer that can be used: "
-            f"{snapshot.directory} needs its tokenizer.json"
-        )
+@contextmanager
+def _explaining(part: str, settings: ModelSettings, snapshot: Snapshot) -> Iterator[None]:
+    """Turn whatever the libraries meet first in a broken file into a :class:`ModelLoadError`."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises no better type.
+        raise ModelLoadError(_explain(error, part, settings, snapshot)) from error
 
 
 def _dtype(settings: ModelSettings, torch: Any) -> "torch.dtype | str":
@@ -229,22 +242,47 @@ def _dtype(settings: ModelSettings, torch: Any) -> "torch.dtype | str":
     return torch.bfloat16 if fast else torch.float32  # type: ignore[no-any-return]
 
 
-def _explain(error: Exception, settings: ModelSettings, snapshot: Snapshot) -> str:
-    """One line on why a model cannot be loaded, and what to do."""
+# What transformers says of a model that it cannot run however whole its files are.
+_UNSUPPORTED = (
+    "does not recognize this architecture",
+    "Unrecognized configuration class",
+    "not supported",
+    "does not support",
+)
+
+
+def _explain(error: Exception, part: str, settings: ModelSettings, snapshot: Snapshot) -> str:
+    """One line on why the tokenizer or the model cannot be loaded, and what to do."""
     text = _one_line(error)
     name = model_name(settings)
     if "trust_remote_code" in text:
         return (
             f"{name} needs code from its repository to run, which is refused: choose another model"
         )
-    if "does not recognize this architecture" in text or "not supported" in text:
-        return f"{name} is of an architecture that transformers cannot run: {text[:200]}"
+    if any(words in text for words in _UNSUPPORTED):
+        return (
+            f"{name} is of a kind that transformers cannot serve ({text[:150]}): choose another "
+            "model"
+        )
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        return (
+            f"{name} does not fit in this machine's {settings.device} memory: choose a smaller "
+            "model, or MODEL__DTYPE=bfloat16"
+        )
     if snapshot.gguf:
         return (
             f"{snapshot.directory / snapshot.gguf} cannot be loaded ({text[:200]}): if it is "
             "truncated or corrupt, delete it and download it again"
         )
-    return f"{name} cannot be loaded from {snapshot.directory}: {text[:300]}"
+    needs = (
+        "a whole tokenizer.json is needed"
+        if part == "tokenizer"
+        else "config.json and safetensors files that belong together are needed"
+    )
+    return (
+        f"the {part} in {snapshot.directory} cannot be loaded ({text[:200]}): {needs}; download it "
+        "again, or choose another model"
+    )
 
 
 def _start_transformers(
@@ -266,7 +304,7 @@ def _start_transformers(
         context_length=context_length(model.config),
         supported=frozenset(SAMPLING_FIELDS),
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
-        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        chat_template=_chat_template(tokenizer.chat_template),
         special_tokens={
             key: value
             for key, value in tokenizer.special_tokens_map.items()
@@ -274,6 +312,13 @@ def _start_transformers(
         },
     )
     return TransformersBackend(pipe, info, max_running=max_running)
+
+
+def _chat_template(template: Any) -> str | None:
+    """The template for plain conversations; some models have more, for tools and the like."""
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _one_line(error: Exception) -> str:

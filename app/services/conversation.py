@@ -80,6 +80,8 @@ class ConversationService:
             raise UnsupportedParameterError(
                 "Conversations are switched off here (chat_history.enabled).", param="session_id"
             )
+        # The limit is on what a caller sends; the history is bounded by the context.
+        self._generation.check_length(job)
         session = self._store.begin_turn(job.caller, session_id)
         try:
             return await self._open(job, session)
@@ -94,7 +96,7 @@ class ConversationService:
             system = new.pop(0)["content"]
         before: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
         history, dropped = await self._fit(job, before, session.messages, new)
-        answer = await self._generation.open(
+        answer = await self._generation.begin(
             replace(job, messages=[*before, *map(_as_message, history), *new])
         )
         answer.dropped_messages = dropped

@@ -173,8 +173,16 @@ class GenerationService:
         Raises:
             ServiceError: Refused; after this, the answer's iteration can still fail.
         """
+        self.check_length(job)
+        return await self.begin(job)
+
+    async def begin(self, job: Job) -> Answer:
+        """What :meth:`open` does for a job whose length has been checked.
+
+        Raises:
+            ServiceError: Refused.
+        """
         options = self._options(job)
-        self._check_length(job)
         key = self._cache_key(job, options) if job.cache else None
         model = self._engine.model_label
         if stored := self._cache.lookup(key):
@@ -245,7 +253,12 @@ class GenerationService:
             stop=job.stop,
         )
 
-    def _check_length(self, job: Job) -> None:
+    def check_length(self, job: Job) -> None:
+        """Refuse what is longer than a caller may send.
+
+        Raises:
+            PromptTooLongError: Over ``security.max_prompt_chars``.
+        """
         characters = len(job.prompt or "") + sum(len(m["content"]) for m in job.messages)
         if characters > self._max_prompt_chars:
             raise PromptTooLongError(

@@ -1,0 +1,180 @@
+"""Who is let in: every route is refused without a key, except those on a public list."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.routing import BaseRoute, Route
+from starlette.testclient import TestClient
+
+from app.api.dependencies import GuardedRoute
+from app.main import create_app
+from tests.api.test_errors import check_error
+from tests.conftest import make_settings
+from tests.support.asgi import Received, Sent, http_scope
+from tests.support.service import API_KEY, OTHER_KEY
+
+PUBLIC = {
+    *("/health", "/livez", "/readyz", "/metrics"),
+    *("/", "/docs", "/docs/oauth2-redirect", "/openapi.json"),
+}
+
+PROMPT = {"prompt": "hello", "max_tokens": 3}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One method of one address."""
+
+    method: str
+    path: str
+
+
+def endpoints(app: FastAPI) -> Iterator[Endpoint]:
+    """Every method of every address of ``app``; a kind of route unknown here fails the test."""
+    for route in app.routes:
+        found = route.effective_candidates() if hasattr(route, "effective_candidates") else [route]
+        for candidate in found:
+            yield from _methods(candidate)
+
+
+def _methods(route: BaseRoute | Any) -> Iterator[Endpoint]:
+    original = getattr(route, "original_route", route)
+    assert isinstance(original, Route), f"a route of a kind this test does not know: {route}"
+    for method in sorted(route.methods or ()):
+        yield Endpoint(method, route.path)
+
+
+def new_app(**app_section: Any) -> FastAPI:
+    """An application whose engine is not started."""
+    return create_app(make_settings(app=app_section))
+
+
+KEYED = [e for e in endpoints(new_app()) if e.path not in PUBLIC]
+
+
+def test_the_keyed_routes_are_found() -> None:
+    """The walk over the routes sees the generating ones, so that it cannot pass by seeing none."""
+    assert {Endpoint("POST", "/v1/generate"), Endpoint("POST", "/v1/chat")} <= set(KEYED)
+
+
+def test_a_new_route_is_walked() -> None:
+    """A route that anybody adds later is in the walk, and a router's routes with their prefix."""
+    app = new_app()
+
+    @app.get("/new")
+    async def new() -> None: ...
+
+    assert Endpoint("GET", "/new") in set(endpoints(app))
+
+
+HEADERS: dict[str, dict[str, str]] = {
+    "no key": {},
+    "empty key": {"X-API-Key": ""},
+    "wrong key": {"X-API-Key": "wrong"},
+    "beginning of the key": {"X-API-Key": API_KEY[:-1]},
+    "key and more": {"X-API-Key": API_KEY + "x"},
+    "other case": {"X-API-Key": API_KEY.upper()},
+    "wrong bearer": {"Authorization": "Bearer wrong"},
+    "empty bearer": {"Authorization": "Bearer "},
+    "basic": {"Authorization": f"Basic {API_KEY}"},
+    "no scheme": {"Authorization": API_KEY},
+    "cookie": {"Cookie": f"X-API-Key={API_KEY}"},
+    "wrong key beside a right bearer": {
+        "X-API-Key": "wrong",
+        "Authorization": f"Bearer {API_KEY}",
+    },
+}
+
+
+@pytest.mark.parametrize("headers", HEADERS.values(), ids=HEADERS.keys())
+@pytest.mark.parametrize("endpoint", KEYED, ids=lambda e: f"{e.method} {e.path}")
+async def test_every_route_is_refused_without_a_key(
+    endpoint: Endpoint, headers: dict[str, str]
+) -> None:
+    """Every route that is not public answers 401 without a valid key, before it reads the body."""
+    received, sent = Received(b'{"prompt": "a"}'), Sent()
+    path = endpoint.path.replace("{", "").replace("}", "")
+    await new_app()(http_scope(endpoint.method, path, headers), received, sent)
+    assert sent.status == 401
+    assert received.taken == 0
+    assert sent.headers["www-authenticate"].startswith("Bearer")
+    assert json.loads(sent.body)["error"]["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize("endpoint", KEYED, ids=lambda e: f"{e.method} {e.path}")
+async def test_a_body_over_the_limit_does_not_tell_more_than_401(endpoint: Endpoint) -> None:
+    """Without a key an endless body is not read at all: the answer is 401."""
+    received, sent = Received(b"x" * 100_000, endless=True), Sent()
+    path = endpoint.path.replace("{", "").replace("}", "")
+    await new_app()(http_scope(endpoint.method, path), received, sent)
+    assert (sent.status, received.taken) == (401, 0)
+
+
+def test_no_key_and_a_wrong_key_get_the_same_answer() -> None:
+    """The answer does not tell whether a key was missing or wrong, and never repeats it."""
+    client = TestClient(new_app())
+    answers = []
+    for headers in HEADERS.values():
+        response = client.post("/v1/generate", json=PROMPT, headers=headers)
+        error = check_error(response, 401, "invalid_api_key")
+        assert API_KEY[:10] not in response.text
+        answers.append({**error, "request_id": None})
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0]["type"] == "authentication_error"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X-API-Key": API_KEY},
+        {"X-API-Key": OTHER_KEY},
+        {"Authorization": f"Bearer {API_KEY}"},
+        {"Authorization": f"bearer {API_KEY}"},
+        {"Authorization": f"Bearer   {OTHER_KEY} "},
+        {"X-API-Key": API_KEY, "Authorization": "Basic eDp5"},
+    ],
+    ids=["header", "other key", "bearer", "lower case", "spaces", "beside another scheme"],
+)
+def test_a_valid_key_is_let_in(client: TestClient, headers: dict[str, str]) -> None:
+    """Each configured key is accepted in X-API-Key and as a bearer token."""
+    anonymous = TestClient(client.app)
+    response = anonymous.post("/v1/generate", json=PROMPT, headers=headers)
+    assert response.status_code == 200, response.text
+
+
+def test_public_routes_need_no_key(client: TestClient) -> None:
+    """Health and metrics answer without a key, so that probes and scrapers need none."""
+    anonymous = TestClient(client.app)
+    for path in ("/health", "/livez", "/readyz", "/metrics"):
+        assert anonymous.get(path).status_code == 200
+
+
+def test_production_hides_the_interactive_documentation() -> None:
+    """In production neither the documentation nor the OpenAPI document is served."""
+    settings = {"security": {"api_key": "k" * 32, "api_keys": []}}
+    app = create_app(make_settings(app={"environment": "production"}, **settings))
+    anonymous = TestClient(app)
+    for path in ("/docs", "/openapi.json", "/docs/oauth2-redirect", "/redoc"):
+        check_error(anonymous.get(path), 404, "not_found")
+
+
+def test_every_keyed_route_declares_its_errors() -> None:
+    """The OpenAPI document names 401 for every route that can answer it, and both key schemes."""
+    document = new_app().openapi()
+    assert set(document["components"]["securitySchemes"]) == {"APIKeyHeader", "HTTPBearer"}
+    for endpoint in KEYED:
+        operation = document["paths"][endpoint.path][endpoint.method.lower()]
+        assert "401" in operation["responses"], endpoint
+        assert operation["security"], endpoint
+
+
+def test_the_guard_stands_on_every_keyed_route() -> None:
+    """Every route that is not public is a GuardedRoute: the guard is in front of its body."""
+    for route in new_app().routes:
+        for candidate in getattr(route, "effective_candidates", list)():
+            if candidate.path not in PUBLIC:
+                assert isinstance(candidate.original_route, GuardedRoute), candidate.path

@@ -1,0 +1,227 @@
+"""Chats with a session_id, over HTTP, on the echo engine."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from app.api.dependencies import Services
+from app.core.config import Settings
+from app.llm.engine.client import EngineState
+from app.main import create_app
+
+KEY, OTHER = "key-of-alice", "key-of-bob"
+
+
+def make_app(**sections: Any) -> FastAPI:
+    """An application on the echo engine with two keys."""
+    settings: dict[str, Any] = {
+        "model": {"engine": "echo"},
+        "security": {"api_key": KEY, "api_keys": [{"name": "bob", "key": OTHER}]},
+        "rate_limit": {"enabled": False},
+        "logging": {"level": "ERROR"},
+    }
+    for name, values in sections.items():
+        settings[name] = {**settings.get(name, {}), **values}
+    return create_app(Settings(_env_file=None, **settings), on_fatal=pytest.fail)
+
+
+class Client:
+    """Talks to an application that runs on this event loop."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self.services: Services = app.state.services
+        self.http = httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://test", headers={"X-API-Key": KEY}
+        )
+
+    async def say(self, text: str, session: str | None = "s", **fields: Any) -> httpx.Response:
+        """One turn; ``key`` and ``messages`` may replace the defaults."""
+        headers = {"X-API-Key": fields.pop("key", KEY)}
+        messages = fields.pop("messages", [{"role": "user", "content": text}])
+        body = {"messages": messages, "session_id": session, **fields}
+        return await self.http.post("/v1/chat", json=body, headers=headers)
+
+    async def history(self, session: str = "s", key: str = KEY) -> list[tuple[str, str]] | None:
+        """Role and content of each message; ``None`` for 404."""
+        response = await self.http.get(f"/v1/sessions/{session}", headers={"X-API-Key": key})
+        if response.status_code == 404:
+            assert response.json()["error"]["code"] == "session_not_found"
+            return None
+        return [(m["role"], m["content"]) for m in response.json()["messages"]]
+
+
+@asynccontextmanager
+async def start(**sections: Any) -> AsyncIterator[Client]:
+    """A client of a running application."""
+    app = make_app(**sections)
+    async with app.router.lifespan_context(app):
+        client = Client(app)
+        async with asyncio.timeout(30):
+            while client.services.engine.state is not EngineState.READY:  # noqa: ASYNC110 - another process
+                await asyncio.sleep(0.01)
+        yield client
+        await client.http.aclose()
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[Client]:
+    """An application with the default limits."""
+    async with start(engine={"echo_step_seconds": 0.001}) as running:
+        yield running
+
+
+async def test_history_stands_before_the_new_messages(client: Client) -> None:
+    """The second prompt holds the first turn, and both turns are kept in order."""
+    first = await client.say("one")
+    second = await client.say("two")
+    assert first.json()["session_id"] == "s"
+    assert second.json()["usage"]["prompt_tokens"] > first.json()["usage"]["prompt_tokens"]
+    assert await client.history() == [
+        ("user", "one"),
+        ("assistant", "one"),
+        ("user", "two"),
+        ("assistant", "two"),
+    ]
+
+
+async def test_without_a_session_nothing_is_kept(client: Client) -> None:
+    """A stateless chat makes no session."""
+    response = await client.say("one", session=None)
+    assert "session_id" not in response.json()
+    assert client.services.conversation.active == 0
+
+
+async def test_another_keys_session_does_not_exist(client: Client) -> None:
+    """The same name under another key is another session, on every route."""
+    await client.say("mine")
+    assert await client.history(key=OTHER) is None
+    gone = await client.http.delete("/v1/sessions/s", headers={"X-API-Key": OTHER})
+    assert gone.status_code == 404
+    await client.say("theirs", key=OTHER)
+    assert await client.history(key=OTHER) == [("user", "theirs"), ("assistant", "theirs")]
+    assert await client.history() == [("user", "mine"), ("assistant", "mine")]
+
+
+async def test_a_deleted_session_is_forgotten(client: Client) -> None:
+    """After DELETE it is gone, a second DELETE is 404, and a new turn starts afresh."""
+    await client.say("one")
+    assert (await client.http.delete("/v1/sessions/s")).status_code == 204
+    assert await client.history() is None
+    assert (await client.http.delete("/v1/sessions/s")).status_code == 404
+    await client.say("two")
+    assert await client.history() == [("user", "two"), ("assistant", "two")]
+
+
+async def test_a_session_deleted_during_a_turn_stays_deleted(client: Client) -> None:
+    """The turn under way is answered, but does not bring the session back."""
+    turn = asyncio.create_task(client.say("x" * 300))
+    await asyncio.sleep(0.1)
+    assert (await client.http.delete("/v1/sessions/s")).status_code == 204
+    assert (await turn).status_code == 200
+    assert await client.history() is None
+
+
+async def test_two_turns_at_once_conflict(client: Client) -> None:
+    """The second turn gets 409 session_busy; the first is answered and kept."""
+    turn = asyncio.create_task(client.say("x" * 300))
+    await asyncio.sleep(0.1)
+    second = await client.say("me too")
+    assert second.status_code == 409
+    assert second.json()["error"]["code"] == "session_busy"
+    assert (await turn).status_code == 200
+    assert len(await client.history() or []) == 2
+
+
+async def test_a_failed_turn_leaves_the_history_as_it_was(client: Client) -> None:
+    """A fault in the engine keeps nothing of its turn, and the session is free again."""
+    await client.say("one")
+    assert (await client.say("[echo:fault]")).status_code == 500
+    assert await client.history() == [("user", "one"), ("assistant", "one")]
+    assert (await client.say("two")).status_code == 200
+
+
+async def test_a_refused_turn_leaves_no_trace(client: Client) -> None:
+    """A turn that is too long for the context is refused, and an empty session is not made."""
+    refused = await client.say(
+        "x", max_tokens=512, messages=[{"role": "user", "content": "é" * 3900}]
+    )
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    assert await client.history() is None
+    assert client.services.conversation.active == 0
+
+
+async def test_a_cancelled_turn_leaves_the_history_as_it_was(client: Client) -> None:
+    """A caller who leaves a stream keeps nothing of it, and the session is free again."""
+    await client.say("one")
+    job_stream = client.say("x" * 2000, stream=True)
+    task = asyncio.create_task(job_stream)
+    await asyncio.sleep(0.1)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert await client.history() == [("user", "one"), ("assistant", "one")]
+    assert (await client.say("two")).status_code == 200
+
+
+async def test_a_streamed_turn_is_kept_too(client: Client) -> None:
+    """The pieces joined are what the history holds."""
+    response = await client.say("Grüße 😀", stream=True)
+    events = [
+        json.loads(line.removeprefix("data: "))
+        for line in response.text.splitlines()
+        if line.startswith("data: {")
+    ]
+    text = "".join(e["delta"].get("content", "") for e in events)
+    assert await client.history() == [("user", "Grüße 😀"), ("assistant", text)]
+
+
+async def test_the_system_message_is_kept_and_can_be_replaced(client: Client) -> None:
+    """A system message sent once stands before every later turn of the session."""
+    system = {"role": "system", "content": "Be brief."}
+    await client.say("", messages=[system, {"role": "user", "content": "one"}])
+    await client.say("two")
+    session = (await client.http.get("/v1/sessions/s")).json()
+    assert session["system"] == "Be brief."
+    assert [m["role"] for m in session["messages"]] == ["user", "assistant"] * 2
+
+
+async def test_switched_off_sessions_are_refused_not_ignored() -> None:
+    """With chat_history.enabled false a session_id is an error."""
+    async with start(chat_history={"enabled": False}) as client:
+        refused = await client.say("one")
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "session_id"
+        assert (await client.say("one", session=None)).status_code == 200
+
+
+async def test_old_turns_are_dropped_to_fit_the_context() -> None:
+    """History beyond the context loses its oldest turns, keeps the system message, and says so."""
+    async with start(model={"engine": "echo", "max_tokens": 1500}) as client:
+        system = {"role": "system", "content": "Be brief."}
+        text = "x" * 1400
+        await client.say("", messages=[system, {"role": "user", "content": text}])
+        dropped = []
+        for _ in range(4):
+            response = await client.say(text)
+            assert response.status_code == 200, response.text
+            usage = response.json()["usage"]
+            dropped.append(usage.get("dropped_messages", 0))
+            assert usage["prompt_tokens"] + 1500 <= 8192
+        assert dropped[0] == 0
+        assert dropped[-1] > 0
+        assert all(d % 2 == 0 for d in dropped)
+        assert (await client.http.get("/v1/sessions/s")).json()["system"] == "Be brief."
+
+
+@pytest.mark.parametrize("session_id", ["", "a b", "x" * 129, "a/b", "ü"])
+async def test_bad_session_ids_are_refused(client: Client, session_id: str) -> None:
+    """A name outside the allowed characters is 422 and names the field."""
+    refused = await client.say("one", session=session_id)
+    assert refused.status_code == 422
+    assert refused.json()["error"]["param"] == "session_id"

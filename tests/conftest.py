@@ -1,0 +1,84 @@
+"""What all tests share: services to talk to, and an environment without settings in it."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from app.core.config import Settings
+from app.llm import bundled
+from app.main import create_app
+from tests.support.service import API_KEY, OTHER_KEY, Service, is_setting, running_service
+
+RunApp = Callable[..., TestClient]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment_without_settings() -> Iterator[None]:
+    """The environment's settings are a developer's own; tests say what they need."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in filter(is_setting, list(os.environ)):
+            patch.delenv(name)
+        yield
+
+
+def make_settings(**sections: dict[str, Any]) -> Settings:
+    """Settings of the echo engine and the tests' keys; sections override single keys."""
+    values: dict[str, Any] = {
+        "model": {"engine": "echo"},
+        "security": {"api_key": API_KEY, "api_keys": [{"name": "other", "key": OTHER_KEY}]},
+        "rate_limit": {"enabled": False},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return Settings(_env_file=None, **values)
+
+
+@contextmanager
+def running_app(**sections: dict[str, Any]) -> Iterator[TestClient]:
+    """The application inside this process, with its engine process, once it is ready."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    fatal: list[str] = []
+    app = create_app(make_settings(**sections), on_fatal=fatal.append)
+    try:
+        with TestClient(app, headers={"X-API-Key": API_KEY}) as client:
+            while client.get("/readyz").status_code != 200:
+                assert not fatal, fatal
+            yield client
+    finally:
+        root.handlers[:], root.level = handlers, level
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[TestClient]:
+    """A client of an application inside this process, with the echo engine."""
+    with running_app() as client:
+        yield client
+
+
+@pytest.fixture
+def run_app() -> Iterator[RunApp]:
+    """Runs further applications, with other settings: ``run_app(cache={"enabled": False})``."""
+    with ExitStack() as stack:
+        yield lambda **sections: stack.enter_context(running_app(**sections))
+
+
+@pytest.fixture(scope="session")
+def echo_service() -> Iterator[Service]:
+    """The service under uvicorn, with the echo engine."""
+    with running_service() as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def bundled_service() -> Iterator[Service]:
+    """The service under uvicorn, with the bundled model."""
+    if not bundled.is_fetched():
+        pytest.skip("the bundled model is not here; `make model` fetches it")
+    with running_service(MODEL__SOURCE="bundled", MODEL__ENGINE="transformers") as service:
+        yield service

@@ -1,0 +1,259 @@
+"""Admission, turns, deadlines, cancellation and supervision, with a real engine process."""
+
+import asyncio
+import os
+import signal
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from app.core.config import ModelSettings
+from app.llm.engine.base import GenerationRequest, SamplingParams, TokenEvent
+from app.llm.engine.client import Admission, EngineClient, EngineState
+from app.utils.errors import (
+    DeadlineExceededError,
+    DrainingError,
+    EngineUnavailableError,
+    InternalError,
+    ModelLoadingError,
+    OverloadedError,
+)
+from tests.support.engine import EchoEngine, echo_engine
+
+_ids = iter(range(1_000_000))
+
+
+def request(client: EngineClient, text: str = "hello", max_tokens: int = 100) -> GenerationRequest:
+    """A request whose answer is ``text``."""
+    assert client.tokenizer is not None
+    return GenerationRequest(
+        id=f"r{next(_ids)}",
+        prompt_token_ids=client.tokenizer.encode_text(text),
+        max_tokens=max_tokens,
+        sampling=SamplingParams(),
+    )
+
+
+async def collect(
+    client: EngineClient, text: str = "hello", admission: Admission | None = None
+) -> list[TokenEvent]:
+    """All events of one request."""
+    place = admission or client.admit()
+    return [event async for event in place.generate(request(client, text))]
+
+
+def pid(client: EngineClient) -> int:
+    """The engine process."""
+    assert client._process is not None
+    return client._process.pid
+
+
+async def idle(engine: EchoEngine) -> None:
+    """Wait until no request holds anything, here and in the engine process."""
+    async with asyncio.timeout(10):
+        while engine.client.queue().running or engine.client.stats.running:  # noqa: ASYNC110 - polls another process
+            await asyncio.sleep(0.01)
+
+
+async def test_an_answer_comes_whole_and_ends_once() -> None:
+    """Every token of the answer arrives, in order, with one terminal event at the end."""
+    async with echo_engine() as engine:
+        events = await collect(engine.client, "Grüße 😀")
+        assert engine.client.tokenizer is not None
+        ids = [token for event in events for token in event.token_ids]
+        assert engine.client.tokenizer.decoder.decode(ids) == "Grüße 😀"
+        assert [e.finish_reason for e in events if e.finish_reason] == ["stop"]
+
+
+async def test_nothing_is_admitted_while_loading() -> None:
+    """Before the model is there, a request is refused with a time to come back."""
+    engine = EchoEngine()
+    with pytest.raises(ModelLoadingError) as refusal:
+        engine.client.admit()
+    assert int(refusal.value.headers["Retry-After"]) >= 1
+    assert engine.value("llm_requests_rejected_total", reason="model_loading") == 1
+
+
+async def test_places_are_bounded_and_refusal_is_immediate() -> None:
+    """Running plus waiting is the limit; the next request is refused, the others complete."""
+    async with echo_engine(max_running=2, max_waiting=1, echo_step_seconds=0.01) as engine:
+        places = [engine.client.admit() for _ in range(3)]
+        with pytest.raises(OverloadedError) as refusal:
+            engine.client.admit()
+        assert 1 <= int(refusal.value.headers["Retry-After"]) <= 60
+        answers = await asyncio.gather(
+            *(collect(engine.client, "hello", place) for place in places)
+        )
+        assert [events[-1].finish_reason for events in answers] == ["stop"] * 3
+        engine.client.admit().release()
+
+
+async def test_retry_after_comes_from_measured_throughput() -> None:
+    """A queue that drains slowly says a later time than one that drains fast."""
+    async with echo_engine(max_running=1, max_waiting=50) as engine:
+        client = engine.client
+        now = asyncio.get_running_loop().time
+        client._finished_at.extend([now() - 20, now() - 10, now()])
+        held = [client.admit() for _ in range(51)]
+        with pytest.raises(OverloadedError) as slow:
+            client.admit()
+        client._finished_at.extend([now()] * 900)
+        with pytest.raises(OverloadedError) as fast:
+            client.admit()
+        assert slow.value.retry_after > fast.value.retry_after
+        for place in held:
+            place.release()
+
+
+async def test_turns_are_first_come_first_served() -> None:
+    """Requests that wait start in the order in which they came."""
+    async with echo_engine(max_running=1, echo_step_seconds=0.001) as engine:
+        order: list[int] = []
+
+        async def one(number: int) -> None:
+            await collect(engine.client)
+            order.append(number)
+
+        await asyncio.gather(*(one(i) for i in range(8)))
+        assert order == list(range(8))
+
+
+async def test_leaving_frees_the_place_in_both_processes() -> None:
+    """Closing the events of a long answer leaves nothing running."""
+    async with echo_engine(echo_step_seconds=0.01) as engine:
+        place = engine.client.admit()
+        events = place.generate(request(engine.client, "x" * 5000, 4000))
+        async with aclosing(events):
+            await anext(events)
+        await idle(engine)
+        assert engine.value("llm_requests_cancelled_total") == 1
+
+
+async def test_leaving_the_queue_frees_the_place() -> None:
+    """A request cancelled while it waits is forgotten, and the next one gets its turn."""
+    async with echo_engine(max_running=1, max_waiting=2, echo_step_seconds=0.01) as engine:
+        first = asyncio.create_task(collect(engine.client, "x" * 100))
+        await asyncio.sleep(0.05)
+        waiting = asyncio.create_task(collect(engine.client))
+        await asyncio.sleep(0.05)
+        assert engine.client.queue().waiting == 1
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert engine.client.queue().waiting == 0
+        assert (await collect(engine.client))[-1].finish_reason == "stop"
+        await first
+
+
+async def test_the_deadline_counts_waiting_and_generating() -> None:
+    """A request that takes too long fails, running or waiting, and frees its place."""
+    async with echo_engine(
+        max_running=1, request_timeout_seconds=0.3, echo_step_seconds=0.02
+    ) as engine:
+        results = await asyncio.gather(
+            *(collect(engine.client, "x" * 5000) for _ in range(2)), return_exceptions=True
+        )
+        assert [type(r) for r in results] == [DeadlineExceededError, DeadlineExceededError]
+        await idle(engine)
+
+
+async def test_a_fault_of_one_request_leaves_its_neighbours_alone() -> None:
+    """The faulty request gets an error; those in its batch get their whole answers."""
+    async with echo_engine(echo_step_seconds=0.005) as engine:
+        good, bad = await asyncio.gather(
+            collect(engine.client, "a good answer"),
+            collect(engine.client, "[echo:fault]"),
+            return_exceptions=True,
+        )
+        assert isinstance(bad, InternalError)
+        assert isinstance(good, list)
+        assert good[-1].finish_reason == "stop"
+        assert engine.client.restarts == 0
+
+
+@pytest.mark.parametrize("how", ["kill", "[echo:crash]", "[echo:raise]"])
+async def test_a_dead_engine_is_told_and_replaced(how: str) -> None:
+    """Running requests get an error, the engine comes back, and new requests succeed."""
+    async with echo_engine(echo_step_seconds=0.01) as engine:
+        client = engine.client
+        before = pid(client)
+        text = "x" * 1000 if how == "kill" else how
+        running = asyncio.create_task(collect(client, text))
+        if how == "kill":
+            await asyncio.sleep(0.1)
+            os.kill(before, signal.SIGKILL)
+        with pytest.raises(EngineUnavailableError):
+            async with asyncio.timeout(5):
+                await running
+        await engine.until(EngineState.READY)
+        assert pid(client) != before
+        assert (await collect(client))[-1].finish_reason == "stop"
+        assert engine.value("llm_engine_restarts_total") == 1
+        assert engine.fatal == []
+
+
+async def test_requests_meet_an_honest_error_while_the_engine_restarts() -> None:
+    """Between death and readiness a request is refused as engine_unavailable."""
+    async with echo_engine() as engine:
+        os.kill(pid(engine.client), signal.SIGKILL)
+        await engine.until(EngineState.RESTARTING)
+        with pytest.raises(EngineUnavailableError):
+            engine.client.admit()
+        await engine.until(EngineState.READY)
+
+
+async def test_a_model_that_cannot_be_loaded_is_fatal_with_one_line(tmp_path: Path) -> None:
+    """The engine does not try for ever, and says what is wrong."""
+    engine = EchoEngine(model=ModelSettings(source="local", name=str(tmp_path / "missing")))
+    await engine.client.start()
+    await engine.until(EngineState.FAILED)
+    await engine.client.stop()
+    assert len(engine.fatal) == 1
+    assert "does not exist" in engine.fatal[0]
+    assert "\n" not in engine.fatal[0]
+
+
+async def test_draining_takes_no_new_work_and_finishes_the_old() -> None:
+    """A running request completes; a new one is refused."""
+    async with echo_engine(echo_step_seconds=0.01) as engine:
+        running = asyncio.create_task(collect(engine.client, "x" * 20))
+        await asyncio.sleep(0.05)
+        engine.client.drain()
+        with pytest.raises(DrainingError):
+            engine.client.admit()
+        assert (await running)[-1].finish_reason == "stop"
+
+
+async def test_aborting_ends_what_still_runs() -> None:
+    """After the grace, running requests end with an error."""
+    async with echo_engine(echo_step_seconds=0.01) as engine:
+        running = asyncio.create_task(collect(engine.client, "x" * 5000))
+        await asyncio.sleep(0.05)
+        engine.client.drain()
+        engine.client.abort_running()
+        with pytest.raises(DrainingError):
+            await running
+        await idle(engine)
+
+
+async def test_stopping_leaves_no_process() -> None:
+    """After stop, the engine process is gone."""
+    async with echo_engine() as engine:
+        engine_pid = pid(engine.client)
+    with pytest.raises(ProcessLookupError):
+        os.kill(engine_pid, 0)
+
+
+async def test_timings_are_measured() -> None:
+    """One answer leaves its marks in every timing, and the gauges return to zero."""
+    async with echo_engine(echo_step_seconds=0.002) as engine:
+        events = await collect(engine.client, "hello")
+        count = sum(len(e.token_ids) for e in events)
+        assert engine.value("tokens_generated_total", model="echo") == count
+        assert engine.value("llm_prompt_tokens_total") == 5
+        assert engine.value("llm_time_to_first_token_seconds_count") == 1
+        assert engine.value("llm_inter_token_latency_seconds_count") == len(events) - 1
+        assert engine.value("llm_request_queue_seconds_count") == 1
+        assert engine.value("llm_request_duration_seconds_count", finish_reason="stop") == 1
+        assert engine.value("llm_requests_running") == 0
+        assert engine.value("llm_requests_waiting") == 0

@@ -1,0 +1,375 @@
+"""Models from this machine: what loads, and the one line for everything that does not."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import save_file
+
+from app.core.config import ModelSettings
+from app.llm import bundled
+from app.llm.engine.base import Backend, GenerationRequest, SamplingParams
+from app.llm.engine.echo import EchoBackend
+from app.llm.loader import load_backend, model_name
+from app.utils.errors import ModelLoadError
+from tests.support.tiny_model import CHAT_TEMPLATE, CONFIG, CONTEXT_LENGTH, tiny_weights
+
+
+def load(path: Path, said: list[str] | None = None, **settings: Any) -> Backend:
+    """Load a local model as the engine process does."""
+    values = {"source": "local", "engine": "transformers", "dtype": "float32"} | settings
+    return load_backend(
+        ModelSettings(name=str(path), **values),
+        max_running=2,
+        echo_step_seconds=0,
+        token=None,
+        progress=(said if said is not None else []).append,
+    )
+
+
+def refusal(path: Path, **settings: Any) -> str:
+    """The line with which a model is refused; it must be one line and tell what to do."""
+    with pytest.raises(ModelLoadError) as caught:
+        load(path, **settings)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert len(line) < 600
+    assert any(hint in line for hint in ("set MODEL__", "MODEL__NAME=", "download it", "choose a"))
+    return line
+
+
+def generate(backend: Backend) -> list[int]:
+    """Four greedy tokens."""
+    request = GenerationRequest(
+        id="r", prompt_token_ids=[5, 6, 7], max_tokens=4, sampling=SamplingParams(temperature=0)
+    )
+    backend.add(request)
+    tokens: list[int] = []
+    while backend.has_work():
+        for event in backend.step():
+            tokens += event.token_ids
+    return tokens
+
+
+@pytest.fixture
+def model(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """A tiny model to be spoilt."""
+    return shutil.copytree(tiny_model_dir, tmp_path / "model")
+
+
+# --- What loads -----------------------------------------------------------------------------------
+
+
+def test_a_local_folder_is_served(tiny_model_dir: Path) -> None:
+    """A safetensors folder generates the same greedy tokens each time, and is described right."""
+    said: list[str] = []
+    backend = load(tiny_model_dir, said)
+    info = backend.info
+    assert (info.model, info.revision) == (str(tiny_model_dir), None)
+    assert (info.backend, info.device, info.dtype) == ("transformers", "cpu", "float32")
+    assert info.context_length == CONTEXT_LENGTH
+    assert info.chat_template == CHAT_TEMPLATE
+    assert info.special_tokens["eos_token"] == "<|im_end|>"
+    assert said == [f"loading {tiny_model_dir} with transformers", "starting continuous batching"]
+    tokens = generate(backend)
+    assert len(tokens) == 4
+    assert tokens == generate(load(tiny_model_dir))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_is_honoured(tiny_model_dir: Path, dtype: str) -> None:
+    """The weights have the precision that was asked for."""
+    assert load(tiny_model_dir, dtype=dtype).info.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("has_instructions", "dtype"), [(True, "bfloat16"), (False, "float32")], ids=["bf16", "plain"]
+)
+def test_dtype_auto_is_what_the_cpu_is_fast_at(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, *, has_instructions: bool
+) -> None:
+    """On a CPU, auto is bfloat16 where the processor has instructions for it, else float32."""
+    import torch
+
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: has_instructions)
+    assert load(tiny_model_dir, dtype="auto").info.dtype == dtype
+
+
+def test_shards_are_joined(model: Path, tiny_model_dir: Path) -> None:
+    """Weights split over files by an index are the same model."""
+    _shard(model)
+    assert generate(load(model)) == generate(load(tiny_model_dir))
+
+
+def test_the_template_for_plain_chat_is_taken(model: Path) -> None:
+    """Of several chat templates the default one is served."""
+    (model / "chat_template.jinja").unlink()
+    templates = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tool"}]
+    _edit_json(model / "tokenizer_config.json", chat_template=templates)
+    assert load(model).info.chat_template == "plain"
+
+
+def test_a_model_without_a_template_loads(model: Path) -> None:
+    """A base model has no chat template; it can still complete text."""
+    (model / "chat_template.jinja").unlink()
+    assert load(model).info.chat_template is None
+
+
+def test_echo_needs_no_model(tmp_path: Path) -> None:
+    """The echo engine starts whatever model is named."""
+    backend = load(tmp_path / "nothing", engine="echo")
+    assert isinstance(backend, EchoBackend)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"source": "bundled"}, "SmolLM2-135M-Instruct"),
+        ({"source": "hub", "name": "owner/name"}, "owner/name"),
+        ({"source": "bundled", "engine": "echo"}, "echo"),
+    ],
+)
+def test_the_name_is_known_before_loading(settings: dict[str, Any], name: str) -> None:
+    """What callers see is derived from the settings alone."""
+    assert model_name(ModelSettings(**settings)) == name
+
+
+# --- What is not there ----------------------------------------------------------------------------
+
+
+def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
+    """A missing folder and a missing GGUF file get the same line."""
+    for name in ("nothing", "nothing.gguf"):
+        assert refusal(tmp_path / name) == (
+            f"{tmp_path / name} does not exist: set MODEL__NAME to a folder with safetensors or "
+            "to a GGUF file"
+        )
+
+
+def test_a_single_safetensors_file(model: Path) -> None:
+    """Naming the weights in place of their folder is put right."""
+    path = model / "model.safetensors"
+    assert refusal(path) == (
+        f"{path} is not a GGUF file: for safetensors set MODEL__NAME to their folder"
+    )
+
+
+def test_a_folder_without_weights(model: Path) -> None:
+    """A folder with a configuration alone is said to have no weights."""
+    (model / "model.safetensors").unlink()
+    assert refusal(model).startswith(f"{model} has no weights")
+
+
+def test_a_folder_without_config(model: Path) -> None:
+    """Weights alone are not a model."""
+    (model / "config.json").unlink()
+    assert refusal(model).startswith(f"{model} has no config.json: set MODEL__NAME")
+
+
+def test_several_gguf_files_in_a_folder(tmp_path: Path) -> None:
+    """The setting that picks one of several files is spelt out."""
+    for name in ("b.gguf", "a.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    assert refusal(tmp_path).endswith(f"as in MODEL__NAME={tmp_path / 'a.gguf'}")
+
+
+def test_a_missing_shard(model: Path) -> None:
+    """A shard that the index names and the folder lacks is named."""
+    shards = _shard(model)
+    (model / shards[1]).unlink()
+    assert refusal(model) == (
+        f"{model} lacks {shards[1]}, one of 2 files that its index names (1 missing): "
+        "download it again"
+    )
+
+
+def test_a_missing_tensor(model: Path) -> None:
+    """A model with a hole is refused; transformers alone would fill it with random numbers."""
+    weights = tiny_weights()
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    line = refusal(model)
+    assert "1 of its tensors are missing, model.layers.1.mlp.up_proj.weight for one" in line
+
+
+def test_cuda_without_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA that is not there is said at once, before a model is looked for or downloaded."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refusal(tmp_path / "nothing", device="cuda") == (
+        "model.device is cuda, but this machine has no CUDA device that torch can use: "
+        "set MODEL__DEVICE=cpu"
+    )
+
+
+# --- What is broken -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda b: b[:-100], lambda b: b[:100], lambda _: b"", lambda _: b"no tensors " * 99],
+    ids=["truncated", "header", "empty", "garbage"],
+)
+def test_broken_safetensors(model: Path, spoil: Callable[[bytes], bytes]) -> None:
+    """A truncated or corrupt file is named, before torch is asked to load it."""
+    path = model / "model.safetensors"
+    path.write_bytes(spoil(path.read_bytes()))
+    line = refusal(model)
+    assert line.startswith(f"{path} is corrupt or truncated (")
+    assert line.endswith("): delete it and download it again")
+
+
+def test_weights_of_another_model(model: Path) -> None:
+    """Shapes that do not fit the configuration are refused."""
+    weights = tiny_weights()
+    weights["lm_head.weight"] = weights["lm_head.weight"][:10]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    line = refusal(model)
+    assert line.startswith(f"the model in {model} cannot be loaded (")
+    assert "config.json and safetensors files that belong together are needed" in line
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "\ufeff", ""])
+def test_broken_json(model: Path, name: str, content: str) -> None:
+    """A corrupt configuration or index is named."""
+    (model / name).write_text(content)
+    assert refusal(model) == f"{model / name} is corrupt: delete it and download it again"
+
+
+def test_an_index_that_names_nothing(model: Path) -> None:
+    """An index without a weight map is as good as none where the weights are whole."""
+    (model / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    assert len(generate(load(model))) == 4
+
+
+@pytest.mark.parametrize("content", [None, "{}", "{", '{"model": {"type": "BPE"}}'])
+def test_a_missing_or_broken_tokenizer(model: Path, content: str | None) -> None:
+    """A model without a tokenizer that works is refused, and the file that is needed is named."""
+    path = model / "tokenizer.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    line = refusal(model)
+    assert line.startswith(f"the tokenizer in {model} cannot be loaded (")
+    assert "a whole tokenizer.json is needed" in line
+
+
+@pytest.mark.parametrize("size", [4, 100, 5000])
+def test_a_gguf_file_of_zeros(tmp_path: Path, size: int) -> None:
+    """A file that was allocated and never filled is named."""
+    path = tmp_path / "zeros.gguf"
+    path.write_bytes(b"GGUF".ljust(size, b"\0"))
+    line = refusal(path)
+    assert line.startswith(f"{path} cannot be loaded (")
+    assert line.endswith("if it is truncated or corrupt, delete it and download it again")
+
+
+def test_a_gguf_file_that_is_none(tmp_path: Path) -> None:
+    """An error page saved under the model's name is named."""
+    path = tmp_path / "page.gguf"
+    path.write_text("<html>Not found</html>")
+    assert refusal(path) == f"{path} is not a GGUF file: download it again"
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("size", [20_000, 3_000_000], ids=["metadata", "tensors"])
+def test_a_truncated_gguf_file(tmp_path: Path, size: int) -> None:
+    """A real GGUF file that ends early, in its metadata or in its tensors, is refused."""
+    if not bundled.is_fetched():
+        pytest.skip("the bundled model is not here: make model")
+    path = tmp_path / "cut.gguf"
+    with bundled.bundled_model_path().open("rb") as file:
+        path.write_bytes(file.read(size))
+    line = refusal(path)
+    assert line.startswith(f"{path} cannot be loaded (")
+    assert line.endswith("if it is truncated or corrupt, delete it and download it again")
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+class _Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
+        return open, (str(self._path), "w")
+
+
+def test_pickles_are_refused(model: Path, tmp_path: Path) -> None:
+    """A folder with pickled weights alone is refused, and the pickle's code is not executed."""
+    canary = tmp_path / "canary"
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(_Payload(canary)))
+    assert refusal(model).startswith(f"{model} has only pickled weights")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("model_type", ["warp", "t5", "mamba"])
+def test_a_model_of_another_kind(model: Path, model_type: str) -> None:
+    """Unknown, encoder-decoder and attention-free models are told from broken ones."""
+    (model / "config.json").write_text(json.dumps(CONFIG | {"model_type": model_type}))
+    line = refusal(model)
+    assert line.startswith(f"{model} is of a kind that transformers cannot serve (")
+    assert line.endswith("): choose another model")
+
+
+def _remote_model(model: Path) -> None:
+    classes = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    _edit_json(model / "config.json", model_type="evil", auto_map=classes)
+
+
+def _remote_tokenizer(model: Path) -> None:
+    classes = {"AutoTokenizer": ["evil.Tokenizer", None]}
+    _edit_json(model / "tokenizer_config.json", tokenizer_class="Evil", auto_map=classes)
+
+
+@pytest.mark.parametrize("make_remote", [_remote_model, _remote_tokenizer])
+def test_code_from_a_repository_is_not_run(
+    model: Path, tmp_path: Path, make_remote: Callable[[Path], None]
+) -> None:
+    """A model or tokenizer that needs its own code is refused, and the code is not executed."""
+    canary = tmp_path / "canary"
+    (model / "evil.py").write_text(f"open({str(canary)!r}, 'w').close()\n")
+    make_remote(model)
+    assert refusal(model) == (
+        f"{model} needs code from its repository to run, which is refused: choose another model"
+    )
+    assert not canary.exists()
+
+
+def test_code_that_is_not_needed_is_ignored(model: Path, tmp_path: Path) -> None:
+    """A known architecture that brings code of its own runs with transformers' code instead."""
+    canary = tmp_path / "canary"
+    (model / "evil.py").write_text(f"open({str(canary)!r}, 'w').close()\n")
+    _edit_json(model / "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"})
+    assert len(generate(load(model))) == 4
+    assert not canary.exists()
+
+
+def _shard(model: Path) -> list[str]:
+    """Split the model's weights over two files and an index."""
+    (model / "model.safetensors").unlink()
+    weights = sorted(tiny_weights().items())
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    half = len(weights) // 2
+    weight_map: dict[str, str] = {}
+    for name, part in zip(names, (weights[:half], weights[half:]), strict=True):
+        save_file(dict(part), model / name, metadata={"format": "pt"})
+        weight_map |= {tensor: name for tensor, _ in part}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    return names
+
+
+def _edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -1,0 +1,59 @@
+"""A real engine client over a real engine process that runs the echo backend."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from app.core.config import EngineSettings, LoggingSettings, ModelSettings
+from app.core.metrics import Metrics
+from app.llm.engine.client import EngineClient, EngineState
+
+
+class EchoEngine:
+    """What :func:`echo_engine` hands out.
+
+    Attributes:
+        client: The engine client.
+        metrics: Where it measures.
+        fatal: What it reported as beyond repair.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.metrics = Metrics()
+        self.fatal: list[str] = []
+        self.client = EngineClient(
+            model=settings.pop("model", ModelSettings(engine="echo")),
+            model_label="echo",
+            engine=EngineSettings(**settings),
+            logging=LoggingSettings(level="ERROR"),
+            huggingface_token=None,
+            metrics=self.metrics,
+            on_fatal=self.fatal.append,
+        )
+
+    async def until(self, state: EngineState) -> None:
+        """Wait until the engine is in ``state``.
+
+        Raises:
+            TimeoutError: It is not within 30 seconds.
+        """
+        async with asyncio.timeout(30):
+            while self.client.state is not state:  # noqa: ASYNC110 - polls another process
+                await asyncio.sleep(0.01)
+
+    def value(self, name: str, **labels: str) -> float:
+        """A metric's value; 0 for a series that has no sample yet."""
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+@asynccontextmanager
+async def echo_engine(**settings: Any) -> AsyncIterator[EchoEngine]:
+    """Start an engine and stop it again; ``settings`` are those of the ``engine`` section."""
+    engine = EchoEngine(**settings)
+    await engine.client.start()
+    try:
+        await engine.until(EngineState.READY)
+        yield engine
+    finally:
+        await engine.client.stop()

@@ -1,0 +1,248 @@
+"""The service as it is run in production: uvicorn in a process of its own, over real sockets."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel, SecretStr
+
+from app.core.config import PROJECT_ROOT, Settings
+
+API_KEY = "test-key-of-the-first-caller-0123456789"
+OTHER_KEY = "test-key-of-the-other-caller-9876543210"
+
+# A start imports FastAPI, LangChain and transformers' tokenizer side; a loaded machine is slow.
+START_SECONDS = 100.0
+STOP_SECONDS = 30.0
+
+_LISTENING = re.compile(r"Uvicorn running on (http://[\w.:]+)")
+
+
+def setting_names() -> dict[str, Any]:
+    """Every environment variable that is a setting, with the setting's default."""
+    names: dict[str, Any] = {}
+    for name, field in Settings.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            section = type(field.default).model_fields
+            names |= {
+                f"{name}__{key}".upper(): f.get_default(call_default_factory=True)
+                for key, f in section.items()
+            }
+        else:
+            names[name.upper()] = field.default
+    return names
+
+
+def is_setting(variable: str) -> bool:
+    """Whether the settings would read an environment variable of this name."""
+    section = variable.partition("__")[0].lower()
+    return section in Settings.model_fields or variable.upper() == "CONFIG_FILE"
+
+
+def isolated_environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with every setting in it: the given ones, else the defaults.
+
+    The environment wins over .env, so a developer's .env decides nothing here.
+    """
+    inherited = {k: v for k, v in os.environ.items() if not is_setting(k)}
+    # No variable can say "none"; what stands here instead has the same effect.
+    absent = {"MODEL__REVISION": "main", "HUGGINGFACE_TOKEN": ""}
+    defaults = {
+        name: _as_variable(value) for name, value in setting_names().items() if value is not None
+    }
+    chosen = {
+        **defaults,
+        **absent,
+        "CONFIG_FILE": str(PROJECT_ROOT / "config.yml"),
+        "MODEL__ENGINE": "echo",
+        "SECURITY__API_KEY": API_KEY,
+        "SECURITY__API_KEYS": json.dumps([{"name": "other", "key": OTHER_KEY}]),
+        "RATE_LIMIT__ENABLED": "false",
+        **settings,
+    }
+    chosen.setdefault("RATE_LIMIT__BURST_SIZE", chosen["RATE_LIMIT__REQUESTS_PER_MINUTE"])
+    return {**inherited, **chosen}
+
+
+def _as_variable(value: Any) -> str:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@dataclass
+class Service:
+    """A running service.
+
+    Attributes:
+        base_url: Where it listens.
+        process: The API process.
+        log_path: Standard output and error of the service and its engine process.
+    """
+
+    base_url: str
+    process: subprocess.Popen[bytes]
+    log_path: Path
+
+    def client(self, key: str | None = API_KEY, **kwargs: Any) -> httpx.Client:
+        """A client that sends ``key``; proxies of the environment are not used."""
+        headers = {"X-API-Key": key} if key else {}
+        options: dict[str, Any] = {"timeout": 60.0, "trust_env": False, **kwargs}
+        return httpx.Client(base_url=self.base_url, headers=headers, **options)
+
+    def get(self, path: str) -> httpx.Response:
+        """GET without a key, on a connection of its own."""
+        with self.client(key=None) as client:
+            return client.get(path)
+
+    def raw_log(self) -> str:
+        """Everything the service wrote."""
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+    def log(self) -> list[dict[str, Any]]:
+        """The log's lines; fails where one is not a JSON object."""
+        return [json.loads(line) for line in self.raw_log().splitlines()]
+
+    def engine_pids(self) -> list[int]:
+        """Process ids of all engine processes so far, the present one last."""
+        return [e["pid"] for e in self.log() if e["message"] == "engine process started"]
+
+    @property
+    def engine_pid(self) -> int:
+        """Process id of the present engine process."""
+        return self.engine_pids()[-1]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric's samples that have these labels."""
+        families = text_string_to_metric_families(self.get("/metrics").text)
+        return sum(
+            sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 30.0) -> float:
+        """Wait until ``condition`` holds; returns how long it took."""
+        started = time.monotonic()
+        while not condition():
+            if time.monotonic() - started > seconds:
+                raise AssertionError(f"{what} did not happen within {seconds} s")
+            time.sleep(0.02)
+        return time.monotonic() - started
+
+    def wait_for_metric(self, name: str, value: float, seconds: float = 30.0) -> float:
+        """Wait until a metric has a value; returns how long it took."""
+        return self.wait_for(lambda: self.metric(name) == value, f"{name} = {value}", seconds)
+
+    def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
+        """Wait until requests would be taken."""
+        self.wait_for(self._is_ready, "readiness", seconds)
+
+    def _is_ready(self) -> bool:
+        self._check_alive()
+        with contextlib.suppress(httpx.TransportError):
+            return self.get("/readyz").status_code == 200
+        return False
+
+    def _wait_until_listening(self) -> None:
+        def found() -> re.Match[str] | None:
+            self._check_alive()
+            return _LISTENING.search(self.raw_log())
+
+        self.wait_for(found, "listening", START_SECONDS)
+        match = found()
+        assert match is not None
+        self.base_url = match[1]
+
+    def _check_alive(self) -> None:
+        status = self.process.poll()
+        assert status is None, f"the service ended with status {status}:\n{self.raw_log()}"
+
+    def terminate(self) -> int:
+        """Send SIGTERM and wait; returns the exit status."""
+        self.process.terminate()
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait for the service's end; returns the exit status."""
+        return self.process.wait(STOP_SECONDS)
+
+    def survivors(self) -> list[str]:
+        """What still runs of the service and of everything it started."""
+        return session_members(self.process.pid)
+
+
+def session_members(session: int) -> list[str]:
+    """Processes of a session that still run; the dead that nobody has reaped do not count."""
+    proc = Path("/proc")
+    if not (proc / "self" / "stat").exists():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(session, 0)
+            return [f"process group {session}"]
+        return []
+    members = []
+    for stat in proc.glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # "pid (name) state ppid pgrp session ...", where the name may hold anything.
+            state, _, _, number = stat.read_text().rpartition(")")[2].split()[:4]
+            if number == str(session) and state not in "ZX":
+                command = (stat.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                members.append(f"{stat.parent.name} {command}")
+    return members
+
+
+@contextmanager
+def running_service(*, until: str = "ready", **settings: str) -> Iterator[Service]:
+    """Run the service on a free port of this machine, and stop it at the end.
+
+    Args:
+        until: Wait until it is ``ready``, or only until it is ``listening``.
+        settings: Environment variables, such as ``ENGINE__MAX_RUNNING="1"``.
+
+    Leaving the block asserts that SIGTERM ended the service in order, unless the test has ended
+    it already, and that nothing it started survives it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log_path = Path(folder) / "service.log"
+        with log_path.open("wb") as log:
+            process = subprocess.Popen(
+                # Port 0 takes a free one, which the log then names.
+                [sys.executable, "-m", "uvicorn", "app.main:app", "--port", "0"],
+                cwd=PROJECT_ROOT,
+                env=isolated_environment(settings),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        service = Service("", process, log_path)
+        try:
+            service._wait_until_listening()
+            if until == "ready":
+                service.wait_until_ready()
+            yield service
+            if process.poll() is None:
+                status = service.terminate()
+                assert status in (0, -signal.SIGTERM), service.raw_log()
+            service.wait_for(lambda: not service.survivors(), "the end of all processes", 5.0)
+        except BaseException as error:
+            error.add_note(f"--- the service's log ---\n{service.raw_log()[-4000:]}")
+            raise
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

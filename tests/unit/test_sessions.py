@@ -1,0 +1,81 @@
+"""The session store's bounds."""
+
+import pytest
+
+from app.core.config import ChatHistorySettings
+from app.core.sessions import HistoryMessage, SessionStore
+from app.utils.errors import SessionBusyError
+
+
+class Clock:
+    """A clock that is moved by hand."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def turn(store: SessionStore, session_id: str, text: str = "hi", owner: str = "k") -> None:
+    """One whole turn."""
+    session = store.begin_turn(owner, session_id)
+    store.end_turn(session, [HistoryMessage("user", text), HistoryMessage("assistant", text)])
+
+
+def test_a_session_expires_after_being_idle_for_its_ttl() -> None:
+    """Each turn starts the time anew; without one the session is gone."""
+    clock = Clock()
+    store = SessionStore(ChatHistorySettings(ttl_seconds=10), clock)
+    turn(store, "a")
+    clock.now = 9
+    turn(store, "a")
+    clock.now = 18
+    assert store.find("k", "a") is not None
+    clock.now = 20
+    assert store.find("k", "a") is None
+    assert len(store) == 0
+
+
+def test_the_session_unused_longest_goes_first() -> None:
+    """Past max_sessions the least recently used one is forgotten."""
+    store = SessionStore(ChatHistorySettings(max_sessions=2))
+    for name in ("a", "b", "a", "c"):
+        turn(store, name)
+    assert store.find("k", "b") is None
+    assert store.find("k", "a") is not None
+    assert len(store) == 2
+
+
+def test_memory_is_bounded() -> None:
+    """Conversations together stay under max_bytes, however many and long."""
+    store = SessionStore(ChatHistorySettings(max_bytes=20_000))
+    for i in range(100):
+        turn(store, f"s{i}", "x" * 1000)
+    total = sum(s.size for i in range(100) if (s := store.find("k", f"s{i}")))
+    assert 0 < total <= 20_000
+
+
+def test_messages_are_bounded_by_whole_turns() -> None:
+    """The oldest turns go, and a conversation always begins with the user."""
+    store = SessionStore(ChatHistorySettings(max_messages=5))
+    for i in range(4):
+        turn(store, "a", str(i))
+    session = store.find("k", "a")
+    assert session is not None
+    assert [(m.role, m.content) for m in session.messages] == [
+        ("user", "2"),
+        ("assistant", "2"),
+        ("user", "3"),
+        ("assistant", "3"),
+    ]
+
+
+def test_a_busy_session_takes_no_second_turn() -> None:
+    """Until a turn has ended, another one is refused; a failed turn ends too."""
+    store = SessionStore(ChatHistorySettings())
+    session = store.begin_turn("k", "a")
+    with pytest.raises(SessionBusyError):
+        store.begin_turn("k", "a")
+    store.end_turn(session)
+    store.end_turn(store.begin_turn("k", "a"))
+    assert len(store) == 0
