@@ -23,8 +23,8 @@ from langchain_core.runnables import Runnable, RunnableLambda
 from langchain_huggingface import HuggingFacePipeline
 from pydantic import ConfigDict
 
+from app.llm.engine.admission import Admission
 from app.llm.engine.base import SAMPLING_FIELDS
-from app.llm.engine.client import Admission
 from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
 
 T = TypeVar("T")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from app.llm.detokenizer import Detokenizer, StopMatcher
+from app.llm.engine.admission import Admission
 from app.llm.engine.base import (
     NEUTRAL_SAMPLING,
     SAMPLING_FIELDS,
@@ -14,7 +15,7 @@ from app.llm.engine.base import (
     GenerationRequest,
     SamplingParams,
 )
-from app.llm.engine.client import Admission, EngineClient
+from app.llm.engine.client import EngineClient
 from app.llm.tokenizer import PromptTokenizer
 from app.utils.errors import (
     ContextLengthExceededError,

@@ -136,7 +136,8 @@ def download(name: str, *, revision: str | None, token: str | None, progress: Pr
     except OSError as error:
         raise ModelLoadError(
             f"{wanted.repo} cannot be downloaded to {constants.HF_HUB_CACHE}: "
-            f"{' '.join(str(error).split())}"
+            f"{' '.join(str(error).split())}; free some space, make it writable, or set HF_HOME "
+            "to another folder"
         ) from None
     except ValueError:
         raise ModelLoadError(

@@ -9,7 +9,7 @@ from langchain_core.callbacks import AsyncCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.outputs import LLMResult
 from langchain_core.prompts import PromptTemplate
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableSequence
 from langchain_huggingface import HuggingFacePipeline
 
 from app.llm.chain import Chains, ServedPipeline
@@ -73,7 +73,7 @@ async def test_abatch_runs_together(engine: EchoEngine, pipeline: ServedPipeline
     async def watch() -> None:
         nonlocal peak
         while True:
-            peak = max(peak, engine.client.queue().running)
+            peak = max(peak, engine.client.queue.snapshot().running)
             await asyncio.sleep(0.001)
 
     watcher = asyncio.create_task(watch())
@@ -134,8 +134,8 @@ async def test_streaming_callbacks_see_usage_at_the_end(pipeline: ServedPipeline
 
 async def test_it_composes_like_any_other_model(pipeline: ServedPipeline) -> None:
     """Prompt | model | parser works with LangChain's own parts."""
-    template: Runnable[dict[str, str], Any] = PromptTemplate.from_template("say {word}")
-    chain = template | pipeline | StrOutputParser()
+    template = PromptTemplate.from_template("say {word}")
+    chain: Runnable[dict[str, str], str] = RunnableSequence(template, pipeline, StrOutputParser())
     assert await chain.ainvoke({"word": "{braces}"}) == "say {braces}"
     assert "".join([p async for p in chain.astream({"word": "it"})]) == "say it"
 
@@ -151,11 +151,11 @@ async def test_leaving_a_stream_frees_the_engine(
 
     task = asyncio.create_task(consume())
     await asyncio.sleep(0.1)
-    assert engine.client.queue().running == 1
+    assert engine.client.queue.snapshot().running == 1
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     async with asyncio.timeout(5):
-        while engine.client.queue().running or engine.client.stats.running:  # noqa: ASYNC110 - polls another process
+        while engine.client.queue.snapshot().running or engine.client.stats.running:  # noqa: ASYNC110 - polls another process
             await asyncio.sleep(0.01)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from app.core.config import ModelSettings
+from app.llm.engine.admission import Admission
 from app.llm.engine.base import GenerationRequest, SamplingParams, TokenEvent
-from app.llm.engine.client import Admission, EngineClient, EngineState
+from app.llm.engine.client import EngineClient, EngineState
 from app.utils.errors import (
     DeadlineExceededError,
     DrainingError,
@@ -52,7 +53,7 @@ def pid(client: EngineClient) -> int:
 async def idle(engine: EchoEngine) -> None:
     """Wait until no request holds anything, here and in the engine process."""
     async with asyncio.timeout(10):
-        while engine.client.queue().running or engine.client.stats.running:  # noqa: ASYNC110 - polls another process
+        while engine.client.queue.snapshot().running or engine.client.stats.running:  # noqa: ASYNC110 - polls another process
             await asyncio.sleep(0.01)
 
 
@@ -94,11 +95,11 @@ async def test_retry_after_comes_from_measured_throughput() -> None:
     async with echo_engine(max_running=1, max_waiting=50) as engine:
         client = engine.client
         now = asyncio.get_running_loop().time
-        client._finished_at.extend([now() - 20, now() - 10, now()])
+        client.queue._finished_at.extend([now() - 20, now() - 10, now()])
         held = [client.admit() for _ in range(51)]
         with pytest.raises(OverloadedError) as slow:
             client.admit()
-        client._finished_at.extend([now()] * 900)
+        client.queue._finished_at.extend([now()] * 900)
         with pytest.raises(OverloadedError) as fast:
             client.admit()
         assert slow.value.retry_after > fast.value.retry_after
@@ -137,10 +138,10 @@ async def test_leaving_the_queue_frees_the_place() -> None:
         await asyncio.sleep(0.05)
         waiting = asyncio.create_task(collect(engine.client))
         await asyncio.sleep(0.05)
-        assert engine.client.queue().waiting == 1
+        assert engine.client.queue.snapshot().waiting == 1
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        assert engine.client.queue().waiting == 0
+        assert engine.client.queue.snapshot().waiting == 0
         assert (await collect(engine.client))[-1].finish_reason == "stop"
         await first
 

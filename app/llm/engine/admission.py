@@ -1,0 +1,289 @@
+"""Places for requests: how many may run and wait, whose turn it is, and what each one receives.
+
+Everything here runs on the event loop of the API process and knows the engine only as a link
+to submit to and cancel on.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from app.core.config import EngineSettings
+from app.core.metrics import Metrics
+from app.llm.engine.base import GenerationRequest, TokenEvent
+from app.utils.errors import (
+    DeadlineExceededError,
+    InternalError,
+    OverloadedError,
+    ServiceError,
+)
+
+# Throughput is measured over the requests that ended within this many seconds.
+_THROUGHPUT_WINDOW = 60.0
+_MAX_RETRY_AFTER = 60.0
+_UNMEASURED_RETRY_AFTER = 5.0
+
+
+class EngineLink(Protocol):
+    """The way to the engine process."""
+
+    def submit(self, request: GenerationRequest, admission: "Admission") -> None:
+        """Start a request; its events go to ``admission``.
+
+        Raises:
+            EngineUnavailableError: There is no engine to start it.
+        """
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request that has not ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSnapshot:
+    """How full the engine is."""
+
+    running: int
+    waiting: int
+    max_running: int
+    max_waiting: int
+
+
+class _Mailbox:
+    """Events of one request between the socket's reader and whoever generates.
+
+    Events that come while nobody looks are handed over together.
+    """
+
+    def __init__(self) -> None:
+        self._events: list[TokenEvent] = []
+        self._error: ServiceError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, event: TokenEvent) -> None:
+        self._events.append(event)
+        self._wake()
+
+    def fail(self, error: ServiceError) -> None:
+        self._error = self._error or error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[TokenEvent]:
+        """All events since the last call; waits for the first.
+
+        Raises:
+            ServiceError: The request failed, and every event before that has been taken.
+        """
+        while not self._events:
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        events, self._events = self._events, []
+        return events
+
+
+class _Meter:
+    """Observes one request's timings."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics = metrics
+        self._model = model
+        self._admitted_at = time.perf_counter()
+        self._last: float | None = None
+
+    def started(self, prompt_tokens: int) -> None:
+        """The request left the queue."""
+        self._metrics.queue_time.observe(time.perf_counter() - self._admitted_at)
+        self._metrics.prompt_tokens.inc(prompt_tokens)
+
+    def observe(self, event: TokenEvent) -> None:
+        """An event came."""
+        now = time.perf_counter()
+        metrics = self._metrics
+        if event.cached_tokens:
+            metrics.prefix_cached_tokens.inc(event.cached_tokens)
+        if event.token_ids:
+            metrics.tokens_generated.labels(self._model).inc(len(event.token_ids))
+            if self._last is None:
+                metrics.time_to_first_token.observe(now - self._admitted_at)
+            else:
+                metrics.inter_token_latency.observe((now - self._last) / len(event.token_ids))
+            self._last = now
+        if event.finish_reason:
+            metrics.request_duration.labels(event.finish_reason).observe(now - self._admitted_at)
+
+
+class Admission:
+    """A place among the running and waiting requests, held until :meth:`release`."""
+
+    def __init__(self, queue: "RequestQueue", link: EngineLink, meter: _Meter) -> None:
+        self._queue = queue
+        self._link = link
+        self._meter = meter
+        self._mailbox = _Mailbox()
+        self._turn: asyncio.Future[None] | None = None
+        self._unfinished: GenerationRequest | None = None
+        self._released = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def set_deadline(self, seconds: float) -> None:
+        """Fail the request if it has not ended in this time."""
+        self._timer = asyncio.get_running_loop().call_later(
+            seconds, lambda: self.fail(DeadlineExceededError())
+        )
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+        """Run ``request`` and yield its events; the last one has a finish reason.
+
+        Raises:
+            DeadlineExceededError: The request took too long.
+            EngineUnavailableError: The engine process died.
+            DrainingError: The service is shutting down.
+            InternalError: This request failed inside the engine.
+        """
+        try:
+            self._turn = self._queue.turn()
+            await self._turn
+            self._link.submit(request, self)
+            self._unfinished = request
+            self._meter.started(len(request.prompt_token_ids))
+            while True:
+                for event in await self._mailbox.take():
+                    self._meter.observe(event)
+                    if event.finish_reason is not None:
+                        self._unfinished = None
+                    if event.finish_reason == "error":
+                        raise InternalError
+                    yield event
+                    if event.finish_reason is not None:
+                        return
+        finally:
+            self.release()
+
+    def deliver(self, event: TokenEvent) -> None:
+        """Take an event from the engine."""
+        self._mailbox.put(event)
+
+    def fail(self, error: ServiceError) -> None:
+        """End the request with ``error``, wherever it is."""
+        if self._turn is not None and not self._turn.done():
+            self._turn.set_exception(error)
+        self._mailbox.fail(error)
+        self._stop_engine()
+
+    def release(self) -> None:
+        """Give the place back, and stop what still runs. May be called twice."""
+        if self._released:
+            return
+        self._released = True
+        if self._timer is not None:
+            self._timer.cancel()
+        left_early = self._stop_engine()
+        self._queue.leave(self, self._turn, left_early=left_early)
+
+    def _stop_engine(self) -> bool:
+        request, self._unfinished = self._unfinished, None
+        if request is not None:
+            self._link.cancel(request.id)
+        return request is not None
+
+
+class RequestQueue:
+    """All places: bounded in number, handed out first come, first served."""
+
+    def __init__(self, limits: EngineSettings, metrics: Metrics, model: str) -> None:
+        """Make an empty queue.
+
+        Args:
+            limits: How many may run and wait, and for how long.
+            metrics: Where timings and the queue's length go.
+            model: Name of the model, for the metrics.
+        """
+        self._limits = limits
+        self._metrics = metrics
+        self._model = model
+        self._admissions: set[Admission] = set()
+        self._turns: deque[asyncio.Future[None]] = deque()
+        self._running = 0
+        self._finished_at: deque[float] = deque(maxlen=1000)
+
+    def admit(self, link: EngineLink) -> Admission:
+        """Take a place.
+
+        Raises:
+            OverloadedError: Every place is taken.
+        """
+        if len(self._admissions) >= self._limits.max_running + self._limits.max_waiting:
+            raise OverloadedError(retry_after=self._seconds_until_room())
+        admission = Admission(self, link, _Meter(self._metrics, self._model))
+        admission.set_deadline(self._limits.request_timeout_seconds)
+        self._admissions.add(admission)
+        self._show()
+        return admission
+
+    def _seconds_until_room(self) -> float:
+        """Time in which the waiting requests will have been served, from measured throughput."""
+        now = time.monotonic()
+        recent = [t for t in self._finished_at if now - t <= _THROUGHPUT_WINDOW]
+        if not recent:
+            return _UNMEASURED_RETRY_AFTER
+        rate = len(recent) / max(now - recent[0], 1.0)
+        return min((self.snapshot().waiting + 1) / rate, _MAX_RETRY_AFTER)
+
+    def turn(self) -> asyncio.Future[None]:
+        """Done when the request may run; must be given to :meth:`leave`."""
+        turn = asyncio.get_running_loop().create_future()
+        self._turns.append(turn)
+        self._next_turns()
+        return turn
+
+    def leave(
+        self, admission: Admission, turn: asyncio.Future[None] | None, *, left_early: bool
+    ) -> None:
+        """Give back a place and, if it had one, its turn."""
+        self._admissions.discard(admission)
+        if left_early:
+            self._metrics.cancelled.inc()
+        if turn is not None:
+            had_turn = turn.done() and not turn.cancelled() and turn.exception() is None
+            turn.cancel()
+            if had_turn:
+                self._running -= 1
+                self._finished_at.append(time.monotonic())
+        self._next_turns()
+
+    def fail_all(self, error: Callable[[], ServiceError]) -> None:
+        """End every request, each with an error of its own."""
+        for admission in list(self._admissions):
+            admission.fail(error())
+
+    def snapshot(self) -> QueueSnapshot:
+        """How full the engine is."""
+        return QueueSnapshot(
+            running=self._running,
+            waiting=len(self._admissions) - self._running,
+            max_running=self._limits.max_running,
+            max_waiting=self._limits.max_waiting,
+        )
+
+    def _next_turns(self) -> None:
+        while self._turns and self._running < self._limits.max_running:
+            turn = self._turns.popleft()
+            if not turn.done():
+                self._running += 1
+                turn.set_result(None)
+        self._show()
+
+    def _show(self) -> None:
+        self._metrics.running.set(self._running)
+        self._metrics.waiting.set(len(self._admissions) - self._running)
