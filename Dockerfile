@@ -5,6 +5,7 @@
 #   BUNDLED_MODEL=0    leave out the small model (98 MB) that MODEL__SOURCE=bundled serves
 #   TORCH_INDEX_URL    where the CPU build of torch comes from; empty: from pip's own sources
 #   PIP_INDEX_URL      where everything else comes from; empty: pip's own
+#   PIP_FIND_LINKS     a folder or page with more wheels
 #   REVISION           the commit, for the image's labels
 
 # ---- builder: the virtual environment, with the locked dependencies and nothing else in it -------
@@ -25,6 +26,7 @@ RUN python -m venv /opt/tools \
 ARG VARIANT=cpu
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 ARG PIP_INDEX_URL=
+ARG PIP_FIND_LINKS=
 
 COPY poetry.lock deploy/docker/lock_requirements.py ./
 RUN set -eu; \

@@ -128,7 +128,7 @@ def _podman(store: Path) -> Engine:
         "podman",
         command,
         # Docker's format, because OCI's has no health check; nested containers need no new ones.
-        ("--isolation=chroot", "--format=docker", "--layers", "--pull=never", *_machine(store)),
+        ("--isolation=chroot", "--format=docker", "--layers", "--pull=never", *_machine()),
         # podman leaves health checks to systemd, which need not run here.
         (*limits, "--no-healthcheck"),
     )
@@ -138,7 +138,7 @@ def _podman(store: Path) -> Engine:
 
 def _at_most(limit: int, kind: int) -> int:
     """A resource limit that needs no right to raise; -1 says unlimited."""
-    return min(limit, *(value for value in resource.getrlimit(kind) if value >= 0), limit)
+    return min([limit, *(value for value in resource.getrlimit(kind) if value >= 0)])
 
 
 def _provide_base_image(engine: Engine) -> None:
@@ -155,8 +155,11 @@ def _provide_base_image(engine: Engine) -> None:
         engine.call("import", "--quiet", "--change", f"ENV {path}", str(archive), BASE_IMAGE)
 
 
-def _machine(store: Path) -> list[str]:
-    """Mounts and arguments by which pip in the build sees what pip on this machine sees."""
+def _machine() -> list[str]:
+    """Mounts and arguments by which pip in the build sees what pip on this machine sees.
+
+    They are mounted on folders that the base image has, so that no mount point stays behind.
+    """
     options = [f"--volume={path}:{path}:ro" for path in _CERTIFICATES if Path(path).is_dir()]
     answer = subprocess.run(
         [sys.executable, "-c", _ASK_PIP], capture_output=True, text=True, check=False
@@ -164,13 +167,10 @@ def _machine(store: Path) -> list[str]:
     if answer.returncode:
         return options
     index, find_links = json.loads(answer.stdout)
-    folders = [Path(link) for link in dict.fromkeys(find_links) if Path(link).is_dir()]
-    settings = store / "pip.conf"
-    lines = ["[global]", f"index-url = {index}", *(f"find-links = {f}" for f in folders[:1])]
-    settings.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    options.append(f"--volume={settings}:/etc/pip.conf:ro")
-    options += [f"--volume={folder}:{folder}:ro" for folder in folders]
-    if any(list(folder.glob("torch-*+cpu-*.whl")) for folder in folders):
-        # The CPU build of torch is here, so PyTorch's own index need not be reachable.
-        options.append("--build-arg=TORCH_INDEX_URL=")
+    options.append(f"--build-arg=PIP_INDEX_URL={index}")
+    for wheels in [Path(link) for link in find_links if Path(link).is_dir()][:1]:
+        options += [f"--volume={wheels}:/mnt:ro", "--build-arg=PIP_FIND_LINKS=/mnt"]
+        if list(wheels.glob("torch-*+cpu-*.whl")):
+            # The CPU build of torch is here, so PyTorch's own index need not be reachable.
+            options.append("--build-arg=TORCH_INDEX_URL=")
     return options

@@ -61,15 +61,15 @@ STREAM = """curl -X POST http://localhost:8000/v1/chat \\
 
 # Prints what the image's Python environment holds and what it must not, as JSON.
 LOOK_INSIDE = """
-import importlib.metadata as m, importlib.util as u, json, pathlib, shutil
+import importlib.metadata as m, importlib.util as u, json, os, shutil
 print(json.dumps({
     "packages": sorted(d.metadata["Name"].lower() for d in m.distributions()),
     "torch": m.version("torch"),
     "pip": u.find_spec("pip") is not None,
     "tools": [t for t in ("gcc", "cc", "make", "git", "curl", "pip", "pip3") if shutil.which(t)],
-    "app": sorted(p.name for p in pathlib.Path("/app").iterdir()),
-    "leftovers": [p for p in ("/etc/pip.conf", "/build", "/opt/tools", "/root/.cache")
-                  if pathlib.Path(p).exists()],
+    "app": sorted(os.listdir("/app")),
+    "leftovers": [p for p in ("/etc/pip.conf", "/build", "/opt/tools")
+                  if os.path.exists(p)] + os.listdir("/mnt"),
 }))
 """
 
@@ -204,7 +204,10 @@ def check_refusals(checks: Checks, engine: Engine, image: str) -> None:
 def check_inside(checks: Checks, container: Container, health: list[str]) -> None:
     """What a look inside the running container shows."""
     print("Inside the container")
-    seen = json.loads(container.run("python", "-c", LOOK_INSIDE).stdout)
+    looked = container.run("python", "-c", LOOK_INSIDE)
+    if looked.returncode:
+        raise EngineError(f"cannot look into the container: {looked.stderr}")
+    seen = json.loads(looked.stdout)
     gpu = [p for p in seen["packages"] if re.match(r"nvidia-|cuda-|triton", p)]
     checks.check("torch is its CPU build", seen["torch"].endswith("+cpu"), seen["torch"])
     checks.check("no CUDA packages", not gpu, gpu)

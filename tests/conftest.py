@@ -54,6 +54,13 @@ def running_app(**sections: dict[str, Any]) -> Iterator[TestClient]:
         root.handlers[:], root.level = handlers, level
 
 
+def without_key(client: TestClient) -> TestClient:
+    """A client of the same application, on the same event loop, that sends no key by itself."""
+    anonymous = TestClient(client.app)
+    anonymous.portal = client.portal
+    return anonymous
+
+
 @pytest.fixture(scope="session")
 def client() -> Iterator[TestClient]:
     """A client of an application inside this process, with the echo engine."""

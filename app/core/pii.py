@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from app.core.pii_detectors import HOLD_BACK, KINDS, LEFT_CONTEXT, built_in
+from app.core.pii_checks import LEFT_CONTEXT
+from app.core.pii_detectors import HOLD_BACK, KINDS, built_in
 from app.core.pii_patterns import BoundedPattern, HoldBack
 
 __all__ = ["HOLD_BACK", "KINDS", "Entity", "PiiScanner", "StreamRedactor"]
 
 # Each call into RE2 costs the length of what it is given; blocks keep the total linear.
-_BLOCK = 1024
+_BLOCK = 256
 # Every built-in kind has a digit or an at sign; most pieces of prose have neither.
 _TRIGGER = re.compile("[0-9@]")
 # They are no characters, cannot be encoded, and would make RE2 raise.

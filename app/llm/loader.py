@@ -6,7 +6,8 @@ from a repository are refused. Every foreseeable failure is a :class:`ModelLoadE
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,14 +183,7 @@ def _check_device(settings: ModelSettings) -> None:
 
 
 def _load_pipeline(settings: ModelSettings, snapshot: Snapshot) -> "Pipeline":
-    import torch
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        GgufConfig,
-        PreTrainedTokenizerFast,
-        pipeline,
-    )
+    from transformers import GgufConfig
     from transformers.utils import logging as transformers_logging
 
     # One log, ours, at its level; the library would write to standard error itself.
@@ -203,6 +197,23 @@ def _load_pipeline(settings: ModelSettings, snapshot: Snapshot) -> "Pipeline":
         source["gguf_file"] = snapshot.gguf
         # Left packed, every forward pass on a CPU would unpack the weights again.
         weights = {"quantization_config": GgufConfig(dequantize=True)}
+    with ExitStack() as stack:
+        if snapshot.gguf:
+            stack.enter_context(_reading_gguf_once())
+        return _from_pretrained(settings, snapshot, source, weights)
+
+
+def _from_pretrained(
+    settings: ModelSettings, snapshot: Snapshot, source: dict[str, Any], weights: dict[str, Any]
+) -> "Pipeline":
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        PreTrainedTokenizerFast,
+        pipeline,
+    )
+
     with _explaining("tokenizer", settings, snapshot):
         tokenizer = AutoTokenizer.from_pretrained(snapshot.directory, **source)
         if not isinstance(tokenizer, PreTrainedTokenizerFast) or not len(tokenizer):
@@ -220,6 +231,24 @@ def _load_pipeline(settings: ModelSettings, snapshot: Snapshot) -> "Pipeline":
             # transformers would fill them with random numbers, and nonsense would be served.
             raise ValueError(f"{len(missing)} of its tensors are missing, {missing[0]} for one")
         return pipeline("text-generation", model=model, tokenizer=tokenizer, device=settings.device)
+
+
+@contextmanager
+def _reading_gguf_once() -> Iterator[None]:
+    """Parse a GGUF file once, which halves the time to load a small model.
+
+    transformers opens the file for the tokenizer, for the configuration and for the weights, and
+    looks all its names up again for every module of the model.
+    """
+    import gguf
+
+    originals = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = lru_cache(maxsize=1)(gguf.GGUFReader)
+    gguf.get_tensor_name_map = lru_cache(maxsize=1)(gguf.get_tensor_name_map)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = originals
 
 
 @contextmanager

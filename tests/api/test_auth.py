@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from app.api.dependencies import GuardedRoute
 from app.main import create_app
 from tests.api.test_errors import check_error
-from tests.conftest import make_settings
+from tests.conftest import make_settings, without_key
 from tests.support.asgi import Received, Sent, http_scope
 from tests.support.service import API_KEY, OTHER_KEY
 
@@ -53,7 +53,8 @@ def new_app(**app_section: Any) -> FastAPI:
     return create_app(make_settings(app=app_section))
 
 
-KEYED = [e for e in endpoints(new_app()) if e.path not in PUBLIC]
+APP = new_app()
+KEYED = [e for e in endpoints(APP) if e.path not in PUBLIC]
 
 
 def test_the_keyed_routes_are_found() -> None:
@@ -98,7 +99,7 @@ async def test_every_route_is_refused_without_a_key(
     """Every route that is not public answers 401 without a valid key, before it reads the body."""
     received, sent = Received(b'{"prompt": "a"}'), Sent()
     path = endpoint.path.replace("{", "").replace("}", "")
-    await new_app()(http_scope(endpoint.method, path, headers), received, sent)
+    await APP(http_scope(endpoint.method, path, headers), received, sent)
     assert sent.status == 401
     assert received.taken == 0
     assert sent.headers["www-authenticate"].startswith("Bearer")
@@ -110,13 +111,13 @@ async def test_a_body_over_the_limit_does_not_tell_more_than_401(endpoint: Endpo
     """Without a key an endless body is not read at all: the answer is 401."""
     received, sent = Received(b"x" * 100_000, endless=True), Sent()
     path = endpoint.path.replace("{", "").replace("}", "")
-    await new_app()(http_scope(endpoint.method, path), received, sent)
+    await APP(http_scope(endpoint.method, path), received, sent)
     assert (sent.status, received.taken) == (401, 0)
 
 
 def test_no_key_and_a_wrong_key_get_the_same_answer() -> None:
     """The answer does not tell whether a key was missing or wrong, and never repeats it."""
-    client = TestClient(new_app())
+    client = TestClient(APP)
     answers = []
     for headers in HEADERS.values():
         response = client.post("/v1/generate", json=PROMPT, headers=headers)
@@ -141,14 +142,13 @@ def test_no_key_and_a_wrong_key_get_the_same_answer() -> None:
 )
 def test_a_valid_key_is_let_in(client: TestClient, headers: dict[str, str]) -> None:
     """Each configured key is accepted in X-API-Key and as a bearer token."""
-    anonymous = TestClient(client.app)
-    response = anonymous.post("/v1/generate", json=PROMPT, headers=headers)
+    response = without_key(client).post("/v1/generate", json=PROMPT, headers=headers)
     assert response.status_code == 200, response.text
 
 
 def test_public_routes_need_no_key(client: TestClient) -> None:
     """Health and metrics answer without a key, so that probes and scrapers need none."""
-    anonymous = TestClient(client.app)
+    anonymous = without_key(client)
     for path in ("/health", "/livez", "/readyz", "/metrics"):
         assert anonymous.get(path).status_code == 200
 
@@ -164,7 +164,7 @@ def test_production_hides_the_interactive_documentation() -> None:
 
 def test_every_keyed_route_declares_its_errors() -> None:
     """The OpenAPI document names 401 for every route that can answer it, and both key schemes."""
-    document = new_app().openapi()
+    document = APP.openapi()
     assert set(document["components"]["securitySchemes"]) == {"APIKeyHeader", "HTTPBearer"}
     for endpoint in KEYED:
         operation = document["paths"][endpoint.path][endpoint.method.lower()]
@@ -174,7 +174,7 @@ def test_every_keyed_route_declares_its_errors() -> None:
 
 def test_the_guard_stands_on_every_keyed_route() -> None:
     """Every route that is not public is a GuardedRoute: the guard is in front of its body."""
-    for route in new_app().routes:
+    for route in APP.routes:
         for candidate in getattr(route, "effective_candidates", list)():
             if candidate.path not in PUBLIC:
                 assert isinstance(candidate.original_route, GuardedRoute), candidate.path

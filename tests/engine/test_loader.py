@@ -289,12 +289,6 @@ def test_broken_json(model: Path, name: str, content: str) -> None:
     assert refusal(model) == f"{model / name} is corrupt: delete it and download it again"
 
 
-def test_an_index_that_names_nothing(model: Path) -> None:
-    """An index without a weight map is as good as none where the weights are whole."""
-    (model / "model.safetensors.index.json").write_text('{"weight_map": []}')
-    assert len(generate(load(model))) == 4
-
-
 @pytest.mark.parametrize("content", [None, "{}", "{", '{"model": {"type": "BPE"}}'])
 def test_a_missing_or_broken_tokenizer(model: Path, content: str | None) -> None:
     """A model without a tokenizer that works is refused, and the file that is needed is named."""

@@ -106,6 +106,21 @@ def tiny_weights() -> dict[str, np.ndarray]:
     return weights
 
 
+def split_weights(directory: Path) -> list[str]:
+    """Lay a tiny model's weights out over two files and an index; returns the files' names."""
+    (directory / "model.safetensors").unlink()
+    weights = sorted(tiny_weights().items())
+    half = len(weights) // 2
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    weight_map: dict[str, str] = {}
+    for name, part in zip(names, (weights[:half], weights[half:]), strict=True):
+        save_file(dict(part), directory / name, metadata={"format": "pt"})
+        weight_map |= {tensor: name for tensor, _ in part}
+    index = {"metadata": {}, "weight_map": weight_map}
+    _write_json(directory / "model.safetensors.index.json", index)
+    return names
+
+
 def _tokenizer() -> Tokenizer:
     """Byte-level BPE with a handful of merges: any text encodes, in about one token a byte."""
     specials = [PAD, START, END]

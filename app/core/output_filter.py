@@ -1,0 +1,259 @@
+"""What a model said, made fit to pass on.
+
+Control characters and leaked template tokens go, and a blocked pattern ends the text before it.
+These are three steps, each of which gives the same for a text that comes in pieces, however it
+is cut, as for the whole: so do the three in a row.
+"""
+
+import re
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from app.core.pii_patterns import WINDOW, BoundedPattern, HoldBack
+
+# C0 and C1 but for tab, line feed and carriage return; the embeddings, overrides and isolates
+# that make text read otherwise than it is (CVE-2021-42574, Unicode UAX #9); and surrogates, which
+# are no characters. The marks U+200E, U+200F and U+061C stay: Arabic and Hebrew need them.
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+# Blocked patterns are searched in blocks, for each call costs the length of what it is given.
+_BLOCK = 256
+# What a pattern's \b and (?m)^ see of the text before.
+_LEFT_CONTEXT = 1
+_MAX_NESTED = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """A whole text after filtering.
+
+    Attributes:
+        text: What may be passed on.
+        blocked: Whether a blocked pattern ended it.
+    """
+
+    text: str
+    blocked: bool
+
+
+class OutputFilter:
+    """The rules for what may leave; immutable, one for each served model."""
+
+    def __init__(
+        self, template_tokens: Iterable[str] = (), blocked_patterns: Iterable[str] = ()
+    ) -> None:
+        """Compile everything.
+
+        Args:
+            template_tokens: Spellings of the model's special tokens; blank ones are ignored.
+            blocked_patterns: RE2 patterns that end an answer. A match has at most 256 characters:
+                a longer one is not found.
+
+        Raises:
+            ValueError: In one line, the pattern that cannot be used.
+        """
+        self.tokens = _Tokens(template_tokens)
+        self.patterns: list[BoundedPattern] = []
+        for source in blocked_patterns:
+            try:
+                self.patterns.append(BoundedPattern(source))
+            except ValueError as error:
+                raise ValueError(f"blocked pattern {source[:80]!r}: {error}") from None
+        self.hold_back = HoldBack((p.prefixes for p in self.patterns), WINDOW)
+
+    @property
+    def bound(self) -> int:
+        """Most characters a stream ever holds back."""
+        return self.tokens.bound + (self.hold_back.bound if self.patterns else 0)
+
+    def clean(self, text: str) -> Filtered:
+        """Filter a whole text."""
+        stream = self.stream()
+        cleaned = stream.feed(text) + stream.flush()
+        return Filtered(cleaned, stream.blocked)
+
+    def stream(self) -> "StreamFilter":
+        """A filter for one text that comes in pieces."""
+        return StreamFilter(self)
+
+
+class StreamFilter:
+    """Filters one text that comes in pieces.
+
+    The results joined are :meth:`OutputFilter.clean` of the whole, however it is cut.
+    """
+
+    def __init__(self, rules: OutputFilter) -> None:
+        self._remover = _TokenRemover(rules.tokens) if rules.tokens.any else None
+        self._blocker = _Blocker(rules) if rules.patterns else None
+
+    @property
+    def blocked(self) -> bool:
+        """Whether a blocked pattern has ended the text; nothing more comes out then."""
+        return self._blocker is not None and self._blocker.blocked
+
+    @property
+    def held(self) -> int:
+        """How many characters are held back."""
+        removing = self._remover.held if self._remover else 0
+        return removing + (self._blocker.held if self._blocker else 0)
+
+    def feed(self, piece: str) -> str:
+        """What can be passed on after this piece."""
+        if self.blocked:
+            return ""
+        piece = _CONTROLS.sub("", piece)
+        if self._remover is not None:
+            piece = self._remover.feed(piece)
+        return piece if self._blocker is None else self._blocker.feed(piece)
+
+    def flush(self) -> str:
+        """What was held back, once no more text can come."""
+        if self.blocked:
+            return ""
+        rest = "" if self._remover is None else self._remover.flush()
+        return rest if self._blocker is None else self._blocker.feed(rest) + self._blocker.flush()
+
+
+class _Tokens:
+    """The spellings to remove, as the automaton of Aho and Corasick (1975).
+
+    A state is the longest end of the text that a spelling begins with.
+    """
+
+    def __init__(self, spellings: Iterable[str]) -> None:
+        tokens = {t for s in spellings if (t := _CONTROLS.sub("", s)).strip()}
+        self.any = bool(tokens)
+        self.bound = max(_MAX_NESTED, *map(len, tokens)) if tokens else 0
+        self._states = {token[:n] for token in tokens for n in range(len(token) + 1)} | {""}
+        # Of a state that ends with spellings, the length of the longest one.
+        self.removed: dict[str, int] = {}
+        for state in self._states:
+            ends = (state[n:] for n in range(len(state)))
+            self.removed[state] = next((len(end) for end in ends if end in tokens), 0)
+        starts = "".join(sorted({re.escape(token[0]) for token in tokens}))
+        self.start = re.compile(f"[{starts}]" if tokens else "(?!)")
+
+    def step(self, state: str, character: str) -> str:
+        """The state after one more character."""
+        state += character
+        while state not in self._states:
+            state = state[1:]
+        return state
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A character held back.
+
+    Attributes:
+        character: It.
+        state: The automaton's, after it.
+        base: Index of the first character that a removal after this one could join to a spelling.
+    """
+
+    character: str
+    state: str
+    base: int
+
+
+class _TokenRemover:
+    """Removes spellings, and those that their removal joins ("<|e<|end|>nd|>"), from a stream.
+
+    It goes character by character, and so cannot depend on how the text is cut. Held back is the
+    end of the text that is made of beginnings of spellings.
+    """
+
+    def __init__(self, tokens: _Tokens) -> None:
+        self._tokens = tokens
+        self._stack: deque[_Held] = deque()
+        self._end = 0  # Index after the stack's last character.
+
+    @property
+    def held(self) -> int:
+        return len(self._stack)
+
+    def feed(self, piece: str) -> str:
+        out: list[str] = []
+        at = 0
+        while at < len(piece):
+            if not self._stack:
+                begin = self._tokens.start.search(piece, at)
+                if begin is None:
+                    out.append(piece[at:])
+                    break
+                out.append(piece[at : begin.start()])
+                at = begin.start()
+            out.append(self._push(piece[at]))
+            at += 1
+        return "".join(out)
+
+    def flush(self) -> str:
+        return self._release(len(self._stack))
+
+    def _push(self, character: str) -> str:
+        """Take a character; what can be passed on."""
+        stack = self._stack
+        state = self._tokens.step(stack[-1].state if stack else "", character)
+        removed = self._tokens.removed[state]
+        if removed:
+            for _ in range(removed - 1):
+                stack.pop()
+            self._end -= removed - 1
+            return ""
+        self._end += 1
+        base = self._end - len(state)
+        before = len(stack) - len(state)  # Where the character before the state's is.
+        if state and before >= 0:
+            base = stack[before].base
+        stack.append(_Held(character, state, base))
+        # Spellings begun inside spellings without end would be held back without end.
+        oldest = self._end - len(stack)
+        return self._release(max(stack[-1].base - oldest, len(stack) - self._tokens.bound))
+
+    def _release(self, count: int) -> str:
+        return "".join(self._stack.popleft().character for _ in range(count))
+
+
+class _Blocker:
+    """Ends a stream where the first match of a blocked pattern begins."""
+
+    def __init__(self, rules: OutputFilter) -> None:
+        self._patterns = rules.patterns
+        self._hold_back = rules.hold_back
+        self._text = ""
+        self._at = 0
+        self.blocked = False
+
+    @property
+    def held(self) -> int:
+        return len(self._text) - self._at
+
+    def feed(self, piece: str) -> str:
+        out: list[str] = []
+        for begin in range(0, len(piece), _BLOCK):
+            self._text += piece[begin : begin + _BLOCK]
+            out.append(self._pass_to(self._hold_back.cut(self._text, self._at)))
+            if self.blocked:
+                break
+        return "".join(out)
+
+    def flush(self) -> str:
+        return "" if self.blocked else self._pass_to(len(self._text))
+
+    def _pass_to(self, cut: int) -> str:
+        """What comes before ``cut``, or before the first match that begins before it."""
+        text, at = self._text, self._at
+        if cut <= at:
+            return ""
+        found = [span[0] for p in self._patterns if (span := p.first(text, at)) is not None]
+        first = min(found, default=cut)
+        if first < cut:
+            self.blocked, cut = True, first
+            self._text, self._at = "", 0
+            return text[at:cut]
+        kept = max(0, cut - _LEFT_CONTEXT)
+        self._text, self._at = text[kept:], cut - kept
+        return text[at:cut]
