@@ -34,6 +34,7 @@ from app.llm.loader import model_name
 from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
 from app.services.response_cache import ResponseCache
+from app.services.screening import Screening
 from app.utils.errors import StartupError
 from app.utils.timing import Stopwatch
 
@@ -85,6 +86,7 @@ def create_app(
         engine=engine,
         chains=Chains(pipeline, generator),
         cache=ResponseCache(settings.cache, metrics),
+        screening=Screening(settings.pii, settings.output, metrics),
         model=settings.model,
         security=settings.security,
     )

@@ -115,7 +115,7 @@ def _install_podman() -> None:
 
 def _podman(store: Path) -> Engine:
     store.mkdir(parents=True, exist_ok=True)
-    command = ("podman", f"--root={store / 'images'}", f"--runroot={store / 'run'}", "--runtime=runc")  # fmt: skip
+    places = (f"--root={store / 'images'}", f"--runroot={store / 'run'}")
     # Left alone, podman raises limits, for which a host that is a container itself lacks the right.
     limits = [
         f"--ulimit={name}={most}:{most}"
@@ -126,7 +126,7 @@ def _podman(store: Path) -> Engine:
     ]
     engine = Engine(
         "podman",
-        command,
+        ("podman", *places, "--runtime=runc"),
         # Docker's format, because OCI's has no health check; nested containers need no new ones.
         ("--isolation=chroot", "--format=docker", "--layers", "--pull=never", *_machine()),
         # podman leaves health checks to systemd, which need not run here.

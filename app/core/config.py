@@ -7,7 +7,7 @@ Nested keys join with two underscores in .env and the environment: ``MODEL__NAME
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from dotenv import dotenv_values
@@ -163,6 +163,42 @@ class ChatHistorySettings(Section):
     )
 
 
+class NamedPattern(Section):
+    """A pattern of one's own for personal data."""
+
+    name: str = Field(min_length=1, max_length=32, description="Replaces the match, in brackets.")
+    pattern: str = Field(min_length=1, description="RE2 syntax.")
+
+
+PiiKind = Literal["email", "phone", "ssn", "card", "iban", "ip"]
+
+
+class PiiSettings(Section):
+    """Personal data in prompts and answers."""
+
+    input: Literal["off", "redact", "reject"] = Field(
+        "off", description="What to do with personal data in a prompt."
+    )
+    output: Literal["off", "redact"] = Field(
+        "off", description="What to do with personal data in an answer."
+    )
+    kinds: list[PiiKind] = Field(
+        default_factory=lambda: list(get_args(PiiKind)), description="Kinds looked for."
+    )
+    patterns: list[NamedPattern] = Field(
+        default_factory=list, description="More to look for, each {name, pattern} in RE2 syntax."
+    )
+
+
+class OutputSettings(Section):
+    """What an answer may not contain."""
+
+    blocked_patterns: list[str] = Field(
+        default_factory=list,
+        description="RE2 patterns that end an answer, with the finish reason content_filter.",
+    )
+
+
 class LoggingSettings(Section):
     """The log on standard error."""
 
@@ -190,6 +226,8 @@ class Settings(BaseSettings):
     rate_limit: RateLimitSettings = RateLimitSettings()
     cache: CacheSettings = CacheSettings()
     chat_history: ChatHistorySettings = ChatHistorySettings()
+    pii: PiiSettings = PiiSettings()
+    output: OutputSettings = OutputSettings()
     logging: LoggingSettings = LoggingSettings()
     huggingface_token: Annotated[
         SecretStr | None, Field(description="Token for gated hub models; never shown.")

@@ -108,6 +108,9 @@ class Metrics:
         self.rate_limited = Counter(
             "rate_limited_total", "Requests refused by the rate limit.", ("reason",), registry=r
         )
+        self.pii_redactions = Counter(
+            "pii_redactions_total", "Pieces of personal data replaced.", ("kind",), registry=r
+        )
         self.cache_requests = Counter(
             "response_cache_requests_total",
             "Look-ups in the response cache.",

@@ -57,6 +57,7 @@ class PromptTokenizer:
         self._special = {
             token.content: token_id for token_id, token in added.items() if token.special
         }
+        self.special_tokens = tuple(self._special)
         self.special_token_ids = frozenset(self._special.values())
         # Longest first: a token takes priority over the tokens it contains.
         spellings = sorted(self._special, key=len, reverse=True)

@@ -81,7 +81,7 @@ class ConversationService:
                 "Conversations are switched off here (chat_history.enabled).", param="session_id"
             )
         # The limit is on what a caller sends; the history is bounded by the context.
-        self._generation.check_length(job)
+        job = self._generation.screen(job)
         session = self._store.begin_turn(job.caller, session_id)
         try:
             return await self._open(job, session)

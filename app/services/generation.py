@@ -1,7 +1,7 @@
 """The one use case behind every route that generates: check, admit, generate, account."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from app.llm.engine.base import SamplingParams
 from app.llm.engine.client import EngineClient
 from app.llm.generator import FinishReason, GenerationOptions, GenerationReport
 from app.services.response_cache import ResponseCache, cache_key
+from app.services.screening import Screening
 from app.utils.errors import InternalError, PromptTooLongError, ValidationFailedError
 
 
@@ -150,12 +151,14 @@ class GenerationService:
         engine: EngineClient,
         chains: Chains,
         cache: ResponseCache,
+        screening: Screening,
         model: ModelSettings,
         security: SecuritySettings,
     ) -> None:
         self._engine = engine
         self._chains = chains
         self._cache = cache
+        self._screening = screening
         self._model = model
         self._max_prompt_chars = security.max_prompt_chars
 
@@ -173,11 +176,10 @@ class GenerationService:
         Raises:
             ServiceError: Refused; after this, the answer's iteration can still fail.
         """
-        self.check_length(job)
-        return await self.begin(job)
+        return await self.begin(self.screen(job))
 
     async def begin(self, job: Job) -> Answer:
-        """What :meth:`open` does for a job whose length has been checked.
+        """What :meth:`open` does for a job that has been screened.
 
         Raises:
             ServiceError: Refused.
@@ -221,7 +223,8 @@ class GenerationService:
             else:
                 chain = self._chains.chat(options, report, admission)
                 pieces = chain.astream({"messages": self._chains.chat_messages(job.messages)})
-            async for piece in pieces:
+            screened = self._screening.answer(pieces, report, self._engine.special_tokens)
+            async for piece in screened:
                 yield piece
         finally:
             # LangChain closes its inner generators when it gets to it; the place is freed now.
@@ -253,12 +256,23 @@ class GenerationService:
             stop=job.stop,
         )
 
-    def check_length(self, job: Job) -> None:
-        """Refuse what is longer than a caller may send.
+    def screen(self, job: Job) -> Job:
+        """Refuse what a caller may not send, and take out what is not to reach the model.
 
         Raises:
             PromptTooLongError: Over ``security.max_prompt_chars``.
+            PiiDetectedError: Personal data, where that is refused.
         """
+        self._check_length(job)
+        clean = self._screening.prompt
+        if job.prompt is not None:
+            return replace(job, prompt=clean(job.prompt, param="prompt"))
+        messages: list[ChatMessage] = [
+            {**m, "content": clean(m["content"], param="messages")} for m in job.messages
+        ]
+        return replace(job, messages=messages)
+
+    def _check_length(self, job: Job) -> None:
         characters = len(job.prompt or "") + sum(len(m["content"]) for m in job.messages)
         if characters > self._max_prompt_chars:
             raise PromptTooLongError(

@@ -95,6 +95,12 @@ class ContextLengthExceededError(InvalidRequestError):
         )
 
 
+class PiiDetectedError(InvalidRequestError):
+    """Personal data in a prompt, where ``pii.input`` is reject; its kinds are told, not itself."""
+
+    code = "pii_detected"
+
+
 class NotFoundError(InvalidRequestError):
     """No such route, or no such object for this caller."""
 
@@ -218,6 +224,7 @@ GENERATION_ERRORS: tuple[type[ServiceError], ...] = (
     InvalidJSONError,
     UnsupportedParameterError,
     ContextLengthExceededError,
+    PiiDetectedError,
     InvalidAPIKeyError,
     BodyTooLargeError,
     ValidationFailedError,

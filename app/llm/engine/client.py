@@ -201,6 +201,11 @@ class EngineClient:
         self._end_requests(EngineUnavailableError)
         self._on_fatal(message)
 
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Spellings of the model's special tokens; none before it is loaded."""
+        return self.tokenizer.special_tokens if self.tokenizer is not None else ()
+
     # --- requests --------------------------------------------------------------------------
 
     def admit(self) -> Admission:
