@@ -166,8 +166,12 @@ def nanp_end(text: str, begin: int, end: int) -> int | None:
     area, exchange = number[:3], number[3:6]
     if area[0] == "0" or exchange[0] == "0" or area[1:] == "11":
         return None
-    spaced = not text[begin:end].translate(_WITHOUT_DIGITS).strip(SPACES)
-    if spaced and (area[0] == "1" or exchange[0] == "1"):
+    gaps = text[begin:end].translate(_WITHOUT_DIGITS)
+    if not gaps.strip(SPACES) and (area[0] == "1" or exchange[0] == "1"):
+        return None
+    # 415-555-2671 and 415 555-2671, but not the coordinates 277.764 1035.
+    first, second = gaps[-2], gaps[-1]
+    if first not in (")", second) and not (first in SPACES and second in DASHES):
         return None
     return end if _left_clear(text, begin) and _right_clear(text, end) else None
 

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 
 SEED = 20240229
 
@@ -80,16 +81,27 @@ PLAIN = (
     "ref {} was closed",
 )
 
-FIRST = "john jane maria o'brien li.wei anna-lena m\u00fcller jos\u00e9 x a_b support info no-reply".split()
-LAST = ".doe _smith 42 +news .van.der.berg -k .m\u00fcller".split() + ["", ""]
+NAMES = "john jane maria o'brien li.wei anna-lena m\u00fcller jos\u00e9 x a_b support no-reply"
+ENDINGS = ".doe _smith 42 +news .van.der.berg -k .m\u00fcller"
 DOMAINS = (
     "example.com example.org mail.example.co.uk my-company.de sub.domain.example.net x.io uni.edu "
     "example.travel b\u00fccher.example xn--bcher-kva.example 3m.com a.b.c.example.info EXAMPLE.COM"
-).split()
+)
+# An issuer's prefix and a length.
+CARDS = (
+    "4:16 4:16 4:13 4:19 51:16 55:16 2221:16 2720:16 34:15 37:15 36:14 3056:14 6011:16 65:16 "
+    "3528:16 62:16 62:19 2200:16 6304:18 9792:16"
+)
+# A country, and its account's structure: n digits, a capitals, c either (the IBAN registry's).
+IBANS = (
+    "DE:18n GB:4a14n FR:10n11c2n ES:20n IT:1a10n12c NL:4a10n CH:5n12c AT:16n BE:12n NO:11n PL:24n "
+    "SE:20n MT:4a5n18c SA:2n18c TR:6n16c AE:19n BR:23n1a1c IE:4a14n"
+)
 
 
 def _email(rng: random.Random) -> str:
-    return f"{rng.choice(FIRST)}{rng.choice(LAST)}@{rng.choice(DOMAINS)}"
+    ending = rng.choice([*ENDINGS.split(), "", ""])
+    return f"{rng.choice(NAMES.split())}{ending}@{rng.choice(DOMAINS.split())}"
 
 
 def _numerals(rng: random.Random, count: int) -> str:
@@ -143,26 +155,18 @@ def luhn_digit(number: str) -> str:
 
 
 def _card(rng: random.Random) -> str:
-    prefix, length = rng.choice(
-        [("4", 16), ("4", 16), ("4", 13), ("4", 19), ("51", 16), ("55", 16), ("2221", 16), ("2720", 16),
-         ("34", 15), ("37", 15), ("36", 14), ("3056", 14), ("6011", 16), ("65", 16), ("3528", 16),
-         ("62", 16), ("62", 19), ("2200", 16), ("6304", 18), ("9792", 16)]
-    )  # fmt: skip
+    prefix, _, digits = rng.choice(CARDS.split()).partition(":")
+    length = int(digits)
     body = prefix + _numerals(rng, length - len(prefix) - 1)
     number = body + luhn_digit(body)
     gap = rng.choice(["", " ", "-", " "])
     cuts = {15: (4, 10), 14: (4, 10), 13: (4, 8), 16: (4, 8, 12)}.get(length, (4, 8, 12, 16))
     places = [0, *cuts, length]
-    return gap.join(number[a:b] for a, b in zip(places, places[1:], strict=False))
+    return gap.join(number[a:b] for a, b in pairwise(places))
 
 
 def _iban(rng: random.Random) -> str:
-    # Country, and its account's structure: n digits, a capitals, c either (the registry's).
-    country, structure = rng.choice(
-        [("DE", "18n"), ("GB", "4a14n"), ("FR", "10n11c2n"), ("ES", "20n"), ("IT", "1a10n12c"), ("NL", "4a10n"),
-         ("CH", "5n12c"), ("AT", "16n"), ("BE", "12n"), ("NO", "11n"), ("PL", "24n"), ("SE", "20n"),
-         ("MT", "4a5n18c"), ("SA", "2n18c"), ("TR", "6n16c"), ("AE", "19n"), ("BR", "23n1a1c"), ("IE", "4a14n")]
-    )  # fmt: skip
+    country, _, structure = rng.choice(IBANS.split()).partition(":")
     account, count = "", ""
     alphabets = {"n": string.digits, "a": string.ascii_uppercase}
     for symbol in structure:
@@ -209,6 +213,11 @@ def _hex(rng: random.Random, count: int) -> str:
     return f"{rng.getrandbits(4 * count):0{count}x}"
 
 
+def _decimal_uuid(rng: random.Random) -> str:
+    start, end = f"{_numerals(rng, 8)}-{_numerals(rng, 4)}", _numerals(rng, 12)
+    return f"{start}-4{_numerals(rng, 3)}-8{_numerals(rng, 3)}-{end}"
+
+
 def _moment(rng: random.Random) -> datetime:
     return datetime.fromtimestamp(rng.randint(0, 2**31), UTC)
 
@@ -231,9 +240,7 @@ def _imei(rng: random.Random) -> str:
 
 LOOKALIKES: tuple[Callable[[random.Random], str], ...] = (
     lambda r: str(uuid.UUID(int=r.getrandbits(128), version=4)),
-    lambda r: (
-        f"{_numerals(r, 8)}-{_numerals(r, 4)}-4{_numerals(r, 3)}-8{_numerals(r, 3)}-{_numerals(r, 12)}"
-    ),
+    _decimal_uuid,
     lambda r: f"v{r.randint(0, 20)}.{r.randint(0, 99)}.{r.randint(0, 999)}",
     lambda r: (
         f"version {r.randint(0, 20)}.{r.randint(0, 99)}.{r.randint(0, 99)}.{r.randint(0, 99)}"

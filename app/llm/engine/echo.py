@@ -66,6 +66,8 @@ class EchoBackend:
         self._tokenizer = build_tokenizer()
         self._end_id = _special_id(self._tokenizer, _END)
         self._start_id = _special_id(self._tokenizer, _START)
+        # A special token's spelling in the text is repeated as text, not as the token.
+        self._tokenizer.encode_special_tokens = True
         self._running: dict[str, _Running] = {}
         self.info = EngineInfo(
             model="echo",

@@ -1,0 +1,78 @@
+"""Recall and precision of the PII filter on the tests' corpus: `python -m scripts.pii_report`.
+
+An entity counts as found only where kind, beginning and end are right. ``--errors`` lists what was
+missed and what was found wrongly.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from dataclasses import dataclass, field
+
+from app.core.pii import KINDS, PiiScanner
+from tests.data.pii_corpus import Sample, negatives, positives
+
+
+@dataclass
+class Score:
+    """What the filter found in a corpus.
+
+    Attributes:
+        right: Of each kind, the entities found.
+        missed: Those not found, with their texts.
+        wrong: What was found and is none, or not all of one, with its text.
+    """
+
+    right: Counter[str] = field(default_factory=Counter)
+    missed: list[tuple[str, str, str]] = field(default_factory=list)
+    wrong: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def recall(self, kind: str) -> float:
+        """Found, of those there are."""
+        missed = sum(1 for entry in self.missed if entry[0] == kind)
+        return self.right[kind] / max(1, self.right[kind] + missed)
+
+    def precision(self, kind: str) -> float:
+        """Right, of those found."""
+        wrong = sum(1 for entry in self.wrong if entry[0] == kind)
+        return self.right[kind] / max(1, self.right[kind] + wrong)
+
+
+def score(samples: list[Sample]) -> Score:
+    """Run the filter, all kinds on, over a corpus."""
+    scanner = PiiScanner()
+    result = Score()
+    for sample in samples:
+        expected = Counter(sample.entities)
+        found = Counter((e.kind, sample.text[e.start : e.end]) for e in scanner.find(sample.text))
+        result.right.update(kind for kind, _ in (expected & found).elements())
+        result.missed += [(*entry, sample.text) for entry in (expected - found).elements()]
+        result.wrong += [(*entry, sample.text) for entry in (found - expected).elements()]
+    return result
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--errors", action="store_true", help="list what was missed or wrong")
+    arguments = parser.parse_args()
+    with_entities, without = positives(), negatives()
+    result = score(with_entities + without)
+    print(f"{len(with_entities)} texts with an entity, {len(without)} hard negatives\n")
+    print(f"{'kind':<8}{'entities':>9}{'missed':>8}{'wrong':>7}{'recall':>9}{'precision':>11}")
+    for kind in KINDS:
+        missed = sum(1 for entry in result.missed if entry[0] == kind)
+        wrong = sum(1 for entry in result.wrong if entry[0] == kind)
+        print(
+            f"{kind:<8}{result.right[kind] + missed:>9}{missed:>8}{wrong:>7}"
+            f"{result.recall(kind):>9.3f}{result.precision(kind):>11.3f}"
+        )
+    if arguments.errors:
+        for label, entries in (("missed", result.missed), ("wrong", result.wrong)):
+            for kind, value, text in entries:
+                print(f"{label:<7} {kind:<6} {value!r} in {text!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The log: the user's shape, one line an event, and never a prompt, an answer or a key."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.service import API_KEY, OTHER_KEY, Service, running_service
+from tests.support.sse import read_stream
+
+CANARY = "canary-5b3e"
+
+
+@pytest.fixture(scope="module")
+def debug_service() -> Iterator[Service]:
+    """A service that logs everything it can."""
+    with running_service(LOGGING__LEVEL="DEBUG") as service:
+        yield service
+
+
+def access_line(service: Service, request_id: str) -> dict[str, Any]:
+    """The access log's line of a request."""
+    found = [e for e in service.log() if e.get("request_id") == request_id and "route" in e]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_a_request_is_logged_in_the_users_shape(debug_service: Service) -> None:
+    """The line has the members of the user's document, in its order, and the request's id."""
+    with debug_service.client() as client:
+        body = {"prompt": "a", "max_tokens": 2}
+        response = client.post("/v1/generate", json=body, headers={"X-Request-ID": "shape-1"})
+    line = access_line(debug_service, "shape-1")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("timestamp"))
+    latency = line.pop("latency_ms")
+    assert 0 < latency / 1000 < 60
+    assert latency / 1000 >= float(response.headers["x-process-time"]) - 0.001
+    assert line == {
+        "level": "INFO",
+        "logger": "llm_service",
+        "message": "POST /v1/generate - 200",
+        "request_id": "shape-1",
+        "method": "POST",
+        "route": "/v1/generate",
+        "status_code": 200,
+    }
+
+
+def test_the_members_stand_in_the_documents_order(debug_service: Service) -> None:
+    """timestamp, level, logger and message come first, so that people find them."""
+    with debug_service.client() as client:
+        client.get("/nothing")
+    for event in debug_service.log():
+        assert list(event)[:4] == ["timestamp", "level", "logger", "message"]
+
+
+def test_every_line_is_one_json_object(debug_service: Service) -> None:
+    """The service, its engine process and uvicorn write JSON lines only, without colour codes."""
+    with debug_service.client() as client:
+        client.get("/nothing")
+    assert len(debug_service.log()) > 5
+    loggers = {event["logger"] for event in debug_service.log()}
+    assert {"uvicorn.error", "llm_service", "llm_service.engine"} <= loggers
+    assert "\\u001b" not in debug_service.raw_log()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "message"),
+    [
+        ("GET", "/nothing/secret", "GET unmatched - 404"),
+        ("PUT", "/v1/chat", "PUT /v1/chat - 405"),
+        ("POST", "/v1/chat", "POST /v1/chat - 401"),
+    ],
+)
+def test_refusals_are_logged_too(
+    debug_service: Service, method: str, path: str, message: str
+) -> None:
+    """A refusal has its line, under the route's template and not under the path."""
+    request_id = f"refused-{method}-{message[-3:]}"
+    with debug_service.client(key=None) as client:
+        client.request(method, path, headers={"X-Request-ID": request_id})
+    assert access_line(debug_service, request_id)["message"] == message
+
+
+def test_probes_are_quiet() -> None:
+    """At the default level health probes and scrapes leave no line."""
+    with running_service() as service:
+        for path in ("/livez", "/health", "/metrics", "/nothing"):
+            service.get(path)
+        routes = [e["route"] for e in service.log() if "route" in e]
+    assert routes == ["unmatched"]
+
+
+def test_prompts_answers_and_keys_never_reach_the_log() -> None:
+    """Whatever happens to a request, at the most talkative level, its contents are not logged."""
+    with running_service(
+        LOGGING__LEVEL="DEBUG", SECURITY__API_KEY=f"{CANARY}-{API_KEY}", HUGGINGFACE_TOKEN=CANARY
+    ) as service:
+        key = f"{CANARY}-{API_KEY}"
+        with service.client(key=key) as client:
+            _provoke(client)
+            # These end the engine process; the service lives on.
+            for fault in ("raise", "crash"):
+                response = client.post("/v1/generate", json={"prompt": f"[echo:{fault}]{CANARY}"})
+                assert response.status_code == 503
+                service.wait_until_ready()
+        log = service.raw_log()
+    assert "unhandled exception" not in log
+    assert "an engine step failed" in log
+    for secret in (CANARY, API_KEY, OTHER_KEY):
+        assert secret not in log
+
+
+def _provoke(client: httpx.Client) -> None:
+    """Requests with the canary in every place a caller can write to."""
+    chat = {"messages": [{"role": "user", "content": CANARY}]}
+    generate: dict[str, Any] = {"prompt": CANARY}
+    assert CANARY in client.post("/v1/chat", json=chat).text
+    assert CANARY in client.post("/v1/generate", json=generate).text
+    assert CANARY in read_stream(client, "/v1/chat", chat).text
+    assert client.post("/v1/generate", json={"prompt": f"[echo:fault]{CANARY}"}).status_code == 500
+    for body in (
+        {"prompt": [CANARY]},
+        {**generate, CANARY: CANARY},
+        {**generate, "stop": [CANARY] * 9},
+        {**generate, "temperature": CANARY},
+        {"prompt": CANARY * 1000},
+    ):
+        assert client.post("/v1/generate", json=body).status_code == 422
+    assert client.post("/v1/generate", content=f'{{"{CANARY}": '.encode()).status_code == 400
+    assert client.post("/v1/chat", content=CANARY.encode() * 200_000).status_code == 413
+    for headers in (
+        {"X-API-Key": CANARY},
+        {"X-API-Key": "", "Authorization": f"Bearer {CANARY}"},
+        {"X-API-Key": "", "Authorization": f"Basic {CANARY}"},
+    ):
+        assert client.post("/v1/chat", json=chat, headers=headers).status_code == 401
+    headers = {"User-Agent": CANARY, "Cookie": CANARY, "X-Request-ID": f'"{CANARY}"'}
+    assert client.get(f"/{CANARY}?q={CANARY}", headers=headers).status_code == 404
+
+
+def test_nobody_can_forge_a_line(debug_service: Service) -> None:
+    """Line breaks in what a caller sends never begin a line of the log."""
+    forged = '\n{"level":"CRITICAL","message":"forged"}\r\n'
+    with debug_service.client() as client:
+        client.post("/v1/generate", json={"prompt": forged, forged: 1})
+        client.get("/x%0a%7B%22message%22%3A%22forged%22%7D")
+        client.post("/v1/generate", json={"prompt": "[echo:fault]" + forged})
+    assert "forged" not in debug_service.raw_log()
+
+
+def test_the_text_format_is_for_people() -> None:
+    """With logging.format text each line has time, level, logger and message, and no JSON."""
+    with running_service(LOGGING__FORMAT="text") as service:
+        service.get("/nothing")
+        lines = service.raw_log().splitlines()
+    line = next(line for line in lines if "unmatched" in line)
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d INFO    llm_service: GET unmatched - 404 \[req-[0-9a-f]{32}\]", line
+    )
+    for line in lines:
+        with pytest.raises(json.JSONDecodeError):
+            json.loads(line)

@@ -1,0 +1,151 @@
+"""What /metrics says, and that callers cannot make it grow."""
+
+import random
+import string
+from collections import Counter
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+
+from app.main import create_app
+from tests.conftest import make_settings
+from tests.support.service import API_KEY
+
+
+def samples(client: TestClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Every sample of /metrics."""
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+
+
+def value(client: TestClient, name: str, **labels: str) -> float:
+    """One sample, 0 where it does not exist yet."""
+    return samples(client).get((name, tuple(sorted(labels.items()))), 0.0)
+
+
+def test_a_request_is_counted_under_its_route(client: TestClient) -> None:
+    """Method, route and status of an answer are counted, and its duration observed, once."""
+    generate = {"method": "POST", "endpoint": "/v1/generate"}
+    before = samples(client)
+    client.post("/v1/generate", json={"prompt": "a"})
+    client.post("/v1/generate", json={})
+    client.post("/v1/generate", json={"prompt": "a"}, headers={"X-API-Key": "wrong"})
+    after = samples(client)
+
+    def grown(name: str, **labels: str) -> float:
+        key = (name, tuple(sorted(labels.items())))
+        return after.get(key, 0) - before.get(key, 0)
+
+    for status in ("200", "422", "401"):
+        assert grown("http_requests_total", **generate, status=status) == 1
+    assert grown("http_request_duration_seconds_count", **generate) == 3
+
+
+def test_generated_tokens_are_counted_by_model(client: TestClient) -> None:
+    """tokens_generated_total grows by exactly the tokens that the answer says were generated."""
+    before = value(client, "tokens_generated_total", model="echo")
+    answer = client.post("/v1/generate", json={"prompt": "tokens", "cache": False}).json()
+    grown = value(client, "tokens_generated_total", model="echo") - before
+    assert grown == answer["tokens_generated"] == len("tokens") + 1
+
+
+def test_prompt_tokens_and_timings_are_observed(client: TestClient) -> None:
+    """An answer counts its prompt's tokens, and each of its timings once."""
+    timings = ("llm_time_to_first_token_seconds", "llm_request_queue_seconds")
+    before = samples(client)
+    answer = client.post("/v1/generate", json={"prompt": "timings", "cache": False}).json()
+    after = samples(client)
+    for name in timings:
+        assert after[f"{name}_count", ()] == before.get((f"{name}_count", ()), 0) + 1
+    # All tokens but the first have a time since the one before, however many came together.
+    assert after["llm_inter_token_latency_seconds_count", ()] > 0
+    name = "llm_prompt_tokens_total"
+    assert after[name, ()] - before.get((name, ()), 0) == answer["usage"]["prompt_tokens"]
+    stopped = ("llm_request_duration_seconds_count", (("finish_reason", "stop"),))
+    assert after[stopped] == before.get(stopped, 0) + 1
+
+
+def test_gauges_return_to_zero(client: TestClient) -> None:
+    """With nothing to do nothing runs and nothing waits."""
+    client.post("/v1/generate", json={"prompt": "gauges", "cache": False})
+    assert value(client, "llm_requests_running") == 0
+    assert value(client, "llm_requests_waiting") == 0
+
+
+def test_the_model_is_told_once(client: TestClient) -> None:
+    """llm_model_info says what is served, as one series."""
+    found = [key for key in samples(client) if key[0] == "llm_model_info"]
+    labels = {"model": "echo", "engine": "echo", "device": "cpu", "dtype": "none"}
+    assert found == [("llm_model_info", tuple(sorted(labels.items())))]
+
+
+def test_refusals_are_counted_by_reason() -> None:
+    """A request refused before admission counts under the error's code."""
+    client = TestClient(create_app(make_settings()), headers={"X-API-Key": API_KEY})
+    client.post("/v1/generate", json={"prompt": "a"})
+    assert value(client, "llm_requests_rejected_total", reason="model_loading") == 1
+
+
+@pytest.fixture
+def fresh() -> TestClient:
+    """A client of an application of its own, whose engine is not started."""
+    return TestClient(create_app(make_settings()), headers={"X-API-Key": API_KEY})
+
+
+def test_random_paths_methods_keys_and_ids_add_no_series(fresh: TestClient) -> None:
+    """Nothing a caller chooses becomes a label: a thousand inventions add a few series at most."""
+    rng = random.Random(20)
+
+    def word() -> str:
+        return "".join(rng.choices(string.ascii_letters, k=12))
+
+    def invent(count: int) -> None:
+        for _ in range(count):
+            headers = {"X-API-Key": word(), "X-Request-ID": word(), "X-Session-ID": word()}
+            fresh.get(f"/{word()}/{word()}?{word()}={word()}", headers=headers)
+            fresh.get(f"/v1/{word()}", headers=headers)
+            fresh.request(word().upper(), f"/v1/chat/{word()}", headers=headers)
+            fresh.request(word().upper(), "/v1/chat", headers=headers)
+            fresh.post("/v1/chat", json={word(): word()}, headers=headers)
+            fresh.post("/v1/generate", json={"prompt": word(), "stop": word()})
+
+    invent(1)
+    first = set(samples(fresh))
+    invent(200)
+    later = set(samples(fresh))
+    assert later == first
+    assert len(later) < 500
+
+
+def test_labels_come_from_short_lists(fresh: TestClient) -> None:
+    """The labels of HTTP metrics are methods, templates and statuses, and nothing else."""
+    fresh.get("/secret-path")
+    fresh.request("BREW", "/v1/chat")
+    fresh.post("/v1/generate", json={})
+    seen: dict[str, Counter[str]] = {}
+    for (name, labels), _ in samples(fresh).items():
+        if name == "http_requests_total":
+            for label, text in labels:
+                seen.setdefault(label, Counter())[text] += 1
+    assert set(seen["method"]) == {"GET", "POST", "other"}
+    assert set(seen["endpoint"]) <= {"unmatched", "/v1/chat", "/v1/generate", "/metrics"}
+    assert set(seen["status"]) == {"404", "405", "422"}
+
+
+def test_the_users_metrics_have_the_users_labels(client: TestClient) -> None:
+    """The three metrics of the user's document carry exactly the labels it names."""
+    client.post("/v1/generate", json={"prompt": "a"})
+    expected: dict[str, Any] = {
+        "http_requests_total": {"method", "endpoint", "status"},
+        "http_request_duration_seconds_count": {"method", "endpoint"},
+        "tokens_generated_total": {"model"},
+    }
+    found = {name: {k for k, _ in labels} for name, labels in samples(client)}
+    assert {name: found[name] for name in expected} == expected
