@@ -76,19 +76,25 @@ KEY_SCHEMES = [
 
 
 class _ParsedRequest(Request):
-    """A request whose body has been read and parsed."""
+    """A request whose body has been read and parsed.
+
+    Raises:
+        InvalidJSONError: When it is made. FastAPI would turn whatever its own parsing raises
+            into a bare 400.
+    """
 
     def __init__(self, scope: Scope, receive: Receive, body: bytes) -> None:
         super().__init__(scope, receive)
         self._content = body
+        self._value = parse_json(body)
 
     async def body(self) -> bytes:
         """The body's bytes."""
         return self._content
 
     async def json(self) -> Any:
-        """The body's JSON; strict, so that what Python cannot represent faithfully is refused."""
-        return parse_json(self._content)
+        """The body's JSON."""
+        return self._value
 
 
 def parse_json(body: bytes) -> Any:
@@ -121,8 +127,6 @@ class GuardedRoute(APIRoute):
             try:
                 if takes_body:
                     body = await request.body()
-                    # FastAPI turns whatever its own parsing raises into a bare 400.
-                    parse_json(body)
                     request = _ParsedRequest(request.scope, request.receive, body)
                 response = await handle(request)
             except RequestValidationError as error:

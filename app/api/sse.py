@@ -1,9 +1,9 @@
 """Server-sent events: framing, and answers as streams of them."""
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
 from typing import Any
 
+import anyio
 import msgspec
 from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse, SendTimeoutError
@@ -33,11 +33,12 @@ def frame(content: Any) -> bytes:
 
 
 class EventStream(EventSourceResponse):  # type: ignore[misc]
-    """A response of events; see API.md, "Streams"."""
+    """An answer as a response of events; see docs/api.md, "Streams"."""
 
-    def __init__(self, frames: AsyncIterator[bytes]) -> None:
+    def __init__(self, answer: Answer, delta: Delta) -> None:
+        self._answer = answer
         super().__init__(
-            frames,
+            _frames(answer, delta),
             ping=PING_SECONDS,
             ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
             sep="\n",
@@ -50,18 +51,22 @@ class EventStream(EventSourceResponse):  # type: ignore[misc]
             await super().__call__(scope, receive, send)
         except SendTimeoutError:
             log.warning("a stream's reader stopped reading and was dropped")
+        finally:
+            # A reader may leave before the first event is asked for, and then the generator of
+            # the events never starts, and so never ends the answer.
+            with anyio.CancelScope(shield=True):
+                await self._answer.aclose()
 
 
-async def answer_frames(answer: Answer, delta: Delta) -> AsyncIterator[bytes]:
-    """An answer as the native routes stream it.
+async def _frames(answer: Answer, delta: Delta) -> AsyncIterator[bytes]:
+    """The events of an answer.
 
     A fault on the way becomes an event of its own, since the status line is long gone.
     """
     yield frame({"id": answer.id, "model": answer.model, "delta": {"role": "assistant"}})
     try:
-        async with aclosing(answer):
-            async for piece in answer:
-                yield frame({"id": answer.id, "delta": delta(piece)})
+        async for piece in answer:
+            yield frame({"id": answer.id, "delta": delta(piece)})
         completion = answer.completion
     except ServiceError as error:
         yield frame(error_content(error))

@@ -199,6 +199,12 @@ class OutputSettings(Section):
     )
 
 
+class MetricsSettings(Section):
+    """What Prometheus scrapes."""
+
+    require_key: bool = Field(False, description="Ask for an API key on /metrics.")
+
+
 class LoggingSettings(Section):
     """The log on standard error."""
 
@@ -228,6 +234,7 @@ class Settings(BaseSettings):
     chat_history: ChatHistorySettings = ChatHistorySettings()
     pii: PiiSettings = PiiSettings()
     output: OutputSettings = OutputSettings()
+    metrics: MetricsSettings = MetricsSettings()
     logging: LoggingSettings = LoggingSettings()
     huggingface_token: Annotated[
         SecretStr | None, Field(description="Token for gated hub models; never shown.")

@@ -48,6 +48,8 @@ class ServiceJsonFormatter(JsonFormatter):
         if request_id := request_id_var.get():
             log_data["request_id"] = request_id
         super().add_fields(log_data, record, message_dict)
+        # uvicorn's messages once more, with a terminal's escape codes in them.
+        log_data.pop("color_message", None)
 
 
 class TextFormatter(logging.Formatter):

@@ -11,10 +11,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from app.core.pii_checks import LEFT_CONTEXT
-from app.core.pii_detectors import HOLD_BACK, KINDS, built_in
+from app.core.pii_detectors import HOLD_BACK, KINDS, Detector, built_in
 from app.core.pii_patterns import BoundedPattern, HoldBack
 
 __all__ = ["HOLD_BACK", "KINDS", "Entity", "PiiScanner", "StreamRedactor"]
@@ -41,18 +40,6 @@ class Entity:
     kind: str
     start: int
     end: int
-
-
-class _Finder(Protocol):
-    """Finds one kind."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def prefixes(self) -> str | None: ...
-
-    def first(self, text: str, start: int) -> tuple[int, int] | None: ...
 
 
 class _Custom:
@@ -95,8 +82,8 @@ class PiiScanner:
         unknown = sorted(wanted - set(KINDS))
         if unknown:
             raise ValueError(f"pii kind {unknown[0]!r} is not one of {', '.join(KINDS)}")
-        self._built_in: list[_Finder] = [d for d in built_in() if d.kind in wanted]
-        self._custom: list[_Finder] = [_Custom(name, source) for name, source in custom]
+        self._built_in: list[Detector] = [d for d in built_in() if d.kind in wanted]
+        self._custom: list[Detector] = [_Custom(name, source) for name, source in custom]
         names = [finder.kind.lower() for finder in self._custom]
         for name in names:
             if names.count(name) > 1:
@@ -121,7 +108,9 @@ class PiiScanner:
     def walk(self, text: str, start: int, cut: int) -> Iterator[Entity]:
         """The entities that begin in ``text[start:cut]``, left to right, none overlapping."""
         triggered = _TRIGGER.search(text, start) is not None
-        finders: Sequence[_Finder] = [*self._built_in, *self._custom] if triggered else self._custom
+        finders: Sequence[Detector] = (
+            [*self._built_in, *self._custom] if triggered else self._custom
+        )
         heads = [finder.first(text, start) for finder in finders]
         while True:
             best: tuple[int, int, int] | None = None

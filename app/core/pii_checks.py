@@ -170,8 +170,8 @@ def nanp_end(text: str, begin: int, end: int) -> int | None:
     if not gaps.strip(SPACES) and (area[0] == "1" or exchange[0] == "1"):
         return None
     # 415-555-2671 and 415 555-2671, but not the coordinates 277.764 1035.
-    first, second = gaps[-2], gaps[-1]
-    if first not in (")", second) and not (first in SPACES and second in DASHES):
+    alike = gaps[-2] == gaps[-1] or (gaps[-2] in SPACES and gaps[-1] in DASHES)
+    if not alike and ")" not in gaps:
         return None
     return end if _left_clear(text, begin) and _right_clear(text, end) else None
 

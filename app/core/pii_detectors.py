@@ -39,7 +39,7 @@ class Detector(Protocol):
 
     @property
     def kind(self) -> str:
-        """One of :data:`KINDS`."""
+        """One of :data:`KINDS`, or a configured pattern's name."""
         ...
 
     @property

@@ -114,29 +114,28 @@ class HoldBack:
         Args:
             prefixes: Of each thing that is looked for, what it may begin with, as RE2 source; one
                 ``None`` means unknown, and then :data:`WINDOW` characters are always held.
-            bound: What is looked for is decided by this many characters after its beginning.
+            bound: What is looked for is decided by this many characters after its beginning; at
+                least :data:`WINDOW`.
         """
         sources = list(prefixes)
-        self.bound = bound
-        self._opaque = None in sources
         known = [source for source in sources if source is not None]
+        self.bound = bound
+        self._always = WINDOW if None in sources else 0
         self._pattern: LinearPattern | None = None
         if known:
             try:
                 self._pattern = LinearPattern(f"(?:{'|'.join(known)})\\z")
             except ValueError:  # Too many patterns together for RE2's memory limit.
-                self._opaque, self.bound = True, max(bound, WINDOW)
+                self._always = bound
 
     def cut(self, text: str, start: int) -> int:
         """Where the undecided end of ``text`` begins, at ``start`` or after it."""
+        cut = len(text) - self._always
         floor = max(start, len(text) - self.bound)
-        cut = len(text)
         if self._pattern is not None and floor < len(text):
             span = self._pattern.search(text[floor:])
-            cut = floor + span[0] if span is not None else cut
-        elif self._opaque:
-            cut = floor
-        return min(cut, max(start, len(text) - WINDOW)) if self._opaque else cut
+            cut = min(cut, floor + span[0]) if span is not None else cut
+        return max(start, cut)
 
 
 def prefixes_of(source: str) -> str | None:

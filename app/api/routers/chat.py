@@ -19,7 +19,7 @@ from app.api.schemas import (
     answer_fields,
     job_fields,
 )
-from app.api.sse import EventStream, answer_frames
+from app.api.sse import EventStream
 from app.llm.chain import ChatMessage
 from app.services.generation import Completion, Job, collect
 from app.utils.errors import GENERATION_ERRORS, SessionBusyError
@@ -45,7 +45,7 @@ async def chat(
     job = Job(messages=messages, **job_fields(body, caller, request))
     opening = conversation.open(job, body.session_id) if body.session_id else generation.open(job)
     if body.stream:
-        return EventStream(answer_frames(await opening, lambda piece: {"content": piece}))
+        return EventStream(await opening, lambda piece: {"content": piece})
 
     async def complete() -> Completion:
         return await collect(await opening)

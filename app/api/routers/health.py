@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from app.api.dependencies import AppServices
 from app.api.schemas import HealthResponse, ProbeResponse
@@ -52,6 +52,8 @@ async def readyz(services: AppServices, response: Response) -> ProbeResponse:
 
 
 @router.get("/metrics", response_class=Response)
-async def metrics(services: AppServices) -> Response:
-    """Metrics in Prometheus' text format."""
+async def metrics(services: AppServices, request: Request) -> Response:
+    """Metrics in Prometheus' text format; keyed where `metrics.require_key` is set."""
+    if services.settings.metrics.require_key:
+        services.keys.authenticate(request.headers)
     return Response(services.metrics.render(), media_type=services.metrics.content_type)

@@ -12,7 +12,7 @@ from app.api.dependencies import (
 )
 from app.api.errors import responses
 from app.api.schemas import GenerateRequest, GenerateResponse, answer_fields, job_fields
-from app.api.sse import EventStream, answer_frames
+from app.api.sse import EventStream
 from app.services.generation import Job
 from app.utils.errors import GENERATION_ERRORS
 
@@ -32,7 +32,7 @@ async def generate(
     job = Job(prompt=body.prompt, **job_fields(body, caller, request))
     if body.stream:
         answer = await generation.open(job)
-        return EventStream(answer_frames(answer, lambda piece: {"text": piece}))
+        return EventStream(answer, lambda piece: {"text": piece})
     completion = await unless_disconnected(request, generation.complete(job))
     if completion is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)

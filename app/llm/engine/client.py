@@ -135,6 +135,11 @@ class EngineClient:
                 if self._process is not None:
                     self._process.kill()
                 raise
+            except Exception:
+                log.exception("the engine process could not be served")
+                was_ready, ending = False, "an unexpected error"
+                if self._process is not None:
+                    self._process.kill()
             if self.state in (EngineState.STOPPED, EngineState.FAILED):
                 return
             self._end_requests(EngineUnavailableError)

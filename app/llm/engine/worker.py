@@ -103,7 +103,7 @@ class Worker:
             if not self._take_commands(events):
                 return
             if self._backend.has_work():
-                events += self._step()
+                events += self._backend.step()
             self._report(events)
 
     def _take_commands(self, events: list[TokenEvent]) -> bool:
@@ -135,15 +135,6 @@ class Worker:
         if request_id in self._in_flight:
             self._backend.cancel(request_id)
             events.append(TokenEvent(request_id=request_id, finish_reason="cancelled"))
-
-    def _step(self) -> list[TokenEvent]:
-        try:
-            return self._backend.step()
-        except Exception:
-            # The backend isolates what belongs to one request; what gets here leaves the model
-            # or its cache in doubt. Ending is the one state the client can mend.
-            log.exception("an engine step failed")
-            raise
 
     def _report(self, events: list[TokenEvent]) -> None:
         for event in events:
@@ -197,8 +188,14 @@ def main() -> int:
     backend = _load(channel, configure)
     if backend is None:
         return 1
-    channel.send(Ready(info=backend.info))
-    Worker(channel, backend).run()
+    try:
+        channel.send(Ready(info=backend.info))
+        Worker(channel, backend).run()
+    except Exception:
+        # The backend isolates what belongs to one request; what gets here leaves the model or
+        # its cache in doubt. Ending is the one state the client can mend.
+        log.exception("an engine step failed")
+        return 1
     return 0
 
 
