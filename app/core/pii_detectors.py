@@ -127,13 +127,16 @@ class _Email:
         if dots >= 0:  # Two dots end a sentence; no address has them (RFC 5321, dot-string).
             start = dots + 2
         local = self._local.search(text[start:at])
-        if local is None:
+        if local is None or self._is_repository(text, at, end):
             return None
-        begin = start + local[0]
-        # git@host:path is an address of a repository, not of a person.
-        if text[begin:at] == "git" and text[end : end + 1] == ":":
-            return None
-        return begin, end
+        return start + local[0], end
+
+    def _is_repository(self, text: str, at: int, end: int) -> bool:
+        """Whether it is git@host:path; asked of the text alone, not of where the search began."""
+        if text[end : end + 1] != ":" or text[max(0, at - 3) : at] != "git":
+            return False
+        before = text[at - 4 : at] if at > 3 else ""
+        return not before or self._local.match(before) is None
 
     def _domain_end(self, text: str, begin: int) -> int | None:
         # A cheap no for the at signs of a hostile input.

@@ -22,10 +22,14 @@ def debug_service() -> Iterator[Service]:
 
 
 def access_line(service: Service, request_id: str) -> dict[str, Any]:
-    """The access log's line of a request."""
-    found = [e for e in service.log() if e.get("request_id") == request_id and "route" in e]
-    assert len(found) == 1, found
-    return found[0]
+    """The access log's line of a request; it is written just after the answer has gone out."""
+
+    def found() -> list[dict[str, Any]]:
+        return [e for e in service.log() if e.get("request_id") == request_id and "route" in e]
+
+    service.wait_for(found, f"the access log's line of {request_id}", 5)
+    (line,) = found()
+    return line
 
 
 def test_a_request_is_logged_in_the_users_shape(debug_service: Service) -> None:
@@ -90,6 +94,7 @@ def test_probes_are_quiet() -> None:
     with running_service() as service:
         for path in ("/livez", "/health", "/metrics", "/nothing"):
             service.get(path)
+        service.terminate()
         routes = [e["route"] for e in service.log() if "route" in e]
     assert routes == ["unmatched"]
 
@@ -156,6 +161,7 @@ def test_the_text_format_is_for_people() -> None:
     """With logging.format text each line has time, level, logger and message, and no JSON."""
     with running_service(LOGGING__FORMAT="text") as service:
         service.get("/nothing")
+        service.terminate()
         lines = service.raw_log().splitlines()
     line = next(line for line in lines if "unmatched" in line)
     assert re.fullmatch(

@@ -116,6 +116,7 @@ def test_random_paths_methods_keys_and_ids_add_no_series(fresh: TestClient) -> N
             fresh.post("/v1/chat", json={word(): word()}, headers=headers)
             fresh.post("/v1/generate", json={"prompt": word(), "stop": word()})
 
+    samples(fresh)
     invent(1)
     first = set(samples(fresh))
     invent(200)
@@ -130,7 +131,7 @@ def test_labels_come_from_short_lists(fresh: TestClient) -> None:
     fresh.request("BREW", "/v1/chat")
     fresh.post("/v1/generate", json={})
     seen: dict[str, Counter[str]] = {}
-    for (name, labels), _ in samples(fresh).items():
+    for name, labels in samples(fresh):
         if name == "http_requests_total":
             for label, text in labels:
                 seen.setdefault(label, Counter())[text] += 1

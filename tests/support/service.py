@@ -210,7 +210,7 @@ def running_service(*, until: str = "ready", **settings: str) -> Iterator[Servic
     """Run the service on a free port of this machine, and stop it at the end.
 
     Args:
-        until: Wait until it is ``ready``, or only until it is ``listening``.
+        until: Wait until it is ``ready``, or ``listening``, or only ``started``.
         settings: Environment variables, such as ``ENGINE__MAX_RUNNING="1"``.
 
     Leaving the block asserts that SIGTERM ended the service in order, unless the test has ended
@@ -231,7 +231,8 @@ def running_service(*, until: str = "ready", **settings: str) -> Iterator[Servic
             )
         service = Service("", process, log_path)
         try:
-            service._wait_until_listening()
+            if until != "started":
+                service._wait_until_listening()
             if until == "ready":
                 service.wait_until_ready()
             yield service
