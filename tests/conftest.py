@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 from app.core.config import Settings
 from app.llm import bundled
 from app.main import create_app
+from tests.support.live import STEP
 from tests.support.service import API_KEY, OTHER_KEY, Service, is_setting, running_service
 
 RunApp = Callable[..., TestClient]
@@ -79,6 +80,13 @@ def run_app() -> Iterator[RunApp]:
 def echo_service() -> Iterator[Service]:
     """The service under uvicorn, with the echo engine."""
     with running_service() as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def slow_service() -> Iterator[Service]:
+    """The service under uvicorn, with an echo engine that takes 50 ms for a token."""
+    with running_service(ENGINE__ECHO_STEP_SECONDS=str(STEP)) as service:
         yield service
 
 

@@ -135,8 +135,8 @@ class _Email:
         """Whether it is git@host:path; asked of the text alone, not of where the search began."""
         if text[end : end + 1] != ":" or text[max(0, at - 3) : at] != "git":
             return False
-        before = text[at - 4 : at] if at > 3 else ""
-        return not before or self._local.match(before) is None
+        # A letter put before it lets the pattern begin with any character of a local part.
+        return at < 4 or self._local.match(f"x{text[at - 4 : at]}") is None
 
     def _domain_end(self, text: str, begin: int) -> int | None:
         # A cheap no for the at signs of a hostile input.

@@ -57,7 +57,8 @@ class PromptTokenizer:
         self._special = {
             token.content: token_id for token_id, token in added.items() if token.special
         }
-        self.special_tokens = tuple(self._special)
+        # The spellings that frame turns. Others, such as <s>, may well be meant in an answer.
+        self.template_tokens = tuple(t for t in self._special if t in self._template)
         self.special_token_ids = frozenset(self._special.values())
         # Longest first: a token takes priority over the tokens it contains.
         spellings = sorted(self._special, key=len, reverse=True)

@@ -223,7 +223,7 @@ class GenerationService:
             else:
                 chain = self._chains.chat(options, report, admission)
                 pieces = chain.astream({"messages": self._chains.chat_messages(job.messages)})
-            screened = self._screening.answer(pieces, report, self._engine.special_tokens)
+            screened = self._screening.answer(pieces, report, self._engine.template_tokens)
             async for piece in screened:
                 yield piece
         finally:

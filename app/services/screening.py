@@ -54,7 +54,7 @@ class Screening:
         self,
         pieces: AsyncIterator[str],
         report: GenerationReport,
-        special_tokens: tuple[str, ...],
+        template_tokens: tuple[str, ...],
     ) -> AsyncGenerator[str, None]:
         """An answer as its caller may see it; the pieces joined do not depend on their cuts.
 
@@ -62,9 +62,9 @@ class Screening:
             pieces: What the model says; empty pieces are passed on as they are.
             report: Its finish reason becomes ``content_filter`` where a pattern ended the
                 answer; its tokens are forgotten where the text is not theirs any more.
-            special_tokens: Spellings that are not to leak.
+            template_tokens: Spellings that are not to leak.
         """
-        outgoing = self._filter_for(special_tokens).stream()
+        outgoing = self._filter_for(template_tokens).stream()
         redactor = self._scanner.stream() if self._pii.output == "redact" else None
         sent = generated = 0
         ended = False
@@ -90,11 +90,11 @@ class Screening:
         if sent != generated or (redactor and redactor.counts):
             report.token_ids.clear()
 
-    def _filter_for(self, special_tokens: tuple[str, ...]) -> OutputFilter:
+    def _filter_for(self, template_tokens: tuple[str, ...]) -> OutputFilter:
         # The tokens are known once the model is loaded, and stay what they are.
-        if special_tokens != self._filter_tokens:
-            self._filter = OutputFilter(special_tokens, self._blocked)
-            self._filter_tokens = special_tokens
+        if template_tokens != self._filter_tokens:
+            self._filter = OutputFilter(template_tokens, self._blocked)
+            self._filter_tokens = template_tokens
         return self._filter
 
     def _count(self, counts: Counter[str]) -> None:

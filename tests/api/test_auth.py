@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from app.api.dependencies import GuardedRoute
@@ -41,7 +41,7 @@ def endpoints(app: FastAPI) -> Iterator[Endpoint]:
             yield from _methods(candidate)
 
 
-def _methods(route: BaseRoute | Any) -> Iterator[Endpoint]:
+def _methods(route: Any) -> Iterator[Endpoint]:
     original = getattr(route, "original_route", route)
     assert isinstance(original, Route), f"a route of a kind this test does not know: {route}"
     for method in sorted(route.methods or ()):

@@ -1,6 +1,5 @@
 """The response cache in front of the engine: what it serves, and to whom."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import uuid4
@@ -9,7 +8,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.conftest import RunApp
-from tests.support.service import OTHER_KEY, Service, running_service
+from tests.support.service import OTHER_KEY, Service
 from tests.support.sse import events, parse, piece_of
 
 
@@ -140,13 +139,6 @@ def test_a_cache_that_is_off_keeps_nothing(run_app: RunApp) -> None:
 # --- Requests at the same time, over real sockets -------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def slow_service() -> Iterator[Service]:
-    """A service whose engine takes 20 ms for a token."""
-    with running_service(ENGINE__ECHO_STEP_SECONDS="0.02") as service:
-        yield service
-
-
 def test_50_identical_requests_run_the_engine_once(slow_service: Service) -> None:
     """Fifty callers that ask the same at once share one generation, and all get its answer."""
     body = {"prompt": str(uuid4()), "max_tokens": 36}
@@ -161,7 +153,7 @@ def test_50_identical_requests_run_the_engine_once(slow_service: Service) -> Non
 
 def test_the_leaders_leaving_does_not_hurt_the_follower(slow_service: Service) -> None:
     """Who began a shared generation may leave; who joined it still gets the whole answer."""
-    body = {"prompt": str(uuid4()) * 3, "stream": True}
+    body = {"prompt": str(uuid4()), "stream": True}
     coalesced = slow_service.metric("response_cache_requests_total", result="coalesced")
     with (
         slow_service.client() as client,
@@ -192,6 +184,6 @@ def test_the_last_ones_leaving_stops_a_shared_generation(slow_service: Service) 
         for reader in readers:
             next(reader)
         assert slow_service.metric("llm_requests_running") == 1
-    # Undisturbed it would go on for ten seconds.
-    assert slow_service.wait_for_metric("llm_requests_running", 0) < 5
+    # Undisturbed it would go on for 25 seconds.
+    assert slow_service.wait_for_metric("llm_requests_running", 0) < 2.5
     assert slow_service.metric("llm_requests_cancelled_total") == cancelled + 1

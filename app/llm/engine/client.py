@@ -207,9 +207,9 @@ class EngineClient:
         self._on_fatal(message)
 
     @property
-    def special_tokens(self) -> tuple[str, ...]:
-        """Spellings of the model's special tokens; none before it is loaded."""
-        return self.tokenizer.special_tokens if self.tokenizer is not None else ()
+    def template_tokens(self) -> tuple[str, ...]:
+        """Spellings of the special tokens that frame turns; none before the model is loaded."""
+        return self.tokenizer.template_tokens if self.tokenizer is not None else ()
 
     # --- requests --------------------------------------------------------------------------
 

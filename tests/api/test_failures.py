@@ -1,0 +1,245 @@
+"""What happens when engines die, while the model loads, and when the service is told to stop."""
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.fake_hub import running_hub
+from tests.support.live import LONG, STEP, ask, background, generate, open_stream, rest_of
+from tests.support.service import Service, running_service
+from tests.support.sse import Streamed, piece_of, read_stream
+
+
+def check_restarted(service: Service, pid: int, restarts: float) -> None:
+    """Assert that another engine process serves, in the same service."""
+    service.wait_until_ready()
+    assert service.engine_pid != pid
+    assert service.process.poll() is None
+    assert service.metric("llm_engine_restarts_total") == restarts
+    assert service.metric("llm_requests_running") == 0
+    response = ask(service, generate("after"))
+    assert response.json()["generated_text"] == "after"
+    assert service.get("/health").json()["status"] == "healthy"
+
+
+def test_killing_the_engine_ends_streams_with_an_error(slow_service: Service) -> None:
+    """After kill -9 of the engine a stream ends with an error event within five seconds."""
+    pid, restarts = slow_service.engine_pid, slow_service.metric("llm_engine_restarts_total")
+    with open_stream(slow_service, generate(LONG)) as found:
+        killed = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        rest = rest_of(found)
+        # Undisturbed it would go on for twenty.
+        assert time.monotonic() - killed < 5
+    assert rest[-1]["error"]["code"] == "engine_unavailable"
+    assert all(piece_of(event) == "x" for event in rest[:-1])
+    check_restarted(slow_service, pid, restarts + 1)
+
+
+def test_requests_are_refused_while_the_engine_restarts(slow_service: Service) -> None:
+    """Until the new engine is ready the service says that it is loading, and refuses with 503."""
+    pid, restarts = slow_service.engine_pid, slow_service.metric("llm_engine_restarts_total")
+    os.kill(pid, signal.SIGKILL)
+    slow_service.wait_for(lambda: slow_service.engine_pid != pid, "another engine process")
+    # It cannot become ready before it is let go on.
+    os.kill(slow_service.engine_pid, signal.SIGSTOP)
+    health = slow_service.get("/health")
+    assert (health.status_code, health.json()["status"]) == (503, "loading")
+    assert slow_service.get("/readyz").status_code == 503
+    assert slow_service.get("/livez").status_code == 200
+    refused = ask(slow_service, generate("x"))
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "engine_unavailable"
+    assert int(refused.headers["retry-after"]) >= 1
+    os.kill(slow_service.engine_pid, signal.SIGCONT)
+    check_restarted(slow_service, pid, restarts + 1)
+
+
+def test_killing_the_engine_ends_every_request_once(slow_service: Service) -> None:
+    """Running and streamed requests all end when the engine is killed; none hangs, none repeats."""
+    pid, restarts = slow_service.engine_pid, slow_service.metric("llm_engine_restarts_total")
+
+    def stream(i: int) -> Streamed:
+        with slow_service.client() as client:
+            return read_stream(client, "/v1/generate", generate(LONG + str(i)))
+
+    with ThreadPoolExecutor(8) as pool:
+        whole = [pool.submit(ask, slow_service, generate(LONG + str(i))) for i in range(4)]
+        streams = [pool.submit(stream, i) for i in range(4)]
+        slow_service.wait_for_metric("llm_requests_running", 8)
+        os.kill(pid, signal.SIGKILL)
+        for answer in whole:
+            response = answer.result()
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "engine_unavailable"
+        for future in streams:
+            streamed = future.result()
+            assert streamed.done
+            assert streamed.error is not None
+    check_restarted(slow_service, pid, restarts + 1)
+
+
+@pytest.mark.parametrize("fault", ["crash", "raise"])
+def test_a_crash_in_the_engine_costs_a_restart(slow_service: Service, fault: str) -> None:
+    """A fatal signal or an exception in a step ends that engine process, and another takes over."""
+    pid, restarts = slow_service.engine_pid, slow_service.metric("llm_engine_restarts_total")
+    with slow_service.client() as client:
+        streamed = read_stream(client, "/v1/generate", generate(f"[echo:{fault}]"))
+    assert streamed.done
+    assert streamed.error is not None
+    assert streamed.error["code"] == "engine_unavailable"
+    assert "[echo:" not in str(streamed.error)
+    check_restarted(slow_service, pid, restarts + 1)
+    response = ask(slow_service, generate(f"[echo:{fault}]"))
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_unavailable")
+    slow_service.wait_until_ready()
+
+
+def test_one_requests_fault_does_not_hurt_its_neighbours(slow_service: Service) -> None:
+    """A request that fails in the engine gets a 500; the others of its batch go on."""
+    pid = slow_service.engine_pid
+    with (
+        open_stream(slow_service, generate("s" * 30)) as found,
+        background(ask, slow_service, generate("w" * 30)) as whole,
+    ):
+        slow_service.wait_for_metric("llm_requests_running", 2)
+        failed = ask(slow_service, generate("[echo:fault]"))
+        assert failed.status_code == 500
+        assert failed.json()["error"]["code"] == "internal_error"
+        with slow_service.client() as client:
+            streamed = read_stream(client, "/v1/generate", generate("[echo:fault]"))
+        assert streamed.done
+        assert streamed.error is not None
+        assert streamed.error["code"] == "internal_error"
+        assert "".join(piece_of(event) or "" for event in rest_of(found)) == "s" * 29
+        assert whole.result().json()["generated_text"] == "w" * 30
+    assert slow_service.engine_pid == pid
+
+
+# --- Loading and shutting down --------------------------------------------------------------------
+
+
+def test_http_answers_while_the_model_loads(tmp_path: Path) -> None:
+    """While it loads the service is alive, refuses requests with 503, and can be stopped."""
+    with running_hub() as hub:
+        hub.faults.silent = True
+        with running_service(
+            until="listening",
+            MODEL__ENGINE="transformers",
+            MODEL__SOURCE="hub",
+            MODEL__NAME="owner/model",
+            HF_ENDPOINT=hub.url,
+            HF_HOME=str(tmp_path),
+        ) as service:
+            assert service.get("/livez").status_code == 200
+            ready = service.get("/readyz")
+            assert (ready.status_code, ready.json()) == (503, {"status": "loading"})
+            health = service.get("/health")
+            assert health.status_code == 503
+            assert health.json() == {
+                "status": "loading",
+                "model_loaded": False,
+                "model_name": "owner/model",
+            }
+            for stream in (False, True):
+                refused = ask(service, generate("x", stream=stream))
+                assert refused.status_code == 503
+                assert refused.json()["error"]["code"] == "model_loading"
+                assert int(refused.headers["retry-after"]) >= 1
+            assert ask(service, {"prompt": ""}).status_code == 422
+
+
+def test_a_model_that_is_not_there_ends_the_service(tmp_path: Path) -> None:
+    """A model that cannot be loaded ends the service with a status and one line that says why."""
+    with running_service(
+        until="started",
+        MODEL__ENGINE="transformers",
+        MODEL__SOURCE="local",
+        MODEL__NAME=str(tmp_path / "nothing"),
+    ) as service:
+        assert service.wait() == 3
+        (line,) = [e for e in service.log() if e["level"] == "CRITICAL"]
+    assert str(tmp_path / "nothing") in line["message"]
+    assert "Traceback" not in str(line)
+
+
+def test_sigterm_lets_streams_finish() -> None:
+    """After SIGTERM no connection is accepted, and what runs is finished to its last token."""
+    with running_service(ENGINE__ECHO_STEP_SECONDS=str(STEP)) as service:
+        with (
+            open_stream(service, generate("x" * 40)) as found,
+            background(ask, service, generate("w" * 40)) as whole,
+        ):
+            service.wait_for_metric("llm_requests_running", 2)
+            service.process.terminate()
+            service.wait_for(lambda: _refuses(service), "refusal of connections")
+            assert service.process.poll() is None
+            rest = rest_of(found)
+            assert whole.result().json()["generated_text"] == "w" * 40
+        assert "".join(piece_of(event) or "" for event in rest) == "x" * 39
+        assert rest[-1]["finish_reason"] == "stop"
+        assert service.wait() in (0, -signal.SIGTERM)
+        assert not service.survivors()
+
+
+def _refuses(service: Service) -> bool:
+    try:
+        service.get("/livez")
+    except httpx.TransportError:
+        return True
+    return False
+
+
+def test_what_is_left_after_the_grace_ends_with_an_error() -> None:
+    """When the grace is over a stream ends with an error event, and a whole answer with 503."""
+    with running_service(
+        ENGINE__ECHO_STEP_SECONDS=str(STEP), APP__SHUTDOWN_GRACE_SECONDS="0.3"
+    ) as service:
+        with (
+            open_stream(service, generate(LONG)) as found,
+            background(ask, service, generate(LONG)) as whole,
+        ):
+            service.wait_for_metric("llm_requests_running", 2)
+            started = time.monotonic()
+            service.process.terminate()
+            rest = rest_of(found)
+            assert rest[-1]["error"]["code"] == "draining"
+            response = whole.result()
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "draining"
+        assert service.wait() in (0, -signal.SIGTERM)
+        # 20 seconds of work were left.
+        assert time.monotonic() - started < 5
+
+
+def test_an_idle_service_stops_at_once() -> None:
+    """Ctrl-C ends an idle service in order; an idle connection does not hold it up."""
+    with running_service() as service, service.client() as client:
+        client.get("/livez")
+        service.process.send_signal(signal.SIGINT)
+        assert service.wait() in (0, -signal.SIGINT)
+        assert not service.survivors()
+
+
+def test_the_engine_does_not_outlive_a_killed_service() -> None:
+    """When the service is killed with -9 its engine process ends by itself, in mid-answer too."""
+    with running_service(ENGINE__ECHO_STEP_SECONDS=str(STEP)) as service:
+        threading.Thread(target=_ignored, args=(service, LONG), daemon=True).start()
+        service.wait_for_metric("llm_requests_running", 1)
+        assert any(str(service.engine_pid) in line for line in service.survivors())
+        service.process.kill()
+        service.wait()
+        service.wait_for(lambda: not service.survivors(), "the end of the engine", 5)
+
+
+def _ignored(service: Service, prompt: str) -> None:
+    try:
+        ask(service, generate(prompt))
+    except httpx.TransportError:
+        return

@@ -1,0 +1,214 @@
+"""What happens when clients stream, leave, and come in greater numbers than there are places.
+
+Everything runs as in production: uvicorn, its engine process, and real sockets. The echo engine
+takes a fixed time for a token, so an answer's length decides how long it takes.
+"""
+
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from tests.support.live import (
+    LONG,
+    SOON,
+    STEP,
+    ask,
+    background,
+    generate,
+    open_stream,
+    rest_of,
+)
+from tests.support.service import API_KEY, Service, running_service
+from tests.support.sse import DONE, data_lines, piece_of, read_stream
+
+
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[Service]:
+    """A service that runs one request, lets one wait, and takes 50 ms for a token."""
+    with running_service(
+        ENGINE__ECHO_STEP_SECONDS=str(STEP), ENGINE__MAX_RUNNING="1", ENGINE__MAX_WAITING="1"
+    ) as service:
+        yield service
+
+
+# --- Streams over real sockets --------------------------------------------------------------------
+
+
+def test_pieces_come_one_by_one(slow_service: Service) -> None:
+    """A stream's pieces are sent as they are generated, not when the answer is complete."""
+    with open_stream(slow_service, generate("abcdef")) as found:
+        assert slow_service.metric("llm_requests_running") == 1
+        rest = rest_of(found)
+    assert "".join(piece_of(event) or "" for event in rest) == "bcdef"
+
+
+def test_a_characters_bytes_are_never_split(slow_service: Service) -> None:
+    """Characters of several bytes, each a token here, arrive whole."""
+    prompt = "aé🌍字\u200d👩"
+    with slow_service.client() as client:
+        streamed = read_stream(client, "/v1/generate", generate(prompt))
+    assert streamed.pieces == list(prompt)
+    assert streamed.done
+    assert streamed.last["finish_reason"] == "stop"
+
+
+def test_a_refusal_comes_before_the_stream(narrow: Service) -> None:
+    """What is refused at admission has an error's status, with stream: true as well."""
+    with narrow.client() as client:
+        response = client.post("/v1/generate", json=generate("x" * 5000, stream=True))
+        assert response.status_code == 422
+        response = client.post("/v1/generate", json=generate("x", stream=True, max_tokens=600))
+    assert response.status_code == 422
+    assert response.json()["error"]["param"] == "max_tokens"
+
+
+# --- Clients that leave ---------------------------------------------------------------------------
+
+
+def test_leaving_a_stream_frees_its_slot(slow_service: Service) -> None:
+    """A client that leaves a long stream frees its slot within a step."""
+    cancelled = slow_service.metric("llm_requests_cancelled_total")
+    with open_stream(slow_service, generate(LONG)):
+        assert slow_service.metric("llm_requests_running") == 1
+    assert slow_service.wait_for_metric("llm_requests_running", 0) < SOON
+    assert slow_service.metric("llm_requests_cancelled_total") == cancelled + 1
+    tokens = slow_service.metric("tokens_generated_total")
+    time.sleep(4 * STEP)
+    assert slow_service.metric("tokens_generated_total") == tokens
+
+
+def test_leaving_a_whole_answer_frees_its_slot(slow_service: Service) -> None:
+    """A client that stops waiting for an unstreamed answer frees its slot within a step."""
+    cancelled = slow_service.metric("llm_requests_cancelled_total")
+    with socket.create_connection(_address(slow_service)) as client:
+        client.sendall(_raw_request(generate(LONG)))
+        slow_service.wait_for_metric("llm_requests_running", 1)
+    assert slow_service.wait_for_metric("llm_requests_running", 0) < SOON
+    assert slow_service.metric("llm_requests_cancelled_total") == cancelled + 1
+
+
+def test_leaving_the_queue_frees_the_place(narrow: Service) -> None:
+    """A client that leaves while it waits frees its place, and the running one is not disturbed."""
+    with open_stream(narrow, generate("x" * 60)) as found:
+        with socket.create_connection(_address(narrow)) as waiting:
+            waiting.sendall(_raw_request(generate(LONG)))
+            narrow.wait_for_metric("llm_requests_waiting", 1)
+        narrow.wait_for_metric("llm_requests_waiting", 0)
+        assert narrow.metric("llm_requests_running") == 1
+        rest = rest_of(found)
+    assert rest[-1]["tokens_generated"] == 61
+    narrow.wait_for_metric("llm_requests_running", 0)
+
+
+def test_leaving_a_queued_stream_frees_the_place(narrow: Service) -> None:
+    """The same holds for a stream that has been admitted and waits for its turn."""
+    with open_stream(narrow, generate("x" * 60)) as found:
+        with socket.create_connection(_address(narrow)) as waiting:
+            waiting.sendall(_raw_request(generate(LONG, stream=True)))
+            narrow.wait_for_metric("llm_requests_waiting", 1)
+        narrow.wait_for_metric("llm_requests_waiting", 0)
+        assert rest_of(found)[-1]["finish_reason"] == "stop"
+    narrow.wait_for_metric("llm_requests_running", 0)
+
+
+def _address(service: Service) -> tuple[str, int]:
+    url = httpx.URL(service.base_url)
+    assert url.port is not None
+    return url.host, url.port
+
+
+def _raw_request(body: dict[str, Any]) -> bytes:
+    request = httpx.Request("POST", "http://localhost/v1/generate", json=body)
+    head = f"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {API_KEY}\r\n"
+    length = f"Content-Type: application/json\r\nContent-Length: {len(request.content)}\r\n\r\n"
+    return (head + length).encode() + request.content
+
+
+# --- Full queues and deadlines --------------------------------------------------------------------
+
+
+def test_the_third_of_two_places_is_503(narrow: Service) -> None:
+    """With every place taken a request is refused at once, and those inside are not disturbed."""
+    rejected = narrow.metric("llm_requests_rejected_total", reason="overloaded")
+    with (
+        background(ask, narrow, generate("r" * 40)) as running,
+        background(ask, narrow, generate("w" * 3)) as waiting,
+    ):
+        narrow.wait_for_metric("llm_requests_running", 1)
+        narrow.wait_for_metric("llm_requests_waiting", 1)
+        for stream in (False, True):
+            started = time.monotonic()
+            refused = ask(narrow, generate("x", stream=stream))
+            # Two seconds' work is before it: it did not wait for any of that.
+            assert time.monotonic() - started < 2
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "overloaded"
+            assert int(refused.headers["retry-after"]) >= 1
+        assert not running.done()
+        # A full queue is no reason to send callers elsewhere.
+        assert narrow.get("/readyz").status_code == 200
+    assert running.result().json()["generated_text"] == "r" * 40
+    assert waiting.result().json()["generated_text"] == "w" * 3
+    assert narrow.metric("llm_requests_rejected_total", reason="overloaded") == rejected + 2
+
+
+def test_requests_get_their_turn_in_the_order_they_came(narrow: Service) -> None:
+    """The request that waits runs as soon as the running one has ended."""
+    with (
+        open_stream(narrow, generate("x" * 10)) as first,
+        background(ask, narrow, generate("y")) as second,
+    ):
+        narrow.wait_for_metric("llm_requests_waiting", 1)
+        assert rest_of(first)[-1]["finish_reason"] == "stop"
+        assert second.result().status_code == 200
+
+
+def test_a_request_past_its_deadline_is_504() -> None:
+    """The deadline ends a request while it runs or waits, and frees its place."""
+    with running_service(
+        ENGINE__ECHO_STEP_SECONDS=str(STEP),
+        ENGINE__REQUEST_TIMEOUT_SECONDS="1",
+        ENGINE__MAX_RUNNING="1",
+    ) as service:
+        response = ask(service, generate(LONG))
+        assert response.status_code == 504
+        assert response.json()["error"]["code"] == "deadline_exceeded"
+        with service.client() as client:
+            streamed = read_stream(client, "/v1/generate", generate(LONG))
+        assert streamed.done
+        assert streamed.error is not None
+        assert streamed.error["code"] == "deadline_exceeded"
+        assert LONG.startswith(streamed.text)
+        assert streamed.text
+        service.wait_for_metric("llm_requests_running", 0)
+        with ThreadPoolExecutor(2) as pool:
+            answers = list(pool.map(lambda _: ask(service, generate(LONG)), range(2)))
+        assert [a.status_code for a in answers] == [504, 504]
+        assert ask(service, generate("short")).status_code == 200
+
+
+def test_a_malformed_request_does_not_stop_the_service(slow_service: Service) -> None:
+    """Garbage on the socket costs its connection only."""
+    for garbage in (b"\x00" * 100, b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/chat HTTP/1.1\r\n\r\n"):
+        with socket.create_connection(_address(slow_service), timeout=10) as client:
+            client.sendall(garbage)
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(65536):
+                pass
+    assert ask(slow_service, generate(str(uuid4()))).status_code == 200
+
+
+def test_the_stream_ends_with_done_and_nothing_after(slow_service: Service) -> None:
+    """The last line of every stream is [DONE], and the connection serves the next request."""
+    with slow_service.client() as client:
+        for _ in range(2):
+            body = generate("ab", stream=True)
+            text = client.post("/v1/generate", json=body).text
+            assert list(data_lines(text.split("\n")))[-1] == DONE
+            assert text.endswith("data: [DONE]\n\n")

@@ -1,0 +1,150 @@
+"""The OpenAPI document: no change goes unnoticed, and what it says is so.
+
+After a change that is meant, write the snapshot anew and commit it with the change:
+
+    .venv/bin/python -m tests.contract.test_openapi
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from app.main import create_app
+from app.utils.errors import InternalError, MethodNotAllowedError, NotFoundError, ServiceError
+from tests.conftest import make_settings
+
+SNAPSHOT = Path(__file__).with_name("openapi.json")
+ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorResponse"}
+# What any address may answer, and no route declares.
+EVERYWHERE = {InternalError.code, NotFoundError.code, MethodNotAllowedError.code}
+# Bases of the errors that are raised.
+ABSTRACT = {"invalid_request"}
+
+
+def document() -> dict[str, Any]:
+    """The document as the service serves it, by way of JSON."""
+    made: dict[str, Any] = json.loads(json.dumps(create_app(make_settings()).openapi()))
+    return made
+
+
+def operations() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every method of every route, by name."""
+    for path, methods in document()["paths"].items():
+        for method, operation in methods.items():
+            yield f"{method.upper()} {path}", operation
+
+
+OPERATIONS = dict(operations())
+KEYED = [name for name, operation in OPERATIONS.items() if "security" in operation]
+WITH_BODY = [name for name, operation in OPERATIONS.items() if "requestBody" in operation]
+GENERATING = ["POST /v1/generate", "POST /v1/chat"]
+
+
+def declared(name: str) -> set[str]:
+    """The error codes that a route declares."""
+    responses = OPERATIONS[name]["responses"]
+    return {
+        code
+        for response in responses.values()
+        if response.get("content", {}).get("application/json", {}).get("schema") == ERROR_SCHEMA
+        for code in response["description"].split(", ")
+    }
+
+
+def routes() -> set[str]:
+    """Every method of every route, such as ``GET /health``."""
+    return set(OPERATIONS)
+
+
+def schema_of(name: str) -> dict[str, Any]:
+    """The schema of a route's request body."""
+    content = OPERATIONS[name]["requestBody"]["content"]["application/json"]["schema"]
+    found: dict[str, Any] = document()["components"]["schemas"][content["$ref"].rpartition("/")[2]]
+    return found
+
+
+def service_errors() -> list[type[ServiceError]]:
+    """Every error that the service can answer with."""
+
+    def classes(base: type[ServiceError]) -> Iterator[type[ServiceError]]:
+        for error in base.__subclasses__():
+            yield error
+            yield from classes(error)
+
+    # Other tests make errors of their own, and bases have no code of their own.
+    own = (e for e in classes(ServiceError) if e.__module__.startswith("app."))
+    return [e for e in own if "code" in vars(e) or e is InternalError if e.code not in ABSTRACT]
+
+
+def test_the_document_is_the_snapshot() -> None:
+    """The document changes only together with its snapshot (see this module's docstring)."""
+    assert document() == json.loads(SNAPSHOT.read_text(encoding="utf-8"))
+
+
+def test_the_document_is_what_is_served(client: TestClient) -> None:
+    """GET /openapi.json answers with the document, and GET /docs shows it."""
+    assert client.get("/openapi.json").json() == document()
+    assert "/openapi.json" in client.get("/docs").text
+
+
+@pytest.mark.parametrize("name", WITH_BODY)
+def test_every_example_works(client: TestClient, name: str) -> None:
+    """Each route that takes a body has an example, and each example is answered with 200."""
+    examples = schema_of(name).get("examples")
+    assert examples
+    for example in examples:
+        method, path = name.split()
+        response = client.request(method, path, json=example)
+        assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("name", KEYED)
+def test_keyed_routes_declare_the_guards_errors(name: str) -> None:
+    """A route behind a key declares what the guard in front of it answers."""
+    assert {"invalid_api_key", "rate_limit_exceeded"} <= declared(name)
+
+
+@pytest.mark.parametrize("name", WITH_BODY)
+def test_routes_with_a_body_declare_what_is_wrong_with_it(name: str) -> None:
+    """A route that takes a body declares the refusals of a body."""
+    assert {"invalid_json", "body_too_large", "validation_error"} <= declared(name)
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_generating_routes_declare_the_engines_errors(name: str) -> None:
+    """A route that generates declares every reason for which the engine does not."""
+    assert {
+        *("overloaded", "model_loading", "draining", "engine_unavailable", "deadline_exceeded"),
+        *("context_length_exceeded", "unsupported_parameter", "prompt_too_long", "pii_detected"),
+    } <= declared(name)
+
+
+def test_every_error_is_declared_somewhere() -> None:
+    """Each error of the service is declared by a route, but for those of every address."""
+    codes = {error.code for error in service_errors()} - EVERYWHERE
+    assert codes - {code for name in OPERATIONS for code in declared(name)} == set()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_error_has_the_one_shape(name: str) -> None:
+    """An error that a route declares has the service's shape, not the framework's."""
+    for status, response in OPERATIONS[name]["responses"].items():
+        if int(status) >= 400 and int(status) != 503:
+            assert response["content"]["application/json"]["schema"] == ERROR_SCHEMA, status
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_route_says_what_it_does(name: str) -> None:
+    """Each route has a description and a tag."""
+    assert OPERATIONS[name].get("description")
+    assert OPERATIONS[name].get("tags")
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text(json.dumps(document(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    print(f"wrote {SNAPSHOT}", file=sys.stderr)  # noqa: T201 - a command's answer

@@ -1,0 +1,251 @@
+"""What Prometheus makes of the service: the real promtool and a real Prometheus say.
+
+Both come with Debian's package `prometheus`; without them the tests are skipped.
+"""
+
+import json
+import math
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
+
+from app.core.config import PROJECT_ROOT
+from app.core.metrics import Metrics
+from tests.support.service import Service, running_service
+
+DEPLOY = PROJECT_ROOT / "deploy"
+RULES = DEPLOY / "prometheus" / "alerts.yml"
+CONFIG = DEPLOY / "prometheus" / "prometheus.yml"
+DASHBOARD = DEPLOY / "grafana" / "dashboards" / "llm-service.json"
+
+needs_promtool = pytest.mark.skipif(
+    not shutil.which("promtool"), reason="needs promtool (Debian's package prometheus)"
+)
+needs_prometheus = pytest.mark.skipif(
+    not shutil.which("prometheus"), reason="needs Prometheus (Debian's package prometheus)"
+)
+
+
+def collectors(metrics: Metrics) -> list[MetricWrapperBase]:
+    """Every metric that `metrics` holds."""
+    return [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
+
+
+def touch(collector: MetricWrapperBase) -> None:
+    """Give a metric a value, under some labels where it has any."""
+    names = collector._labelnames
+    child: Any = collector.labels(*("some value" for _ in names)) if names else collector
+    if isinstance(collector, Counter):
+        child.inc()
+    elif isinstance(collector, Gauge):
+        child.set(1)
+    elif isinstance(collector, Histogram):
+        child.observe(0.1)
+    else:
+        pytest.fail(f"{collector} is of a kind this test does not know")
+
+
+@pytest.fixture
+def page() -> str:
+    """The metrics page with every metric on it."""
+    metrics = Metrics()
+    for collector in collectors(metrics):
+        touch(collector)
+    return metrics.render().decode()
+
+
+def promtool(*arguments: str, text: str | None = None) -> None:
+    """Run promtool, which must find nothing to say against it."""
+    done = subprocess.run(
+        ["promtool", *arguments], input=text, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def queries() -> list[str]:
+    """Every query of the dashboard, as Grafana writes it."""
+    dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+
+
+def alert_expressions() -> list[str]:
+    """The expression of every alert rule."""
+    groups = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
+    return [rule["expr"] for group in groups for rule in group["rules"]]
+
+
+@needs_promtool
+def test_promtool_accepts_the_page_with_every_metric_on_it(page: str) -> None:
+    """Names, types and help texts follow Prometheus' conventions."""
+    promtool("check", "metrics", text=page)
+
+
+@pytest.mark.parametrize(
+    ("sample", "labels"),
+    [
+        ("http_requests_total", "method endpoint status"),
+        ("tokens_generated_total", "model"),
+        ("http_request_duration_seconds_count", "method endpoint"),
+    ],
+)
+def test_the_documented_metrics_have_the_documented_labels(
+    page: str, sample: str, labels: str
+) -> None:
+    """The three metrics of the README are there, labelled as it says."""
+    found = re.search(rf"^{sample}{{(.*)}} ", page, re.MULTILINE)
+    assert found
+    assert sorted(re.findall(r'(\w+)="', found[1])) == sorted(labels.split())
+
+
+@needs_promtool
+def test_promtool_accepts_the_configuration_and_the_rules() -> None:
+    """Prometheus will start with what deploy/ gives it."""
+    promtool("check", "config", str(CONFIG))
+    promtool("check", "rules", str(RULES))
+
+
+@needs_promtool
+def test_each_alert_fires_when_it_should_and_only_then() -> None:
+    """The rules' own unit tests hold, and there is one for every rule."""
+    tests = RULES.with_name("alerts_test.yml")
+    promtool("test", "rules", str(tests))
+    fired = {
+        case["alertname"]
+        for test in yaml.safe_load(tests.read_text(encoding="utf-8"))["tests"]
+        for case in test["alert_rule_test"]
+        if case.get("exp_alerts")
+    }
+    groups = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
+    assert fired == {rule["alert"] for group in groups for rule in group["rules"]}
+
+
+def metric_names(expression: str) -> set[str]:
+    """The metrics of a PromQL expression: what is left without labels, ranges and functions."""
+    bare = re.sub(r"{[^}]*}|\[[^]]*]", "", expression)
+    bare = re.sub(r"\b(by|on|without) *\([^)]*\)", "", bare)
+    return set(re.findall(r"\b[a-z]\w+\b(?! *\()", bare)) - {"or", "unless"}
+
+
+def test_dashboard_and_alerts_ask_only_for_metrics_that_exist(page: str) -> None:
+    """No panel stays empty, and no alert silent, for a name that nothing exports."""
+    exported = set(re.findall(r"^(\w+)[{ ]", page, re.MULTILINE)) | {"up"}
+    for expression in [*queries(), *alert_expressions()]:
+        named = metric_names(expression)
+        assert named, expression
+        assert named <= exported, expression
+
+
+def test_the_dashboard_shows_every_metric() -> None:
+    """A metric that is added without a panel is noticed."""
+    shown = {name for query in queries() for name in metric_names(query)}
+    for collector in collectors(Metrics()):
+        assert any(name.startswith(collector._name) for name in shown), collector._name
+
+
+@contextmanager
+def running_prometheus(folder: Path, target: str) -> Iterator[httpx.Client]:
+    """A real Prometheus with deploy/'s configuration, but scraping `target` twice a second."""
+    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms"}
+    config["rule_files"] = [str(RULES)]
+    config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log_path = folder / "prometheus.log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            yield client
+    except BaseException as error:
+        error.add_note(f"--- Prometheus' log ---\n{log_path.read_text(encoding='utf-8')[-4000:]}")
+        raise
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def use(service: Service) -> None:
+    """Make the metrics move: requests at once where one has room, repeated ones, and too many."""
+    once = {
+        "messages": [{"role": "user", "content": "Tell a story to jane.doe@example.com"}],
+        "max_tokens": 10,
+        "cache": False,
+    }
+    kept = {"prompt": "Tell me a story", "max_tokens": 10}
+
+    def post(path: str, body: dict[str, Any]) -> int:
+        with service.client() as client:
+            return client.post(path, json=body).status_code
+
+    with ThreadPoolExecutor(3) as pool:
+        requests = [("/v1/chat", once), ("/v1/chat", once), ("/v1/generate", kept)]
+        list(pool.map(lambda request: post(*request), requests))
+
+
+def has_data(prometheus: httpx.Client, query: str) -> bool:
+    """Whether a dashboard's query returns numbers."""
+    query = query.replace("$__rate_interval", "30s").replace("$__range", "5m")
+    query = query.replace("$instance", ".*")
+    try:
+        answer = prometheus.get("/api/v1/query", params={"query": query})
+    except httpx.TransportError:
+        # It is still starting.
+        return False
+    if answer.status_code == 503:
+        return False
+    assert answer.status_code == 200, answer.text
+    values = [float(result["value"][1]) for result in answer.json()["data"]["result"]]
+    return any(math.isfinite(value) for value in values)
+
+
+@needs_prometheus
+def test_a_real_prometheus_scrapes_the_service_and_fills_the_dashboard(tmp_path: Path) -> None:
+    """Every query of the dashboard returns data, and every alert rule can be evaluated."""
+    with (
+        running_service(
+            MODEL__ENGINE="echo",
+            ENGINE__MAX_RUNNING="1",
+            ENGINE__MAX_WAITING="0",
+            ENGINE__ECHO_STEP_SECONDS="0.02",
+            PII__INPUT="redact",
+            RATE_LIMIT__ENABLED="true",
+            RATE_LIMIT__REQUESTS_PER_MINUTE="600",
+            RATE_LIMIT__BURST_SIZE="5",
+        ) as service,
+        running_prometheus(tmp_path, service.base_url.removeprefix("http://")) as prometheus,
+    ):
+        empty = queries()
+        deadline = time.monotonic() + 60
+        # A rate needs two scrapes, so there must be traffic between them.
+        while empty and time.monotonic() < deadline:
+            use(service)
+            empty = [query for query in empty if not has_data(prometheus, query)]
+        assert not empty, f"no data for {empty}"
+        rules = prometheus.get("/api/v1/rules").json()["data"]["groups"][0]["rules"]
+        assert {rule["name"]: rule["lastError"] for rule in rules if rule.get("lastError")} == {}
+        assert {rule["health"] for rule in rules} == {"ok"}

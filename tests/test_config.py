@@ -1,0 +1,510 @@
+"""Settings: where they come from, which source wins, and what a mistake looks like."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel, SecretStr, ValidationError
+
+from app.core.config import DEFAULT_API_KEY, PROJECT_ROOT, Settings, load_settings
+from app.main import create_app
+from app.utils.errors import ConfigurationError
+from tests.support.service import isolated_environment, setting_names
+
+STRONG_KEY = "0123456789abcdef" * 2
+
+USERS_CONFIG = """
+app:
+  name: "LLM FastAPI Service"
+  host: "0.0.0.0"
+  port: 8000
+
+model:
+  name: "google/gemma-2-2b-it"
+  source: "hub"  # or "local"
+  device: "cpu"   # or "cuda"
+  max_tokens: 512
+  temperature: 0.7
+
+security:
+  api_key: "change-me-in-env"
+  max_prompt_chars: 4000
+
+rate_limit:
+  enabled: true
+  requests_per_minute: 10
+
+cache:
+  enabled: true
+  size: 100
+  ttl_seconds: 3600
+
+chat_history:
+  enabled: true
+  ttl_seconds: 7200  # 2 hours
+"""
+
+USERS_ENV = """
+# Model Configuration
+MODEL__NAME=google/gemma-2-2b-it
+HUGGINGFACE_TOKEN=your_token_here
+
+# Security
+SECURITY__API_KEY=your-secure-api-key-here
+
+# Rate Limiting
+RATE_LIMIT__REQUESTS_PER_MINUTE=10
+
+# Cache
+CACHE__ENABLED=true
+CACHE__SIZE=100
+"""
+
+Load = Callable[..., Settings]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Loads settings from the text of a config.yml and of a .env, and nothing else."""
+
+    def load(config: str = "", env: str = "") -> Settings:
+        config_file, env_file = tmp_path / "config.yml", tmp_path / ".env"
+        config_file.write_text(config, encoding="utf-8")
+        env_file.write_text(env, encoding="utf-8")
+        return load_settings(config_file=config_file, env_file=env_file)
+
+    return load
+
+
+def check_refused(load: Load, *parts: str, config: str = "", env: str = "") -> str:
+    """Assert that the settings are refused in one line that holds ``parts``; returns the line."""
+    with pytest.raises(ConfigurationError) as caught:
+        load(config, env)
+    line = str(caught.value)
+    assert line.startswith("configuration error: ")
+    assert "\n" not in line
+    for part in parts:
+        assert part in line, line
+    return line
+
+
+# --- Sources and their order ----------------------------------------------------------------------
+
+
+def test_the_users_config_yml_loads(load: Load) -> None:
+    """The config.yml of the user's document is valid as it stands, and holds the defaults."""
+    assert load(USERS_CONFIG) == load()
+
+
+def test_the_users_env_loads(load: Load) -> None:
+    """The .env of the user's document is valid as it stands."""
+    settings = load(USERS_CONFIG, USERS_ENV)
+    assert settings.security.api_key.get_secret_value() == "your-secure-api-key-here"
+    assert settings.huggingface_token is not None
+    assert settings.huggingface_token.get_secret_value() == "your_token_here"
+
+
+def test_every_key_of_the_user_has_the_users_default() -> None:
+    """Without any source the settings are those of the user's document."""
+    settings = Settings(_env_file=None)
+    for section, values in yaml.safe_load(USERS_CONFIG).items():
+        for key, value in values.items():
+            found = getattr(getattr(settings, section), key)
+            plain = found.get_secret_value() if isinstance(found, SecretStr) else found
+            assert plain == value, f"{section}.{key}"
+
+
+def test_env_wins_over_config_yml(load: Load) -> None:
+    """.env overrides config.yml key by key: the other keys of a section stay."""
+    settings = load("model: {name: a/yaml, max_tokens: 64}", "MODEL__NAME=a/dotenv")
+    assert settings.model.name == "a/dotenv"
+    assert settings.model.max_tokens == 64
+
+
+def test_the_environment_wins_over_env(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment overrides .env and config.yml key by key, whatever its case."""
+    monkeypatch.setenv("MODEL__NAME", "a/environment")
+    monkeypatch.setenv("cache__size", "7")
+    settings = load(
+        "model: {name: a/yaml, max_tokens: 64}\ncache: {size: 5}",
+        "MODEL__NAME=a/dotenv\nMODEL__TEMPERATURE=0.1\nCACHE__SIZE=6",
+    )
+    assert settings.model.name == "a/environment"
+    assert settings.model.temperature == 0.1
+    assert settings.model.max_tokens == 64
+    assert settings.cache.size == 7
+
+
+def test_the_token_stands_at_the_top(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HUGGINGFACE_TOKEN is read without a section, in the same order of sources."""
+    assert load().huggingface_token is None
+    token = load("huggingface_token: from-yaml", "HUGGINGFACE_TOKEN=from-env").huggingface_token
+    assert token is not None
+    assert token.get_secret_value() == "from-env"
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", "from-environment")
+    token = load("huggingface_token: from-yaml", "HUGGINGFACE_TOKEN=from-env").huggingface_token
+    assert token is not None
+    assert token.get_secret_value() == "from-environment"
+
+
+def test_lists_are_json_in_the_environment(load: Load) -> None:
+    """A list or an object in .env or the environment is JSON."""
+    settings = load(
+        "",
+        'SECURITY__TRUSTED_PROXIES=["10.0.0.0/8"]\n'
+        'SECURITY__API_KEYS=[{"name": "team", "key": "k1"}]',
+    )
+    assert settings.security.trusted_proxies == ["10.0.0.0/8"]
+    (key,) = settings.security.api_keys
+    assert (key.name, key.key.get_secret_value()) == ("team", "k1")
+
+
+def test_config_file_names_another_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CONFIG_FILE in the environment takes the place of config.yml."""
+    other = tmp_path / "other.yml"
+    other.write_text("model: {name: other/model}")
+    monkeypatch.setenv("CONFIG_FILE", str(other))
+    assert load_settings(env_file=tmp_path / "none").model.name == "other/model"
+
+
+def test_a_config_file_that_is_named_must_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CONFIG_FILE that is missing or a folder is refused in one line with its path."""
+    for path in (tmp_path / "missing.yml", tmp_path):
+        monkeypatch.setenv("CONFIG_FILE", str(path))
+        with pytest.raises(ConfigurationError, match=re.escape(str(path))) as caught:
+            load_settings(env_file=tmp_path / "none")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n"])
+def test_an_empty_config_yml_is_all_defaults(load: Load, text: str) -> None:
+    """A config.yml without content leaves every setting at its default."""
+    assert load(text) == Settings(_env_file=None)
+
+
+def test_settings_are_frozen(load: Load) -> None:
+    """Neither the settings nor a section can be changed after the start."""
+    settings = load()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.model = settings.model
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.model.name = "x/y"
+
+
+# --- Mistakes -------------------------------------------------------------------------------------
+
+BAD_VALUES = {
+    "text for a number": ("app: {port: eight}", ["app.port", "'eight'", "config.yml", "integer"]),
+    "too large": ("app: {port: 65536}", ["app.port", "65536", "65535"]),
+    "too small": ("cache: {size: 0}", ["cache.size", "0", "greater than or equal to 1"]),
+    "not a choice": ("model: {device: tpu}", ["model.device", "'tpu'", "'cpu' or 'cuda'"]),
+    "infinity": ("engine: {request_timeout_seconds: .inf}", ["engine.request_timeout_seconds"]),
+    "not a number": ("model: {temperature: .nan}", ["model.temperature"]),
+    "temperature": ("model: {temperature: 2.1}", ["model.temperature", "2.1", "equal to 2"]),
+    "null": ("model: {name: null}", ["model.name", "string"]),
+    "list for text": ("model: {name: [a]}", ["model.name", "string"]),
+    "text for a section": ("model: fast", ["model", "'fast'", "config.yml"]),
+    "list for a section": ("model: [a]", ["model", "config.yml"]),
+    "two at once": ("app: {port: x}\ncache: {size: y}", ["app.port", "cache.size"]),
+}
+
+
+@pytest.mark.parametrize(("config", "parts"), BAD_VALUES.values(), ids=BAD_VALUES.keys())
+def test_a_bad_value_names_key_value_origin_and_what_is_allowed(
+    load: Load, config: str, parts: list[str]
+) -> None:
+    """A bad value is one line with the key, the value, where it stands, and what is allowed."""
+    check_refused(load, *parts, config=config)
+
+
+def test_a_bad_value_in_env_names_the_file_and_the_variable(load: Load, tmp_path: Path) -> None:
+    """The origin of a value from .env is that file, with the variable's name."""
+    origin = f"(in {tmp_path / '.env'}, MODEL__MAX_TOKENS)"
+    check_refused(load, "model.max_tokens = 'many'", origin, env="MODEL__MAX_TOKENS=many")
+
+
+def test_a_bad_value_in_the_environment_names_the_variable(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The origin of a value from the environment is its variable, also where .env has one too."""
+    monkeypatch.setenv("MODEL__MAX_TOKENS", "lots")
+    origin = "(in the environment, MODEL__MAX_TOKENS)"
+    check_refused(load, "model.max_tokens = 'lots'", origin, env="MODEL__MAX_TOKENS=8")
+
+
+@pytest.mark.parametrize(
+    ("config", "env", "parts"),
+    [
+        ("modle: {name: a}", "", ["modle", "config.yml", "model"]),
+        ("model: {nmae: a}", "", ["model.nmae", "config.yml", "name"]),
+        ("", "MODEL__NMAE=a", ["model.nmae", ".env", "MODEL__NMAE", "name"]),
+        ("_env_file: x", "", ["_env_file"]),
+        ("1: {name: a}", "", ["sections"]),
+        ("[model]", "", ["sections"]),
+        ("just text", "", ["sections"]),
+    ],
+    ids=["section", "key", "variable", "underscore", "number", "list", "text"],
+)
+def test_an_unknown_key_is_refused_and_the_known_ones_named(
+    load: Load, config: str, env: str, parts: list[str]
+) -> None:
+    """A key that is no setting stops the start, so that no typing mistake is ignored."""
+    check_refused(load, *parts, config=config, env=env)
+
+
+def test_an_unknown_variable_of_a_section_is_refused(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A misspelt variable in the environment is refused as well, and other variables are not."""
+    monkeypatch.setenv("SOMETHING_ELSE", "x")
+    load()
+    monkeypatch.setenv("MODEL__NMAE", "x")
+    check_refused(load, "model.nmae", "the environment, MODEL__NMAE", "max_tokens")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "model: {",
+        "model:\n\tname: a",
+        "a: b: c",
+        "model: !!python/name:os.system",
+        "\x00",
+        "&a [*b]",
+    ],
+)
+def test_malformed_yaml_is_refused_in_one_line(load: Load, config: str) -> None:
+    """A config.yml that is not YAML, or holds objects, is refused in one line with its path."""
+    check_refused(load, "config.yml is not YAML", config=config)
+
+
+def test_a_config_yml_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    """Bytes that are not UTF-8 are refused in one line with the path."""
+    path = tmp_path / "config.yml"
+    path.write_bytes(b"model: {name: \xff}")
+    with pytest.raises(ConfigurationError, match=re.escape(f"cannot read {path}")) as caught:
+        load_settings(config_file=path, env_file=tmp_path / "none")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["10.0.0.0/8", "[10.0.0.0/8]", '["10.0.0.0/8"', "{}"])
+def test_a_list_that_is_not_json_says_how_to_write_it(load: Load, value: str) -> None:
+    """A list in .env that is not JSON is refused in one line."""
+    check_refused(load, "trusted_proxies", env=f"SECURITY__TRUSTED_PROXIES={value}")
+
+
+@pytest.mark.parametrize("value", ["nonsense", "10.0.0.0/99", "", "proxy.example.org"])
+def test_a_trusted_proxy_that_is_no_address_is_refused(load: Load, value: str) -> None:
+    """trusted_proxies takes addresses and networks; anything else stops the start in one line."""
+    config = f"security: {{trusted_proxies: [10.0.0.1, {json.dumps(value)}]}}"
+    check_refused(load, "trusted_proxies", config=config)
+
+
+# --- Secrets --------------------------------------------------------------------------------------
+
+SECRET = "s3cr3t-value-of-mine"
+
+SECRET_CONFIGS = {
+    "not a string": f"security: {{api_key: [{SECRET}]}}",
+    "a section": f"security: {SECRET}",
+    "an unknown key beside it": f"security: {{api_key: {SECRET}, nmae: 1}}",
+    "a bad value beside it": f"security: {{api_key: {SECRET}, max_prompt_chars: 0}}",
+    "a key without a name": f"security: {{api_keys: [{{key: {SECRET}}}]}}",
+    "keys that are no list": f"security: {{api_keys: {SECRET}}}",
+    "keys that are no objects": f"security: {{api_keys: [{SECRET}]}}",
+    "a key in place of a name": f"security: {{api_keys: [{{name: '{SECRET} x', key: a}}]}}",
+    "the token": f"huggingface_token: [{SECRET}]",
+    "malformed YAML": f'security:\n  api_key: "{SECRET}\nmodel: {{}}',
+    "malformed YAML after it": f"security: {{api_key: {SECRET}: x}}",
+    "an unknown section": f"{SECRET}: 1\n"
+    if SECRET.isdigit()
+    else f"securty: {{api_key: {SECRET}}}",
+}
+
+
+@pytest.mark.parametrize("config", SECRET_CONFIGS.values(), ids=SECRET_CONFIGS.keys())
+def test_a_mistake_near_a_secret_does_not_show_it(load: Load, config: str) -> None:
+    """No error about config.yml shows a key or a token, however the file is broken."""
+    assert SECRET not in check_refused(load, config=config)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        f"SECURITY__API_KEYS={SECRET}",
+        f'SECURITY__API_KEYS=[{{"name": "a", "key": "{SECRET}"',
+        f'SECURITY__API_KEYS=[{{"key": "{SECRET}"}}]',
+        f'SECURITY={{"api_key": "{SECRET}", "max_prompt_chars": 0}}',
+        f"SECURITY={SECRET}",
+        f'SECURITY={{"api_key": "{SECRET}"',
+        f"SECURITY__API_KEY={SECRET}\nSECURITY__MAX_BODY_BYTES=1",
+        f"SECURITY__API_KEY__X={SECRET}",
+    ],
+)
+@pytest.mark.parametrize("source", ["dotenv", "environment"])
+def test_a_mistake_in_the_environment_does_not_show_a_secret(
+    load: Load, monkeypatch: pytest.MonkeyPatch, env: str, source: str
+) -> None:
+    """No error about .env or the environment shows a key or a token either."""
+    if source == "environment":
+        for line in env.splitlines():
+            monkeypatch.setenv(*line.split("=", 1))
+        env = ""
+    assert SECRET not in check_refused(load, env=env)
+
+
+def test_settings_do_not_show_secrets_when_printed(load: Load) -> None:
+    """repr and str of the settings hide keys and the token."""
+    settings = load(
+        f"security: {{api_key: {SECRET}, api_keys: [{{name: a, key: {SECRET}}}]}}\n"
+        f"huggingface_token: {SECRET}"
+    )
+    assert SECRET not in repr(settings) + str(settings) + str(settings.model_dump())
+
+
+# --- Production -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["", DEFAULT_API_KEY, "short", "x" * 31])
+def test_production_refuses_a_weak_key(load: Load, key: str) -> None:
+    """In production the default key, an empty one and one under 32 characters stop the start."""
+    config = json.dumps({"app": {"environment": "production"}, "security": {"api_key": key}})
+    line = check_refused(load, config=config)
+    assert "api_key" in line.lower()
+    if key not in ("", "short"):
+        assert key not in line
+
+
+@pytest.mark.parametrize("key", [DEFAULT_API_KEY, "short", "x" * 31])
+def test_production_refuses_a_weak_key_among_several(load: Load, key: str) -> None:
+    """A single weak key among api_keys stops the start in production."""
+    security = {"api_key": STRONG_KEY, "api_keys": [{"name": "a", "key": key}]}
+    config = json.dumps({"app": {"environment": "production"}, "security": security})
+    check_refused(load, "production", "32", "API_KEYS", config=config)
+
+
+def test_production_starts_with_strong_keys(load: Load) -> None:
+    """A key of one's own of 32 characters is accepted in production."""
+    security = {"api_key": STRONG_KEY, "api_keys": [{"name": "a", "key": STRONG_KEY[::-1]}]}
+    config = json.dumps({"app": {"environment": "production"}, "security": security})
+    assert load(config).app.environment == "production"
+
+
+def test_development_takes_the_default_key(load: Load) -> None:
+    """Outside production the user's default key is accepted, so that a first start works."""
+    assert load().security.api_key.get_secret_value() == DEFAULT_API_KEY
+
+
+# --- The files of the repository ------------------------------------------------------------------
+
+
+def leaves(model: type[BaseModel] | BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Every setting by its dotted name, with its default."""
+    found: dict[str, Any] = {}
+    for name, field in type(model).model_fields.items() if isinstance(model, BaseModel) else ():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            found |= leaves(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = (
+                value.get_secret_value() if isinstance(value, SecretStr) else value
+            )
+        assert field.description or isinstance(value, BaseModel), f"{prefix}{name}: no description"
+    return found
+
+
+def test_config_yml_lists_every_setting_with_its_default() -> None:
+    """The repository's config.yml names each setting once, with exactly its default."""
+    content = yaml.safe_load((PROJECT_ROOT / "config.yml").read_text(encoding="utf-8"))
+    listed = {
+        f"{s}.{key}": value for s, section in content.items() for key, value in section.items()
+    }
+    defaults = leaves(Settings(_env_file=None))
+    # A token in a file that is committed would be a mistake, so its place is not shown there.
+    del defaults["huggingface_token"]
+    assert listed == defaults
+
+
+def test_env_example_names_real_settings_only(load: Load) -> None:
+    """Every variable of .env.example is a setting, and the file loads as it is and uncommented."""
+    path = PROJECT_ROOT / ".env.example"
+    if not path.exists():
+        pytest.skip(".env.example is not here yet")
+    text = path.read_text(encoding="utf-8")
+    named = re.findall(r"^#?\s?([A-Z][A-Z_]+)=", text, re.MULTILINE)
+    assert named
+    assert set(named) <= set(setting_names())
+    load(env=text)
+    load(env=re.sub(r"^#\s?(?=[A-Z_]+=)", "", text, flags=re.MULTILINE))
+
+
+# --- Starting -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variables", "parts"),
+    [
+        ({"APP__PORT": "eight"}, ["app.port = 'eight'", "APP__PORT", "integer"]),
+        ({"MODEL__NMAE": "x"}, ["model.nmae", "not a setting"]),
+        ({"APP__ENVIRONMENT": "production", "SECURITY__API_KEY": "short"}, ["SECURITY__API_KEY"]),
+        ({"CONFIG_FILE": "/nowhere/config.yml"}, ["/nowhere/config.yml does not exist"]),
+    ],
+    ids=["value", "name", "production", "file"],
+)
+def test_uvicorn_stops_with_one_readable_line(variables: dict[str, str], parts: list[str]) -> None:
+    """`uvicorn app.main:app` with a bad setting ends with a status and one line, no traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "uvicorn", "app.main:app", "--port", "0"],
+        cwd=PROJECT_ROOT,
+        env=isolated_environment(variables),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode != 0
+    (line,) = (done.stdout + done.stderr).splitlines()
+    for part in parts:
+        assert part in line
+
+
+def test_importing_the_application_reads_no_settings(tmp_path: Path) -> None:
+    """`import app.main` works whatever the environment says; only `app.main.app` reads it."""
+    program = (
+        "import app.main\n"
+        "try:\n"
+        "    app.main.app\n"
+        "except SystemExit as end:\n"
+        "    print('ended:', end)\n"
+        "try:\n"
+        "    app.main.nothing\n"
+        "except AttributeError:\n"
+        "    print('no such attribute')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=PROJECT_ROOT,
+        env={**os.environ, "CONFIG_FILE": str(tmp_path / "none.yml")},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    ended, missing = done.stdout.splitlines()
+    assert ended.startswith("ended: configuration error: ")
+    assert missing == "no such attribute"
+
+
+def test_create_app_takes_the_settings_it_is_given(load: Load) -> None:
+    """The application is built from the settings passed to it, and from nothing else."""
+    app = create_app(load("app: {name: My Service}\nmodel: {engine: echo}"))
+    assert app.title == "My Service"

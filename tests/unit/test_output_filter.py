@@ -1,0 +1,222 @@
+"""What leaves the model: control characters, template tokens and blocked patterns do not."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+
+import pytest
+
+from app.core.output_filter import Filtered, OutputFilter, StreamFilter
+from app.core.pii_patterns import WINDOW
+
+TOKENS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<end_of_turn>", "[INST]", "aab", "ab", " "]
+BLOCKED = [r"(?i)\bsecret\s+plan\b", r"b{3,}z", r"^X|Y$", r"k[^k]*k", r"(?m)^#"]
+TOKENS_ONLY = OutputFilter(TOKENS)
+BOTH = OutputFilter(TOKENS, BLOCKED)
+OPAQUE = OutputFilter((), [r"x{,2}[[:digit:]]!"])
+
+PIECES = [
+    *(
+        "<|im_",
+        "start|>",
+        "<|im_end|>",
+        "end|>",
+        "<s>",
+        "</s",
+        "|>",
+        ">",
+        "<",
+        "</",
+        "|",
+        "[INST",
+        "]",
+    ),
+    *(
+        "a",
+        "aa",
+        "aab",
+        "b",
+        "ab",
+        "secret",
+        "plan",
+        "SECRET plan",
+        "z",
+        "bbbz",
+        "X",
+        "Y",
+        "#",
+        "k",
+    ),
+    *(
+        "\x00",
+        "\x1b[31m",
+        "\u202e",
+        "\ud83d",
+        "\n",
+        "\r\n",
+        "\t",
+        " ",
+        "hello ",
+        "\u00e9",
+        "\U0001f600",
+    ),
+    *(
+        "2!",
+        "xx1!",
+        "<end_of_turn>",
+        "_of_turn>",
+        "<|im_" * 8,
+        "k" + "q" * 254,
+        "q" * 300,
+        "<" * 300,
+    ),
+]
+
+
+def chunks(text: str, rng: random.Random) -> list[str]:
+    """Cut ``text`` at random places; one time in ten after every character."""
+    if rng.random() < 0.1:
+        return list(text)
+    cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randint(1, 6)))
+    return [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+
+
+def stream(rules: OutputFilter, pieces: list[str]) -> Filtered:
+    """Feed all pieces, and check on the way that not too much is held back."""
+    filtering = rules.stream()
+    out = []
+    for piece in pieces:
+        out.append(filtering.feed(piece))
+        assert filtering.held <= rules.bound
+    out.append(filtering.flush())
+    return Filtered("".join(out), filtering.blocked)
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("a\x00b\x07c\x1b[31m\x7f\x85\x9f", "abc[31m"),
+        ("tab\tline\nreturn\r\n", "tab\tline\nreturn\r\n"),
+        ("\u202eevil\u202c \u2066x\u2069", "evil x"),
+        ("\u05d0\u200f\u0627\u061c\u200e", "\u05d0\u200f\u0627\u061c\u200e"),
+        ("\U0001f468\u200d\U0001f469 caf\u00e9 \ud800", "\U0001f468\u200d\U0001f469 caf\u00e9 "),
+    ],
+)  # fmt: skip
+def test_control_characters_go(text: str, clean: str) -> None:
+    """Control characters and bidirectional overrides go; layout, emoji and RTL marks stay."""
+    assert OutputFilter().clean(text) == Filtered(clean, blocked=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("hello<|im_end|>", "hello"),
+        ("<|im_start|>assistant<|im_end|>", "assistant"),
+        ("<|im_<|im_end|>end|>ok", "ok"),
+        ("<|im_\u202eend|>ok", "ok"),
+        ("1 < 2 and <b>bold</b> <|im_", "1 < 2 and <b>bold</b> <|im_"),
+        ("</s><s>", ""),
+    ],
+)
+def test_template_tokens_go(text: str, clean: str) -> None:
+    """Spellings of special tokens go, those that a removal would join included; the rest stays."""
+    assert OutputFilter(["<|im_start|>", "<|im_end|>", "<s>", "</s>"]).clean(text).text == clean
+
+
+def test_blank_tokens_are_ignored() -> None:
+    """A tokenizer that lists a space among its special tokens does not cost the text its spaces."""
+    assert OutputFilter([" ", "", "\n\n"]).clean("a b\n\nc").text == "a b\n\nc"
+
+
+def test_a_blocked_pattern_ends_the_text() -> None:
+    """What comes before the first match is delivered, the match and all after it never."""
+    rules = OutputFilter((), [r"(?i)\bsecret\s+plan\b", "zzz"])
+    assert rules.clean("The SECRET\nplan is zzz") == Filtered("The ", blocked=True)
+    assert rules.clean("The secret planet") == Filtered("The secret planet", blocked=False)
+    filtering = rules.stream()
+    assert [filtering.feed(p) for p in ("all of the sec", "ret plan", "!", "more")] == [
+        "all of the ", "", "", "",
+    ]  # fmt: skip
+    assert filtering.blocked
+    assert filtering.flush() == ""
+
+
+def test_patterns_see_what_would_be_delivered() -> None:
+    """Patterns see the text as it would be delivered, without control characters and tokens."""
+    rules = OutputFilter(["<s>"], ["forbidden"])
+    assert rules.clean("a for<s>bid\x00den b") == Filtered("a ", blocked=True)
+
+
+def test_a_blocked_match_has_a_longest_length() -> None:
+    """A match of 256 characters blocks, one of 257 does not, in both modes."""
+    rules = OutputFilter((), [r"<x+>"])
+    for length, blocked in ((WINDOW, True), (WINDOW + 1, False)):
+        text = f"a <{'x' * (length - 2)}> b"
+        assert rules.clean(text).blocked is blocked
+        assert stream(rules, list(text)) == rules.clean(text)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"), [("a(", "missing"), ("(?=a)", "invalid perl"), ("x?", "empty string")]
+)
+def test_a_bad_pattern_stops_the_start_in_one_line(source: str, reason: str) -> None:
+    """A pattern that cannot work is a ValueError of one line that names it."""
+    with pytest.raises(ValueError, match=reason) as caught:
+        OutputFilter((), [source])
+    assert str(caught.value).startswith(f"blocked pattern {source!r}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rules", [TOKENS_ONLY, BOTH, OPAQUE])
+def test_a_stream_equals_the_whole(rules: OutputFilter) -> None:
+    """For 48,000 random chunkings the pieces joined equal the filtered whole, and no more than
+    the bound is ever held back.
+    """  # noqa: D205
+    rng = random.Random(5)
+    for _ in range(800):
+        text = "".join(rng.choices(PIECES, k=rng.randint(1, 14)))
+        whole = rules.clean(text)
+        for _ in range(20):
+            assert stream(rules, chunks(text, rng)) == whole, text
+
+
+def test_patterns_block_what_one_look_at_the_whole_finds() -> None:
+    """Searching as the text comes finds the same first match as searching all of it at once."""
+    rng = random.Random(7)
+    for _ in range(1500):
+        text = "".join(rng.choices(PIECES, k=rng.randint(1, 20)))
+        delivered = TOKENS_ONLY.clean(text).text
+        spans = [span for p in BOTH.patterns if (span := p.first(delivered, 0)) is not None]
+        first = min((start for start, _ in spans), default=len(delivered))
+        assert BOTH.clean(text) == Filtered(delivered[:first], blocked=bool(spans)), text
+
+
+def test_no_token_is_left() -> None:
+    """Whatever is nested in whatever, no spelling of a special token is in the result."""
+    rng = random.Random(6)
+    tokens = [token for token in TOKENS if token.strip()]
+    for _ in range(2000):
+        text = "".join(rng.choices(PIECES[:20], k=rng.randint(1, 20)))
+        assert not any(token in TOKENS_ONLY.clean(text).text for token in tokens), text
+
+
+def test_text_flows() -> None:
+    """Text that no token and no pattern can begin with is passed on at once."""
+    filtering = BOTH.stream()
+    for piece in ["Hello, ", "1 < 2. ", "Use <div>. ", "12 of them, ", "too\n"]:
+        assert filtering.feed(piece) == piece
+    plain = StreamFilter(OutputFilter())
+    assert (plain.feed("<|im_"), plain.held, plain.flush()) == ("<|im_", 0, "")
+
+
+@pytest.mark.parametrize(
+    "unit", ["<", "<|im_", "<|im_<|im_end|>", "a", "b", "secret ", "q", "<s>", "\x00", "#x "]
+)
+def test_hostile_text_costs_linear_time(unit: str) -> None:
+    """100,000 characters made to be costly take less than a second of processor time."""
+    text = (unit * 100_000)[:100_000]
+    started = time.process_time()
+    BOTH.clean("x" + text)
+    assert time.process_time() - started < 1

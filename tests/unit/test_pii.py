@@ -1,0 +1,321 @@
+"""The PII filter: what it finds, what it leaves alone, and that streams get the same answer."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections import Counter
+
+import pytest
+
+from app.core.pii import HOLD_BACK, KINDS, Entity, PiiScanner, StreamRedactor
+from app.core.pii_detectors import Detector, built_in
+from app.core.pii_patterns import WINDOW, BoundedPattern, LinearPattern, prefixes_of
+from scripts.pii_report import score
+from tests.data.pii_cases import FOUND, HOSTILE, LONG, MATCHING, NOT_FOUND, PIECES, SOURCES
+from tests.data.pii_corpus import OUT_OF_SCOPE, negatives, positives
+
+SCANNER = PiiScanner()
+CUSTOM = PiiScanner(
+    custom=[
+        ("employee_id", r"\bEMP-\d{6}\b"),
+        ("project", r"(?i)project\s+\w+"),
+        ("quoted", r'"[^"]*"'),
+        ("last", r"fin$"),
+        ("begin", r"^start"),
+        ("letters", r"a+b|ab*c"),
+    ]
+)
+# Python's parser and RE2's read {,3} differently, so nothing is known of what a match begins with.
+OPAQUE = PiiScanner(custom=[("opaque", r"x{,3}y|[[:alpha:]]+!")])
+
+
+def chunks(text: str, rng: random.Random) -> list[str]:
+    """Cut ``text`` at random places; one time in ten after every character."""
+    if rng.random() < 0.1:
+        return list(text)
+    cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randint(1, 6)))
+    return [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+
+
+def at_once(scanner: PiiScanner, text: str) -> str:
+    """The redacted text by one look at all of it, with nothing held back."""
+    text = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
+    out, at = "", 0
+    for entity in scanner.walk(text, 0, len(text)):
+        out += f"{text[at : entity.start]}[{entity.kind.upper().replace('_', '-')}]"
+        at = entity.end
+    return out + text[at:]
+
+
+def stream(redactor: StreamRedactor, pieces: list[str]) -> str:
+    """Feed all pieces, and check on the way that not too much is held back."""
+    out = []
+    for piece in pieces:
+        out.append(redactor.feed(piece))
+        assert redactor.held <= HOLD_BACK
+    return "".join(out) + redactor.flush()
+
+
+@pytest.mark.parametrize(("kind", "value"), FOUND)
+@pytest.mark.parametrize(
+    "around", ["{}", "is {}.", "({})", "x\n{}\ny", "{}, then", '"{}"', "= {} ="]
+)
+def test_finds_each_form_of_each_kind(kind: str, value: str, around: str) -> None:
+    """Each supported form is found, with its exact bounds, whatever punctuation surrounds it."""
+    start = around.index("{}")
+    assert SCANNER.find(around.replace("{}", value)) == [Entity(kind, start, start + len(value))]
+
+
+@pytest.mark.parametrize("text", NOT_FOUND)
+def test_leaves_lookalikes_alone(text: str) -> None:
+    """What only looks like personal data passes unchanged."""
+    assert SCANNER.redact(f"so {text} it is") == (f"so {text} it is", Counter())
+
+
+@pytest.mark.parametrize("text", OUT_OF_SCOPE)
+def test_documented_limits_are_real(text: str) -> None:
+    """What the documentation says is not found is not found."""
+    assert SCANNER.find(text) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("my phone number is 4155552671", "phone"),
+        ("tel:14155552671", "phone"),
+        ("SSN: 078051120", "ssn"),
+        ("Social Security No. 078051120", "ssn"),
+    ],
+)
+def test_a_word_makes_bare_digits_personal(text: str, kind: str) -> None:
+    """Digits without gaps count where the words before them say what they are."""
+    assert [entity.kind for entity in SCANNER.find(text)] == [kind]
+
+
+def test_impossible_bare_ssn_is_left_alone() -> None:
+    """The impossible ranges hold for numbers without gaps as well."""
+    assert SCANNER.find("ssn 666051120 ssn 900051120 ssn 078001120 ssn 078050000") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "redacted"),
+    [
+        ("4111111111111111@example.com", "[EMAIL]"),
+        ("10.0.0.1@example.com", "[EMAIL]"),
+        ("415-555-2671@example.com", "[EMAIL]"),
+        ("::ffff:192.0.2.128", "[IP]"),
+        ("a@b.co@c.com", "[EMAIL]@c.com"),
+        ("4111 1111 1111 1111 2024", "[CARD] 2024"),
+        ("2024 4111 1111 1111 1111", "2024 [CARD]"),
+        ("DE89 3704 0044 0532 0130 00 AND SO ON", "[IBAN] AND SO ON"),
+        ("jane@example.com:hunter2", "[EMAIL]:hunter2"),
+        ("a.git@example.com: git@example.com:x", "[EMAIL]: git@example.com:x"),
+        ("wait...jane@example.com...", "wait...[EMAIL]..."),
+        ("\u8054\u7cfbjane@example.com\u8c22\u8c22", "\u8054\u7cfb[EMAIL]\u8c22\u8c22"),
+        (f"{'a' * 100}@example.com", f"{'a' * 36}[EMAIL]"),
+        ("10.0.0.1:8080, 10.0.0.0/8", "[IP]:8080, [IP]/8"),
+        ("+1 415 555 2671 12 people", "[PHONE] 12 people"),
+    ],
+)
+def test_the_leftmost_and_longest_entity_wins(text: str, redacted: str) -> None:
+    """Overlaps and neighbours resolve the same way every time: leftmost, then longest."""
+    assert SCANNER.redact(text)[0] == redacted
+
+
+def test_counts_each_kind() -> None:
+    """The counter has what was replaced, by kind."""
+    text = "a@b.co, c@d.co, 10.0.0.1, 078-05-1120, EMP-123456"
+    redacted, counts = CUSTOM.redact(text)
+    assert redacted == "[EMAIL], [EMAIL], [IP], [SSN], [EMPLOYEE-ID]"
+    assert counts == {"email": 2, "ip": 1, "ssn": 1, "employee_id": 1}
+
+
+def test_offsets_are_those_of_the_whole_text() -> None:
+    """Entities far into a long text have its indices."""
+    text = "word \u00e9 \U0001f600 " * 500 + "jane@example.com" + " more" * 200 + " 10.0.0.1"
+    assert [text[e.start : e.end] for e in SCANNER.find(text)] == ["jane@example.com", "10.0.0.1"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_can_be_switched_off(kind: str) -> None:
+    """A kind that is off is not looked for, and the others still are."""
+    values = {found: value for found, value in FOUND if found != "email"} | {"email": "a@b.co"}
+    text = " ; ".join(values.values())
+    scanner = PiiScanner(kinds=[other for other in KINDS if other != kind])
+    assert Counter(e.kind for e in scanner.find(text)) == {k: 1 for k in KINDS if k != kind}
+
+
+def test_nothing_on_changes_nothing() -> None:
+    """A scanner with every kind off holds nothing back and passes everything on."""
+    redactor = PiiScanner(kinds=()).stream()
+    assert redactor.feed("jane@exa") == "jane@exa"
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "reason"),
+    [
+        ("x", "a(", "missing )"),
+        ("x", "(?<=a)b", "invalid perl operator"),
+        ("x", "\ud800", "surrogate"),
+        ("x", "a*", "empty string"),
+        ("x", r"\b", "empty string"),
+        ("x", "a|$", "empty string"),
+        ("x", "a" * 2001, "longer than 2000"),
+        ("9x", "a", "a letter first"),
+        ("x y", "a", "a letter first"),
+        ("", "a", "a letter first"),
+        ("x" * 33, "a", "1 to 32"),
+        ("Email", "a", "built-in"),
+    ],
+)
+def test_a_bad_pattern_stops_the_start_in_one_line(name: str, pattern: str, reason: str) -> None:
+    """A pattern or a name that cannot work is a ValueError of one line that says why."""
+    with pytest.raises(ValueError, match=reason.replace(")", r"\)")) as caught:
+        PiiScanner(custom=[(name, pattern)])
+    assert "\n" not in str(caught.value)
+    assert "pii pattern" in str(caught.value)
+
+
+def test_names_are_unique_and_kinds_known() -> None:
+    """A name used twice, and a kind that does not exist, are refused."""
+    with pytest.raises(ValueError, match="used twice"):
+        PiiScanner(custom=[("x", "a"), ("X", "b")])
+    with pytest.raises(ValueError, match="'fax' is not one of email"):
+        PiiScanner(kinds=["fax"])
+
+
+def test_a_custom_match_has_a_longest_length() -> None:
+    """A custom match of 256 characters is found, one of 257 is not, in both modes."""
+    scanner = PiiScanner(custom=[("long", r"<x+>")])
+    for length, found in ((WINDOW, True), (WINDOW + 1, False)):
+        text = f"a <{'x' * (length - 2)}> b"
+        expected = "a [LONG] b" if found else text
+        assert scanner.redact(text)[0] == expected
+        assert stream(scanner.stream(), list(text)) == expected
+
+
+def test_anchors_mean_the_whole_text() -> None:
+    """In a custom pattern ^ and $ are the ends of the text, not those of a piece."""
+    text = "start start fin fin"
+    assert stream(CUSTOM.stream(), list(text)) == "[BEGIN] start fin [LAST]"
+
+
+def test_surrogates_do_no_harm() -> None:
+    """A lone surrogate becomes a replacement character instead of an error."""
+    assert SCANNER.redact("\ud83d a@b.co")[0] == "\ufffd [EMAIL]"
+
+
+@pytest.mark.parametrize(
+    ("scanner", "texts", "each", "seed"),
+    [
+        pytest.param(SCANNER, 2600, 25, 1, id="built-in"),
+        pytest.param(CUSTOM, 1300, 25, 2, id="custom"),
+        pytest.param(OPAQUE, 300, 25, 3, id="opaque"),
+    ],
+)
+def test_a_stream_equals_the_whole(scanner: PiiScanner, texts: int, each: int, seed: int) -> None:
+    """For 105,000 random chunkings, 1 character at a time among them, the pieces joined equal
+    the redacted whole, counts included, and no more than the bound is ever held back.
+    """  # noqa: D205
+    rng = random.Random(seed)
+    for _ in range(texts):
+        text = "".join(rng.choices(PIECES, k=rng.randint(1, 6)))
+        whole, counts = scanner.redact(text)
+        assert whole == at_once(scanner, text), text
+        for _ in range(each):
+            redactor = scanner.stream()
+            assert stream(redactor, chunks(text, rng)) == whole, text
+            assert redactor.counts == counts
+
+
+@pytest.mark.parametrize("scanner", [SCANNER, CUSTOM, OPAQUE])
+def test_a_stream_equals_the_whole_beyond_the_bound(scanner: PiiScanner) -> None:
+    """The same for texts with runs longer than anything that can be held back."""
+    rng = random.Random(4)
+    for _ in range(120):
+        text = "".join(rng.choices([*LONG, *PIECES[::3]], k=rng.randint(2, 12)))
+        whole = at_once(scanner, text)
+        assert scanner.redact(text)[0] == whole, text
+        for _ in range(3):
+            assert stream(scanner.stream(), chunks(text, rng)) == whole, text
+
+
+@pytest.mark.parametrize("detector", built_in(), ids=lambda detector: str(detector.kind))
+def test_where_a_search_begins_does_not_matter(detector: Detector) -> None:
+    """The first entity is the same from every place before it: a stream begins anywhere."""
+    rng = random.Random(8)
+    texts = [*NOT_FOUND, *("".join(rng.choices(PIECES, k=3)) for _ in range(100))]
+    for text in (text.replace("\ud83d", "") for text in texts):
+        first = detector.first(text, 0)
+        for start in range(1, len(text) if first is None else first[0] + 1):
+            assert detector.first(text, start) == first, (text, start)
+
+
+def test_prose_flows() -> None:
+    """Ordinary words are passed on as soon as the next character shows that they are words."""
+    redactor = CUSTOM.stream()
+    for piece in ["Hello, ", "the city had 48,213 people ", "(in 1999) ", "and 12 gates. ", "\n"]:
+        assert redactor.feed(piece) == piece
+
+
+def test_what_may_become_an_entity_is_held_back() -> None:
+    """Nothing of an entity is passed on before it is known to be none."""
+    redactor = SCANNER.stream()
+    assert redactor.feed("Mail jane@exam") == "Mail "
+    assert redactor.feed("ple.com") == ""
+    assert redactor.feed(" or 4111 1111 1111 11") == "[EMAIL] or "
+    assert redactor.feed("11") == ""
+    assert redactor.flush() == "[CARD]"
+
+
+@pytest.mark.parametrize("unit", HOSTILE)
+def test_hostile_text_costs_linear_time(unit: str) -> None:
+    """100,000 characters made to be costly take less than a second of processor time."""
+    text = (unit * 100_000)[:100_000]
+    started = time.process_time()
+    CUSTOM.redact(text)
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_derived_prefixes_cover_every_match(source: str) -> None:
+    """Every beginning of every match fits the pattern derived for holding back."""
+    derived = prefixes_of(source)
+    assert derived is not None
+    fits = LinearPattern(f"(?:{derived})\\z")
+    pattern = BoundedPattern(source)
+    matches = [w[slice(*span)] for w in MATCHING if (span := pattern.first(w, 0)) is not None]
+    assert matches
+    for match in matches:
+        assert all(fits.match(match[:n]) for n in range(len(match) + 1)), match
+
+
+@pytest.mark.parametrize(
+    "source", ["a{,3}b", "[[:alpha:]]x", r"\pLx", r"\x{41}", "(" * 120 + "ab" + ")*c" * 120]
+)
+def test_unknown_prefixes_hold_a_window(source: str) -> None:
+    """Where nothing can be derived, as many characters are held as a match may have."""
+    assert prefixes_of(source) is None
+    redactor = PiiScanner(kinds=(), custom=[("x", source)]).stream()
+    assert redactor.feed("." * 1000) == "." * (1000 - WINDOW)
+
+
+def test_the_corpus_is_large_enough() -> None:
+    """There are at least 500 texts with entities and 500 hard negatives, the same every time."""
+    assert len(positives()) >= 500
+    assert len(negatives()) >= 500
+    assert positives() == positives()
+    assert negatives() == negatives()
+
+
+def test_recall_and_precision_stay() -> None:
+    """Recall is at least 0.97 and precision at least 0.97 for each kind, on the corpus.
+
+    Measured: recall 0.982 to 0.991, precision 1.000 but for cards' 0.981.
+    """
+    result = score(positives() + negatives())
+    for kind in KINDS:
+        assert result.recall(kind) >= 0.97, kind
+        assert result.precision(kind) >= 0.97, kind
