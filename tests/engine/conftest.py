@@ -1,9 +1,18 @@
 """What the engine's tests share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.fake_hub import FakeHub, Faults, running_hub
+from tests.support.hub_processes import (
+    DEFAULT_MODEL,
+    GOOD_TOKEN,
+    OTHER_TOKEN,
+    Downloader,
+    downloader,
+)
 from tests.support.tiny_model import make_tiny_model
 
 
@@ -11,3 +20,27 @@ from tests.support.tiny_model import make_tiny_model
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model's folder; copy it before changing anything."""
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def one_hub() -> Iterator[FakeHub]:
+    """The hub that this module's tests share."""
+    with running_hub() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(one_hub: FakeHub) -> FakeHub:
+    """The hub as if freshly started."""
+    one_hub.repos.clear()
+    one_hub.requests.clear()
+    one_hub.faults = Faults()
+    one_hub.tokens = {GOOD_TOKEN: {"tiny/gated", DEFAULT_MODEL}, OTHER_TOKEN: set()}
+    return one_hub
+
+
+@pytest.fixture(scope="module")
+def child(one_hub: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Downloader]:
+    """One downloader for all tests; each test has repositories of its own names."""
+    with downloader(tmp_path_factory.mktemp("hub") / "home", one_hub.url) as process:
+        yield process

@@ -1,0 +1,116 @@
+"""From the hub to tokens, and to the one line that says why not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from app.core.config import PROJECT_ROOT, ModelSettings
+from app.llm.engine.base import (
+    GenerationRequest,
+    LoadFailed,
+    Loading,
+    Ready,
+    SamplingParams,
+    Step,
+    Stop,
+    Submit,
+)
+from app.main import EXIT_STARTUP_FAILED
+from tests.support.fake_hub import FakeHub, Faults
+from tests.support.hub_processes import DEFAULT_MODEL, GOOD_TOKEN, OTHER_TOKEN, Worker, environment
+
+
+def test_a_model_from_the_hub_generates(hub: FakeHub, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The engine process downloads over a cut connection, loads, generates, and logs JSON only."""
+    repo = hub.add("tiny/gated", tiny_model_dir, gated=True)
+    hub.faults = Faults(cut_after=[100_000])
+    model = ModelSettings(
+        name="tiny/gated", source="hub", engine="transformers", device="cpu", dtype="float32"
+    )
+    worker = Worker(environment(hub.url, tmp_path), tmp_path / "log.txt", model)
+    try:
+        said = []
+        while isinstance(report := worker.receive(), Loading):
+            said.append(report.message)
+        assert isinstance(report, Ready), report
+        assert (report.info.model, report.info.revision) == ("tiny/gated", repo.sha)
+        assert (report.info.backend, report.info.device) == ("transformers", "cpu")
+        sampling = SamplingParams(temperature=0)
+        worker.send(
+            Submit(GenerationRequest("r", prompt_token_ids=[5], max_tokens=4, sampling=sampling))
+        )
+        tokens: list[int] = []
+        finish = None
+        while finish is None:
+            report = worker.receive()
+            assert isinstance(report, Step)
+            for event in report.events:
+                tokens += event.token_ids
+                finish = event.finish_reason
+        worker.send(Stop())
+        assert (len(tokens), finish, worker.wait()) == (4, "length", 0)
+    finally:
+        worker.close()
+    assert said[-2:] == ["loading tiny/gated with transformers", "starting continuous batching"]
+    assert {line["level"] for line in worker.logged()} <= {"WARNING"}
+    assert GOOD_TOKEN not in (tmp_path / "log.txt").read_text()
+    # Loading asks the hub for nothing beyond the download.
+    assert set(hub.downloads("tiny/gated")) == set(repo.files)
+
+
+def test_the_engine_process_ends_when_its_model_cannot_be_had(hub: FakeHub, tmp_path: Path) -> None:
+    """A bad model is reported in one line, and the process exits with 1."""
+    model = ModelSettings(name="tiny/missing", engine="transformers")
+    worker = Worker(environment(hub.url, tmp_path), tmp_path / "log.txt", model)
+    try:
+        while isinstance(report := worker.receive(), Loading):
+            pass
+        assert isinstance(report, LoadFailed)
+        assert report.message.startswith("tiny/missing is not on the hub")
+        assert worker.wait() == 1
+    finally:
+        worker.close()
+    assert worker.logged() == []
+
+
+def test_the_service_ends_with_one_line(hub: FakeHub, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The default, gated model without a granted token stops the service: one line, no token."""
+    hub.add(DEFAULT_MODEL, tiny_model_dir, gated=True)
+    env = environment(
+        hub.url,
+        tmp_path,
+        MODEL__NAME=DEFAULT_MODEL,
+        MODEL__SOURCE="hub",
+        LOGGING__FORMAT="json",
+        SECURITY__API_KEY="canary-key",
+    )
+    services = [
+        subprocess.Popen(
+            [sys.executable, "-m", "uvicorn", "app.main:app", "--port", "0"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=PROJECT_ROOT,
+            env=env | {"HUGGINGFACE_TOKEN": token},
+        )
+        for token in ("", OTHER_TOKEN)
+    ]
+    try:
+        for service, hint in zip(
+            services, ("set HUGGINGFACE_TOKEN", "may not read it"), strict=True
+        ):
+            output, _ = service.communicate(timeout=60)
+            assert service.returncode == EXIT_STARTUP_FAILED
+            lines = [json.loads(line) for line in output.splitlines()]
+            fatal = [line for line in lines if line["level"] in ("ERROR", "CRITICAL")]
+            assert [line["level"] for line in fatal] == ["CRITICAL"]
+            assert fatal[0]["message"].startswith(f"{DEFAULT_MODEL} is a gated model; ")
+            assert hint in fatal[0]["message"]
+            assert "MODEL__SOURCE=bundled" in fatal[0]["message"]
+            for secret in ("Traceback", OTHER_TOKEN, "canary-key"):
+                assert secret not in output
+    finally:
+        for service in services:
+            service.kill()
+            service.communicate()
