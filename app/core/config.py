@@ -4,14 +4,21 @@ Nested keys join with two underscores in .env and the environment: ``MODEL__NAME
 ``model.name``. An unknown key or a bad value is a :class:`ConfigurationError` of one line.
 """
 
+import ipaddress
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -19,6 +26,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from app.core.config_errors import Origins, one_line, yaml_fault
 from app.utils.errors import ConfigurationError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -124,6 +132,13 @@ class SecuritySettings(Section):
         default_factory=list,
         description="Addresses or networks whose X-Forwarded-For is believed.",
     )
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, networks: list[str]) -> list[str]:
+        for network in networks:
+            ipaddress.ip_network(network, strict=False)
+        return networks
 
 
 class RateLimitSettings(Section):
@@ -289,14 +304,15 @@ def load_settings(*, config_file: Path | None = None, env_file: Path | None = No
     try:
         return Settings(_env_file=env_path, **values)
     except ValidationError as error:
-        origins = _Origins(yaml_path, env_path, values)
+        origins = Origins(Settings.model_fields, yaml_path, env_path, values)
         raise ConfigurationError(
             "configuration error: " + "; ".join(origins.describe(e) for e in error.errors())
         ) from None
-    except SettingsError as error:
+    except SettingsError:
+        variable = Origins(Settings.model_fields, yaml_path, env_path, values).not_json()
         raise ConfigurationError(
-            f"configuration error: {_one_line(error)}; lists and objects in the environment are "
-            "JSON, such as '[\"10.0.0.0/8\"]'"
+            f"configuration error: {variable} is not JSON; lists and objects in the environment "
+            "are JSON, such as '[\"10.0.0.0/8\"]'"
         ) from None
 
 
@@ -309,13 +325,13 @@ def _read_yaml(path: Path, *, required: bool) -> dict[str, Any]:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
-            f"configuration error: cannot read {path}: {_one_line(error)}"
+            f"configuration error: cannot read {path}: {one_line(error)}"
         ) from None
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigurationError(
-            f"configuration error: {path} is not YAML: {_one_line(error)}"
+            f"configuration error: {path} is not YAML: {yaml_fault(error)}"
         ) from None
     if values is None:
         return {}
@@ -329,57 +345,3 @@ def _read_yaml(path: Path, *, required: bool) -> dict[str, Any]:
             f"known: {', '.join(Settings.model_fields)}"
         )
     return values
-
-
-class _Origins:
-    """Says where a bad value came from, in the order in which the sources win."""
-
-    def __init__(self, yaml_path: Path, env_path: Path, yaml_values: Mapping[str, Any]) -> None:
-        self._yaml_path = yaml_path
-        self._yaml = yaml_values
-        self._env_path = env_path
-        self._env = {key.upper(): value for key, value in os.environ.items()}
-        dotenv = dotenv_values(env_path) if env_path.is_file() else {}
-        self._dotenv = {key.upper(): value for key, value in dotenv.items()}
-
-    def describe(self, error: Any) -> str:
-        """One pydantic error as a clause: key, value, origin, and what is allowed."""
-        path = [str(part) for part in error["loc"]]
-        if not path:
-            return str(error["msg"]).removeprefix("Value error, ")
-        key = ".".join(path)
-        value, origin = self._find(path)
-        known = _known_keys(path)
-        if error["type"] == "extra_forbidden":
-            return f"{key}{origin} is not a setting; known here: {', '.join(known)}"
-        shown = "" if _is_secret(path) or value is None else f" = {value!r}"
-        return f"{key}{shown}{origin}: {error['msg']}"
-
-    def _find(self, path: list[str]) -> tuple[Any, str]:
-        # A list's items have their index in the path, but the variable holds the whole list.
-        for length in range(len(path), 0, -1):
-            name = "__".join(path[:length]).upper()
-            if name in self._env:
-                return self._env[name], f" (in the environment, {name})"
-            if name in self._dotenv:
-                return self._dotenv[name], f" (in {self._env_path}, {name})"
-        value: Any = self._yaml
-        for part in path:
-            value = value.get(part) if isinstance(value, Mapping) else None
-        return value, f" (in {self._yaml_path})"
-
-
-def _known_keys(path: list[str]) -> list[str]:
-    fields: dict[str, Any] = dict(Settings.model_fields)
-    for part in path[:-1]:
-        annotation = fields[part].annotation if part in fields else None
-        fields = dict(getattr(annotation, "model_fields", {}))
-    return list(fields)
-
-
-def _is_secret(path: list[str]) -> bool:
-    return any("key" in part or "token" in part for part in path) and path[-1] != "max_tokens"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -8,6 +8,7 @@ After a change that is meant, write the snapshot anew and commit it with the cha
 import json
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ EVERYWHERE = {InternalError.code, NotFoundError.code, MethodNotAllowedError.code
 ABSTRACT = {"invalid_request"}
 
 
+@cache
 def document() -> dict[str, Any]:
     """The document as the service serves it, by way of JSON."""
     made: dict[str, Any] = json.loads(json.dumps(create_app(make_settings()).openapi()))

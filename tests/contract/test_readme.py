@@ -14,16 +14,11 @@ import yaml
 from app.core.config import PROJECT_ROOT, Settings
 from app.llm import bundled
 from tests.contract.test_openapi import routes
+from tests.support.curl import Answered, run_curl
 from tests.support.markdown import Block, blocks, commands, tree_paths
-from tests.support.service import API_KEY, Service, isolated_environment
+from tests.support.service import Service, isolated_environment
 
 README = PROJECT_ROOT / "README.md"
-
-# Put in front of a command so that it runs as it is written; the status comes last.
-CURL = (
-    'curl() { command curl --silent --show-error --noproxy "*" --max-time 100 '
-    "--write-out '\\n%{http_code}' \"$@\"; }\n"
-)
 
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 
@@ -45,14 +40,6 @@ class Example:
     answer: Any
 
 
-@dataclass(frozen=True)
-class Answered:
-    """What a command gave."""
-
-    status: int
-    body: str
-
-
 def of_language(language: str) -> list[Any]:
     """The README's blocks in a language, as parameters of a test."""
     return [pytest.param(b, id=f"line {b.line}") for b in blocks(README) if b.language == language]
@@ -72,18 +59,6 @@ def examples() -> list[Example]:
 
 
 EXAMPLES = examples()
-
-
-def run_curl(service: Service, command: str) -> Answered:
-    """Run a command of the page through bash; address and key are the service's own."""
-    script = command.replace("http://localhost:8000", service.base_url)
-    script = script.replace("your-api-key-here", API_KEY)
-    done = subprocess.run(
-        ["bash", "-c", CURL + script], capture_output=True, text=True, check=False, timeout=110
-    )
-    assert done.returncode == 0, done.stderr
-    body, _, status = done.stdout.rpartition("\n")
-    return Answered(int(status), body)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,122 @@
+"""What a mistake in the settings looks like: one line that never shows a key or a token."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_origin
+
+import yaml
+from dotenv import dotenv_values
+from pydantic.fields import FieldInfo
+
+
+class Origins:
+    """Says where a bad value came from, in the order in which the sources win."""
+
+    def __init__(
+        self,
+        fields: Mapping[str, FieldInfo],
+        yaml_path: Path,
+        env_path: Path,
+        yaml_values: Mapping[str, Any],
+    ) -> None:
+        """Note the sources.
+
+        Args:
+            fields: The settings' sections, by name.
+            yaml_path: Where config.yml is.
+            env_path: Where .env is.
+            yaml_values: What config.yml holds.
+        """
+        self._fields = fields
+        self._yaml_path = yaml_path
+        self._yaml = yaml_values
+        self._env_path = env_path
+        self._env = {key.upper(): value for key, value in os.environ.items()}
+        dotenv = dotenv_values(env_path) if env_path.is_file() else {}
+        self._dotenv = {key.upper(): value for key, value in dotenv.items()}
+
+    def describe(self, error: Any) -> str:
+        """One pydantic error as a clause: key, value, origin, and what is allowed."""
+        path = [str(part) for part in error["loc"]]
+        if not path:
+            return str(error["msg"]).removeprefix("Value error, ")
+        key = ".".join(path)
+        value, origin = self._find(path)
+        known = self._known_keys(path)
+        if error["type"] == "extra_forbidden":
+            return f"{key}{origin} is not a setting; known here: {', '.join(known)}"
+        shown = "" if _is_secret(path) or value is None else f" = {value!r}"
+        return f"{key}{shown}{origin}: {str(error['msg']).removeprefix('Value error, ')}"
+
+    def not_json(self) -> str:
+        """The variable that must be JSON and is not, and where it stands."""
+        places = ((self._env, "the environment"), (self._dotenv, self._env_path))
+        for variables, place in places:
+            for name in self._json_variables():
+                if name in variables and not _is_json(variables[name]):
+                    return f"{name} (in {place})"
+        return "a variable"
+
+    def _find(self, path: list[str]) -> tuple[Any, str]:
+        # A list's items have their index in the path, but the variable holds the whole list. What
+        # a variable holds beside the value at fault may be secret.
+        for length in range(len(path), 0, -1):
+            name = "__".join(path[:length]).upper()
+            whole = length == len(path)
+            if name in self._env:
+                return self._env[name] if whole else None, f" (in the environment, {name})"
+            if name in self._dotenv:
+                return self._dotenv[name] if whole else None, f" (in {self._env_path}, {name})"
+        value: Any = self._yaml
+        for part in path:
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value, f" (in {self._yaml_path})"
+
+    def _known_keys(self, path: list[str]) -> list[str]:
+        fields: Mapping[str, FieldInfo] = self._fields
+        for part in path[:-1]:
+            annotation = fields[part].annotation if part in fields else None
+            fields = getattr(annotation, "model_fields", {})
+        return list(fields)
+
+    def _json_variables(self) -> Iterator[str]:
+        """Variables that hold an object or a list."""
+        for section, field in self._fields.items():
+            members = getattr(field.annotation, "model_fields", None)
+            if members is not None:
+                yield section.upper()
+                for name, member in members.items():
+                    if get_origin(member.annotation) is list:
+                        yield f"{section}__{name}".upper()
+
+
+def _is_json(text: str | None) -> bool:
+    try:
+        json.loads(text or "")
+    except ValueError:
+        return False
+    return True
+
+
+def yaml_fault(error: yaml.YAMLError) -> str:
+    """What is wrong and where; the file's own text, which may be a key, is left out."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return one_line(error)
+    mark = error.problem_mark
+    problem = re.sub(r"'[^']{3,}'", "'...'", error.problem or "malformed")
+    return f"{problem}, line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _is_secret(path: list[str]) -> bool:
+    # Something other than a section in the place of `security` is most likely a key.
+    if path == ["security"]:
+        return True
+    return any("key" in part or "token" in part for part in path) and path[-1] != "max_tokens"
+
+
+def one_line(error: Exception) -> str:
+    """An exception's message without line breaks."""
+    return " ".join(str(error).split())

@@ -1,0 +1,371 @@
+"""The user's document and design card: settings, names in the environment, files, make, Poetry."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from starlette.testclient import TestClient
+
+from app.core.config import PROJECT_ROOT, load_settings
+from app.main import create_app
+from tests.conftest import RunApp
+from tests.support.service import isolated_environment, session_members
+from tests.support.tiny_model import make_tiny_model
+
+# The document's config.yml.
+CONFIG: dict[str, dict[str, Any]] = {
+    "app": {"name": "LLM FastAPI Service", "host": "0.0.0.0", "port": 8000},  # noqa: S104 - the document's
+    "model": {
+        "name": "google/gemma-2-2b-it",
+        "source": "hub",
+        "device": "cpu",
+        "max_tokens": 512,
+        "temperature": 0.7,
+    },
+    "security": {"api_key": "change-me-in-env", "max_prompt_chars": 4000},
+    "rate_limit": {"enabled": True, "requests_per_minute": 10},
+    "cache": {"enabled": True, "size": 100, "ttl_seconds": 3600},
+    "chat_history": {"enabled": True, "ttl_seconds": 7200},
+}
+
+# The document's .env.
+DOTENV = """\
+# Model Configuration
+MODEL__NAME=google/gemma-2-2b-it
+HUGGINGFACE_TOKEN=your_token_here
+
+# Security
+SECURITY__API_KEY=your-secure-api-key-here
+
+# Rate Limiting
+RATE_LIMIT__REQUESTS_PER_MINUTE=10
+
+# Cache
+CACHE__ENABLED=true
+CACHE__SIZE=100
+"""
+
+PROMPT = {"prompt": "hello", "max_tokens": 5}
+
+# The design card's packages and top level, and the document's project structure.
+PACKAGES = (
+    *("fastapi", "uvicorn", "pydantic", "pydantic-settings", "pyyaml", "python-dotenv"),
+    *("transformers", "torch", "langchain", "langchain-huggingface", "prometheus-client"),
+    *("python-json-logger", "cachetools", "slowapi", "sse-starlette", "pytest", "httpx"),
+)
+FILES = (
+    *("app/api/routers/chat.py", "app/api/routers/health.py", "app/api/routers/inference.py"),
+    *("app/api/dependencies.py", "app/api/schemas.py"),
+    *("app/core/cache.py", "app/core/config.py", "app/core/logging.py"),
+    *("app/core/rate_limit.py", "app/core/security.py"),
+    *("app/llm/chain.py", "app/llm/loader.py", "app/llm/prompts/base_system.txt"),
+    *("app/utils/errors.py", "app/utils/timing.py", "app/main.py"),
+    *("tests/test_config.py", "tests/test_inference.py", "config.yml", ".env.example"),
+    *("pyproject.toml", "poetry.lock", "Dockerfile", "Makefile", "README.md"),
+)
+MAKE = {
+    "run": "uvicorn app.main:app --host 0.0.0.0 --port 8000",
+    "test": "pytest tests/ -v --cov=app --cov-report=term-missing",
+    "lint": "ruff check",
+    "format": "ruff format",
+    "type-check": "mypy",
+    "check-all": "pytest tests/",
+    "build-docker": "docker build -t llm-fastapi-service:latest .",
+    "run-docker": "docker run -d -p 8000:8000 --name llm-service llm-fastapi-service:latest",
+    "logs": "docker logs -f llm-service",
+}
+
+
+@pytest.fixture
+def project() -> dict[str, Any]:
+    """pyproject.toml."""
+    return tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def generate(client: TestClient, **fields: Any) -> Any:
+    """The answer to a short prompt."""
+    return client.post("/v1/generate", json={**PROMPT, **fields})
+
+
+# --- Configuration --------------------------------------------------------------------------------
+
+
+def test_config_yml_has_the_documents_keys_and_defaults() -> None:
+    """config.yml holds every key of the document, with the document's value."""
+    found = yaml.safe_load((PROJECT_ROOT / "config.yml").read_text(encoding="utf-8"))
+    for section, values in CONFIG.items():
+        assert {key: found[section].get(key) for key in values} == values
+
+
+def test_the_documents_config_yml_is_accepted(tmp_path: Path) -> None:
+    """The document's config.yml works as it stands, and gives the values it names."""
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    settings = load_settings(config_file=path, env_file=tmp_path / "none")
+    for section, values in CONFIG.items():
+        loaded = getattr(settings, section)
+        for key, value in values.items():
+            read = getattr(loaded, key)
+            assert value in (read, getattr(read, "get_secret_value", str)())
+
+
+def test_the_documents_env_is_accepted_and_overrides_config_yml(tmp_path: Path) -> None:
+    """The document's .env works as it stands, and wins over config.yml key by key."""
+    (tmp_path / ".env").write_text(DOTENV)
+    (tmp_path / "config.yml").write_text("cache: {size: 7, enabled: false, ttl_seconds: 9}")
+    settings = load_settings(config_file=tmp_path / "config.yml", env_file=tmp_path / ".env")
+    assert (settings.cache.size, settings.cache.enabled, settings.cache.ttl_seconds) == (
+        100,
+        True,
+        9,
+    )
+    assert settings.security.api_key.get_secret_value() == "your-secure-api-key-here"
+    assert settings.huggingface_token is not None
+    assert settings.huggingface_token.get_secret_value() == "your_token_here"
+
+
+def test_the_rate_limit_can_be_adjusted_in_env(tmp_path: Path) -> None:
+    """Adjusted in .env, 50 requests a minute with a burst of 100 are the limits in force."""
+    (tmp_path / ".env").write_text(
+        "RATE_LIMIT__REQUESTS_PER_MINUTE=50\nRATE_LIMIT__BURST_SIZE=100\nSECURITY__API_KEY=k\n"
+    )
+    app = create_app(load_settings(env_file=tmp_path / ".env"))
+    limits = TestClient(app).get("/status", headers={"X-API-Key": "k"}).json()["limits"]
+    assert (limits["requests_per_minute"], limits["burst_size"]) == (50, 100)
+
+
+# --- What each name in the environment does -------------------------------------------------------
+
+
+def test_security_api_key(monkeypatch: pytest.MonkeyPatch, run_app: RunApp) -> None:
+    """SECURITY__API_KEY is the key that is let in, and the one it replaces is not."""
+    monkeypatch.setenv("SECURITY__API_KEY", "a-key-from-the-environment")
+    client = run_app()
+    assert generate(client).status_code == 401
+    client.headers["X-API-Key"] = "a-key-from-the-environment"
+    assert generate(client).status_code == 200
+
+
+def test_rate_limit_names(monkeypatch: pytest.MonkeyPatch, run_app: RunApp) -> None:
+    """With a burst of 3 at 60 a minute, three requests pass and the fourth waits a second."""
+    monkeypatch.setenv("RATE_LIMIT__ENABLED", "true")
+    monkeypatch.setenv("RATE_LIMIT__REQUESTS_PER_MINUTE", "60")
+    monkeypatch.setenv("RATE_LIMIT__BURST_SIZE", "3")
+    client = run_app()
+    responses = [generate(client) for _ in range(4)]
+    assert [r.status_code for r in responses] == [200, 200, 200, 429]
+    assert responses[0].headers["x-ratelimit-limit"] == "3"
+    assert responses[3].headers["retry-after"] == "1"
+
+
+def test_cache_enabled(monkeypatch: pytest.MonkeyPatch, run_app: RunApp) -> None:
+    """With CACHE__ENABLED=false an identical request is generated again."""
+    assert [generate(run_app()).json()["cached"] for _ in range(1)] == [False]
+    monkeypatch.setenv("CACHE__ENABLED", "false")
+    client = run_app()
+    assert [generate(client).json()["cached"] for _ in range(2)] == [False, False]
+
+
+def test_cache_size(monkeypatch: pytest.MonkeyPatch, run_app: RunApp) -> None:
+    """With CACHE__SIZE=2 the least recently used of three answers is the one that is gone."""
+    monkeypatch.setenv("CACHE__SIZE", "2")
+    client = run_app()
+    cached = [generate(client, prompt=p).json()["cached"] for p in "abacab"]
+    assert cached == [False, False, True, False, True, False]
+
+
+def test_cache_ttl(run_app: RunApp) -> None:
+    """An answer is kept for cache.ttl_seconds and no longer."""
+    client = run_app(cache={"ttl_seconds": 0.5})
+    assert [generate(client).json()["cached"] for _ in range(2)] == [False, True]
+    time.sleep(0.6)
+    assert generate(client).json()["cached"] is False
+
+
+def test_sessions_expire(run_app: RunApp) -> None:
+    """A session is kept for chat_history.ttl_seconds after its last turn, 2 hours by default."""
+    client = run_app(chat_history={"ttl_seconds": 0.5})
+    body = {"session_id": "s", "messages": [{"role": "user", "content": "hi"}]}
+    assert client.post("/v1/chat", json=body).status_code == 200
+    assert client.get("/v1/sessions/s").status_code == 200
+    time.sleep(0.6)
+    assert client.get("/v1/sessions/s").status_code == 404
+
+
+def test_model_max_tokens(monkeypatch: pytest.MonkeyPatch, run_app: RunApp) -> None:
+    """MODEL__MAX_TOKENS is the most a request may ask for, and what it gets without asking."""
+    monkeypatch.setenv("MODEL__MAX_TOKENS", "4")
+    client = run_app()
+    answer = client.post("/v1/generate", json={"prompt": "a long prompt"}).json()
+    assert (answer["tokens_generated"], answer["finish_reason"]) == (4, "length")
+    refused = generate(client, max_tokens=5)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "max_tokens")
+
+
+def test_prompt_length(run_app: RunApp) -> None:
+    """A prompt over security.max_prompt_chars, 4000 by default, is refused without being echoed."""
+    client = run_app()
+    assert generate(client, prompt="x" * 4000).status_code == 200
+    refused = generate(client, prompt="x" * 4001)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "prompt_too_long")
+    assert "xxx" not in refused.text
+
+
+def test_pii_filtering_is_optional(run_app: RunApp) -> None:
+    """Personal data passes by default, and is filtered where that is asked for."""
+    text = "write to ann@example.com"
+    assert generate(run_app(), prompt=text, max_tokens=60).json()["generated_text"] == text
+    filtered = generate(run_app(pii={"input": "redact"}), prompt=text, max_tokens=60).json()
+    assert filtered["generated_text"] == "write to [EMAIL]"
+    assert filtered["prompt"] == text
+
+
+def test_a_local_model(monkeypatch: pytest.MonkeyPatch, run_app: RunApp, tmp_path: Path) -> None:
+    """MODEL__SOURCE=local serves the model at the path in MODEL__NAME, on MODEL__DEVICE=cpu."""
+    folder = make_tiny_model(tmp_path / "model")
+    monkeypatch.setenv("MODEL__ENGINE", "transformers")
+    monkeypatch.setenv("MODEL__SOURCE", "local")
+    monkeypatch.setenv("MODEL__NAME", str(folder))
+    monkeypatch.setenv("MODEL__DEVICE", "cpu")
+    client = run_app()
+    assert client.get("/health").json()["model_name"] == str(folder)
+    assert generate(client).json()["model"] == str(folder)
+    assert client.get("/status").json()["engine"]["device"] == "cpu"
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a CUDA device here")
+def test_cuda_without_a_device(tmp_path: Path) -> None:
+    """MODEL__DEVICE=cuda is honoured: without a device the service ends and says what to set."""
+    done = subprocess.run(
+        [sys.executable, "-m", "uvicorn", "app.main:app", "--port", "0"],
+        cwd=PROJECT_ROOT,
+        env=isolated_environment(
+            {
+                "MODEL__DEVICE": "cuda",
+                "MODEL__ENGINE": "transformers",
+                "MODEL__SOURCE": "local",
+                "MODEL__NAME": str(make_tiny_model(tmp_path / "model")),
+            }
+        ),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 3
+    assert "MODEL__DEVICE=cpu" in done.stderr.splitlines()[-1]
+
+
+# --- Starting it ----------------------------------------------------------------------------------
+
+
+def test_the_documented_start_command() -> None:
+    """Uvicorn app.main:app --host 0.0.0.0 --port … --reload serves, and ends when told to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = f"uvicorn app.main:app --host 0.0.0.0 --port {port} --reload"
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command.split()],
+        cwd=PROJECT_ROOT,
+        env=isolated_environment({"LOGGING__LEVEL": "ERROR"}),
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not _is_healthy(port):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(30) in (0, -signal.SIGTERM)
+        assert session_members(process.pid) == []
+    finally:
+        if session_members(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _is_healthy(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize("target", MAKE)
+def test_make_targets_run_the_documented_commands(target: str) -> None:
+    """Each make target of the document runs the command that the document gives for it."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    done = subprocess.run(
+        ["make", "--dry-run", "--always-make", target],
+        cwd=PROJECT_ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [" ".join(line.split()) for line in done.stdout.replace("\\\n", " ").splitlines()]
+    wanted = MAKE[target].split()
+    assert any(_is_part(wanted, line.split()) for line in lines), done.stdout
+
+
+def _is_part(wanted: list[str], words: list[str]) -> bool:
+    """Whether the wanted words stand among these, in order."""
+    remaining = iter(words)
+    return all(word in remaining for word in wanted)
+
+
+# --- Files and metadata ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_documents_files_are_there(name: str) -> None:
+    """Every file of the document's project structure exists, and holds something."""
+    assert (PROJECT_ROOT / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_design_cards_packages_are_used(package: str, project: dict[str, Any]) -> None:
+    """Each package of the design card is a direct dependency; deptry sees to its being used."""
+    declared = [*project["project"]["dependencies"], *project["dependency-groups"]["dev"]]
+    assert package in {re.split(r"[ (\[;]", line)[0].lower() for line in declared}
+
+
+def test_python_and_poetry(project: dict[str, Any]) -> None:
+    """Python 3.11 and later is supported, and the dependencies are locked by Poetry 2."""
+    assert project["project"]["requires-python"].startswith(">=3.11")
+    assert project["build-system"]["build-backend"] == "poetry.core.masonry.api"
+    lock = (PROJECT_ROOT / "poetry.lock").read_text(encoding="utf-8")
+    assert re.match(r"# This file is automatically @generated by Poetry 2\.", lock)
+
+
+def test_the_dockerfile_has_stages_and_no_root() -> None:
+    """The image is built in several stages, the last of which runs as a user that is not root."""
+    text = (PROJECT_ROOT / "Dockerfile").read_text(encoding="utf-8")
+    stages = re.split(r"^FROM ", text, flags=re.MULTILINE)
+    assert len(stages) > 2
+    user = re.findall(r"^USER (\S+)", stages[-1], re.MULTILINE)
+    assert user
+    assert user[-1].split(":")[0] not in ("root", "0")
+
+
+def test_routers_are_registered_in_main() -> None:
+    """Every router of app/api/routers is registered in app/main.py, as the document's steps say."""
+    main = (PROJECT_ROOT / "app" / "main.py").read_text(encoding="utf-8")
+    imported = re.search(r"from app\.api\.routers import (.+)", main)
+    assert imported
+    modules = {p.stem for p in (PROJECT_ROOT / "app" / "api" / "routers").glob("[a-z]*.py")}
+    assert set(imported[1].split(", ")) == modules
