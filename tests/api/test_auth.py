@@ -147,9 +147,9 @@ def test_a_valid_key_is_let_in(client: TestClient, headers: dict[str, str]) -> N
 
 
 def test_public_routes_need_no_key(client: TestClient) -> None:
-    """Health and metrics answer without a key, so that probes and scrapers need none."""
+    """Health, status and metrics answer without a key, as the user's document shows."""
     anonymous = without_key(client)
-    for path in ("/health", "/livez", "/readyz", "/metrics"):
+    for path in ("/health", "/livez", "/readyz", "/status", "/metrics"):
         assert anonymous.get(path).status_code == 200
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from app.core.config import PROJECT_ROOT, Settings, load_settings
+from app.core.config import PROJECT_ROOT, Settings
 from app.core.metrics import Metrics
 from scripts import config_docs
 from tests.contract.test_openapi import document, routes, service_errors
@@ -131,31 +131,6 @@ def metrics() -> dict[str, tuple[str, ...]]:
 def test_the_settings_files_are_in_step() -> None:
     """docs/configuration.md, .env.example and config.yml have every setting with its default."""
     assert config_docs.faults() == []
-
-
-def test_the_env_example_can_be_used(tmp_path: Path) -> None:
-    """.env.example works as .env, as it is and with every line in it switched on."""
-    text = (PROJECT_ROOT / ".env.example").read_text(encoding="utf-8")
-    (tmp_path / "config.yml").write_text("{}")
-    for name, content in {
-        "plain": text,
-        "all": re.sub(r"^#(?=[A-Z])", "", text, flags=re.MULTILINE),
-    }.items():
-        env_file = tmp_path / name
-        env_file.write_text(content)
-        settings = load_settings(config_file=tmp_path / "config.yml", env_file=env_file)
-        secret = settings.security.api_key.get_secret_value()
-        assert secret == "your-secure-api-key-here"
-        assert settings.model_copy(
-            update={
-                "security": Settings(_env_file=None).security,
-                "huggingface_token": None,
-                "model": settings.model.model_copy(update={"revision": None}),
-                "rate_limit": settings.rate_limit.model_copy(update={"burst_size": None}),
-            }
-        ) == Settings(_env_file=None)
-    switched_on = set(re.findall(r"^([A-Z_]+)=", content, re.MULTILINE))
-    assert switched_on == set(setting_names())
 
 
 # --- The other pages ------------------------------------------------------------------------------

@@ -5,8 +5,7 @@ from dataclasses import asdict
 from fastapi import APIRouter
 
 from app import __version__
-from app.api.dependencies import KEY_SCHEMES, AppServices, GuardedRoute, Services
-from app.api.errors import responses
+from app.api.dependencies import AppServices, Services
 from app.api.schemas import (
     CacheStatus,
     EngineStatus,
@@ -17,12 +16,11 @@ from app.api.schemas import (
     StatusResponse,
 )
 from app.llm.engine.client import EngineState
-from app.utils.errors import InvalidAPIKeyError, RateLimitExceededError
 
-router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["health"])
+router = APIRouter(tags=["health"])
 
 
-@router.get("/status", responses=responses(InvalidAPIKeyError, RateLimitExceededError))
+@router.get("/status")
 async def status(services: AppServices) -> StatusResponse:
     """Detailed status with cache statistics. Reads what is known; never asks the engine."""
     settings = services.settings

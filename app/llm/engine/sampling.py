@@ -113,12 +113,23 @@ def _pick_filtered(logits: Tensor, samplers: Sequence[RequestSampler]) -> Tensor
     vocabulary = logits.shape[-1]
     largest_k = max(s.params.top_k for s in samplers)
     width = min(vocabulary, max(_SHORTLIST, largest_k))
-    values, tokens = torch.topk(logits, width, dim=-1)
+    values, tokens = _shortlist(logits, width)
     probabilities, complete = _filter(values, logits.logsumexp(-1, keepdim=True), samplers)
     if width < vocabulary and not complete:
-        values, tokens = torch.sort(logits, dim=-1, descending=True)
+        values, tokens = torch.sort(logits, dim=-1, descending=True, stable=True)
         probabilities, _ = _filter(values, logits.logsumexp(-1, keepdim=True), samplers)
     return tokens.gather(-1, _invert(probabilities, samplers).unsqueeze(-1)).squeeze(-1)
+
+
+def _shortlist(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The largest logits in descending order, equal ones by token id, and their tokens.
+
+    16-bit logits are often equal; topk orders those as it likes, argmax takes the first.
+    """
+    values, tokens = torch.topk(logits, width, dim=-1)
+    tokens, by_id = tokens.sort(dim=-1)
+    values, order = values.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
+    return values, tokens.gather(-1, order)
 
 
 def _filter(
