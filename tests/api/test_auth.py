@@ -18,7 +18,7 @@ from tests.support.asgi import Received, Sent, http_scope
 from tests.support.service import API_KEY, OTHER_KEY
 
 PUBLIC = {
-    *("/health", "/livez", "/readyz", "/metrics"),
+    *("/health", "/livez", "/readyz", "/status", "/metrics"),
     *("/", "/docs", "/docs/oauth2-redirect", "/openapi.json"),
 }
 
