@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -53,7 +54,7 @@ def check_usage(answer: dict[str, Any]) -> None:
 
 def greedy(prompt: str, **fields: Any) -> dict[str, Any]:
     """A request whose answer is always the same, generated anew each time."""
-    return {"prompt": prompt, "temperature": 0, "cache": False, "max_tokens": 24, **fields}
+    return {"prompt": prompt, "temperature": 0, "cache": False, "max_tokens": 20, **fields}
 
 
 # --- The user's requests --------------------------------------------------------------------------
@@ -113,9 +114,9 @@ def test_chat_streaming(http: httpx.Client) -> None:
 
 PROMPTS = {
     "plain": "The three primary colours are",
-    "emoji": "🎉🎊🎈 🎉🎊🎈 🎉🎊🎈 🎉🎊🎈 🎉🎊🎈",
+    "emoji": "🐶🐱🐶🐱🐶🐱🐶🐱🐶🐱",
     "joined emoji": "👩‍🚀👨‍👩‍👧 👩‍🚀👨‍👩‍👧 👩‍🚀👨‍👩‍👧 👩‍🚀👨‍👩‍👧",
-    "Chinese": "你好，世界。你好，世界。你好，世界。你好，世界。",
+    "Chinese": "你好世界。你好世界。你好世界。你好世界。你好世界。",
     "Japanese": "こんにちは世界、こんにちは世界、こんにちは世界、",
     "accents": "déjà vu, déjà vu, déjà vu, déjà vu,",
 }
@@ -146,7 +147,7 @@ def test_an_answer_cut_inside_a_character_has_no_half_of_it(http: httpx.Client) 
         assert whole["tokens_generated"] == max_tokens
         assert REPLACEMENT not in whole["generated_text"]
         texts.append(whole["generated_text"])
-    for shorter, longer in zip(texts, texts[1:], strict=False):
+    for shorter, longer in pairwise(texts):
         assert longer.startswith(shorter)
     # Some tokens were the beginning of a character: the text did not grow by them.
     assert len(set(texts)) < len(texts)
@@ -187,14 +188,12 @@ def test_a_seed_gives_the_same_answer_twice(http: httpx.Client) -> None:
 def test_without_a_seed_answers_differ(http: httpx.Client) -> None:
     """Sampling without a seed does not repeat itself."""
     body = {**greedy("Once upon a time"), "temperature": 1.0}
-    texts = {post(http, "/v1/generate", body)["generated_text"] for _ in range(4)}
-    assert len(texts) > 1
+    texts = {post(http, "/v1/generate", body)["generated_text"] for _ in range(2)}
+    assert len(texts) == 2
 
 
 @pytest.mark.model
-@pytest.mark.parametrize(
-    "narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=["top_k", "top_p", "min_p"]
-)
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}], ids=["top_k", "top_p"])
 def test_a_filter_that_leaves_one_token_is_greedy(
     http: httpx.Client, narrow: dict[str, Any]
 ) -> None:
@@ -208,7 +207,7 @@ def test_a_filter_that_leaves_one_token_is_greedy(
 
 @pytest.mark.model
 def test_max_tokens_ends_the_answer(http: httpx.Client) -> None:
-    """An answer of max_tokens tokens has the finish reason length, and is the longer's beginning."""
+    """An answer of max_tokens tokens has the finish reason length and begins as a longer one."""
     longer = post(http, "/v1/generate", greedy("Count: one, two, three,", max_tokens=20))
     shorter = post(http, "/v1/generate", greedy("Count: one, two, three,", max_tokens=5))
     assert (shorter["finish_reason"], shorter["tokens_generated"]) == ("length", 5)
@@ -221,14 +220,15 @@ def test_max_tokens_ends_the_answer(http: httpx.Client) -> None:
 @pytest.mark.model
 def test_stop_strings_end_the_text_before_them(http: httpx.Client) -> None:
     """A stop string of several tokens, or across their borders, ends the text just before it."""
-    body = greedy("The capital of France is", max_tokens=40)
+    body = greedy("Once upon a time", max_tokens=40)
     text = post(http, "/v1/generate", body)["generated_text"]
-    assert len(text) > 60
+    later = text[-8:]
     # From the middle of one word to the middle of another; a whole phrase; a single character.
     for start, end in ((31, 47), (12, 45), (40, 41)):
         stop = text[start:end]
         before = text[: text.index(stop)]
-        for stops in (stop, [stop], ["never said", stop, text[end + 5 : end + 9]]):
+        assert len(before) < text.index(later)
+        for stops in (stop, [later, stop, "never said"]):
             answer = post(http, "/v1/generate", {**body, "stop": stops})
             assert answer["generated_text"] == before
             assert answer["finish_reason"] == "stop"

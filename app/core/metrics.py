@@ -32,6 +32,12 @@ class Metrics:
         # A series with the time of each series' first sample would double the page.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
+        self._add_http()
+        self._add_engine()
+        self._add_timings()
+        self._add_services()
+
+    def _add_http(self) -> None:
         r = self.registry
         self.http_requests = Counter(
             "http_requests_total",
@@ -46,6 +52,12 @@ class Metrics:
             buckets=_REQUEST_BUCKETS,
             registry=r,
         )
+        self.rate_limited = Counter(
+            "rate_limited_total", "Requests refused by the rate limit.", ("reason",), registry=r
+        )
+
+    def _add_engine(self) -> None:
+        r = self.registry
         self.tokens_generated = Counter(
             "tokens_generated_total", "Tokens generated.", ("model",), registry=r
         )
@@ -55,31 +67,6 @@ class Metrics:
         self.prefix_cached_tokens = Counter(
             "llm_prefix_cached_tokens_total",
             "Prompt tokens whose keys and values were already in the KV cache.",
-            registry=r,
-        )
-        self.time_to_first_token = Histogram(
-            "llm_time_to_first_token_seconds",
-            "Time from admission to the first token.",
-            buckets=_TTFT_BUCKETS,
-            registry=r,
-        )
-        self.inter_token_latency = Histogram(
-            "llm_inter_token_latency_seconds",
-            "Time between two tokens of one request.",
-            buckets=_ITL_BUCKETS,
-            registry=r,
-        )
-        self.queue_time = Histogram(
-            "llm_request_queue_seconds",
-            "Time a request waited for a place in the running batch.",
-            buckets=_QUEUE_BUCKETS,
-            registry=r,
-        )
-        self.request_duration = Histogram(
-            "llm_request_duration_seconds",
-            "Time from admission to the last token.",
-            ("finish_reason",),
-            buckets=_REQUEST_BUCKETS,
             registry=r,
         )
         self.running = Gauge("llm_requests_running", "Requests in the running batch.", registry=r)
@@ -105,9 +92,37 @@ class Metrics:
             ("model", "engine", "device", "dtype"),
             registry=r,
         )
-        self.rate_limited = Counter(
-            "rate_limited_total", "Requests refused by the rate limit.", ("reason",), registry=r
+
+    def _add_timings(self) -> None:
+        r = self.registry
+        self.time_to_first_token = Histogram(
+            "llm_time_to_first_token_seconds",
+            "Time from admission to the first token.",
+            buckets=_TTFT_BUCKETS,
+            registry=r,
         )
+        self.inter_token_latency = Histogram(
+            "llm_inter_token_latency_seconds",
+            "Time between two tokens of one request.",
+            buckets=_ITL_BUCKETS,
+            registry=r,
+        )
+        self.queue_time = Histogram(
+            "llm_request_queue_seconds",
+            "Time a request waited for a place in the running batch.",
+            buckets=_QUEUE_BUCKETS,
+            registry=r,
+        )
+        self.request_duration = Histogram(
+            "llm_request_duration_seconds",
+            "Time from admission to the last token.",
+            ("finish_reason",),
+            buckets=_REQUEST_BUCKETS,
+            registry=r,
+        )
+
+    def _add_services(self) -> None:
+        r = self.registry
         self.pii_redactions = Counter(
             "pii_redactions_total", "Pieces of personal data replaced.", ("kind",), registry=r
         )
