@@ -48,10 +48,11 @@ class StopMatcher:
         if not self._stops:
             return piece, False
         text = self._held + piece
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(s), at) for s in self._stops if (at := text.find(s)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)], True
+            # Generating ends with the first that is complete, however the pieces fall.
+            return text[: min(found)[1]], True
         keep = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
