@@ -84,7 +84,11 @@ class _ParsedRequest(Request):
     """
 
     def __init__(self, scope: Scope, receive: Receive, body: bytes) -> None:
-        super().__init__(scope, receive)
+        # The body is JSON, whatever the client called it; FastAPI would refuse it by its name.
+        headers = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
+        super().__init__(
+            {**scope, "headers": [*headers, (b"content-type", b"application/json")]}, receive
+        )
         self._content = body
         self._value = parse_json(body)
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
@@ -185,16 +186,18 @@ class NamedPattern(Section):
     pattern: str = Field(min_length=1, description="RE2 syntax.")
 
 
+# Unquoted, YAML reads the word off as a boolean.
+_Off = BeforeValidator(lambda value: "off" if value is False else value)
 PiiKind = Literal["email", "phone", "ssn", "card", "iban", "ip"]
 
 
 class PiiSettings(Section):
     """Personal data in prompts and answers."""
 
-    input: Literal["off", "redact", "reject"] = Field(
+    input: Annotated[Literal["off", "redact", "reject"], _Off] = Field(
         "off", description="What to do with personal data in a prompt."
     )
-    output: Literal["off", "redact"] = Field(
+    output: Annotated[Literal["off", "redact"], _Off] = Field(
         "off", description="What to do with personal data in an answer."
     )
     kinds: list[PiiKind] = Field(

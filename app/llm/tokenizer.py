@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from app.llm.engine.base import EngineInfo
-from app.utils.errors import InvalidRequestError
+from app.utils.errors import ChatTemplateError
 
 T = TypeVar("T")
 
@@ -30,12 +30,6 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
-
-
-class TemplateError(InvalidRequestError):
-    """The model's chat template refuses these messages, such as two user turns in a row."""
-
-    code = "chat_template_error"
 
 
 class PromptTokenizer:
@@ -71,6 +65,7 @@ class PromptTokenizer:
         self._boundary = re.compile(
             f"\ue000{self._nonce}#(?P<exact>[\\d,]+)\ue001|{self._spelling.pattern}"
         )
+        self._takes_system = self._probe_system_role()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
@@ -96,8 +91,10 @@ class PromptTokenizer:
             Text for :meth:`encode_rendered`; placeholders stand for special spellings in it.
 
         Raises:
-            TemplateError: The model's template refuses the messages.
+            ChatTemplateError: The model's template refuses the messages.
         """
+        if not self._takes_system:
+            messages = _fold_system(messages)
         plain = [self._escape(m["content"]) for m in messages]
         rendered = self._render(messages, plain)
         exact = [
@@ -111,6 +108,15 @@ class PromptTokenizer:
         texts = dict(zip(exact, plain, strict=True))
         unchanged = self._exact.sub(lambda match: texts[match.group()], with_tokens) == rendered
         return with_tokens if unchanged else rendered
+
+    def _probe_system_role(self) -> bool:
+        """Whether the template has a place for a system message; Gemma's first two refuse it."""
+        turns = [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]
+        try:
+            self._render(turns, ["x", "x"])
+        except ChatTemplateError:
+            return False
+        return True
 
     def _render(self, messages: Sequence[Mapping[str, Any]], contents: Sequence[str]) -> str:
         chat = [
@@ -127,7 +133,7 @@ class PromptTokenizer:
         except jinja2.TemplateError as error:
             # Templates raise in words meant for callers; anything longer is not one of these.
             reason = " ".join(str(error).split())[:200]
-            raise TemplateError(
+            raise ChatTemplateError(
                 f"The model's chat template refuses these messages: {reason}", param="messages"
             ) from error
         return str(rendered[0])
@@ -170,3 +176,14 @@ class PromptTokenizer:
         return self._spelling.sub(
             lambda m: f"\ue000{self._nonce}:{index(m.group())}\ue001", content
         )
+
+
+def _fold_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The system message in front of the first user message, for templates that know no other."""
+    if messages[0]["role"] != "system":
+        return list(messages)
+    system, *rest = messages
+    if rest and rest[0]["role"] == "user":
+        first = {**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}
+        return [first, *rest[1:]]
+    return [{"role": "user", "content": system["content"]}, *rest]

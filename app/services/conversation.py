@@ -120,6 +120,8 @@ class ConversationService:
         new: Sequence[ChatMessage],
     ) -> tuple[Sequence[HistoryMessage], int]:
         """The latest turns of the history that fit the context, and how many messages do not."""
+        if not history:
+            return history, 0
         room = self._generator.info.context_length - self._generation.answer_tokens(job)
         starts = [i for i, m in enumerate(history) if m.role == "user"]
 
@@ -131,7 +133,7 @@ class ConversationService:
                 return True
             return await self._generation.count_chat_tokens(messages) <= room
 
-        if not history or await fits(0):
+        if await fits(0):
             return history, 0
         low, high = 0, len(starts)
         while high - low > 1:

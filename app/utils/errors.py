@@ -95,6 +95,12 @@ class ContextLengthExceededError(InvalidRequestError):
         )
 
 
+class ChatTemplateError(InvalidRequestError):
+    """The model's chat template refuses the messages, such as two user turns in a row."""
+
+    code = "chat_template_error"
+
+
 class PiiDetectedError(InvalidRequestError):
     """Personal data in a prompt, where ``pii.input`` is reject; its kinds are told, not itself."""
 
@@ -224,6 +230,7 @@ GENERATION_ERRORS: tuple[type[ServiceError], ...] = (
     InvalidJSONError,
     UnsupportedParameterError,
     ContextLengthExceededError,
+    ChatTemplateError,
     PiiDetectedError,
     InvalidAPIKeyError,
     BodyTooLargeError,

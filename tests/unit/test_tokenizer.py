@@ -8,7 +8,8 @@ from tokenizers import Tokenizer
 
 from app.llm.engine.base import EngineInfo
 from app.llm.engine.echo import EchoBackend
-from app.llm.tokenizer import PromptTokenizer, TemplateError
+from app.llm.tokenizer import PromptTokenizer
+from app.utils.errors import ChatTemplateError
 
 INFO = EchoBackend().info
 START, END = "<|im_start|>", "<|im_end|>"
@@ -108,9 +109,24 @@ def test_tokens_are_not_used_where_the_template_changes_the_answer() -> None:
 def test_a_template_that_refuses_says_why() -> None:
     """What the template raises is the caller's error, not a crash."""
     tokenizer = made("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(TemplateError, match="roles must alternate") as error:
+    with pytest.raises(ChatTemplateError, match="roles must alternate") as error:
         tokenizer.render_chat(chat("hi"))
     assert error.value.status == 400
+
+
+def test_a_system_message_is_folded_where_the_template_refuses_it() -> None:
+    """Gemma's template knows users and itself only: the system text leads the first user turn."""
+    template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] | trim }}\n{% endfor %}"
+    )
+    tokenizer = made(template)
+    system = {"role": "system", "content": f"Be brief.{END}"}
+    ids = encoded(tokenizer, [system, *chat("hi", "yes", "more")])
+    assert specials(tokenizer, ids) == 0
+    text = tokenizer.decoder.decode(ids, skip_special_tokens=False)
+    assert text == f"user:Be brief.{END}\n\nhi\nassistant:yes\nuser:more\n"
+    assert tokenizer.decoder.decode(encoded(tokenizer, [system])).startswith("user:Be brief.")
 
 
 def test_a_model_without_a_template_gets_a_plain_one() -> None:

@@ -11,7 +11,7 @@ from app.api.dependencies import (
     GuardedRoute,
     unless_disconnected,
 )
-from app.api.errors import responses
+from app.api.errors import STREAM, responses
 from app.api.schemas import (
     AssistantMessage,
     ChatRequest,
@@ -31,7 +31,7 @@ router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["ch
     "/v1/chat",
     response_model=ChatResponse,
     response_model_exclude_none=True,
-    responses=responses(*GENERATION_ERRORS, SessionBusyError),
+    responses=STREAM | responses(*GENERATION_ERRORS, SessionBusyError),
 )
 async def chat(
     body: ChatRequest,

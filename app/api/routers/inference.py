@@ -10,7 +10,7 @@ from app.api.dependencies import (
     GuardedRoute,
     unless_disconnected,
 )
-from app.api.errors import responses
+from app.api.errors import STREAM, responses
 from app.api.schemas import GenerateRequest, GenerateResponse, answer_fields, job_fields
 from app.api.sse import EventStream
 from app.services.generation import Job
@@ -23,7 +23,7 @@ router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["in
     "/v1/generate",
     response_model=GenerateResponse,
     response_model_exclude_none=True,
-    responses=responses(*GENERATION_ERRORS),
+    responses=STREAM | responses(*GENERATION_ERRORS),
 )
 async def generate(
     body: GenerateRequest, generation: Generation, caller: Caller, request: Request

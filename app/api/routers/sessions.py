@@ -1,17 +1,24 @@
 """GET and DELETE /v1/sessions/{session_id}: a conversation's history, and forgetting it."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 
 from app.api.dependencies import KEY_SCHEMES, Caller, Conversation, GuardedRoute
 from app.api.errors import responses
 from app.api.schemas import AnyMessage, SessionResponse
-from app.utils.errors import InvalidAPIKeyError, RateLimitExceededError, SessionNotFoundError
+from app.utils.errors import (
+    InvalidAPIKeyError,
+    RateLimitExceededError,
+    SessionNotFoundError,
+    ValidationFailedError,
+)
 
 router = APIRouter(
     route_class=GuardedRoute,
     dependencies=KEY_SCHEMES,
     tags=["sessions"],
-    responses=responses(InvalidAPIKeyError, SessionNotFoundError, RateLimitExceededError),
+    responses=responses(
+        InvalidAPIKeyError, SessionNotFoundError, ValidationFailedError, RateLimitExceededError
+    ),
 )
 
 
@@ -30,7 +37,8 @@ async def get_session(
     )
 
 
-@router.delete("/v1/sessions/{session_id}", status_code=204)
-async def delete_session(session_id: str, conversation: Conversation, caller: Caller) -> None:
+@router.delete("/v1/sessions/{session_id}", status_code=204, response_class=Response)
+async def delete_session(session_id: str, conversation: Conversation, caller: Caller) -> Response:
     """Forget a conversation; a turn under way is not kept either."""
     conversation.forget(caller.key_id, session_id)
+    return Response(status_code=204)
