@@ -4,16 +4,18 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from app.core.config import Settings
+from app.core.config import Settings, load_settings
 from app.llm import bundled
 from app.main import create_app
 from tests.support.live import STEP
 from tests.support.service import API_KEY, OTHER_KEY, Service, is_setting, running_service
+from tests.support.settings import Load
 
 RunApp = Callable[..., TestClient]
 
@@ -102,3 +104,16 @@ def bundled_service() -> Iterator[Service]:
         OMP_WAIT_POLICY="PASSIVE",
     ) as service:
         yield service
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Loads settings from the text of a config.yml and of a .env, and nothing else."""
+
+    def load(config: str = "", env: str = "") -> Settings:
+        config_file, env_file = tmp_path / "config.yml", tmp_path / ".env"
+        config_file.write_text(config, encoding="utf-8")
+        env_file.write_text(env, encoding="utf-8")
+        return load_settings(config_file=config_file, env_file=env_file)
+
+    return load

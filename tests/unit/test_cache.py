@@ -1,226 +1,125 @@
-"""The cache's bounds, and flights."""
+"""The bounded cache: how long, how many, how much, and who goes first."""
 
-import asyncio
-from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from app.core.cache import BoundedCache
-from app.core.config import CacheSettings
-from app.core.metrics import Metrics
-from app.llm.generator import GenerationReport
-from app.services.response_cache import ResponseCache, cache_key
-from app.utils.errors import OverloadedError
 
 
-def make(max_entries: int = 10, max_bytes: int = 1000, ttl: float = 10) -> BoundedCache[str]:
-    """A cache of strings on a clock that stands still."""
-    return BoundedCache(
-        max_entries=max_entries,
-        max_bytes=max_bytes,
-        ttl_seconds=ttl,
-        size_of=len,
-        clock=lambda: CLOCK[0],
-    )
+@dataclass
+class Clock:
+    """Time that stands still until it is moved."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
-CLOCK = [0.0]
+@pytest.fixture
+def clock() -> Clock:
+    """See :class:`Clock`."""
+    return Clock()
 
 
-def test_entries_are_bounded_and_the_recently_used_stay() -> None:
-    """Past max_entries the least recently used value goes."""
-    cache = make(max_entries=2)
-    cache.put("a", "1")
-    cache.put("b", "2")
-    cache.get("a")
-    cache.put("c", "3")
-    assert (cache.get("a"), cache.get("b"), cache.get("c")) == ("1", None, "3")
+@pytest.fixture
+def cache(clock: Clock) -> BoundedCache[str]:
+    """Three values of at most 100 bytes together, for ten seconds."""
+    return new_cache(clock)
 
 
-def test_bytes_are_bounded() -> None:
-    """Values make room for each other, and one that is far too large is not kept."""
-    cache = make(max_bytes=100)
-    for i in range(50):
-        cache.put(str(i), "x" * 20)
-    statistics = cache.statistics()
-    assert statistics.bytes <= 100
-    assert statistics.entries == 5
-    cache.put("huge", "x" * 90)
-    assert cache.get("huge") is None
-    assert cache.statistics().entries == 5
+def new_cache(clock: Clock) -> BoundedCache[str]:
+    """See :func:`cache`."""
+    return BoundedCache(max_entries=3, max_bytes=100, ttl_seconds=10, size_of=len, clock=clock)
 
 
-def test_values_expire() -> None:
-    """After the lifetime a value is gone; reading does not prolong it."""
-    cache = make(ttl=10)
-    cache.put("a", "1")
-    CLOCK[0] += 6
-    assert cache.get("a") == "1"
-    CLOCK[0] += 6
+def test_a_value_is_kept_for_its_time(cache: BoundedCache[str], clock: Clock) -> None:
+    """A value is there until its time is over, and gone at that moment."""
+    cache.put("a", "x")
+    clock.now = 9.999
+    assert cache.get("a") == "x"
+    clock.now = 10
     assert cache.get("a") is None
     assert len(cache) == 0
-    assert (cache.statistics().hits, cache.statistics().misses) == (1, 1)
+    assert cache.statistics().bytes == 0
 
 
-def test_keys_differ_where_anything_differs() -> None:
-    """No two different requests share a key."""
-    keys = {
-        cache_key("alice", "m", {"temperature": 0}, "ab", "c"),
-        cache_key("bob", "m", {"temperature": 0}, "ab", "c"),
-        cache_key("alice", "m", {"temperature": 1}, "ab", "c"),
-        cache_key("alice", "m", {"temperature": 0}, "a", "bc"),
-    }
-    assert len(keys) == 4
+def test_being_used_does_not_prolong_a_value(cache: BoundedCache[str], clock: Clock) -> None:
+    """An answer gets old from the moment it was made, however often it is asked for."""
+    cache.put("a", "x")
+    clock.now = 9
+    cache.get("a")
+    clock.now = 11
+    assert cache.get("a") is None
 
 
-class Generation:
-    """A generation that the test lets go on, piece by piece."""
-
-    def __init__(self, pieces: int = 3) -> None:
-        self.started = 0
-        self.closed = 0
-        self.go = asyncio.Event()
-        self._pieces = pieces
-
-    async def __call__(self, report: GenerationReport) -> AsyncGenerator[str, None]:
-        self.started += 1
-        try:
-            yield ""
-            await self.go.wait()
-            for i in range(self._pieces):
-                yield f"{i}"
-            report.finish_reason = "stop"
-        finally:
-            self.closed += 1
+def test_the_least_recently_used_goes_first(cache: BoundedCache[str]) -> None:
+    """When there is no place the value that was used longest ago makes room."""
+    for key in ("a", "b", "c"):
+        cache.put(key, key)
+    cache.get("a")
+    cache.put("d", "d")
+    assert [cache.get(key) for key in ("a", "b", "c", "d")] == ["a", None, "c", "d"]
 
 
-def make_cache() -> tuple[ResponseCache, Metrics]:
-    """An empty response cache."""
-    metrics = Metrics()
-    return ResponseCache(CacheSettings(), metrics), metrics
-
-
-async def read(pieces: AsyncGenerator[str, None]) -> str:
-    """The whole answer."""
-    return "".join([piece async for piece in pieces])
-
-
-async def test_identical_requests_run_once_and_all_get_the_answer() -> None:
-    """Fifty readers of one key share one generation, and the answer is kept."""
-    cache, metrics = make_cache()
-    generation = Generation()
-    readers = [asyncio.create_task(read(cache.generate("k", generation)[1])) for _ in range(50)]
-    await asyncio.sleep(0)
-    generation.go.set()
-    assert await asyncio.gather(*readers) == ["012"] * 50
-    assert generation.started == 1
-    stored = cache.lookup("k")
-    assert stored is not None
-    assert stored.text == "012"
-    value = metrics.registry.get_sample_value
-    assert value("response_cache_requests_total", {"result": "miss"}) == 1
-    assert value("response_cache_requests_total", {"result": "coalesced"}) == 49
-    assert value("response_cache_requests_total", {"result": "hit"}) == 1
-    assert value("response_cache_entries") == 1
-
-
-async def test_the_first_reader_may_leave() -> None:
-    """Whoever asked first has no more right to the generation than the others."""
-    cache, _ = make_cache()
-    generation = Generation()
-    first = asyncio.create_task(read(cache.generate("k", generation)[1]))
-    await asyncio.sleep(0)
-    second = asyncio.create_task(read(cache.generate("k", generation)[1]))
-    await asyncio.sleep(0)
-    first.cancel()
-    await asyncio.gather(first, return_exceptions=True)
-    generation.go.set()
-    assert await second == "012"
-    assert generation.started == 1
-
-
-async def test_the_last_reader_to_leave_ends_the_generation() -> None:
-    """Nobody left: the generation is cancelled at once, nothing is kept, a new one starts."""
-    cache, _ = make_cache()
-    generation = Generation()
-    readers = [asyncio.create_task(read(cache.generate("k", generation)[1])) for _ in range(3)]
-    await asyncio.sleep(0.01)
-    for reader in readers:
-        reader.cancel()
-    await asyncio.gather(*readers, return_exceptions=True)
-    late = asyncio.create_task(read(cache.generate("k", generation)[1]))
-    await asyncio.sleep(0.01)
-    assert (generation.started, generation.closed) == (2, 1)
-    generation.go.set()
-    assert await late == "012"
-
-
-async def test_an_error_reaches_every_reader_and_is_not_kept() -> None:
-    """All who wait get the error; the next request tries again."""
-    cache, _ = make_cache()
-
-    async def failing(report: GenerationReport) -> AsyncGenerator[str, None]:
-        yield ""
-        raise OverloadedError
-
-    results = await asyncio.gather(
-        *(read(cache.generate("k", failing)[1]) for _ in range(3)), return_exceptions=True
+def test_bytes_make_room_as_well(cache: BoundedCache[str]) -> None:
+    """Values are pushed out until the new one fits into the bytes, not only into the number."""
+    wide: BoundedCache[str] = BoundedCache(
+        max_entries=100, max_bytes=100, ttl_seconds=10, size_of=len
     )
-    assert [type(r) for r in results] == [OverloadedError] * 3
-    assert cache.lookup("k") is None
+    for key in "abcde":
+        wide.put(key, key * 25)
+    assert [wide.get(key) is None for key in "abcde"] == [True, False, False, False, False]
+    assert wide.statistics().bytes == 100
 
 
-async def test_an_incomplete_answer_is_not_kept() -> None:
-    """Without a finish reason there is no answer to keep."""
-    cache, _ = make_cache()
-
-    async def cut(report: GenerationReport) -> AsyncGenerator[str, None]:
-        yield ""
-        yield "half"
-
-    assert await read(cache.generate("k", cut)[1]) == "half"
-    assert cache.lookup("k") is None
+def test_a_value_too_large_is_not_kept(cache: BoundedCache[str]) -> None:
+    """A value of more than a quarter of all bytes pushes nothing out, and is not kept."""
+    cache.put("a", "x" * 25)
+    cache.put("b", "x" * 26)
+    assert cache.get("a") is not None
+    assert cache.get("b") is None
 
 
-async def test_no_key_means_no_cache() -> None:
-    """A request that wants no cache shares nothing and leaves nothing."""
-    cache, _ = make_cache()
-    generation = Generation()
-    generation.go.set()
-    assert await read(cache.generate(None, generation)[1]) == "012"
-    assert await read(cache.generate(None, generation)[1]) == "012"
-    assert generation.started == 2
-    assert cache.statistics().entries == 0
+def test_putting_again_replaces(cache: BoundedCache[str], clock: Clock) -> None:
+    """A key has one value, the last one, and its time begins anew."""
+    cache.put("a", "old")
+    clock.now = 6
+    cache.put("a", "new")
+    assert (cache.get("a"), len(cache), cache.statistics().bytes) == ("new", 1, 3)
+    clock.now = 12
+    assert cache.get("a") == "new"
 
 
-async def test_a_kept_answers_report_is_the_readers_own() -> None:
-    """Each answer from the cache has an id of its own."""
-    cache, _ = make_cache()
-    generation = Generation()
-    generation.go.set()
-    await read(cache.generate("k", generation)[1])
-    first, second = cache.lookup("k"), cache.lookup("k")
-    assert first is not None
-    assert second is not None
-    assert first.report.id != second.report.id
+def test_statistics_count_hits_and_misses(cache: BoundedCache[str]) -> None:
+    """What is found and what is not is counted, and the limits are told."""
+    cache.put("a", "xyz")
+    for key in ("a", "a", "b"):
+        cache.get(key)
+    statistics = cache.statistics()
+    assert (statistics.hits, statistics.misses) == (2, 1)
+    assert (statistics.entries, statistics.bytes) == (1, 3)
+    assert (statistics.max_entries, statistics.max_bytes) == (3, 100)
 
 
-def test_switched_off_it_keeps_nothing() -> None:
-    """With cache.enabled false a look-up never hits."""
-    cache = ResponseCache(CacheSettings(enabled=False), Metrics())
-    assert cache.lookup("k") is None
-
-
-@pytest.mark.parametrize("pieces", [0, 1, 200])
-async def test_a_slow_reader_gets_everything(pieces: int) -> None:
-    """A reader that comes late, or lags, misses nothing."""
-    cache, _ = make_cache()
-    generation = Generation(pieces)
-    early = cache.generate("k", generation)[1]
-    assert await anext(early) == ""
-    late = cache.generate("k", generation)[1]
-    generation.go.set()
-    await asyncio.sleep(0.01)
-    expected = "".join(str(i) for i in range(pieces))
-    assert await read(late) == expected
-    assert await read(early) == expected
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 40), st.floats(0, 6))))
+def test_the_bounds_always_hold(steps: list[tuple[str, int, float]]) -> None:
+    """After any sequence of puts and pauses number, bytes and age are within their bounds."""
+    clock = Clock()
+    cache = new_cache(clock)
+    made: dict[str, float] = {}
+    for key, size, pause in steps:
+        clock.now += pause
+        cache.put(key, "x" * size)
+        if size <= 25:
+            made[key] = clock.now
+            assert cache.get(key) == "x" * size
+        statistics = cache.statistics()
+        assert statistics.entries == len(cache) <= 3
+        assert statistics.bytes <= 100
+        for other, at in made.items():
+            if cache.get(other) is not None:
+                assert clock.now - at < 10

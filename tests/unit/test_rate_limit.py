@@ -1,138 +1,218 @@
-"""The token bucket, and which address a request comes from."""
+"""The token bucket by its arithmetic, and the address a request comes from."""
 
-import random
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import pytest
-from limits import RateLimitItemPerMinute
+from hypothesis import given
+from hypothesis import strategies as st
+from limits import parse
 from limits.storage import MemoryStorage
+from starlette.requests import Request
 
-from app.core.rate_limit import ClientAddress, TokenBucketRateLimiter
+from app.core.config import RateLimitSettings
+from app.core.metrics import Metrics
+from app.core.rate_limit import CallerLimits, ClientAddress, TokenBucketRateLimiter
+from app.utils.errors import RateLimitExceededError
+from tests.support.asgi import http_scope
+
+# One token a second.
+RATE = parse("60/minute")
 
 
+@dataclass
 class Clock:
-    """A clock that is moved by hand."""
+    """Time that stands still until it is moved."""
 
-    now = 1000.0
+    now: float = 5000.0
 
     def __call__(self) -> float:
         return self.now
 
 
-@pytest.fixture
-def clock() -> Clock:
-    """A clock at rest."""
-    return Clock()
+@dataclass
+class Bucket:
+    """One caller's bucket of five tokens."""
+
+    clock: Clock = field(default_factory=Clock)
+    limiter: TokenBucketRateLimiter = field(
+        default_factory=lambda: TokenBucketRateLimiter(MemoryStorage())
+    )
+
+    def __post_init__(self) -> None:
+        self.limiter.clock = self.clock
+        self.limiter.burst_size = 5
+
+    def hit(self, caller: str = "a", cost: int = 1) -> bool:
+        """Take tokens."""
+        return self.limiter.hit(RATE, caller, cost=cost)
 
 
-@pytest.fixture
-def bucket(clock: Callable[[], float]) -> TokenBucketRateLimiter:
-    """Buckets of five tokens."""
-    limiter = TokenBucketRateLimiter(MemoryStorage())
-    limiter.burst_size = 5
-    limiter.clock = clock
-    return limiter
+@given(st.lists(st.floats(0, 10), max_size=200))
+def test_no_window_lets_more_than_the_bucket_and_the_refill_through(pauses: list[float]) -> None:
+    """In any time t at most burst + rate * t hits pass, and a patient caller is never refused."""
+    bucket = Bucket()
+    passed: list[float] = []
+    for pause in pauses:
+        bucket.clock.now += pause
+        if bucket.hit():
+            passed.append(bucket.clock.now)
+        else:
+            assert pause < 1
+    for first in range(len(passed)):
+        for last in range(first, len(passed)):
+            allowed = 5 + (passed[last] - passed[first]) + 1e-6
+            assert last - first + 1 <= allowed
 
 
-SIXTY = RateLimitItemPerMinute(60)
+def test_a_burst_passes_and_then_one_a_second() -> None:
+    """A full bucket gives its tokens at once; from then on each takes its interval."""
+    bucket = Bucket()
+    assert [bucket.hit() for _ in range(7)] == [True] * 5 + [False] * 2
+    for _ in range(100):
+        bucket.clock.now += 1
+        assert [bucket.hit(), bucket.hit()] == [True, False]
 
 
-def test_a_full_bucket_gives_its_burst_and_no_more(bucket: TokenBucketRateLimiter) -> None:
-    """At 60 a minute and burst 5: five pass, the sixth does not."""
-    assert [bucket.hit(SIXTY, "a") for _ in range(6)] == [True] * 5 + [False]
+def test_rounding_never_costs_a_token() -> None:
+    """An interval that no float can hold adds up to whole tokens over a long time."""
+    bucket = Bucket()
+    sevenths = parse("7/minute")
+    for _ in range(5):
+        assert bucket.limiter.hit(sevenths, "a")
+    for _ in range(1000):
+        bucket.clock.now += 60 / 7
+        assert bucket.limiter.hit(sevenths, "a")
+        assert not bucket.limiter.hit(sevenths, "a")
 
 
-def test_waiting_the_time_that_was_told_lets_one_through(
-    bucket: TokenBucketRateLimiter, clock: Clock
-) -> None:
-    """After retry_after, and not before, exactly one more passes."""
-    while bucket.hit(SIXTY, "a"):
-        pass
-    wait = bucket.state(SIXTY, "a").retry_after
-    assert wait == pytest.approx(1.0)
-    clock.now += wait - 0.01
-    assert not bucket.hit(SIXTY, "a")
-    clock.now += 0.01
-    assert [bucket.hit(SIXTY, "a") for _ in range(2)] == [True, False]
+def test_a_cost_takes_as_many_tokens_or_none() -> None:
+    """A hit of several tokens takes all of them, or none where the bucket has fewer."""
+    bucket = Bucket()
+    assert bucket.hit(cost=3)
+    assert not bucket.hit(cost=3)
+    assert bucket.hit(cost=2)
+    assert not bucket.hit(cost=6)
 
 
-def test_callers_do_not_share_a_bucket(bucket: TokenBucketRateLimiter) -> None:
-    """One caller's empty bucket takes nothing from another's."""
-    while bucket.hit(SIXTY, "a"):
-        pass
-    assert bucket.hit(SIXTY, "b")
+def test_the_state_tells_what_is_left() -> None:
+    """Limit, whole tokens left, seconds until full and until the next token, at any moment."""
+    bucket = Bucket()
+    assert bucket.limiter.test(RATE, "a")
+    bucket.hit(cost=4)
+    bucket.clock.now += 0.25
+    state = bucket.limiter.state(RATE, "a")
+    assert (state.limit, state.remaining, state.reset_seconds) == (5, 1, 4)
+    assert state.retry_after == 0
+    bucket.hit()
+    state = bucket.limiter.state(RATE, "a")
+    assert state.remaining == 0
+    assert state.retry_after == pytest.approx(0.75)
+    assert state.headers() == {
+        "X-RateLimit-Limit": "5",
+        "X-RateLimit-Remaining": "0",
+        "X-RateLimit-Reset": "5",
+    }
+    assert bucket.limiter.get_window_stats(RATE, "a").remaining == 0
+    assert not bucket.limiter.test(RATE, "a")
 
 
-def test_no_window_ever_exceeds_burst_plus_rate() -> None:
-    """In any window t, accepted <= burst + rate * t, whatever the pattern of calls."""
-    for seed in range(20):
-        rng = random.Random(seed)
-        clock = Clock()
-        limiter = TokenBucketRateLimiter(MemoryStorage())
-        burst, per_minute = rng.randint(1, 20), rng.randint(1, 600)
-        limiter.burst_size, limiter.clock = burst, clock
-        item = RateLimitItemPerMinute(per_minute)
-        accepted: list[float] = []
-        for _ in range(2000):
-            clock.now += rng.choice([0.0, 0.0, rng.expovariate(per_minute / 60), 5 * rng.random()])
-            if limiter.hit(item, "a"):
-                accepted.append(clock.now)
-        for i, start in enumerate(accepted):
-            for count, end in enumerate(accepted[i:], 1):
-                assert count <= burst + per_minute / 60 * (end - start) + 1e-6
+def test_callers_are_apart() -> None:
+    """One caller's hits leave the others' buckets full."""
+    bucket = Bucket()
+    assert bucket.hit("a", cost=5)
+    assert bucket.hit("b", cost=5)
 
 
-def test_a_thousand_callers_at_once_get_exactly_the_burst(bucket: TokenBucketRateLimiter) -> None:
-    """Concurrent hits on one bucket never overdraw it, and each caller has a bucket."""
+def test_a_thousand_callers_at_once_get_exactly_the_burst() -> None:
+    """Hits from many threads never overdraw a bucket, and each caller has one."""
+    bucket = Bucket()
     with ThreadPoolExecutor(32) as pool:
-        shared = list(pool.map(lambda _: bucket.hit(SIXTY, "same"), range(1000)))
-        own = list(pool.map(lambda i: bucket.hit(SIXTY, f"caller {i}"), range(1000)))
+        shared = list(pool.map(lambda _: bucket.hit("same"), range(1000)))
+        own = list(pool.map(lambda i: bucket.hit(f"caller {i}"), range(1000)))
     assert sum(shared) == 5
     assert all(own)
 
 
-def test_the_state_tells_limit_remaining_and_reset(
-    bucket: TokenBucketRateLimiter, clock: Clock
-) -> None:
-    """What the headers say follows from the bucket."""
-    assert bucket.test(SIXTY, "a")
-    bucket.hit(SIXTY, "a", cost=2)
-    assert bucket.state(SIXTY, "a").headers() == {
-        "X-RateLimit-Limit": "5",
-        "X-RateLimit-Remaining": "3",
-        "X-RateLimit-Reset": "2",
-    }
-    assert bucket.get_window_stats(SIXTY, "a").remaining == 3
-    clock.now += 10
-    assert bucket.state(SIXTY, "a").remaining == 5
+# --- The limits in front of the routes ------------------------------------------------------------
+
+
+def request() -> Request:
+    """A request, for slowapi to keep its notes on."""
+    return Request(http_scope("POST", "/v1/chat"))
+
+
+async def test_taking_returns_headers_and_refusing_carries_them() -> None:
+    """A taken token is told in the headers; the refusal has them too, and when to come back."""
+    metrics = Metrics()
+    settings = RateLimitSettings(requests_per_minute=60, burst_size=1)
+    limits = CallerLimits(settings, metrics)
+    clock = limits.buckets.clock = Clock()
+    headers = await limits.take(request(), "key:a", reason="key")
+    assert headers["X-RateLimit-Remaining"] == "0"
+    clock.now += 0.5
+    with pytest.raises(RateLimitExceededError) as caught:
+        await limits.take(request(), "key:a", reason="key")
+    assert caught.value.headers["Retry-After"] == "1"
+    assert caught.value.headers["X-RateLimit-Limit"] == "1"
+    refused = metrics.registry.get_sample_value("rate_limited_total", {"reason": "key"})
+    assert refused == 1
+    await limits.take(request(), "key:b", reason="key")
+
+
+async def test_limits_that_are_off_take_nothing() -> None:
+    """Switched off, every request passes and no header pretends otherwise."""
+    settings = RateLimitSettings(enabled=False, requests_per_minute=1)
+    limits = CallerLimits(settings, Metrics())
+    for _ in range(5):
+        assert await limits.take(request(), "key:a", reason="key") == {}
+
+
+# --- Addresses ------------------------------------------------------------------------------------
+
+ADDRESSES = {
+    "no proxies trusted": ([], "192.0.2.1", "198.51.100.1", "192.0.2.1"),
+    "trusted": (["192.0.2.0/24"], "192.0.2.1", "198.51.100.1", "198.51.100.1"),
+    "a single address trusted": (["192.0.2.1"], "192.0.2.1", "198.51.100.1", "198.51.100.1"),
+    "another peer": (["192.0.2.0/24"], "203.0.113.1", "198.51.100.1", "203.0.113.1"),
+    "forged in front": (["192.0.2.0/24"], "192.0.2.1", "1.1.1.1, 198.51.100.1", "198.51.100.1"),
+    "two proxies": (
+        ["192.0.2.0/24"],
+        "192.0.2.1",
+        "1.1.1.1,198.51.100.1 , 192.0.2.9",
+        "198.51.100.1",
+    ),
+    "only proxies": (["192.0.2.0/24"], "192.0.2.1", "192.0.2.8, 192.0.2.9", "192.0.2.8"),
+    "no header": (["192.0.2.0/24"], "192.0.2.1", "", "192.0.2.1"),
+    "empty items": (["192.0.2.0/24"], "192.0.2.1", " , ,198.51.100.1,, ", "198.51.100.1"),
+    "nonsense": (["192.0.2.0/24"], "192.0.2.1", "unknown", "unknown"),
+    "IPv6": (["2001:db8::/32"], "2001:db8::1", "2001:db9::7", "2001:db9::7"),
+    "host bits": (["192.0.2.77/24"], "192.0.2.1", "198.51.100.1", "198.51.100.1"),
+    "a socket's path": ([], "/run/service.sock", "", "unknown"),
+}
 
 
 @pytest.mark.parametrize(
-    ("trusted", "peer", "forwarded", "expected"),
-    [
-        ([], "198.51.100.7", "203.0.113.1", "198.51.100.7"),
-        (["10.0.0.0/8"], "198.51.100.7", "203.0.113.1", "198.51.100.7"),
-        (["10.0.0.0/8"], "10.1.2.3", "203.0.113.1", "203.0.113.1"),
-        (["10.0.0.0/8"], "10.1.2.3", "6.6.6.6, 203.0.113.1, 10.9.9.9", "203.0.113.1"),
-        (["10.1.2.3"], "10.1.2.3", "", "10.1.2.3"),
-        (["10.1.2.3"], "10.1.2.3", "not an address", "unknown"),
-        (["::1"], "::1", "2001:db8::7", "2001:db8::7"),
-    ],
+    ("trusted", "peer", "forwarded", "expected"), ADDRESSES.values(), ids=ADDRESSES.keys()
 )
 def test_only_trusted_proxies_are_believed(
     trusted: list[str], peer: str, forwarded: str, expected: str
 ) -> None:
-    """The rightmost address that no trusted proxy stands behind counts; a forged one does not."""
+    """The address is the rightmost one that no trusted proxy vouches against."""
     headers = {"x-forwarded-for": forwarded} if forwarded else {}
-    assert ClientAddress(trusted).of((peer, 4711), headers) == expected
+    assert ClientAddress(trusted).of((peer, 40_000), headers) == expected
 
 
-def test_what_uvicorn_rewrote_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uvicorn trusts 127.0.0.1 by itself and leaves port 0; that is undone unless configured."""
-    headers = {"x-forwarded-for": "6.6.6.6"}
+def test_a_request_without_a_peer_has_no_address() -> None:
+    """Over a Unix socket there is no address to limit by."""
+    assert ClientAddress([]).of(None, {}) == "unknown"
+
+
+def test_what_uvicorn_rewrote_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server believes the header from this machine by itself, and leaves port 0: we do not."""
     monkeypatch.delenv("FORWARDED_ALLOW_IPS", raising=False)
-    assert ClientAddress([]).of(("6.6.6.6", 0), headers) == "127.0.0.1"
-    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.0.0.1")
-    assert ClientAddress([]).of(("6.6.6.6", 0), headers) == "6.6.6.6"
-    assert ClientAddress([]).of(None, headers) == "unknown"
+    headers = {"x-forwarded-for": "198.51.100.1"}
+    assert ClientAddress([]).of(("198.51.100.1", 0), headers) == "127.0.0.1"
+    assert ClientAddress(["127.0.0.1"]).of(("198.51.100.1", 0), headers) == "198.51.100.1"
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "10.0.0.1")
+    assert ClientAddress([]).of(("198.51.100.1", 0), {}) == "198.51.100.1"
