@@ -1,0 +1,159 @@
+"""The log's formatters: shape, escaping, and whose loggers they speak for."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from app.core.config import LoggingSettings
+from app.core.logging import (
+    ServiceJsonFormatter,
+    TextFormatter,
+    configure_logging,
+    get_logger,
+    request_id_var,
+)
+
+NASTY = 'a\nb\r\nc\u2028d\x1b[31m"e" {"level": "CRITICAL"}'
+
+
+def record(message: str, *arguments: Any, **extra: Any) -> logging.LogRecord:
+    """A record as a logger makes it."""
+    logger = logging.getLogger("llm_service.test")
+    return logger.makeRecord(
+        logger.name, logging.INFO, "file.py", 1, message, arguments, None, extra=extra
+    )
+
+
+def with_traceback() -> logging.LogRecord:
+    """A record of an exception."""
+    try:
+        raise ValueError(NASTY)
+    except ValueError:
+        made = record("failed")
+        made.exc_info = sys.exc_info()
+        return made
+
+
+@pytest.fixture
+def request_id() -> Iterator[str]:
+    """The id of a request that is being served."""
+    token = request_id_var.set("req-7")
+    yield "req-7"
+    request_id_var.reset(token)
+
+
+def test_json_has_the_documents_members_in_order(request_id: str) -> None:
+    """timestamp, level, logger and message come first, then the request's id and the extras."""
+    made = record("%s %s - %d", "POST", "/v1/chat", 200, status_code=200, latency_ms=1.5)
+    made.created = 1_704_110_400.25
+    line = ServiceJsonFormatter().format(made)
+    assert list(json.loads(line).items()) == [
+        ("timestamp", "2024-01-01T12:00:00.250Z"),
+        ("level", "INFO"),
+        ("logger", "llm_service.test"),
+        ("message", "POST /v1/chat - 200"),
+        ("request_id", request_id),
+        ("status_code", 200),
+        ("latency_ms", 1.5),
+    ]
+
+
+def test_json_outside_a_request_has_no_request_id() -> None:
+    """An event that belongs to no request does not pretend to."""
+    assert "request_id" not in json.loads(ServiceJsonFormatter().format(record("started")))
+
+
+@pytest.mark.parametrize("made", [record(NASTY), record("%s", NASTY), record("x", extra=NASTY)])
+def test_json_is_one_line_whatever_it_carries(made: logging.LogRecord) -> None:
+    """Line breaks and quotes in a message or a member cannot begin a line or end a member."""
+    line = ServiceJsonFormatter().format(made)
+    assert len(line.splitlines()) == 1
+    event = json.loads(line)
+    assert NASTY in (event["message"], event.get("extra"))
+    assert event["level"] == "INFO"
+
+
+def test_a_traceback_is_one_member() -> None:
+    """An exception's traceback stays inside the line of its event."""
+    line = ServiceJsonFormatter().format(with_traceback())
+    assert len(line.splitlines()) == 1
+    assert "ValueError" in json.loads(line)["exc_info"]
+
+
+def test_json_has_no_colours() -> None:
+    """The server's second, coloured copy of a message is left out."""
+    event = json.loads(ServiceJsonFormatter().format(record("x", color_message="\x1b[36mx")))
+    assert "color_message" not in event
+
+
+def test_text_escapes_control_characters(request_id: str) -> None:
+    """A message for people is one line, with control characters shown and not obeyed."""
+    line = TextFormatter().format(record(NASTY))
+    assert len(line.splitlines()) == 1
+    assert "\x1b" not in line
+    assert line.endswith(f"[{request_id}]")
+    assert "INFO    llm_service.test: a\\nb" in line
+
+
+def test_text_shows_tracebacks() -> None:
+    """In the text format a traceback follows on lines of its own, for people to read."""
+    lines = TextFormatter().format(with_traceback()).splitlines()
+    assert lines[0].endswith("llm_service.test: failed")
+    assert lines[1] == "Traceback (most recent call last):"
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Puts back the root logger's handlers and the levels that configure_logging changes."""
+    names = ("uvicorn", "uvicorn.error", "uvicorn.access", "llm_service", "httpx", "slowapi", None)
+    before = [(logging.getLogger(n), logging.getLogger(n).level) for n in names]
+    handlers = logging.getLogger().handlers[:]
+    yield
+    logging.getLogger().handlers[:] = handlers
+    for logger, level in before:
+        logger.setLevel(level)
+        logger.propagate = True
+
+
+@pytest.mark.usefixtures("restored")
+def test_every_logger_writes_through_one_handler(capsys: pytest.CaptureFixture[str]) -> None:
+    """The service's, uvicorn's and libraries' events come once each, as JSON on standard error."""
+    logging.getLogger("uvicorn.error").addHandler(logging.StreamHandler())
+    logging.getLogger("uvicorn.error").setLevel("INFO")
+    configure_logging(LoggingSettings())
+    get_logger().info("ours")
+    get_logger("engine").info("the engine's")
+    logging.getLogger("uvicorn.error").info("the server's")
+    logging.getLogger("some.library").warning("a library's")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert [json.loads(line)["message"] for line in captured.err.splitlines()] == [
+        "ours",
+        "the engine's",
+        "the server's",
+        "a library's",
+    ]
+
+
+@pytest.mark.usefixtures("restored")
+def test_noise_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """The access log, libraries' information and levels below the least are not written."""
+    configure_logging(LoggingSettings(level="WARNING", format="text"))
+    get_logger().info("ours")
+    logging.getLogger("uvicorn.access").info("GET /?key=secret")
+    logging.getLogger("httpx").info("HTTP Request: GET")
+    logging.getLogger("some.library").info("hello")
+    logging.getLogger("slowapi").warning("ratelimit exceeded at endpoint")
+    get_logger().warning("kept")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("WARNING llm_service: kept")
+
+
+def test_loggers_are_named_after_the_service() -> None:
+    """The service's logger has the name of the user's document, and its children below it."""
+    assert get_logger().name == "llm_service"
+    assert get_logger("engine").name == "llm_service.engine"
