@@ -227,11 +227,13 @@ def test_an_idle_service_stops_at_once() -> None:
         assert not service.survivors()
 
 
-def test_the_engine_does_not_outlive_a_killed_service() -> None:
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "at work"])
+def test_the_engine_does_not_outlive_a_killed_service(busy: bool) -> None:
     """When the service is killed with -9 its engine process ends by itself, in mid-answer too."""
     with running_service(ENGINE__ECHO_STEP_SECONDS=str(STEP)) as service:
-        threading.Thread(target=_ignored, args=(service, LONG), daemon=True).start()
-        service.wait_for_metric("llm_requests_running", 1)
+        if busy:
+            threading.Thread(target=_ignored, args=(service, LONG), daemon=True).start()
+            service.wait_for_metric("llm_requests_running", 1)
         assert any(str(service.engine_pid) in line for line in service.survivors())
         service.process.kill()
         service.wait()

@@ -4,6 +4,7 @@ Everything runs as in production: uvicorn, its engine process, and real sockets.
 takes a fixed time for a token, so an answer's length decides how long it takes.
 """
 
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from tests.conftest import RunApp
+from tests.support.asgi import Leaving, http_scope
 from tests.support.live import (
     LONG,
     SOON,
@@ -81,6 +84,21 @@ def test_leaving_a_stream_frees_its_slot(slow_service: Service) -> None:
     tokens = slow_service.metric("tokens_generated_total")
     time.sleep(4 * STEP)
     assert slow_service.metric("tokens_generated_total") == tokens
+
+
+def test_leaving_stops_the_engine_too(run_app: RunApp) -> None:
+    """The engine process stops working for a client that has left, not only the queue."""
+    client = run_app(engine={"echo_step_seconds": STEP})
+    engine = client.app.state.services.engine  # type: ignore[attr-defined]
+    leaving = Leaving(json.dumps(generate(LONG, stream=True)).encode())
+    scope = http_scope("POST", "/v1/generate", {"X-API-Key": API_KEY})
+    assert client.portal is not None
+    client.portal.call(client.app, scope, leaving.receive, leaving.send)
+    left = time.monotonic()
+    assert engine.stats.running == 1
+    while engine.stats.running:
+        assert time.monotonic() - left < SOON
+        time.sleep(STEP)
 
 
 def test_leaving_a_whole_answer_frees_its_slot(slow_service: Service) -> None:

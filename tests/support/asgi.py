@@ -1,5 +1,6 @@
 """Calling the application without a server, one message at a time."""
 
+import asyncio
 from typing import Any
 
 
@@ -72,3 +73,26 @@ class Received:
     async def __call__(self) -> Any:
         self.taken += 1
         return {"type": "http.request", "body": self._chunk, "more_body": self._endless}
+
+
+class Leaving:
+    """A client that sends a body, and leaves as soon as it has received its first piece of text.
+
+    It is both ends: what the application receives from, and what it sends to.
+    """
+
+    def __init__(self, body: bytes) -> None:
+        self._messages: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
+        self._left = asyncio.Event()
+
+    async def receive(self) -> Any:
+        """The body, and later that the client has gone."""
+        if self._messages:
+            return self._messages.pop()
+        await self._left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        """Take a message; the first that holds text is the last one wanted."""
+        if b'"text"' in message.get("body", b""):
+            self._left.set()
