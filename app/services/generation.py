@@ -205,6 +205,7 @@ class GenerationService:
             self._engine.model_label,
             (info.revision, info.chat_template, info.dtype) if info else None,
             self._chains.system_prompt,
+            self._screening.mode,
             job.prompt,
             job.messages,
             options.max_tokens or options.default_max_tokens,

@@ -29,6 +29,8 @@ class Screening:
         except ValueError as error:
             raise ConfigurationError(f"configuration error: {error}") from None
         self._filter_tokens: tuple[str, ...] = ()
+        self.mode = (pii.input, pii.output)
+        """Part of what decides an answer, for the response cache."""
 
     def prompt(self, text: str, *, param: str) -> str:
         """A prompt as the model may see it.
