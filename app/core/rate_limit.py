@@ -146,6 +146,8 @@ class CallerLimits:
                 # Its default would read the project's .env once more, with other names in mind.
                 config_filename=os.devnull,
             )
+        # It would let a stray RATELIMIT_ENABLED of the environment decide.
+        self._limiter.enabled = settings.enabled
         self.buckets: TokenBucketRateLimiter = self._limiter.limiter
         self.buckets.burst_size = settings.burst_size
 

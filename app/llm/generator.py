@@ -182,6 +182,7 @@ class TextGenerator:
                 if stopped:
                     report.finish_reason = "stop"
                     report.token_ids.clear()
+                    place.finish()
                     yield piece
                     return
                 if event.finish_reason is not None:

@@ -72,6 +72,18 @@ def test_prompt_tokens_and_timings_are_observed(client: TestClient) -> None:
     assert after[stopped] == before.get(stopped, 0) + 1
 
 
+def test_a_stop_string_is_not_a_client_that_left(client: TestClient) -> None:
+    """An answer that a stop string ended counts as finished, and not as cancelled."""
+    before = samples(client)
+    body = {"prompt": "one two three", "stop": "two", "cache": False}
+    assert client.post("/v1/generate", json=body).json()["finish_reason"] == "stop"
+    after = samples(client)
+    cancelled = ("llm_requests_cancelled_total", ())
+    assert after[cancelled] == before[cancelled]
+    stopped = ("llm_request_duration_seconds_count", (("finish_reason", "stop"),))
+    assert after[stopped] == before.get(stopped, 0) + 1
+
+
 def test_gauges_return_to_zero(client: TestClient) -> None:
     """With nothing to do nothing runs and nothing waits."""
     client.post("/v1/generate", json={"prompt": "gauges", "cache": False})

@@ -179,3 +179,13 @@ def test_the_default_burst_is_a_minutes_worth() -> None:
     headers = {"X-API-Key": API_KEY}
     codes = [client.post("/v1/chat", json=BODY, headers=headers).status_code for _ in range(4)]
     assert codes == [422, 422, 422, 429]
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_the_librarys_own_variable_decides_nothing(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    """A RATELIMIT_ENABLED in the environment, which slowapi would read, changes nothing."""
+    monkeypatch.setenv("RATELIMIT_ENABLED", value)
+    limited = Limited()
+    assert [limited.post().status_code for _ in range(6)] == [422] * 5 + [429]

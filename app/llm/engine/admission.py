@@ -13,7 +13,7 @@ from typing import Protocol
 
 from app.core.config import EngineSettings
 from app.core.metrics import Metrics
-from app.llm.engine.base import GenerationRequest, TokenEvent
+from app.llm.engine.base import FinishReason, GenerationRequest, TokenEvent
 from app.utils.errors import (
     DeadlineExceededError,
     InternalError,
@@ -120,7 +120,12 @@ class _Meter:
                 metrics.inter_token_latency.observe((now - self._last) / len(event.token_ids))
             self._last = now
         if event.finish_reason:
-            metrics.request_duration.labels(event.finish_reason).observe(now - self._admitted_at)
+            self.ended(event.finish_reason)
+
+    def ended(self, reason: FinishReason) -> None:
+        """The answer is complete, or has failed."""
+        seconds = time.perf_counter() - self._admitted_at
+        self._metrics.request_duration.labels(reason).observe(seconds)
 
 
 class Admission:
@@ -180,6 +185,11 @@ class Admission:
             self._turn.set_exception(error)
         self._mailbox.fail(error)
         self._stop_engine()
+
+    def finish(self) -> None:
+        """Stop the engine, since the answer is complete before the engine thinks so."""
+        if self._stop_engine():
+            self._meter.ended("stop")
 
     def release(self) -> None:
         """Give the place back, and stop what still runs. May be called twice."""
