@@ -101,7 +101,6 @@ def bundled_service() -> Iterator[Service]:
         MODEL__SOURCE="bundled",
         MODEL__ENGINE="transformers",
         # Threads that spin while they wait make a busy machine fifty times slower.
-        OMP_WAIT_POLICY="PASSIVE",
     ) as service:
         yield service
 

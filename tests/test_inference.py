@@ -80,7 +80,14 @@ def test_health(bundled_service: Service) -> None:
 def test_generate(http: httpx.Client) -> None:
     """The user's request to /v1/generate is answered with the document's fields, and additions."""
     prompt = "Explain quantum computing in simple terms"
-    answer = post(http, "/v1/generate", {"prompt": prompt, "max_tokens": 200, "temperature": 0.7})
+    response = http.post(
+        "/v1/generate",
+        json={"prompt": prompt, "max_tokens": 200, "temperature": 0.7},
+        # Another test may have asked the same of this service.
+        headers={"Cache-Control": "no-cache"},
+    )
+    assert response.status_code == 200, response.text
+    answer = response.json()
     assert set(answer) == GENERATE_FIELDS | ADDED_FIELDS
     assert answer["generated_text"].strip()
     assert (answer["prompt"], answer["model"], answer["cached"]) == (prompt, MODEL, False)

@@ -67,9 +67,9 @@ class BoundedCache(Generic[V]):
 
     def put(self, key: str, value: V) -> None:
         """Keep ``value``; the least recently used ones make room for it."""
+        self._values.pop(key, None)
         if self._size_of(value) > self._max_bytes // 4:
             return
-        self._values.pop(key, None)
         self._values.expire()
         while len(self._values) >= self._max_entries:
             self._values.popitem()

@@ -227,6 +227,8 @@ class GenerationService:
             screened = self._screening.answer(pieces, report, self._engine.template_tokens)
             async for piece in screened:
                 yield piece
+            if report.finish_reason == "content_filter":
+                admission.finish()
         finally:
             # LangChain closes its inner generators when it gets to it; the place is freed now.
             admission.release()

@@ -87,6 +87,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """
     folder = make_tiny_model(tmp_path_factory.mktemp("hub") / "model")
     (folder / "chat_template.jinja").write_text(GEMMA_TEMPLATE, encoding="utf-8")
+    # Random weights say bytes that are no characters, which take three tokens each as history.
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = 4096
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     home = tmp_path_factory.mktemp("home")
     with running_hub() as hub:
         hub.add(MODEL, folder, gated=True)
