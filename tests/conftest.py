@@ -100,7 +100,6 @@ def bundled_service() -> Iterator[Service]:
     with running_service(
         MODEL__SOURCE="bundled",
         MODEL__ENGINE="transformers",
-        # Threads that spin while they wait make a busy machine fifty times slower.
     ) as service:
         yield service
 
