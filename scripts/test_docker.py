@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.container_engine import DEFAULT_STORE, PROJECT_ROOT, Engine, EngineError, choose_engine
+from tests.support.user_commands import CHAT, GENERATE, HEALTH, METRICS, STREAM
 
 MAX_IMAGE_BYTES = 1_500_000_000
 USER = "10001"
@@ -32,35 +33,6 @@ START_SECONDS = 180.0
 # A story of 512 tokens takes its time where other programs use the same cores.
 CURL_SECONDS = "600"
 STOP_SECONDS = 30
-
-# The commands of the user's documentation; only the key and the port are put in.
-HEALTH = "curl http://localhost:8000/health"
-METRICS = "curl http://localhost:8000/metrics"
-GENERATE = """curl -X POST http://localhost:8000/v1/generate \\
-  -H "Content-Type: application/json" \\
-  -H "X-API-Key: your-api-key-here" \\
-  -d '{
-    "prompt": "Explain quantum computing in simple terms",
-    "max_tokens": 200,
-    "temperature": 0.7
-  }'"""
-CHAT = """curl -X POST http://localhost:8000/v1/chat \\
-  -H "Content-Type: application/json" \\
-  -H "X-API-Key: your-api-key-here" \\
-  -d '{
-    "messages": [
-      {"role": "user", "content": "What is the capital of France?"}
-    ],
-    "max_tokens": 100,
-    "temperature": 0.7
-  }'"""
-STREAM = """curl -X POST http://localhost:8000/v1/chat \\
-  -H "Content-Type: application/json" \\
-  -H "X-API-Key: your-api-key-here" \\
-  -d '{
-    "messages": [{"role": "user", "content": "Tell me a story"}],
-    "stream": true
-  }'"""
 
 # Prints what the image's Python environment holds and what it must not, as JSON.
 LOOK_INSIDE = """

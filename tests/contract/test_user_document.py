@@ -16,6 +16,16 @@ from tests.support.curl import Answered, run_curl
 from tests.support.fake_hub import running_hub
 from tests.support.service import Service, running_service
 from tests.support.tiny_model import make_tiny_model
+from tests.support.user_commands import (
+    CHAT,
+    FIRST,
+    FOLLOW_UP,
+    GENERATE,
+    HEALTH,
+    METRICS,
+    STATUS,
+    STREAM,
+)
 
 MODEL = "google/gemma-2-2b-it"
 TOKEN = "hf_token_of_a_reader"
@@ -31,46 +41,6 @@ GEMMA_TEMPLATE = (
     "{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\\n'}}{% endif %}"
 )
-
-HEALTH = "curl http://localhost:8000/health"
-STATUS = "curl http://localhost:8000/status"
-METRICS = "curl http://localhost:8000/metrics"
-GENERATE = """curl -X POST http://localhost:8000/v1/generate \\
-  -H "Content-Type: application/json" \\
-  -H "X-API-Key: your-api-key-here" \\
-  -d '{
-    "prompt": "Explain quantum computing in simple terms",
-    "max_tokens": 200,
-    "temperature": 0.7
-  }'"""
-CHAT = """curl -X POST http://localhost:8000/v1/chat \\
-  -H "Content-Type: application/json" \\
-  -H "X-API-Key: your-api-key-here" \\
-  -d '{
-    "messages": [
-      {"role": "user", "content": "What is the capital of France?"}
-    ],
-    "max_tokens": 100,
-    "temperature": 0.7
-  }'"""
-FIRST = """curl -X POST http://localhost:8000/v1/chat \\
-  -H "Content-Type: application/json" \\
-  -H "X-API-Key: your-api-key-here" \\
-  -d '{
-    "session_id": "user-123-conversation",
-    "messages": [
-      {"role": "user", "content": "What is Python?"}
-    ],
-    "max_tokens": 100
-  }'"""
-FOLLOW_UP = FIRST.replace("What is Python?", "What are its main features?")
-STREAM = """curl -X POST http://localhost:8000/v1/chat \\
-  -H "Content-Type: application/json" \\
-  -H "X-API-Key: your-api-key-here" \\
-  -d '{
-    "messages": [{"role": "user", "content": "Tell me a story"}],
-    "stream": true
-  }'"""
 
 GENERATE_FIELDS = {"generated_text", "prompt", "model", "tokens_generated", "cached"}
 CHAT_FIELDS = {"message", "model", "tokens_generated", "cached"}
