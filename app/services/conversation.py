@@ -13,9 +13,6 @@ from app.utils.errors import (
     UnsupportedParameterError,
 )
 
-# A template's own text around a message takes fewer tokens than this.
-_TEMPLATE_TOKENS_PER_MESSAGE = 64
-
 
 class ConversationService:
     """Turns of conversations that callers name by a ``session_id``."""
@@ -122,15 +119,13 @@ class ConversationService:
         """The latest turns of the history that fit the context, and how many messages do not."""
         if not history:
             return history, 0
+        # Counting takes work that a request which cannot be taken must not cost.
+        self._generation.check_room()
         room = self._generator.info.context_length - self._generation.answer_tokens(job)
         starts = [i for i, m in enumerate(history) if m.role == "user"]
 
         async def fits(start: int) -> bool:
             messages = [*before, *map(_as_message, history[start:]), *new]
-            # A token is at least one byte: most conversations need no counting.
-            size = sum(len(m["content"].encode()) for m in messages)
-            if size + _TEMPLATE_TOKENS_PER_MESSAGE * (len(messages) + 1) <= room:
-                return True
             return await self._generation.count_chat_tokens(messages) <= room
 
         if await fits(0):

@@ -241,6 +241,14 @@ class GenerationService:
         """Tokens the answer may take, as far as they are known before the prompt is."""
         return job.max_tokens or self._model.max_tokens
 
+    def check_room(self) -> None:
+        """Refuse now what would be refused when it asks for a place.
+
+        Raises:
+            ServiceError: See :meth:`EngineClient.admit`.
+        """
+        self._engine.check()
+
     async def count_chat_tokens(self, messages: Sequence[ChatMessage]) -> int:
         """Tokens of a chat's prompt."""
         return await self._chains.count_tokens(messages)

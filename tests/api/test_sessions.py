@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -157,6 +158,45 @@ async def test_old_turns_are_dropped_to_fit_the_context() -> None:
         assert dropped[-1] > 0
         assert all(d % 2 == 0 for d in dropped)
         assert (await client.http.get("/v1/sessions/s")).json()["system"] == "Be brief."
+
+
+async def test_history_is_dropped_at_the_exact_edge() -> None:
+    """Around the context's edge every follow-up is answered: with its history, or without it."""
+    async with start(model={"engine": "echo", "max_tokens": 4000}) as client:
+        kept_sizes: list[int] = []
+        dropped_sizes: list[int] = []
+        # A token is a byte here. The first turn fills all but about 200 of what the answer leaves.
+        for size in range(20, 400, 20):
+            await client.say("x" * 1900, session=f"s{size}")
+            response = await client.say("y" * size, session=f"s{size}", max_tokens=4000)
+            assert response.status_code == 200, response.text
+            usage = response.json()["usage"]
+            (dropped_sizes if "dropped_messages" in usage else kept_sizes).append(size)
+            assert usage["prompt_tokens"] + 4000 <= 8192
+        assert kept_sizes
+        assert dropped_sizes
+        assert max(kept_sizes) < min(dropped_sizes)
+
+
+async def test_a_full_queue_refuses_a_follow_up_before_its_history_is_counted() -> None:
+    """Without room a session's turn costs no tokenising, and is refused like any other."""
+    async with start(engine={"max_running": 1, "max_waiting": 0}) as client:
+        await client.say("one")
+        counted: list[object] = []
+        count = client.services.generation.count_chat_tokens
+
+        async def counting(messages: Any) -> int:
+            counted.append(messages)
+            return await count(messages)
+
+        client.services.generation.count_chat_tokens = counting  # type: ignore[method-assign]
+        place = client.services.engine.admit()
+        refused = await client.say("two")
+        assert (refused.status_code, counted) == (503, [])
+        assert refused.json()["error"]["code"] == "overloaded"
+        place.release()
+        assert (await client.say("two")).status_code == 200
+        assert len(counted) == 1
 
 
 @pytest.mark.parametrize("session_id", ["", "a b", "x" * 129, "a/b", "ü"])

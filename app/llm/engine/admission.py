@@ -227,14 +227,22 @@ class RequestQueue:
         self._running = 0
         self._finished_at: deque[float] = deque(maxlen=1000)
 
-    def admit(self, link: EngineLink) -> Admission:
-        """Take a place.
+    def check(self) -> None:
+        """Say whether a place is free.
 
         Raises:
             OverloadedError: Every place is taken.
         """
         if len(self._admissions) >= self._limits.max_running + self._limits.max_waiting:
             raise OverloadedError(retry_after=self._seconds_until_room())
+
+    def admit(self, link: EngineLink) -> Admission:
+        """Take a place; no one else can between :meth:`check` and this, on one event loop.
+
+        Raises:
+            OverloadedError: Every place is taken.
+        """
+        self.check()
         admission = Admission(self, link, _Meter(self._metrics, self._model))
         admission.set_deadline(self._limits.request_timeout_seconds)
         self._admissions.add(admission)

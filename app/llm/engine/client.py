@@ -222,9 +222,18 @@ class EngineClient:
             DrainingError: The service is shutting down.
             OverloadedError: Every place is taken.
         """
+        self.check()
+        return self.queue.admit(self)
+
+    def check(self) -> None:
+        """Refuse what :meth:`admit` would refuse now, without taking a place.
+
+        Raises:
+            ServiceError: As :meth:`admit`.
+        """
         try:
             self._check_state()
-            return self.queue.admit(self)
+            self.queue.check()
         except ServiceError as error:
             self._metrics.rejected.labels(error.code).inc()
             raise

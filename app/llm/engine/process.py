@@ -115,9 +115,9 @@ class EngineProcess:
 
 def _environment() -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if not k.upper().startswith(_WITHHELD)}
-    # torch's threads wait for each other by spinning, for a third of a second by default: as soon
-    # as another process wants a core, every layer waits for a thread that is not running. At
-    # this count a step takes as long as before on an idle machine, and half on a busy one.
+    # torch's threads wait for each other by spinning, so long by default that every layer stalls
+    # when another process wants a core. Spinning briefly costs some 15 % on an idle machine and
+    # halves the step on a shared one: docs/adr/0010.
     environment.setdefault("GOMP_SPINCOUNT", "1000")
     # The service may have been started from any folder.
     paths = [str(PROJECT_ROOT), environment.get("PYTHONPATH", "")]
