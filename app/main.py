@@ -30,7 +30,6 @@ from app.core.sessions import SessionStore
 from app.llm.chain import Chains, ServedPipeline
 from app.llm.engine.client import EngineClient
 from app.llm.generator import GenerationOptions, TextGenerator
-from app.llm.loader import model_name
 from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
 from app.services.response_cache import ResponseCache
@@ -69,7 +68,7 @@ def create_app(
     token = settings.huggingface_token
     engine = EngineClient(
         model=settings.model,
-        model_label=model_name(settings.model),
+        model_label=settings.model.label,
         engine=settings.engine,
         logging=settings.logging,
         huggingface_token=token.get_secret_value() if token else None,

@@ -31,6 +31,7 @@ from app.core.config_errors import Origins, one_line, yaml_fault
 from app.utils.errors import ConfigurationError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
+BUNDLED_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_API_KEY = "change-me-in-env"
 PRODUCTION_KEY_MIN_CHARS = 32
 
@@ -76,8 +77,10 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the weights; auto takes what the device is fastest at."
     )
-    engine: Literal["auto", "transformers", "echo"] = Field(
-        "auto", description="Backend that runs the model; echo repeats the prompt, for tests."
+    engine: Literal["auto", "openvino", "transformers", "echo"] = Field(
+        "auto",
+        description="Backend that runs the model. auto: openvino on a CPU where it can read the "
+        "model (GGUF, OpenVINO), else transformers. echo repeats the prompt, for tests.",
     )
     max_tokens: int = Field(
         512, ge=1, le=1_000_000, description="Most tokens a request may ask for, and the default."
@@ -85,6 +88,13 @@ class ModelSettings(Section):
     temperature: float = Field(
         0.7, ge=0, le=2, description="Sampling temperature of a request that names none."
     )
+
+    @property
+    def label(self) -> str:
+        """The name callers see; known before the model is loaded."""
+        if self.engine == "echo":
+            return "echo"
+        return BUNDLED_NAME if self.source == "bundled" else self.name
 
 
 class EngineSettings(Section):

@@ -35,6 +35,9 @@ from app.utils.errors import ModelLoadError
 Progress = Callable[[str], None]
 """Called with a line for the log and for /status."""
 
+OPENVINO_MODEL = "openvino_model.xml"
+"""The file that tells a folder with OpenVINO's own format; its weights lie in a .bin beside it."""
+
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # What a tokenizer, a configuration or a chat template may lie in, beside the weights.
 _COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt")
@@ -50,13 +53,23 @@ class Snapshot:
 
     Attributes:
         directory: Folder that holds them.
-        gguf: Name of the GGUF file in it; ``None`` for safetensors.
+        weights: Name of the GGUF file in it, or :data:`OPENVINO_MODEL`; ``None`` for safetensors.
         revision: Commit of the hub repository, where it came from one.
     """
 
     directory: Path
-    gguf: str | None
+    weights: str | None
     revision: str | None = None
+
+    @property
+    def is_openvino(self) -> bool:
+        """Whether this is a folder in OpenVINO's own format."""
+        return self.weights == OPENVINO_MODEL
+
+    @property
+    def gguf(self) -> str | None:
+        """Name of the GGUF file, if it is one."""
+        return None if self.is_openvino else self.weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +79,22 @@ class _Wanted:
     repo: str
     file: str | None
     revision: str | None
+    openvino: bool
 
 
-def choose_weights(names: list[str], where: str, wanted: str | None = None) -> str | None:
-    """Which file holds the weights: ``None`` for safetensors, else a GGUF file's name.
+def choose_weights(
+    names: list[str], where: str, wanted: str | None = None, *, openvino: bool = False
+) -> str | None:
+    """Which file holds the weights.
 
     Args:
         names: Files there are, relative to the model's folder.
         where: The repository or the folder, as MODEL__NAME names it.
         wanted: The GGUF file that was asked for by name.
+        openvino: Whether OpenVINO may run the model; its own format is then taken first.
+
+    Returns:
+        ``None`` for safetensors, else a GGUF file's name or :data:`OPENVINO_MODEL`.
 
     Raises:
         ModelLoadError: There are only pickled weights, none at all, or several GGUF files.
@@ -89,6 +109,8 @@ def choose_weights(names: list[str], where: str, wanted: str | None = None) -> s
         )
     # Subfolders hold other formats, or the parts of another kind of model.
     top = [n for n in names if "/" not in n]
+    if openvino and OPENVINO_MODEL in top:
+        return OPENVINO_MODEL
     if any(n.endswith(".safetensors") for n in top):
         return None
     if len(gguf) == 1:
@@ -96,6 +118,11 @@ def choose_weights(names: list[str], where: str, wanted: str | None = None) -> s
     if gguf:
         raise ModelLoadError(
             f"{where} has several GGUF files: name one of them, as in MODEL__NAME={where}/{gguf[0]}"
+        )
+    if OPENVINO_MODEL in top:
+        raise ModelLoadError(
+            f"{where} has only OpenVINO weights: set MODEL__DEVICE=cpu and MODEL__ENGINE=auto, or "
+            "choose a model with safetensors or GGUF weights"
         )
     if any(n.endswith(_PICKLE_SUFFIXES) for n in top):
         raise ModelLoadError(
@@ -107,7 +134,14 @@ def choose_weights(names: list[str], where: str, wanted: str | None = None) -> s
     )
 
 
-def download(name: str, *, revision: str | None, token: str | None, progress: Progress) -> Snapshot:
+def download(
+    name: str,
+    *,
+    revision: str | None,
+    token: str | None,
+    progress: Progress,
+    openvino: bool = False,
+) -> Snapshot:
     """Bring a hub model onto this machine, or find it in the cache.
 
     Args:
@@ -115,11 +149,12 @@ def download(name: str, *, revision: str | None, token: str | None, progress: Pr
         revision: Branch, tag or commit; ``None`` is the repository's default.
         token: Hub token; never logged.
         progress: Told how far it is.
+        openvino: See :func:`choose_weights`.
 
     Raises:
         ModelLoadError: It cannot be had; the message says what to do.
     """
-    wanted = _parse_name(name, revision)
+    wanted = _parse_name(name, revision, openvino=openvino)
     token = _checked_token(token)
     # The library would print beside the service's log what it also sends through it.
     logging.getLogger("huggingface_hub").handlers.clear()
@@ -146,11 +181,11 @@ def download(name: str, *, revision: str | None, token: str | None, progress: Pr
         ) from None
 
 
-def _parse_name(name: str, revision: str | None) -> _Wanted:
+def _parse_name(name: str, revision: str | None, *, openvino: bool) -> _Wanted:
     parts = PurePosixPath(name).parts
     if len(parts) > 2 and name.endswith(".gguf"):
-        return _Wanted("/".join(parts[:2]), "/".join(parts[2:]), revision)
-    return _Wanted(name, None, revision)
+        return _Wanted("/".join(parts[:2]), "/".join(parts[2:]), revision, openvino)
+    return _Wanted(name, None, revision, openvino)
 
 
 def _checked_token(token: str | None) -> str | None:
@@ -213,8 +248,8 @@ def _download(wanted: _Wanted, token: str | None, progress: Progress) -> Snapsho
     if info.sha is None:
         raise ValueError("the hub named no commit")
     names = [sibling.rfilename for sibling in info.siblings or []]
-    gguf = choose_weights(names, wanted.repo, wanted.file)
-    files = _needed(names, gguf)
+    weights = choose_weights(names, wanted.repo, wanted.file, openvino=wanted.openvino)
+    files = _needed(names, weights)
     cache = _cache_folder(wanted.repo)
     _remove_abandoned(cache)
     progress(f"downloading {wanted.repo} ({len(files)} files)")
@@ -233,7 +268,7 @@ def _download(wanted: _Wanted, token: str | None, progress: Progress) -> Snapsho
             "files that were complete are kept"
         ) from None
     _remember(cache, wanted.revision, info.sha)
-    return Snapshot(Path(directory), gguf, info.sha)
+    return Snapshot(Path(directory), weights, info.sha)
 
 
 def _from_cache(wanted: _Wanted, progress: Progress, reason: str, advice: str) -> Snapshot:
@@ -250,13 +285,13 @@ def _from_cache(wanted: _Wanted, progress: Progress, reason: str, advice: str) -
             # Another program downloaded it; what lies there is all there is to know.
             files = (path for path in Path(folder).rglob("*") if path.is_file())
             names = [path.relative_to(folder).as_posix() for path in files]
-        gguf = choose_weights(names, repo, wanted.file)
+        weights = choose_weights(names, repo, wanted.file, openvino=wanted.openvino)
         directory = Path(
             snapshot_download(
                 repo,
                 revision=revision,
                 local_files_only=True,
-                allow_patterns=_needed(names, gguf),
+                allow_patterns=_needed(names, weights),
             )
         )
     except LocalEntryNotFoundError as error:
@@ -266,7 +301,7 @@ def _from_cache(wanted: _Wanted, progress: Progress, reason: str, advice: str) -
         ) from None
     progress(f"{reason}; using {repo} from the cache")
     # The cache names a snapshot's folder by its commit.
-    return Snapshot(directory, gguf, directory.name)
+    return Snapshot(directory, weights, directory.name)
 
 
 def _cache_folder(repo: str) -> Path:
@@ -297,16 +332,19 @@ def _remove_abandoned(cache: Path) -> None:
                 path.unlink()
 
 
-def _needed(names: list[str], gguf: str | None) -> list[str]:
+def _needed(names: list[str], weights: str | None) -> list[str]:
     """Weights and their companions; nothing from subfolders, which hold other formats."""
     top = [n for n in names if "/" not in n]
     companions = [n for n in top if n.endswith(_COMPANION_SUFFIXES)]
-    if gguf:
-        return [*companions, gguf]
-    weights = [n for n in top if n.endswith(".safetensors")]
+    if weights == OPENVINO_MODEL:
+        own = [n for n in top if n.startswith("openvino_") and n.endswith((".xml", ".bin"))]
+        return [*companions, *own]
+    if weights:
+        return [*companions, weights]
+    tensors = [n for n in top if n.endswith(".safetensors")]
     # Beside transformers' own files some repositories hold the same weights in a second layout.
-    own = [n for n in weights if n.startswith("model")]
-    return [*companions, *(own or weights)]
+    own = [n for n in tensors if n.startswith("model")]
+    return [*companions, *(own or tensors)]
 
 
 def _progress_bar(repo: str, progress: Progress) -> type[hub_tqdm]:

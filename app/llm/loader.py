@@ -1,7 +1,8 @@
 """Where a model comes from (bundled, hub, local) and which backend runs it.
 
-Runs in the engine process, once, at its start. Weights are safetensors or GGUF; pickles and code
-from a repository are refused. Every foreseeable failure is a :class:`ModelLoadError` of one line.
+Runs in the engine process, once, at its start. Weights are safetensors, GGUF or OpenVINO's own
+format; pickles and code from a repository are refused. Every foreseeable failure is a
+:class:`ModelLoadError` of one line.
 """
 
 import json
@@ -14,17 +15,27 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from app.core.config import ModelSettings
+from app.core.logging import get_logger
 from app.llm import bundled, hub
+from app.llm.description import (
+    chat_template,
+    load_tokenizer,
+    pretrained_source,
+    special_tokens,
+)
 from app.llm.engine.base import SAMPLING_FIELDS, Backend, EngineInfo
 from app.llm.engine.echo import EchoBackend
 from app.llm.hub import Progress, Snapshot
+from app.llm.load_errors import explaining, one_line
+from app.llm.openvino_loader import OpenVinoUnsupportedError, load_openvino
 from app.utils.errors import ModelLoadError
 
 if TYPE_CHECKING:
     import torch
     from transformers import Pipeline
 
-BUNDLED_NAME = "SmolLM2-135M-Instruct"
+log = get_logger("engine")
+
 _GGUF_MAGIC = b"GGUF"
 
 
@@ -50,25 +61,47 @@ def load_backend(
     """
     if settings.engine == "echo":
         return EchoBackend(step_seconds=echo_step_seconds)
-    reason = (
-        "model.engine is transformers"
-        if settings.engine == "transformers"
-        else "model.engine is auto, and transformers runs every model"
-    )
     _check_device(settings)
     snapshot = find_model(settings, token=token, progress=progress)
     check_weights(snapshot)
-    progress(f"loading {model_name(settings)} with transformers")
+    reason = _why_not_openvino(settings, snapshot)
+    if reason is None:
+        try:
+            return load_openvino(settings, snapshot, max_running=max_running, progress=progress)
+        except OpenVinoUnsupportedError as error:
+            reason = f"OpenVINO cannot run {settings.label}: {error}"
+        if snapshot.is_openvino:
+            raise ModelLoadError(f"{reason}; choose another model")
+        if settings.engine == "openvino":
+            raise ModelLoadError(f"{reason}; choose another model, or set MODEL__ENGINE=auto")
+        log.warning("%s; transformers will", reason)
+        reason = f"model.engine is auto, but {reason}"
+    progress(f"loading {settings.label} with transformers")
     pipe = _load_pipeline(settings, snapshot)
     progress("starting continuous batching")
     return _start_transformers(pipe, settings, snapshot, reason, max_running)
 
 
-def model_name(settings: ModelSettings) -> str:
-    """The name callers see; known before the model is loaded."""
-    if settings.engine == "echo":
-        return "echo"
-    return BUNDLED_NAME if settings.source == "bundled" else settings.name
+def _why_not_openvino(settings: ModelSettings, snapshot: Snapshot) -> str | None:
+    """Why transformers runs the model; ``None`` where OpenVINO is to be tried.
+
+    Raises:
+        ModelLoadError: OpenVINO was asked for by name, and cannot.
+    """
+    if settings.engine == "transformers":
+        return "model.engine is transformers"
+    if settings.device == "cuda":
+        reason = "model.device is cuda, where OpenVINO does not run"
+    elif snapshot.weights is None:
+        reason = "OpenVINO reads GGUF and its own format, and these weights are safetensors"
+    else:
+        return None
+    if settings.engine == "openvino":
+        raise ModelLoadError(
+            f"model.engine is openvino, but {reason}: set MODEL__ENGINE=auto, or convert the model "
+            "(make export-openvino)"
+        )
+    return f"model.engine is auto, and {reason}"
 
 
 def find_model(settings: ModelSettings, *, token: str | None, progress: Progress) -> Snapshot:
@@ -80,8 +113,19 @@ def find_model(settings: ModelSettings, *, token: str | None, progress: Progress
     if settings.source == "bundled":
         return _fetch_bundled(progress)
     if settings.source == "local":
-        return _find_local(Path(settings.name).expanduser())
-    return hub.download(settings.name, revision=settings.revision, token=token, progress=progress)
+        path = Path(settings.name).expanduser()
+        return _find_local(path, openvino=_may_use_openvino(settings))
+    return hub.download(
+        settings.name,
+        revision=settings.revision,
+        token=token,
+        progress=progress,
+        openvino=_may_use_openvino(settings),
+    )
+
+
+def _may_use_openvino(settings: ModelSettings) -> bool:
+    return settings.engine in ("auto", "openvino") and settings.device == "cpu"
 
 
 def _fetch_bundled(progress: Progress) -> Snapshot:
@@ -94,7 +138,7 @@ def _fetch_bundled(progress: Progress) -> Snapshot:
     return Snapshot(path.parent, path.name, bundled.BUNDLED.sha256)
 
 
-def _find_local(path: Path) -> Snapshot:
+def _find_local(path: Path, *, openvino: bool) -> Snapshot:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelLoadError(
@@ -111,7 +155,7 @@ def _find_local(path: Path) -> Snapshot:
         raise ModelLoadError(
             f"{path} cannot be read ({error.strerror}): let this service's user read it"
         ) from None
-    return Snapshot(path, hub.choose_weights(names, str(path)))
+    return Snapshot(path, hub.choose_weights(names, str(path), openvino=openvino))
 
 
 def check_weights(snapshot: Snapshot) -> None:
@@ -126,12 +170,19 @@ def check_weights(snapshot: Snapshot) -> None:
             if file.read(4) != _GGUF_MAGIC:
                 raise ModelLoadError(f"{path} is not a GGUF file: download it again")
         return
+    if snapshot.weights:
+        # Without its weights the file that describes the model still loads.
+        path = (snapshot.directory / snapshot.weights).with_suffix(".bin")
+        if not path.is_file() or not path.stat().st_size:
+            raise ModelLoadError(f"{path} is missing or empty: download the model again")
     config = snapshot.directory / "config.json"
     if not config.is_file():
         raise ModelLoadError(
             f"{snapshot.directory} has no config.json: set MODEL__NAME to a model's whole folder"
         )
     _read_object(config)
+    if snapshot.weights:
+        return
     _check_shards(snapshot.directory)
     for path in sorted(snapshot.directory.glob("*.safetensors")):
         try:
@@ -139,7 +190,7 @@ def check_weights(snapshot: Snapshot) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(
-                f"{path} is corrupt or truncated ({_one_line(error)}): "
+                f"{path} is corrupt or truncated ({one_line(error)}): "
                 "delete it and download it again"
             ) from None
 
@@ -191,41 +242,31 @@ def _load_pipeline(settings: ModelSettings, snapshot: Snapshot) -> "Pipeline":
     transformers_logging.enable_propagation()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     weights: dict[str, Any] = {"use_safetensors": True}
     if snapshot.gguf:
-        source["gguf_file"] = snapshot.gguf
         # Left packed, every forward pass on a CPU would unpack the weights again.
         weights = {"quantization_config": GgufConfig(dequantize=True)}
     with ExitStack() as stack:
         if snapshot.gguf:
             stack.enter_context(_reading_gguf_once())
-        return _from_pretrained(settings, snapshot, source, weights)
+        return _from_pretrained(settings, snapshot, weights)
 
 
 def _from_pretrained(
-    settings: ModelSettings, snapshot: Snapshot, source: dict[str, Any], weights: dict[str, Any]
+    settings: ModelSettings, snapshot: Snapshot, weights: dict[str, Any]
 ) -> "Pipeline":
     import torch
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        PreTrainedTokenizerFast,
-        pipeline,
-    )
+    from transformers import AutoModelForCausalLM, pipeline
 
-    with _explaining("tokenizer", settings, snapshot):
-        tokenizer = AutoTokenizer.from_pretrained(snapshot.directory, **source)
-        if not isinstance(tokenizer, PreTrainedTokenizerFast) or not len(tokenizer):
-            raise ValueError("it is none that the tokenizers library can run")
-    with _explaining("model", settings, snapshot):
+    tokenizer = load_tokenizer(settings, snapshot)
+    with explaining("model", settings, snapshot):
         model, report = AutoModelForCausalLM.from_pretrained(
             snapshot.directory,
             dtype=_dtype(settings, torch),
             attn_implementation="sdpa",
             output_loading_info=True,
             **weights,
-            **source,
+            **pretrained_source(snapshot),
         )
         if missing := sorted(report["missing_keys"]):
             # transformers would fill them with random numbers, and nonsense would be served.
@@ -251,15 +292,6 @@ def _reading_gguf_once() -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = originals
 
 
-@contextmanager
-def _explaining(part: str, settings: ModelSettings, snapshot: Snapshot) -> Iterator[None]:
-    """Turn whatever the libraries meet first in a broken file into a :class:`ModelLoadError`."""
-    try:
-        yield
-    except Exception as error:  # tokenizers raises no better type.
-        raise ModelLoadError(_explain(error, part, settings, snapshot)) from error
-
-
 def _dtype(settings: ModelSettings, torch: Any) -> "torch.dtype | str":
     """The precision of the weights, as ``from_pretrained`` takes it."""
     if settings.dtype != "auto":
@@ -269,49 +301,6 @@ def _dtype(settings: ModelSettings, torch: Any) -> "torch.dtype | str":
     # Without bfloat16 instructions a CPU converts at every step, which is slower than float32.
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32  # type: ignore[no-any-return]
-
-
-# What transformers says of a model that it cannot run however whole its files are.
-_UNSUPPORTED = (
-    "does not recognize this architecture",
-    "Unrecognized configuration class",
-    "not supported",
-    "does not support",
-)
-
-
-def _explain(error: Exception, part: str, settings: ModelSettings, snapshot: Snapshot) -> str:
-    """One line on why the tokenizer or the model cannot be loaded, and what to do."""
-    text = _one_line(error)
-    name = model_name(settings)
-    if "trust_remote_code" in text:
-        return (
-            f"{name} needs code from its repository to run, which is refused: choose another model"
-        )
-    if any(words in text for words in _UNSUPPORTED):
-        return (
-            f"{name} is of a kind that transformers cannot serve ({text[:150]}): choose another "
-            "model"
-        )
-    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
-        return (
-            f"{name} does not fit in this machine's {settings.device} memory: choose a smaller "
-            "model, or MODEL__DTYPE=bfloat16"
-        )
-    if snapshot.gguf:
-        return (
-            f"{snapshot.directory / snapshot.gguf} cannot be loaded ({text[:200]}): if it is "
-            "truncated or corrupt, delete it and download it again"
-        )
-    needs = (
-        "a whole tokenizer.json is needed"
-        if part == "tokenizer"
-        else "config.json and safetensors files that belong together are needed"
-    )
-    return (
-        f"the {part} in {snapshot.directory} cannot be loaded ({text[:200]}): {needs}; download it "
-        "again, or choose another model"
-    )
 
 
 def _start_transformers(
@@ -324,7 +313,7 @@ def _start_transformers(
     model, tokenizer = pipe.model, pipe.tokenizer
     on_cuda = settings.device == "cuda"
     info = EngineInfo(
-        model=model_name(settings),
+        model=settings.label,
         revision=snapshot.revision,
         backend="transformers",
         backend_reason=reason,
@@ -333,22 +322,7 @@ def _start_transformers(
         context_length=context_length(model.config),
         supported=frozenset(SAMPLING_FIELDS),
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
-        chat_template=_chat_template(tokenizer.chat_template),
-        special_tokens={
-            key: value
-            for key, value in tokenizer.special_tokens_map.items()
-            if isinstance(value, str)
-        },
+        chat_template=chat_template(tokenizer),
+        special_tokens=special_tokens(tokenizer),
     )
     return TransformersBackend(pipe, info, max_running=max_running)
-
-
-def _chat_template(template: Any) -> str | None:
-    """The template for plain conversations; some models have more, for tools and the like."""
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or repr(error)

@@ -14,7 +14,7 @@ from app.core.config import ModelSettings
 from app.llm import bundled
 from app.llm.engine.base import Backend, GenerationRequest, SamplingParams
 from app.llm.engine.echo import EchoBackend
-from app.llm.loader import find_model, load_backend, model_name
+from app.llm.loader import find_model, load_backend
 from app.utils.errors import ModelLoadError
 from tests.support.tiny_model import (
     CHAT_TEMPLATE,
@@ -142,7 +142,7 @@ def test_echo_needs_no_model(tmp_path: Path) -> None:
 )
 def test_the_name_is_known_before_loading(settings: dict[str, Any], name: str) -> None:
     """What callers see is derived from the settings alone."""
-    assert model_name(ModelSettings(**settings)) == name
+    assert ModelSettings(**settings).label == name
 
 
 # --- What is not there ----------------------------------------------------------------------------

@@ -15,8 +15,8 @@ KEY_VALUE_HEADS = 2
 CONTEXT_LENGTH = 512
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-_MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("a", "n"), ("o", "n"), ("Ġ", "a")]
-VOCABULARY = 3 + 256 + len(_MERGES)
+MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("a", "n"), ("o", "n"), ("Ġ", "a")]
+VOCABULARY = 3 + 256 + len(MERGES)
 """Special tokens, one token for each byte, merges."""
 
 CHAT_TEMPLATE = (
@@ -83,7 +83,8 @@ def tiny_weights() -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
 
     def matrix(rows: int, columns: int) -> np.ndarray:
-        return random.normal(0.0, 0.2, (rows, columns)).astype(np.float32)
+        # Values that 16 bits can hold, so that every file format says the same.
+        return random.normal(0.0, 0.2, (rows, columns)).astype(np.float16).astype(np.float32)
 
     ones = np.ones(HIDDEN, dtype=np.float32)
     key_value = KEY_VALUE_HEADS * HIDDEN // HEADS
@@ -125,9 +126,9 @@ def _tokenizer() -> Tokenizer:
     """Byte-level BPE with a handful of merges: any text encodes, in about one token a byte."""
     specials = [PAD, START, END]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merged = [left + right for left, right in _MERGES]
+    merged = [left + right for left, right in MERGES]
     vocabulary = {token: i for i, token in enumerate([*specials, *alphabet, *merged])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=_MERGES))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in specials])

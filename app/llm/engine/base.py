@@ -20,6 +20,10 @@ _HEADER = struct.Struct(">I")
 HEADER_BYTES: Final = _HEADER.size
 
 
+GREEDY_BELOW: Final = 1e-5
+"""Temperatures under this are taken for 0: divided by them, logits leave the range of float32."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How tokens are chosen; the defaults change nothing.
 
@@ -44,6 +48,11 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     frequency_penalty: float = 0.0
     seed: int | None = None
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature < GREEDY_BELOW
+
 
 NEUTRAL_SAMPLING: Final = SamplingParams()
 SAMPLING_FIELDS: Final = SamplingParams.__struct_fields__
@@ -57,12 +66,14 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         prompt_token_ids: At least one token.
         max_tokens: Most tokens to generate, the end-of-sequence token included.
         sampling: How to choose them.
+        logprobs: Whether to tell each token's log-probability.
     """
 
     id: str
     prompt_token_ids: list[int]
     max_tokens: int
     sampling: SamplingParams
+    logprobs: bool = False
 
 
 class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -71,6 +82,8 @@ class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         request_id: Whose tokens these are.
         token_ids: New tokens, in order; an end-of-sequence token is among them.
+        logprobs: Where they were asked for, the natural logarithm of each new token's
+            probability by the model alone: before penalties, temperature and filters.
         finish_reason: Set on the request's last event, and on no other.
         error: What went wrong, for the log; only beside the finish reason ``error``.
         cached_tokens: Prompt tokens found in the KV cache; on the first event only.
@@ -78,6 +91,7 @@ class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
 
     request_id: str
     token_ids: list[int] = []
+    logprobs: list[float] = []
     finish_reason: FinishReason | None = None
     error: str | None = None
     cached_tokens: int = 0

@@ -1,4 +1,4 @@
-"""How many threads a forward pass should use on this machine.
+"""How many threads and how much memory this process may use on this machine.
 
 The libraries count the processors they see. In a container with a CPU quota that is the whole
 host: thirty-two threads then share two cores' worth of time, and the kernel stops all of them for
@@ -58,21 +58,54 @@ def _physical_cores(root: Path, processors: Collection[int]) -> int:
 
 def _quotas(root: Path) -> Iterator[float]:
     """Cores' worth of time that each control group above this process allows."""
+    for folder in _group_folders(root, "cpu"):
+        yield from _quota(folder)
+
+
+def available_memory(root: Path = _ROOT) -> int:
+    """Bytes this process may still take: what is free, within its control groups' limits.
+
+    Args:
+        root: Where ``/proc`` and ``/sys`` are found.
+    """
+    limits = (room for folder in _group_folders(root, "memory") for room in _memory_room(folder))
+    return max(0, min([_free_memory(root), *limits]))
+
+
+def _free_memory(root: Path) -> int:
+    for line in (_read(root / "proc/meminfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _memory_room(folder: Path) -> Iterator[int]:
+    """What a control group may still take, where it has a limit."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        most, current = _read(folder / limit) or "", _read(folder / used) or ""
+        if most.isdecimal() and current.isdecimal():
+            yield int(most) - int(current)
+
+
+def _group_folders(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of the control groups above this process that have ``controller``."""
     groups = _own_groups(root)
     for line in (_read(root / "proc/self/mountinfo") or "").splitlines():
         before, _, after = line.partition(" - ")
         _, _, _, mounted, at, *_ = before.split()
         kind, _, options = after.split(maxsplit=2)
         if kind == "cgroup2":
-            controller = ""
-        elif kind == "cgroup" and "cpu" in options.split(","):
-            controller = "cpu"
+            name = ""
+        elif kind == "cgroup" and controller in options.split(","):
+            name = controller
         else:
             continue
-        if controller in groups:
-            top = root / at.lstrip("/")
-            for folder in _folders(top, mounted, groups[controller]):
-                yield from _quota(folder)
+        if name in groups:
+            yield from _folders(root / at.lstrip("/"), mounted, groups[name])
 
 
 def _own_groups(root: Path) -> dict[str, str]:

@@ -41,7 +41,7 @@ class RequestSampler:
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
-        return self.params.temperature == 0
+        return self.params.is_greedy
 
     @property
     def has_penalties(self) -> bool:

@@ -1,0 +1,292 @@
+"""What there is to know of a model beside its weights, read by a process of its own.
+
+transformers reads every tokenizer and configuration there is, but brings torch with it: 300 MB
+and two seconds that a process which computes with OpenVINO can spare. So it runs beside the
+loading of the weights, in ``python -m app.llm.description``, answers in two lines of JSON, and
+leaves.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO, Any, Self, TypeVar
+
+import msgspec
+
+from app.core.config import ModelSettings
+from app.llm.hub import OPENVINO_MODEL, Snapshot
+from app.llm.load_errors import explaining
+from app.utils.errors import ModelLoadError
+
+T = TypeVar("T", "_Shape", "_Tokenizer")
+
+
+class ModelShape(msgspec.Struct, frozen=True):
+    """What a model's configuration says.
+
+    Attributes:
+        context_length: Most tokens of prompt and answer together.
+        cache_values_per_token: Numbers in the KV cache for one token, over all layers.
+        rope_type: How positions are encoded, as transformers names it; ``default`` is plain.
+        weights: How the weights are stored, such as ``q4_1``.
+    """
+
+    context_length: int
+    cache_values_per_token: int
+    rope_type: str
+    weights: str
+
+
+class ModelTokenizer(msgspec.Struct, frozen=True):
+    """A model's tokenizer.
+
+    Attributes:
+        tokenizer_json: As the ``tokenizers`` library serialises it.
+        chat_template: Jinja; ``None`` where there is none.
+        special_tokens: ``bos_token``, ``eos_token`` and the like.
+        eos_token_ids: Tokens that end an answer.
+    """
+
+    tokenizer_json: str
+    chat_template: str | None
+    special_tokens: dict[str, str]
+    eos_token_ids: frozenset[int]
+
+
+class _Failure(msgspec.Struct, frozen=True, tag=True):
+    message: str
+
+
+class _Shape(msgspec.Struct, frozen=True, tag=True):
+    shape: ModelShape
+
+
+class _Tokenizer(msgspec.Struct, frozen=True, tag=True):
+    tokenizer: ModelTokenizer
+
+
+_Answer = _Failure | _Shape | _Tokenizer
+
+
+class DescriptionProcess:
+    """A description that is being read; ends with the block."""
+
+    def __init__(self, settings: ModelSettings, snapshot: Snapshot) -> None:
+        """Start reading."""
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "app.llm.description",
+                settings.model_dump_json(),
+                str(snapshot.directory),
+                snapshot.weights or "",
+            ],
+            # The process ends when this pipe does, and so with the engine, whatever ends that.
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._process:
+            self._process.kill()
+
+    def shape(self) -> ModelShape:
+        """Wait for what the configuration says; the weights' file is then known to be whole.
+
+        Raises:
+            ModelLoadError: It is not, or the configuration cannot be read.
+        """
+        return self._read(_Shape).shape
+
+    def tokenizer(self) -> ModelTokenizer:
+        """Wait for the tokenizer; asked for after :meth:`shape`.
+
+        Raises:
+            ModelLoadError: It cannot be read.
+        """
+        return self._read(_Tokenizer).tokenizer
+
+    def _read(self, kind: type[T]) -> T:
+        output: IO[bytes] | None = self._process.stdout
+        line = output.readline() if output else b""
+        if not line:
+            raise ModelLoadError(
+                f"reading the model's configuration ended with code {self._process.wait()}"
+            )
+        answer = msgspec.json.decode(line, type=_Answer)
+        if isinstance(answer, _Failure):
+            raise ModelLoadError(answer.message)
+        if not isinstance(answer, kind):
+            raise TypeError(f"{answer!r} is out of turn")
+        return answer
+
+
+def check_gguf(path: Path) -> None:
+    """Refuse a GGUF file whose tensors do not all lie inside it.
+
+    Native readers map the file into memory, where a missing end is a deadly signal.
+
+    Raises:
+        ValueError: It is cut off, or no GGUF file.
+    """
+    from transformers.integrations.gguf.reader import GgufHeader
+
+    header = GgufHeader.from_file(str(path))
+    end = max((tensor.offset + tensor.nbytes for tensor in header.tensors), default=0)
+    if header.data_start + end > path.stat().st_size:
+        raise ValueError(
+            f"its tensors end {header.data_start + end - path.stat().st_size} bytes on"
+        )
+
+
+def read_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
+    """Read a model's configuration.
+
+    Raises:
+        ModelLoadError: It cannot be read, or the weights are cut off.
+    """
+    from transformers import AutoConfig
+
+    with explaining("configuration", settings, snapshot):
+        if snapshot.gguf:
+            check_gguf(snapshot.directory / snapshot.gguf)
+        config = AutoConfig.from_pretrained(snapshot.directory, **pretrained_source(snapshot))
+        rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+        return ModelShape(
+            context_length=context_length(config),
+            cache_values_per_token=cache_values_per_token(config),
+            rope_type=str(rope.get("rope_type", "default")),
+            weights=_weights_type(snapshot),
+        )
+
+
+def read_tokenizer(settings: ModelSettings, snapshot: Snapshot) -> ModelTokenizer:
+    """Read a model's tokenizer, and which tokens end an answer.
+
+    Raises:
+        ModelLoadError: It cannot be read.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    tokenizer = load_tokenizer(settings, snapshot)
+    with explaining("configuration", settings, snapshot):
+        if (snapshot.directory / "generation_config.json").is_file() and not snapshot.gguf:
+            generation = GenerationConfig.from_pretrained(snapshot.directory)
+        else:
+            config = AutoConfig.from_pretrained(snapshot.directory, **pretrained_source(snapshot))
+            generation = GenerationConfig.from_model_config(config)
+    return ModelTokenizer(
+        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
+        chat_template=chat_template(tokenizer),
+        special_tokens=special_tokens(tokenizer),
+        eos_token_ids=eos_token_ids(generation, tokenizer),
+    )
+
+
+def pretrained_source(snapshot: Snapshot) -> dict[str, Any]:
+    """Arguments with which transformers finds a snapshot's files, and nothing else."""
+    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    return source | ({"gguf_file": snapshot.gguf} if snapshot.gguf else {})
+
+
+def load_tokenizer(settings: ModelSettings, snapshot: Snapshot) -> Any:
+    """The model's tokenizer, as transformers has it.
+
+    Raises:
+        ModelLoadError: It cannot be read, or not be run by the ``tokenizers`` library.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    with explaining("tokenizer", settings, snapshot):
+        tokenizer = AutoTokenizer.from_pretrained(snapshot.directory, **pretrained_source(snapshot))
+        if not isinstance(tokenizer, PreTrainedTokenizerFast) or not len(tokenizer):
+            raise ValueError("it is none that the tokenizers library can run")
+        return tokenizer
+
+
+def chat_template(tokenizer: Any) -> str | None:
+    """The template for plain conversations; some models have more, for tools and the like."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else None
+
+
+def special_tokens(tokenizer: Any) -> dict[str, str]:
+    """``bos_token``, ``eos_token`` and the like, for the template."""
+    tokens = tokenizer.special_tokens_map.items()
+    return {key: value for key, value in tokens if isinstance(value, str)}
+
+
+def eos_token_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer: the generation config's, and the tokenizer's own."""
+    configured = generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+
+
+def context_length(config: Any) -> int:
+    """Most tokens of prompt and answer together, from a model's configuration."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else 2048
+
+
+def cache_values_per_token(config: Any) -> int:
+    """Numbers that the KV cache holds for one token: a key and a value for each head and layer."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * head_dim)
+
+
+def _weights_type(snapshot: Snapshot) -> str:
+    if snapshot.gguf:
+        import gguf
+        from transformers.integrations.gguf import read_gguf_metadata
+
+        metadata, _ = read_gguf_metadata(str(snapshot.directory / snapshot.gguf))
+        kind = metadata.get("general.file_type")
+        if kind is None:
+            return "gguf"
+        name: str = gguf.LlamaFileType(kind).name
+        return name.removeprefix("MOSTLY_").removeprefix("ALL_").lower()
+    xml = (snapshot.directory / OPENVINO_MODEL).read_text(encoding="utf-8")
+    compressed = re.search(r'<weight_compression>.*?<mode value="(\w+)"', xml, re.DOTALL)
+    return compressed[1].lower() if compressed else "uncompressed"
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point; see the module's docstring."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # The answers alone go to standard output, whatever a library may print.
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def answer(what: _Answer) -> None:
+        output.write(msgspec.json.encode(what) + b"\n")
+        output.flush()
+
+    settings = ModelSettings.model_validate_json(arguments[0])
+    snapshot = Snapshot(Path(arguments[1]), arguments[2] or None)
+    try:
+        answer(_Shape(read_shape(settings, snapshot)))
+        answer(_Tokenizer(read_tokenizer(settings, snapshot)))
+    except ModelLoadError as error:
+        answer(_Failure(str(error)))
+    return 0
+
+
+if __name__ == "__main__":
+    os._exit(main(sys.argv[1:]))

@@ -1,0 +1,192 @@
+"""The openvino backend: OpenVINO GenAI's continuous batching on a CPU, driven step by step.
+
+The library batches, pages and shares the KV cache and samples in native code. ``step()`` holds
+the interpreter for its whole length, which is one reason why the engine has a process to itself.
+"""
+
+import random
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import openvino
+import openvino_genai
+from openvino_genai import GenerationConfig, GenerationFinishReason, GenerationStatus
+
+from app.llm.engine.base import (
+    SAMPLING_FIELDS,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    TokenEvent,
+)
+from app.llm.engine.prefix_index import PrefixIndex
+
+BLOCK_SIZE: Final = 32
+"""Tokens in a block of the CPU plugin's KV cache."""
+
+SUPPORTED: Final = frozenset(SAMPLING_FIELDS)
+"""Sampling fields honoured: all."""
+
+# Prompt tokens a step takes in beside the running requests. Longer prompts come in pieces, so
+# that they do not stall the running streams.
+_PROMPT_TOKENS_PER_STEP = 256
+# The library wants min_p below 1; the next smaller float32 keeps the likeliest tokens alone, too.
+_LARGEST_MIN_P = 1 - 2**-24
+_FINISH_REASONS: dict[GenerationFinishReason, FinishReason] = {
+    GenerationFinishReason.STOP: "stop",
+    GenerationFinishReason.LENGTH: "length",
+}
+
+
+@dataclass
+class _Running:
+    """A request in the pipeline. The library ends a request whose handle nobody keeps."""
+
+    request: GenerationRequest
+    handle: Any
+    cached_tokens: int
+    token_ids: list[int] = field(default_factory=list)
+
+
+def start_pipeline(
+    model_path: str, *, max_running: int, cache_blocks: int, properties: dict[str, Any]
+) -> openvino_genai.ContinuousBatchingPipeline:
+    """Load and compile a model.
+
+    Args:
+        model_path: A GGUF file, or a folder with ``openvino_model.xml``.
+        max_running: Requests generated at once.
+        cache_blocks: Size of the KV cache in blocks of ``prefix_index.BLOCK_SIZE`` tokens.
+        properties: Of the CPU plugin, such as ``INFERENCE_PRECISION_HINT``.
+
+    Raises:
+        RuntimeError: The library cannot read or compile the model.
+    """
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.num_kv_blocks = cache_blocks
+    scheduler.enable_prefix_caching = True
+    scheduler.dynamic_split_fuse = True
+    scheduler.max_num_seqs = max_running
+    scheduler.max_num_batched_tokens = _PROMPT_TOKENS_PER_STEP + max_running
+    return openvino_genai.ContinuousBatchingPipeline(model_path, scheduler, "CPU", properties)
+
+
+class OpenVinoBackend:
+    """A GGUF file or an OpenVINO model on a CPU."""
+
+    def __init__(
+        self,
+        pipeline: openvino_genai.ContinuousBatchingPipeline,
+        info: EngineInfo,
+        *,
+        eos_token_ids: frozenset[int],
+        cache_blocks: int,
+    ) -> None:
+        """Take over a pipeline.
+
+        Args:
+            pipeline: From :func:`start_pipeline`.
+            info: What is being served.
+            eos_token_ids: Tokens that end an answer.
+            cache_blocks: As for :func:`start_pipeline`.
+        """
+        self.info = info
+        self._pipeline = pipeline
+        self._eos = eos_token_ids
+        self._prefixes = PrefixIndex(cache_blocks)
+        self._running: dict[str, _Running] = {}
+        self._added = 0
+
+    def add(self, request: GenerationRequest) -> None:
+        """Take a request into the next step's batch.
+
+        Raises:
+            RuntimeError: The library refuses one of its parameters.
+        """
+        self._added += 1
+        prompt = openvino.Tensor(np.array([request.prompt_token_ids], dtype=np.int64))
+        cached = self._prefixes.find(request.prompt_token_ids)
+        handle = self._pipeline.add_request(self._added, prompt, self._config(request))
+        self._running[request.id] = _Running(request, handle, cached)
+
+    def _config(self, request: GenerationRequest) -> GenerationConfig:
+        sampling = request.sampling
+        config = GenerationConfig()
+        # The prompt has been rendered; the library would render it again.
+        config.apply_chat_template = False
+        config.max_new_tokens = request.max_tokens
+        if self._eos:
+            config.eos_token_id = min(self._eos)
+            config.stop_token_ids = set(self._eos)
+        config.logprobs = int(request.logprobs)
+        config.repetition_penalty = sampling.repetition_penalty
+        config.presence_penalty = sampling.presence_penalty
+        config.frequency_penalty = sampling.frequency_penalty
+        config.do_sample = not sampling.is_greedy
+        if config.do_sample:
+            config.temperature = sampling.temperature
+            config.top_p = sampling.top_p
+            config.min_p = min(sampling.min_p, _LARGEST_MIN_P)
+            config.top_k = sampling.top_k or sys.maxsize
+            # The library's generator takes 32 bits, and starts the same way if it is given none.
+            seed = random.getrandbits(32) if sampling.seed is None else sampling.seed
+            config.rng_seed = seed % 2**32
+        return config
+
+    def cancel(self, request_id: str) -> None:
+        """Free a request's place and its blocks in the next step."""
+        if running := self._running.pop(request_id, None):
+            running.handle.cancel()
+
+    def step(self) -> list[TokenEvent]:
+        """One forward pass over every running request and a piece of the waiting prompts."""
+        self._pipeline.step()
+        events = [self._event(running) for running in list(self._running.values())]
+        return [event for event in events if event is not None]
+
+    def _event(self, running: _Running) -> TokenEvent | None:
+        """What the step brought a request; nothing while its prompt is still being read."""
+        new: list[int] = []
+        logprobs: list[float] = []
+        finish: FinishReason | None = None
+        while running.handle.can_read():
+            # One sequence a request, so one output a reading.
+            for output in running.handle.read().values():
+                new += output.generated_ids
+                logprobs += output.generated_log_probs
+                finish = _FINISH_REASONS.get(output.finish_reason, finish)
+        error = None
+        if finish is None and running.handle.get_status() == GenerationStatus.IGNORED:
+            finish, error = "error", "the KV cache has no room for it"
+        if not new and finish is None:
+            return None
+        first = not running.token_ids
+        running.token_ids += new
+        request = running.request
+        if first:
+            self._prefixes.add(request.prompt_token_ids)
+        if finish is not None:
+            del self._running[request.id]
+            self._prefixes.add([*request.prompt_token_ids, *running.token_ids])
+        return TokenEvent(
+            request_id=request.id,
+            token_ids=new,
+            logprobs=logprobs if request.logprobs else [],
+            finish_reason=finish,
+            error=error,
+            cached_tokens=running.cached_tokens if first else 0,
+        )
+
+    def has_work(self) -> bool:
+        """Whether any request is unfinished, or a cancelled one still holds blocks."""
+        return bool(self._pipeline.has_non_finished_requests())
+
+    def stats(self) -> EngineStats:
+        """Figures of the moment."""
+        if not self._running:
+            return EngineStats()
+        usage = self._pipeline.get_metrics().cache_usage / 100
+        return EngineStats(running=len(self._running), kv_cache_usage=usage)

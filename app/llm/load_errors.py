@@ -1,0 +1,65 @@
+"""Whatever the libraries meet first in a model's files, as one line that says what to do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from app.core.config import ModelSettings
+from app.llm.hub import Snapshot
+from app.utils.errors import ModelLoadError
+
+
+@contextmanager
+def explaining(part: str, settings: ModelSettings, snapshot: Snapshot) -> Iterator[None]:
+    """Turn whatever the libraries meet first in a broken file into a :class:`ModelLoadError`."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises no better type.
+        raise ModelLoadError(_explain(error, part, settings, snapshot)) from error
+
+
+# What transformers says of a model that it cannot run however whole its files are.
+_UNSUPPORTED = (
+    "does not recognize this architecture",
+    "Unrecognized configuration class",
+    "not supported",
+    "does not support",
+)
+
+
+def _explain(error: Exception, part: str, settings: ModelSettings, snapshot: Snapshot) -> str:
+    """One line on why the tokenizer or the model cannot be loaded, and what to do."""
+    text = one_line(error)
+    name = settings.label
+    if "trust_remote_code" in text:
+        return (
+            f"{name} needs code from its repository to run, which is refused: choose another model"
+        )
+    if any(words in text for words in _UNSUPPORTED):
+        return (
+            f"{name} is of a kind that transformers cannot serve ({text[:150]}): choose another "
+            "model"
+        )
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        return (
+            f"{name} does not fit in this machine's {settings.device} memory: choose a smaller "
+            "model, or MODEL__DTYPE=bfloat16"
+        )
+    if snapshot.gguf:
+        return (
+            f"{snapshot.directory / snapshot.gguf} cannot be loaded ({text[:200]}): if it is "
+            "truncated or corrupt, delete it and download it again"
+        )
+    needs = (
+        "a whole tokenizer.json is needed"
+        if part == "tokenizer"
+        else "config.json and safetensors files that belong together are needed"
+    )
+    return (
+        f"the {part} in {snapshot.directory} cannot be loaded ({text[:200]}): {needs}; download it "
+        "again, or choose another model"
+    )
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split()) or repr(error)

@@ -1,0 +1,119 @@
+"""Loading a model with OpenVINO, without torch in this process."""
+
+import os
+from typing import Any
+
+from app.core.config import ModelSettings
+from app.llm.description import DescriptionProcess, ModelShape
+from app.llm.engine.base import Backend, EngineInfo
+from app.llm.engine.cores import available_memory, compute_threads
+from app.llm.engine.prefix_index import BLOCK_SIZE
+from app.llm.hub import Progress, Snapshot
+from app.llm.load_errors import one_line
+
+# Tokens of cache planned for each running request. The cache becomes resident as it is used. A
+# few longer requests are fine; if all are, some wait and are computed again.
+_TOKENS_PER_REQUEST = 1024
+# Share of the memory that is free after loading which the KV cache may take.
+_CACHE_SHARE = 0.4
+_PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+# Bytes of a number in the cache: by default the plugin keeps 8 bits and a scale for each group.
+_CACHE_BYTES = {"float32": 4.0, "auto": 1.25}
+_CACHE_BYTES_16 = 2.0
+
+
+class OpenVinoUnsupportedError(Exception):
+    """OpenVINO cannot run this model; another engine may."""
+
+
+def load_openvino(
+    settings: ModelSettings,
+    snapshot: Snapshot,
+    *,
+    max_running: int,
+    progress: Progress,
+) -> Backend:
+    """Load a GGUF file or an OpenVINO model.
+
+    Args:
+        settings: The ``model`` section.
+        snapshot: The model's files.
+        max_running: Requests generated at once.
+        progress: Told what is being done.
+
+    Raises:
+        OpenVinoUnsupportedError: OpenVINO cannot run it, though its files are whole.
+        ModelLoadError: Its files are not whole, or its tokenizer cannot be read.
+    """
+    progress(f"loading {settings.label} with OpenVINO")
+    with DescriptionProcess(settings, snapshot) as description:
+        try:
+            # Imported while the other process reads.
+            from app.llm.engine.openvino_backend import SUPPORTED, OpenVinoBackend, start_pipeline
+        except ImportError as error:
+            raise OpenVinoUnsupportedError(f"it is not installed ({one_line(error)})") from error
+        shape = description.shape()
+        if snapshot.gguf and shape.rope_type != "default":
+            # Its GGUF reader takes all positions for plain ones, and answers would be nonsense.
+            raise OpenVinoUnsupportedError(f"it cannot read {shape.rope_type} positions from GGUF")
+        blocks = _cache_blocks(settings, shape, max_running)
+        path = snapshot.directory / snapshot.gguf if snapshot.gguf else snapshot.directory
+        try:
+            pipeline = start_pipeline(
+                str(path),
+                max_running=max_running,
+                cache_blocks=blocks,
+                properties=_properties(settings),
+            )
+        except RuntimeError as error:
+            raise OpenVinoUnsupportedError(_reason(error)) from error
+        tokenizer = description.tokenizer()
+    info = EngineInfo(
+        model=settings.label,
+        revision=snapshot.revision,
+        backend="openvino",
+        backend_reason=(
+            "model.engine is openvino"
+            if settings.engine == "openvino"
+            else "model.engine is auto, and OpenVINO is the fastest on a CPU"
+        ),
+        device="cpu",
+        dtype=shape.weights,
+        context_length=shape.context_length,
+        supported=SUPPORTED,
+        tokenizer_json=tokenizer.tokenizer_json,
+        chat_template=tokenizer.chat_template,
+        special_tokens=tokenizer.special_tokens,
+    )
+    return OpenVinoBackend(
+        pipeline, info, eos_token_ids=tokenizer.eos_token_ids, cache_blocks=blocks
+    )
+
+
+def _properties(settings: ModelSettings) -> dict[str, Any]:
+    """Properties of the CPU plugin: its threads, and its precision if one is asked for."""
+    properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": compute_threads(os.environ)}
+    if precision := _PRECISIONS.get(settings.dtype):
+        properties["INFERENCE_PRECISION_HINT"] = precision
+        properties["KV_CACHE_PRECISION"] = precision
+    return properties
+
+
+def _cache_blocks(settings: ModelSettings, shape: ModelShape, max_running: int) -> int:
+    """Blocks for the planned tokens of ``max_running`` requests, within a share of free memory."""
+    bytes_per_token = shape.cache_values_per_token * _CACHE_BYTES.get(
+        settings.dtype, _CACHE_BYTES_16
+    )
+    affordable = int(available_memory() * _CACHE_SHARE / bytes_per_token)
+    context = shape.context_length
+    wanted = max(context, max_running * min(context, _TOKENS_PER_REQUEST))
+    # One whole context is the least: a request that was admitted must be able to finish.
+    tokens = max(context, min(wanted, affordable))
+    return -(-tokens // BLOCK_SIZE) + 1
+
+
+def _reason(error: RuntimeError) -> str:
+    """What the library says, without the place in its own build where it says it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("Exception from", "Check "))]
+    return one_line(RuntimeError((told or lines or ["it gave no reason"])[-1]))[:200]

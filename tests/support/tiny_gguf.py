@@ -1,0 +1,94 @@
+"""The tiny model of tests.support.tiny_model as a GGUF file, with the same weights."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+from tokenizers import pre_tokenizers
+
+from tests.support import tiny_model
+
+_TENSORS = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def make_tiny_gguf(path: Path) -> Path:
+    """Write the tiny model as one GGUF file of 16-bit floats.
+
+    Returns:
+        ``path``; its folder is created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_context_length(tiny_model.CONTEXT_LENGTH)
+    writer.add_embedding_length(tiny_model.HIDDEN)
+    writer.add_block_count(tiny_model.LAYERS)
+    writer.add_feed_forward_length(tiny_model.INTERMEDIATE)
+    writer.add_head_count(tiny_model.HEADS)
+    writer.add_head_count_kv(tiny_model.KEY_VALUE_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(tiny_model.HIDDEN // tiny_model.HEADS)
+    writer.add_vocab_size(tiny_model.VOCABULARY)
+    _add_tokenizer(writer)
+    for name, weight in tiny_model.tiny_weights().items():
+        # 16 bits lose nothing of these weights; vectors stay at 32, as llama.cpp has them.
+        ordered = _in_gguf_order(name, weight)
+        writer.add_tensor(
+            _gguf_name(name), ordered.astype(np.float16) if weight.ndim > 1 else ordered
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    specials = [tiny_model.PAD, tiny_model.START, tiny_model.END]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*specials, *alphabet, *(left + right for left, right in tiny_model.MERGES)]
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([control] * len(specials) + [normal] * (len(tokens) - len(specials)))
+    writer.add_token_merges([f"{left} {right}" for left, right in tiny_model.MERGES])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(tiny_model.CHAT_TEMPLATE)
+
+
+def _gguf_name(name: str) -> str:
+    stem = name.removesuffix(".weight")
+    if stem.startswith("model.layers."):
+        _, _, layer, part = stem.split(".", 3)
+        return f"blk.{layer}.{_TENSORS[part]}.weight"
+    return f"{_TENSORS[stem]}.weight"
+
+
+def _in_gguf_order(name: str, weight: np.ndarray) -> np.ndarray:
+    """GGUF pairs neighbouring rows for rotary positions where transformers pairs two halves."""
+    heads = {"q_proj": tiny_model.HEADS, "k_proj": tiny_model.KEY_VALUE_HEADS}
+    for projection, count in heads.items():
+        if f".{projection}." in name:
+            rows, columns = weight.shape
+            halves = weight.reshape(count, 2, rows // count // 2, columns)
+            return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, columns))
+    return weight
