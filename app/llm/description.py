@@ -29,12 +29,14 @@ class ModelShape(msgspec.Struct, frozen=True):
 
     Attributes:
         context_length: Most tokens of prompt and answer together.
+        vocabulary_size: Tokens the model has embeddings for.
         cache_values_per_token: Numbers in the KV cache for one token, over all layers.
         rope_type: How positions are encoded, as transformers names it; ``default`` is plain.
         weights: How the weights are stored, such as ``q4_1``.
     """
 
     context_length: int
+    vocabulary_size: int
     cache_values_per_token: int
     rope_type: str
     weights: str
@@ -161,6 +163,7 @@ def read_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
         rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
         return ModelShape(
             context_length=context_length(config),
+            vocabulary_size=int(config.get_text_config().vocab_size),
             cache_values_per_token=cache_values_per_token(config),
             rope_type=str(rope.get("rope_type", "default")),
             weights=_weights_type(snapshot),

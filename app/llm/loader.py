@@ -320,6 +320,7 @@ def _start_transformers(
         device=f"cuda ({torch.cuda.get_device_name()})" if on_cuda else "cpu",
         dtype=str(model.dtype).removeprefix("torch."),
         context_length=context_length(model.config),
+        vocabulary_size=int(model.config.get_text_config().vocab_size),
         supported=frozenset(SAMPLING_FIELDS),
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         chat_template=chat_template(tokenizer),

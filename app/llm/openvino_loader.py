@@ -6,16 +6,12 @@ from typing import Any
 from app.core.config import ModelSettings
 from app.llm.description import DescriptionProcess, ModelShape
 from app.llm.engine.base import Backend, EngineInfo
-from app.llm.engine.cores import available_memory, compute_threads
+from app.llm.engine.cache_size import cache_tokens
+from app.llm.engine.cores import compute_threads
 from app.llm.engine.prefix_index import BLOCK_SIZE
 from app.llm.hub import Progress, Snapshot
 from app.llm.load_errors import one_line
 
-# Tokens of cache planned for each running request. The cache becomes resident as it is used. A
-# few longer requests are fine; if all are, some wait and are computed again.
-_TOKENS_PER_REQUEST = 1024
-# Share of the memory that is free after loading which the KV cache may take.
-_CACHE_SHARE = 0.4
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 # Bytes of a number in the cache: by default the plugin keeps 8 bits and a scale for each group.
 _CACHE_BYTES = {"float32": 4.0, "auto": 1.25}
@@ -80,6 +76,7 @@ def load_openvino(
         device="cpu",
         dtype=shape.weights,
         context_length=shape.context_length,
+        vocabulary_size=shape.vocabulary_size,
         supported=SUPPORTED,
         tokenizer_json=tokenizer.tokenizer_json,
         chat_template=tokenizer.chat_template,
@@ -100,15 +97,15 @@ def _properties(settings: ModelSettings) -> dict[str, Any]:
 
 
 def _cache_blocks(settings: ModelSettings, shape: ModelShape, max_running: int) -> int:
-    """Blocks for the planned tokens of ``max_running`` requests, within a share of free memory."""
+    """Size of the KV cache, in blocks."""
     bytes_per_token = shape.cache_values_per_token * _CACHE_BYTES.get(
         settings.dtype, _CACHE_BYTES_16
     )
-    affordable = int(available_memory() * _CACHE_SHARE / bytes_per_token)
-    context = shape.context_length
-    wanted = max(context, max_running * min(context, _TOKENS_PER_REQUEST))
-    # One whole context is the least: a request that was admitted must be able to finish.
-    tokens = max(context, min(wanted, affordable))
+    tokens = cache_tokens(
+        context_length=shape.context_length,
+        max_running=max_running,
+        bytes_per_token=bytes_per_token,
+    )
     return -(-tokens // BLOCK_SIZE) + 1
 
 

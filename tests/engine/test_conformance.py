@@ -1,48 +1,39 @@
-"""What every backend must do; a new backend is a row in :data:`BACKENDS`."""
+"""What every backend must do; a new backend is a row in tests/support/backends.py.
 
-from collections.abc import Callable, Sequence
+What a backend does behind the API process, with text, deadlines and a process of its own, is in
+test_conformance_text.py.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from app.core.config import ModelSettings
-from app.llm.engine.base import Backend, GenerationRequest, SamplingParams, TokenEvent
-from app.llm.loader import load_backend
+from app.llm.engine.base import Backend, SamplingParams, TokenEvent
+from tests.support.backends import (
+    BACKENDS,
+    MAX_RUNNING,
+    MODEL_BACKENDS,
+    load,
+    logprobs,
+    request,
+    run,
+    tokens,
+)
 
-GREEDY = SamplingParams(temperature=0)
-MAX_RUNNING = 32
-PROMPT = [10, 11, 12, 13, 14]
-
-
-def _load(settings: ModelSettings) -> Backend:
-    return load_backend(
-        settings, max_running=MAX_RUNNING, echo_step_seconds=0, token=None, progress=lambda _: None
-    )
-
-
-def _echo(_: Path) -> Backend:
-    return _load(ModelSettings(engine="echo"))
+Loader = Callable[[str], Backend]
 
 
-def _transformers(tiny: Path) -> Backend:
-    return _load(
-        ModelSettings(source="local", name=str(tiny), engine="transformers", dtype="float32")
-    )
+@pytest.fixture(scope="module")
+def loaded(tiny_model_dir: Path) -> Loader:
+    """Loads each backend once for all tests."""
+    return cache(lambda name: load(BACKENDS[name](tiny_model_dir)))
 
 
-BACKENDS: dict[str, Callable[[Path], Backend]] = {"echo": _echo, "transformers": _transformers}
-
-
-@pytest.fixture(scope="module", params=sorted(BACKENDS))
-def backend(request: pytest.FixtureRequest, tiny_model_dir: Path) -> Backend:
-    """Each backend in turn."""
-    return BACKENDS[request.param](tiny_model_dir)
-
-
-@pytest.fixture(autouse=True)
-def _leaves_nothing(backend: Backend) -> object:
+def _leaves_nothing(backend: Backend) -> Iterator[Backend]:
     """Whatever a test does, no request and no work is left behind."""
-    yield
+    yield backend
     for _ in range(3):
         if backend.has_work():
             backend.step()
@@ -50,35 +41,16 @@ def _leaves_nothing(backend: Backend) -> object:
     assert backend.stats().running == 0
 
 
-def request(
-    name: str,
-    prompt: Sequence[int] = PROMPT,
-    max_tokens: int = 8,
-    sampling: SamplingParams = GREEDY,
-) -> GenerationRequest:
-    """A request with defaults."""
-    return GenerationRequest(
-        id=name, prompt_token_ids=list(prompt), max_tokens=max_tokens, sampling=sampling
-    )
+@pytest.fixture(params=sorted(BACKENDS))
+def backend(request: pytest.FixtureRequest, loaded: Loader) -> Iterator[Backend]:
+    """Each backend in turn."""
+    yield from _leaves_nothing(loaded(request.param))
 
 
-def run(backend: Backend, *requests: GenerationRequest) -> dict[str, list[TokenEvent]]:
-    """Run requests together to their ends; each one's events in order."""
-    events: dict[str, list[TokenEvent]] = {r.id: [] for r in requests}
-    for r in requests:
-        backend.add(r)
-    steps = 0
-    while backend.has_work():
-        for event in backend.step():
-            events[event.request_id].append(event)
-        steps += 1
-        assert steps < 10_000, "a backend must come to an end"
-    return events
-
-
-def tokens(events: Sequence[TokenEvent]) -> list[int]:
-    """All tokens of one request."""
-    return [token for event in events for token in event.token_ids]
+@pytest.fixture(params=MODEL_BACKENDS)
+def model(request: pytest.FixtureRequest, loaded: Loader) -> Iterator[Backend]:
+    """Each backend that runs a model."""
+    yield from _leaves_nothing(loaded(request.param))
 
 
 def test_a_request_ends_with_exactly_one_terminal_event(backend: Backend) -> None:
@@ -208,27 +180,139 @@ def test_the_context_and_the_tokenizer_are_told(backend: Backend) -> None:
     assert {"temperature", "top_p", "top_k", "seed"} <= info.supported
 
 
-def test_a_repeated_prompt_finds_its_prefix(tiny_model_dir: Path) -> None:
+def test_a_repeated_prompt_finds_its_prefix(model: Backend) -> None:
     """The second request with a long common prefix reports tokens from the KV cache."""
-    backend = _transformers(tiny_model_dir)
-    prompt = [10 + i % 200 for i in range(200)]
-    first = run(backend, request("a", prompt))["a"]
-    second = run(backend, request("b", prompt))["b"]
+    prompt = [50 + i * 7 % 180 for i in range(200)]
+    first = run(model, request("a", prompt))["a"]
+    second = run(model, request("b", prompt))["b"]
     assert first[0].cached_tokens == 0
-    assert second[0].cached_tokens >= 160
+    assert 160 <= second[0].cached_tokens < len(prompt)
     assert tokens(first) == tokens(second)
 
 
-def test_a_penalty_changes_only_its_own_row(tiny_model_dir: Path) -> None:
-    """A penalised request says other things; its greedy neighbour says the same."""
-    backend = _transformers(tiny_model_dir)
-    plain = tokens(run(backend, request("p", max_tokens=24))["p"])
+def test_an_answer_is_part_of_the_next_prompts_prefix(model: Backend) -> None:
+    """A follow-up finds the answer before it in the KV cache, not only the prompt."""
+    prompt = [60 + i * 11 % 150 for i in range(100)]
+    answer = tokens(run(model, request("a", prompt, max_tokens=60))["a"])
+    if len(answer) < 40:
+        pytest.fail("the tiny model is expected to go on for 40 tokens here")
+    follow_up = [*prompt, *answer, 99, 98, 97]
+    cached = run(model, request("b", follow_up))["b"][0].cached_tokens
+    assert cached >= len(prompt) + len(answer) - 64
+
+
+def test_a_penalty_changes_only_its_own_row(model: Backend) -> None:
+    """A penalised request repeats less; its greedy neighbour says the same as alone."""
+    prompt = [20, 20, 20]
+    plain = tokens(run(model, request("p", prompt, max_tokens=100))["p"])
+    assert len(set(plain)) < len(plain), "the tiny model is expected to repeat itself here"
     penalised = SamplingParams(temperature=0, frequency_penalty=2.0, presence_penalty=2.0)
     both = run(
-        backend,
-        request("p", max_tokens=24),
-        request("q", max_tokens=24, sampling=penalised),
+        model,
+        request("p", prompt, max_tokens=100),
+        request("q", prompt, max_tokens=100, sampling=penalised),
     )
     assert tokens(both["p"]) == plain
-    repeats = len(plain) - len(set(plain))
-    assert len(both["q"]) - len(set(tokens(both["q"]))) < repeats or repeats == 0
+    assert len(set(tokens(both["q"]))) > len(set(plain))
+
+
+def test_a_repetition_penalty_counts_the_prompt(model: Backend) -> None:
+    """A tiny divisor makes the prompt's own tokens the likeliest of all that are positive."""
+    prompt = [20, 30, 40, 50]
+    rewarded = SamplingParams(temperature=0, repetition_penalty=0.01)
+    said = tokens(run(model, request("r", prompt, max_tokens=10, sampling=rewarded))["r"])
+    assert set(said) <= set(prompt), said
+
+
+def test_logprobs_are_told_where_asked_for(backend: Backend) -> None:
+    """One for each token, natural logarithms; nothing for a neighbour that did not ask."""
+    asked = request("asked", max_tokens=6, logprobs=True)
+    events = run(backend, asked, request("other", max_tokens=6))
+    values = logprobs(events["asked"])
+    assert len(values) == len(tokens(events["asked"]))
+    assert all(value <= 0 for value in values)
+    assert logprobs(events["other"]) == []
+
+
+def test_logprobs_are_the_models_own(model: Backend) -> None:
+    """Penalties, temperature and filters change which token is taken, not its log-probability."""
+    greedy = run(model, request("g", max_tokens=1, logprobs=True))["g"]
+    sampling = SamplingParams(temperature=0.1, top_k=1, presence_penalty=1.5, seed=3)
+    sampled = run(model, request("s", max_tokens=1, sampling=sampling, logprobs=True))["s"]
+    assert tokens(sampled) == tokens(greedy)
+    assert logprobs(sampled) == pytest.approx(logprobs(greedy), abs=1e-4)
+
+
+def test_backends_agree(loaded: Loader) -> None:
+    """In float32 every backend that runs a model says the same, with the same probabilities."""
+    prompts = [[10, 11, 12, 13, 14], [200], [40 + i % 190 for i in range(150)]]
+    said = {}
+    for name in MODEL_BACKENDS:
+        said[name] = [
+            run(loaded(name), request("r", p, max_tokens=24, logprobs=True))["r"] for p in prompts
+        ]
+    reference = said.pop("transformers")
+    for answers in said.values():
+        for answer, expected in zip(answers, reference, strict=True):
+            assert tokens(answer) == tokens(expected)
+            assert logprobs(answer) == pytest.approx(logprobs(expected), abs=1e-3)
+
+
+def test_extreme_sampling_is_sampling(backend: Backend) -> None:
+    """The ends of every range that the API admits give an answer, not a fault."""
+    extremes = [
+        SamplingParams(temperature=1e-40),
+        SamplingParams(temperature=1e-5, seed=0),
+        SamplingParams(temperature=2, min_p=1),
+        SamplingParams(temperature=2, top_p=1e-9),
+        SamplingParams(temperature=2, top_k=10**9, seed=2**63 - 1),
+        SamplingParams(temperature=0, repetition_penalty=1e-9),
+        SamplingParams(temperature=1, presence_penalty=-2, frequency_penalty=-2, seed=-5),
+    ]
+    answers = run(backend, *(request(f"r{i}", sampling=s) for i, s in enumerate(extremes)))
+    for events in answers.values():
+        assert events[-1].finish_reason in {"stop", "length"}
+        assert tokens(events)
+
+
+def test_min_p_one_is_greedy(backend: Backend) -> None:
+    """Only the likeliest token is as likely as the likeliest."""
+    hot = SamplingParams(temperature=2, min_p=1, seed=1)
+    greedy = tokens(run(backend, request("r"))["r"])
+    assert tokens(run(backend, request("r", sampling=hot))["r"]) == greedy
+
+
+def test_unseeded_answers_differ(model: Backend) -> None:
+    """Requests that name no seed do not share one."""
+    hot = SamplingParams(temperature=2)
+    answers = run(model, *(request(f"r{i}", max_tokens=16, sampling=hot) for i in range(4)))
+    assert len({tuple(tokens(events)) for events in answers.values()}) == 4
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 6])
+def test_cancel_at_every_phase(backend: Backend, steps: int) -> None:
+    """Waiting, while the prompt is read in pieces, and while answering: it is silent at once."""
+    long = [10 + i % 200 for i in range(400)]
+    backend.add(request("leaves", long, max_tokens=100))
+    for _ in range(steps):
+        backend.step()
+    backend.cancel("leaves")
+    assert backend.stats().running == 0
+    seen: list[TokenEvent] = []
+    while backend.has_work():
+        seen += backend.step()
+    assert seen == []
+    assert tokens(run(backend, request("next"))["next"])
+
+
+@pytest.mark.parametrize("name", MODEL_BACKENDS)
+def test_requests_that_outgrow_the_cache_take_turns(
+    name: str, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for one context only, eight long answers come out as they do alone."""
+    monkeypatch.setattr("app.llm.engine.cache_size.TOKENS_PER_REQUEST", 1)
+    backend = load(BACKENDS[name](tiny_model_dir))
+    prompts = {f"r{i}": [10 + (i * 31 + j) % 200 for j in range(120)] for i in range(8)}
+    alone = {n: tokens(run(backend, request(n, p, max_tokens=60))[n]) for n, p in prompts.items()}
+    together = run(backend, *(request(n, p, max_tokens=60) for n, p in prompts.items()))
+    assert {n: tokens(events) for n, events in together.items()} == alone

@@ -108,6 +108,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
         device: ``cpu`` or the CUDA device's name.
         dtype: Precision of the weights.
         context_length: Most tokens of prompt and answer together.
+        vocabulary_size: Tokens the model has embeddings for; ids are below it.
         supported: Names of the sampling fields this backend honours.
         tokenizer_json: The tokenizer, as the ``tokenizers`` library serialises it.
         chat_template: The model's Jinja template; ``None`` where it has none.
@@ -121,6 +122,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     device: str
     dtype: str
     context_length: int
+    vocabulary_size: int
     supported: frozenset[str]
     tokenizer_json: str
     chat_template: str | None

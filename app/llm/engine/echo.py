@@ -77,6 +77,7 @@ class EchoBackend:
             device="cpu",
             dtype="none",
             context_length=CONTEXT_LENGTH,
+            vocabulary_size=self._tokenizer.get_vocab_size(),
             supported=frozenset(SAMPLING_FIELDS),
             tokenizer_json=self._tokenizer.to_str(),
             chat_template=_CHAT_TEMPLATE,
@@ -131,7 +132,11 @@ class EchoBackend:
         if at_end or running.said >= request.max_tokens:
             finish = "stop" if at_end else "length"
             del self._running[request.id]
-        return TokenEvent(request_id=request.id, token_ids=[token], finish_reason=finish)
+        # It is certain of what it repeats.
+        logprobs = [0.0] if request.logprobs else []
+        return TokenEvent(
+            request_id=request.id, token_ids=[token], logprobs=logprobs, finish_reason=finish
+        )
 
     def has_work(self) -> bool:
         """Whether any answer is unfinished."""

@@ -22,6 +22,7 @@ from app.llm.engine.base import (
     Command,
     Configure,
     EngineStats,
+    GenerationRequest,
     LoadFailed,
     Loading,
     Message,
@@ -126,10 +127,18 @@ class Worker:
         request = command.request
         self._in_flight.add(request.id)
         try:
+            self._check(request)
             self._backend.add(request)
         except Exception as error:
             log.exception("a request could not be added", extra={"engine_request": request.id})
             events.append(_failure(request.id, error))
+
+    def _check(self, request: GenerationRequest) -> None:
+        """Refuse a token the model does not have: native code would read past its embeddings."""
+        size = self._backend.info.vocabulary_size
+        ids = request.prompt_token_ids
+        if not ids or min(ids) < 0 or max(ids) >= size:
+            raise ValueError(f"the prompt is empty or has tokens outside the vocabulary of {size}")
 
     def _cancel(self, request_id: str, events: list[TokenEvent]) -> None:
         if request_id in self._in_flight:

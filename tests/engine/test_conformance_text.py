@@ -1,0 +1,152 @@
+"""What every backend must do behind the API process: text, deadlines, leaving, faults.
+
+The same tests on a real engine process for each row of tests/support/backends.py.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from app.llm.detokenizer import Detokenizer
+from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
+from app.utils.errors import (
+    ContextLengthExceededError,
+    DeadlineExceededError,
+    InternalError,
+    ValidationFailedError,
+)
+from tests.support.backends import BACKENDS, GREEDY, request
+from tests.support.engine import EchoEngine, echo_engine
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+PROMPT = "the hat in the sun and the moon on the house"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=sorted(BACKENDS))
+async def engine(request: pytest.FixtureRequest, tiny_model_dir: Path) -> AsyncIterator[EchoEngine]:
+    """A real engine process with each backend in turn."""
+    async with echo_engine(model=BACKENDS[request.param](tiny_model_dir)) as engine:
+        yield engine
+
+
+@pytest_asyncio.fixture(loop_scope="module", autouse=True)
+async def _leaves_nothing(engine: EchoEngine) -> AsyncIterator[None]:
+    yield
+    async with asyncio.timeout(10):
+        while engine.client.stats.running or engine.client.queue.snapshot().running:  # noqa: ASYNC110 - polls another process
+            await asyncio.sleep(0.01)
+
+
+def options(**given: Any) -> GenerationOptions:
+    """Greedy, 32 tokens, but for what is given."""
+    return GenerationOptions(**{"max_tokens": 32, "sampling": GREEDY, **given})
+
+
+async def pieces(
+    engine: EchoEngine, asked: GenerationOptions, prompt: str = PROMPT
+) -> tuple[list[str], GenerationReport]:
+    """An answer in pieces, and its report."""
+    report = GenerationReport()
+    stream = TextGenerator(engine.client).stream(prompt, asked, report)
+    return [piece async for piece in stream], report
+
+
+async def test_pieces_are_the_text(engine: EchoEngine) -> None:
+    """The pieces joined are what the tokens decode to, and the count is right."""
+    said, report = await pieces(engine, options())
+    tokenizer = engine.client.tokenizer
+    assert tokenizer is not None
+    asked = request("raw", await tokenizer.run(tokenizer.encode_text, PROMPT), max_tokens=32)
+    ids = [
+        token async for event in engine.client.admit().generate(asked) for token in event.token_ids
+    ]
+    assert "".join(said) == Detokenizer(tokenizer.decoder).feed(ids)
+    assert report.completion_tokens == len(ids)
+    assert report.finish_reason in {"stop", "length"}
+
+
+async def test_a_stop_string_ends_the_answer_before_it(engine: EchoEngine) -> None:
+    """Whatever the tokens are, nothing of the stop string and nothing after it comes out."""
+    text = "".join((await pieces(engine, options()))[0])
+    for start, end in ((4, 5), (5, 8)):
+        stop = text[start:end]
+        said, report = await pieces(engine, options(stop=(stop, "never in there")))
+        assert "".join(said) == text[: text.index(stop)]
+        assert report.finish_reason == "stop"
+
+
+async def test_any_script_is_a_prompt(engine: EchoEngine) -> None:
+    """Characters of many bytes, joined and combining ones are taken; echo gives them back."""
+    for prompt in ("日本語 🎉 العربية", "👩‍👩‍👧‍👦" * 3, "e\u0301\u200d\ufeff"):
+        said, report = await pieces(engine, options(max_tokens=100), prompt)
+        assert report.finish_reason in {"stop", "length"}
+        if engine.client.info and engine.client.info.backend == "echo":
+            assert "".join(said) == prompt
+
+
+async def test_an_empty_prompt_is_refused(engine: EchoEngine) -> None:
+    """It has no token to begin with."""
+    with pytest.raises(ValidationFailedError):
+        await pieces(engine, options(), "")
+
+
+async def test_one_character_is_a_prompt(engine: EchoEngine) -> None:
+    """The shortest prompt has an answer."""
+    _, report = await pieces(engine, options(), "a")
+    assert report.prompt_tokens == 1
+    assert report.completion_tokens >= 1
+
+
+async def test_the_context_boundary_is_exact(engine: EchoEngine) -> None:
+    """Prompt and answer may fill the context, and not one token more."""
+    assert engine.client.info is not None
+    room = engine.client.info.context_length
+    prompt = "z" * (room - 3)
+    _, report = await pieces(engine, options(max_tokens=3), prompt)
+    assert report.prompt_tokens == room - 3
+    assert 1 <= report.completion_tokens <= 3
+    with pytest.raises(ContextLengthExceededError):
+        await pieces(engine, options(max_tokens=4), prompt)
+
+
+async def test_leaving_frees_the_place(engine: EchoEngine) -> None:
+    """A reader who leaves in the middle stops the engine; neighbours go on."""
+    expected, _ = await pieces(engine, options())
+    stays = asyncio.create_task(pieces(engine, options()))
+    report = GenerationReport()
+    async with aclosing(
+        TextGenerator(engine.client).stream("b" * 40, options(max_tokens=400), report)
+    ) as leaves:
+        assert await anext(leaves) == ""
+        await anext(leaves)
+    assert "".join((await stays)[0]) == "".join(expected)
+    assert report.completion_tokens < 400
+
+
+async def test_a_deadline_ends_a_request(engine: EchoEngine) -> None:
+    """Past its time it ends with that error, in the engine too; neighbours go on."""
+    place = engine.client.admit()
+    place.set_deadline(0.0)
+    with pytest.raises(DeadlineExceededError):
+        async for _ in place.generate(request("late", max_tokens=400)):
+            pass
+    assert (await pieces(engine, options()))[1].finish_reason is not None
+
+
+async def test_a_token_the_model_does_not_have_fails_alone(engine: EchoEngine) -> None:
+    """It would be read past the end of the embeddings; neighbours are not harmed."""
+    expected, _ = await pieces(engine, options())
+    stays = asyncio.create_task(pieces(engine, options()))
+    for bad in ([10, 10**6], [-1, 10], []):
+        place = engine.client.admit()
+        with pytest.raises(InternalError):
+            async for _ in place.generate(request(f"bad{bad}", bad)):
+                pass
+    assert (await stays)[0] == expected
+    assert engine.client.restarts == 0

@@ -1,0 +1,88 @@
+"""The backends that the conformance tests run on; a new backend is a row in :data:`BACKENDS`."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from app.core.config import ModelSettings
+from app.llm.engine.base import Backend, GenerationRequest, SamplingParams, TokenEvent
+from app.llm.loader import load_backend
+from tests.support.tiny_gguf import make_tiny_gguf
+
+MAX_RUNNING = 32
+GREEDY = SamplingParams(temperature=0)
+PROMPT = [10, 11, 12, 13, 14]
+
+
+def _echo(_: Path) -> ModelSettings:
+    return ModelSettings(engine="echo")
+
+
+def _openvino(tiny: Path) -> ModelSettings:
+    path = tiny.parent / "tiny.gguf"
+    if not path.exists():
+        make_tiny_gguf(path)
+    return ModelSettings(source="local", name=str(path), engine="openvino", dtype="float32")
+
+
+def _transformers(tiny: Path) -> ModelSettings:
+    return ModelSettings(source="local", name=str(tiny), engine="transformers", dtype="float32")
+
+
+BACKENDS: dict[str, Callable[[Path], ModelSettings]] = {
+    "echo": _echo,
+    "openvino": _openvino,
+    "transformers": _transformers,
+}
+"""Settings that load the tiny model, whose safetensors folder is given, in float32."""
+
+MODEL_BACKENDS = sorted(set(BACKENDS) - {"echo"})
+"""Those that run a model."""
+
+
+def load(settings: ModelSettings) -> Backend:
+    """Load a backend in this process."""
+    return load_backend(
+        settings, max_running=MAX_RUNNING, echo_step_seconds=0, token=None, progress=lambda _: None
+    )
+
+
+def request(
+    name: str,
+    prompt: Sequence[int] = PROMPT,
+    max_tokens: int = 8,
+    sampling: SamplingParams = GREEDY,
+    *,
+    logprobs: bool = False,
+) -> GenerationRequest:
+    """A request with defaults."""
+    return GenerationRequest(
+        id=name,
+        prompt_token_ids=list(prompt),
+        max_tokens=max_tokens,
+        sampling=sampling,
+        logprobs=logprobs,
+    )
+
+
+def run(backend: Backend, *requests: GenerationRequest) -> dict[str, list[TokenEvent]]:
+    """Run requests together to their ends; each one's events in order."""
+    events: dict[str, list[TokenEvent]] = {r.id: [] for r in requests}
+    for r in requests:
+        backend.add(r)
+    steps = 0
+    while backend.has_work():
+        for event in backend.step():
+            events[event.request_id].append(event)
+        steps += 1
+        assert steps < 10_000, "a backend must come to an end"
+    return events
+
+
+def tokens(events: Sequence[TokenEvent]) -> list[int]:
+    """All tokens of one request."""
+    return [token for event in events for token in event.token_ids]
+
+
+def logprobs(events: Sequence[TokenEvent]) -> list[float]:
+    """All log-probabilities of one request."""
+    return [value for event in events for value in event.logprobs]
