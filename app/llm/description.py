@@ -31,14 +31,12 @@ class ModelShape(msgspec.Struct, frozen=True):
         context_length: Most tokens of prompt and answer together.
         vocabulary_size: Tokens the model has embeddings for.
         cache_values_per_token: Numbers in the KV cache for one token, over all layers.
-        rope_type: How positions are encoded, as transformers names it; ``default`` is plain.
         weights: How the weights are stored, such as ``q4_1``.
     """
 
     context_length: int
     vocabulary_size: int
     cache_values_per_token: int
-    rope_type: str
     weights: str
 
 
@@ -120,7 +118,8 @@ class DescriptionProcess:
         line = output.readline() if output else b""
         if not line:
             raise ModelLoadError(
-                f"reading the model's configuration ended with code {self._process.wait()}"
+                f"reading the model's configuration ended with code {self._process.wait()}: start "
+                "again; if it stays, set MODEL__ENGINE=transformers"
             )
         answer = msgspec.json.decode(line, type=_Answer)
         if isinstance(answer, _Failure):
@@ -160,12 +159,10 @@ def read_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
         if snapshot.gguf:
             check_gguf(snapshot.directory / snapshot.gguf)
         config = AutoConfig.from_pretrained(snapshot.directory, **pretrained_source(snapshot))
-        rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
         return ModelShape(
             context_length=context_length(config),
             vocabulary_size=int(config.get_text_config().vocab_size),
             cache_values_per_token=cache_values_per_token(config),
-            rope_type=str(rope.get("rope_type", "default")),
             weights=_weights_type(snapshot),
         )
 

@@ -23,7 +23,13 @@ from app.llm.description import (
     pretrained_source,
     special_tokens,
 )
-from app.llm.engine.base import SAMPLING_FIELDS, Backend, EngineInfo
+from app.llm.engine.base import (
+    NEUTRAL_SAMPLING,
+    SAMPLING_FIELDS,
+    Backend,
+    EngineInfo,
+    GenerationRequest,
+)
 from app.llm.engine.echo import EchoBackend
 from app.llm.hub import Progress, Snapshot
 from app.llm.load_errors import explaining, one_line
@@ -67,7 +73,9 @@ def load_backend(
     reason = _why_not_openvino(settings, snapshot)
     if reason is None:
         try:
-            return load_openvino(settings, snapshot, max_running=max_running, progress=progress)
+            return _warm_up(
+                load_openvino(settings, snapshot, max_running=max_running, progress=progress)
+            )
         except OpenVinoUnsupportedError as error:
             reason = f"OpenVINO cannot run {settings.label}: {error}"
         if snapshot.is_openvino:
@@ -79,7 +87,19 @@ def load_backend(
     progress(f"loading {settings.label} with transformers")
     pipe = _load_pipeline(settings, snapshot)
     progress("starting continuous batching")
-    return _start_transformers(pipe, settings, snapshot, reason, max_running)
+    return _warm_up(_start_transformers(pipe, settings, snapshot, reason, max_running))
+
+
+def _warm_up(backend: Backend) -> Backend:
+    """Generate a little, so that the first caller does not wait for kernels to be made."""
+    backend.add(
+        GenerationRequest(
+            id="warm-up", prompt_token_ids=[0] * 64, max_tokens=2, sampling=NEUTRAL_SAMPLING
+        )
+    )
+    while backend.has_work():
+        backend.step()
+    return backend
 
 
 def _why_not_openvino(settings: ModelSettings, snapshot: Snapshot) -> str | None:

@@ -49,9 +49,6 @@ def load_openvino(
         except ImportError as error:
             raise OpenVinoUnsupportedError(f"it is not installed ({one_line(error)})") from error
         shape = description.shape()
-        if snapshot.gguf and shape.rope_type != "default":
-            # Its GGUF reader takes all positions for plain ones, and answers would be nonsense.
-            raise OpenVinoUnsupportedError(f"it cannot read {shape.rope_type} positions from GGUF")
         blocks = _cache_blocks(settings, shape, max_running)
         path = snapshot.directory / snapshot.gguf if snapshot.gguf else snapshot.directory
         try:

@@ -24,8 +24,12 @@ _TENSORS = {
 }
 
 
-def make_tiny_gguf(path: Path) -> Path:
-    """Write the tiny model as one GGUF file of 16-bit floats.
+def make_tiny_gguf(path: Path, *, half: bool = True) -> Path:
+    """Write the tiny model as one GGUF file.
+
+    Args:
+        path: Where to.
+        half: Matrices of 16-bit floats, else of 32 bits.
 
     Returns:
         ``path``; its folder is created.
@@ -33,7 +37,7 @@ def make_tiny_gguf(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
     writer.add_context_length(tiny_model.CONTEXT_LENGTH)
     writer.add_embedding_length(tiny_model.HIDDEN)
     writer.add_block_count(tiny_model.LAYERS)
@@ -46,11 +50,10 @@ def make_tiny_gguf(path: Path) -> Path:
     writer.add_vocab_size(tiny_model.VOCABULARY)
     _add_tokenizer(writer)
     for name, weight in tiny_model.tiny_weights().items():
-        # 16 bits lose nothing of these weights; vectors stay at 32, as llama.cpp has them.
         ordered = _in_gguf_order(name, weight)
-        writer.add_tensor(
-            _gguf_name(name), ordered.astype(np.float16) if weight.ndim > 1 else ordered
-        )
+        # 16 bits lose nothing of these weights; vectors stay at 32, as llama.cpp has them.
+        narrow = half and weight.ndim > 1
+        writer.add_tensor(_gguf_name(name), ordered.astype(np.float16) if narrow else ordered)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

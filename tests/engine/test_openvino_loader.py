@@ -1,0 +1,226 @@
+"""Which models OpenVINO runs, what falls back to transformers, and what is refused."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openvino_genai
+import openvino_tokenizers  # noqa: F401 - registers the operations of a tokenizer's model
+import pytest
+
+from app.core.config import ModelSettings
+from app.llm import bundled, description
+from app.llm.engine.base import Backend
+from app.llm.loader import load_backend
+from app.utils.errors import ModelLoadError
+from tests.support.backends import request, run, tokens
+from tests.support.tiny_gguf import make_tiny_gguf
+
+
+def load(path: Path, said: list[str] | None = None, **settings: Any) -> Backend:
+    """Load a local model as the engine process does."""
+    values = {"source": "local", "name": str(path), "dtype": "float32"} | settings
+    return load_backend(
+        ModelSettings(**values),
+        max_running=2,
+        echo_step_seconds=0,
+        token=None,
+        progress=(said if said is not None else []).append,
+    )
+
+
+def refusal(path: Path, **settings: Any) -> str:
+    """The line with which a model is refused."""
+    with pytest.raises(ModelLoadError) as caught:
+        load(path, **settings)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a GGUF file; do not change it."""
+    return make_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def openvino_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in OpenVINO's own format; copy it before changing anything."""
+    folder = tmp_path_factory.mktemp("ir")
+    path = make_tiny_gguf(folder / "tiny.gguf")
+    # The library writes what it made of a GGUF file beside it.
+    openvino_genai.ContinuousBatchingPipeline(
+        str(path), openvino_genai.SchedulerConfig(), "CPU", {"enable_save_ov_model": True}
+    )
+    path.unlink()
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    for name in (*names, "chat_template.jinja"):
+        shutil.copy(tiny_model_dir / name, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(openvino_dir: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the model in OpenVINO's own format, to break."""
+    shutil.copytree(openvino_dir, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_auto_takes_openvino_for_a_gguf_file(gguf: Path) -> None:
+    """On a CPU a GGUF file that OpenVINO can read is run by it, and /status can say why."""
+    said: list[str] = []
+    backend = load(gguf, said)
+    assert backend.info.backend == "openvino"
+    assert (
+        backend.info.backend_reason == "model.engine is auto, and OpenVINO is the fastest on a CPU"
+    )
+    assert backend.info.dtype == "f16"
+    assert backend.info.context_length == 512
+    assert said == [f"loading {gguf} with OpenVINO"]
+
+
+def test_a_gguf_file_can_be_given_to_transformers(gguf: Path) -> None:
+    """The engine that is named runs it."""
+    assert load(gguf, engine="transformers").info.backend == "transformers"
+
+
+def test_a_folder_in_openvinos_format(openvino_dir: Path, gguf: Path) -> None:
+    """It is run without transformers' weights, and says what the GGUF file says."""
+    backend = load(openvino_dir)
+    assert backend.info.backend == "openvino"
+    assert backend.info.dtype == "uncompressed"
+    expected = tokens(run(load(gguf), request("r"))["r"])
+    assert tokens(run(backend, request("r"))["r"]) == expected
+
+
+def test_openvinos_format_is_preferred_on_a_cpu(copy: Path, tiny_model_dir: Path) -> None:
+    """A folder with both kinds of weights is run by the engine that is asked for."""
+    shutil.copy(tiny_model_dir / "model.safetensors", copy)
+    assert load(copy).info.backend == "openvino"
+    assert load(copy, engine="transformers").info.backend == "transformers"
+
+
+def test_safetensors_go_to_transformers(tiny_model_dir: Path) -> None:
+    """Auto says why OpenVINO does not run them."""
+    info = load(tiny_model_dir).info
+    assert info.backend == "transformers"
+    assert info.backend_reason == (
+        "model.engine is auto, and OpenVINO reads GGUF and its own format, and these weights are "
+        "safetensors"
+    )
+
+
+def test_safetensors_cannot_be_forced_on_openvino(tiny_model_dir: Path) -> None:
+    """The line names both ways out."""
+    line = refusal(tiny_model_dir, engine="openvino")
+    assert line.endswith("set MODEL__ENGINE=auto, or convert the model (make export-openvino)")
+
+
+@pytest.fixture
+def unreadable(tmp_path: Path) -> Path:
+    """A whole GGUF file of a type that transformers reads and OpenVINO does not."""
+    return make_tiny_gguf(tmp_path / "float32.gguf", half=False)
+
+
+def test_what_openvino_cannot_read_falls_back(
+    unreadable: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before readiness, with a warning that says what was wrong."""
+    backend = load(unreadable)
+    assert backend.info.backend == "transformers"
+    assert backend.info.backend_reason == (
+        f"model.engine is auto, but OpenVINO cannot run {unreadable}: Unsupported quantization type"
+    )
+    (warning,) = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert warning.getMessage() == (
+        f"OpenVINO cannot run {unreadable}: Unsupported quantization type; transformers will"
+    )
+    assert len(tokens(run(backend, request("r", max_tokens=4))["r"])) == 4
+
+
+def test_what_openvino_cannot_read_is_refused_where_it_is_named(unreadable: Path) -> None:
+    """No other engine than the one that was asked for is taken."""
+    assert refusal(unreadable, engine="openvino") == (
+        f"OpenVINO cannot run {unreadable}: Unsupported quantization type; choose another model, "
+        "or set MODEL__ENGINE=auto"
+    )
+
+
+def test_a_truncated_gguf_file(gguf: Path, tmp_path: Path) -> None:
+    """It is refused before native code maps what is not there."""
+    whole = gguf.read_bytes()
+    # In the last tensor, and in the metadata.
+    for size in (len(whole) - 1, 300):
+        path = tmp_path / "cut.gguf"
+        path.write_bytes(whole[:size])
+        line = refusal(path)
+        assert line.startswith(f"{path} cannot be loaded (")
+        assert line.endswith("if it is truncated or corrupt, delete it and download it again")
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_openvino_weights_that_are_missing(copy: Path, content: bytes | None) -> None:
+    """The description of a model is not a model."""
+    path = copy / "openvino_model.bin"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert refusal(copy) == f"{path} is missing or empty: download the model again"
+
+
+@pytest.mark.parametrize("break_it", ["xml", "bin"])
+def test_openvino_files_that_are_corrupt(copy: Path, break_it: str) -> None:
+    """One line, and no other engine is tried, since none could run it."""
+    path = copy / f"openvino_model.{break_it}"
+    path.write_bytes(path.read_bytes()[:100])
+    line = refusal(copy)
+    assert line.startswith(f"OpenVINO cannot run {copy}: ")
+    assert line.endswith("; choose another model")
+
+
+def test_openvinos_format_needs_openvino(openvino_dir: Path) -> None:
+    """Transformers cannot run it, and the line says who can."""
+    assert refusal(openvino_dir, engine="transformers") == (
+        f"{openvino_dir} has only OpenVINO weights: set MODEL__DEVICE=cpu and MODEL__ENGINE=auto, "
+        "or choose a model with safetensors or GGUF weights"
+    )
+
+
+def test_a_broken_tokenizer(copy: Path) -> None:
+    """What the process that reads it found wrong is what the operator is told."""
+    (copy / "tokenizer.json").write_text("{")
+    assert refusal(copy).startswith(f"the tokenizer in {copy} cannot be loaded (")
+
+
+def test_the_reading_process_dies(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was killed is told from a model that is broken."""
+    popen = description.subprocess.Popen
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        process = popen(*args, **kwargs)
+        process.kill()
+        return process
+
+    monkeypatch.setattr(description.subprocess, "Popen", killed)
+    assert refusal(gguf) == (
+        "reading the model's configuration ended with code -9: start again; if it stays, set "
+        "MODEL__ENGINE=transformers"
+    )
+
+
+@pytest.mark.model
+def test_the_bundled_model_is_run_by_openvino() -> None:
+    """With its own context length and kind of weights."""
+    if not bundled.is_fetched():
+        pytest.skip("the bundled model is not here: make model")
+    backend = load_backend(
+        ModelSettings(source="bundled"),
+        max_running=2,
+        echo_step_seconds=0,
+        token=None,
+        progress=lambda _: None,
+    )
+    assert backend.info.dtype == "q4_1"
+    assert backend.info.context_length == 8192
