@@ -1,6 +1,7 @@
 """Which models OpenVINO runs, what falls back to transformers, and what is refused."""
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import openvino_tokenizers  # noqa: F401 - registers the operations of a tokeniz
 import pytest
 
 from app.core.config import ModelSettings
-from app.llm import bundled, description
+from app.llm import bundled
 from app.llm.engine.base import Backend
 from app.llm.loader import load_backend
 from app.utils.errors import ModelLoadError
@@ -196,14 +197,14 @@ def test_a_broken_tokenizer(copy: Path) -> None:
 
 def test_the_reading_process_dies(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that was killed is told from a model that is broken."""
-    popen = description.subprocess.Popen
+    popen = subprocess.Popen
 
     def killed(*args: Any, **kwargs: Any) -> Any:
         process = popen(*args, **kwargs)
         process.kill()
         return process
 
-    monkeypatch.setattr(description.subprocess, "Popen", killed)
+    monkeypatch.setattr("app.llm.description.subprocess.Popen", killed)
     assert refusal(gguf) == (
         "reading the model's configuration ended with code -9: start again; if it stays, set "
         "MODEL__ENGINE=transformers"
