@@ -2,12 +2,10 @@
 
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openvino_genai
-import openvino_tokenizers  # noqa: F401 - registers the operations of a tokenizer's model
 import pytest
 
 from app.core.config import ModelSettings
@@ -63,10 +61,9 @@ def openvino_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
-def copy(openvino_dir: Path, tmp_path: Path) -> Iterator[Path]:
+def copy(openvino_dir: Path, tmp_path: Path) -> Path:
     """A copy of the model in OpenVINO's own format, to break."""
-    shutil.copytree(openvino_dir, tmp_path / "model")
-    return tmp_path / "model"
+    return shutil.copytree(openvino_dir, tmp_path / "model")
 
 
 def test_auto_takes_openvino_for_a_gguf_file(gguf: Path) -> None:
