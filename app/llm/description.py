@@ -129,42 +129,54 @@ class DescriptionProcess:
         return answer
 
 
-def check_gguf(path: Path) -> None:
-    """Refuse a GGUF file whose tensors do not all lie inside it.
-
-    Native readers map the file into memory, where a missing end is a deadly signal.
-
-    Raises:
-        ValueError: It is cut off, or no GGUF file.
-    """
-    from transformers.integrations.gguf.reader import GgufHeader
-
-    header = GgufHeader.from_file(str(path))
-    end = max((tensor.offset + tensor.nbytes for tensor in header.tensors), default=0)
-    if header.data_start + end > path.stat().st_size:
-        raise ValueError(
-            f"its tensors end {header.data_start + end - path.stat().st_size} bytes on"
-        )
-
-
 def read_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
     """Read a model's configuration.
 
     Raises:
         ModelLoadError: It cannot be read, or the weights are cut off.
     """
-    from transformers import AutoConfig
-
     with explaining("configuration", settings, snapshot):
         if snapshot.gguf:
-            check_gguf(snapshot.directory / snapshot.gguf)
+            return _gguf_shape(snapshot.directory / snapshot.gguf)
+        from transformers import AutoConfig
+
         config = AutoConfig.from_pretrained(snapshot.directory, **pretrained_source(snapshot))
         return ModelShape(
             context_length=context_length(config),
             vocabulary_size=int(config.get_text_config().vocab_size),
             cache_values_per_token=cache_values_per_token(config),
-            weights=_weights_type(snapshot),
+            weights=_compression(snapshot.directory),
         )
+
+
+def _gguf_shape(path: Path) -> ModelShape:
+    """What a GGUF file says of itself, by the names its specification gives.
+
+    Raises:
+        ValueError: It is cut off, or no GGUF file.
+        KeyError: It leaves out something.
+    """
+    import gguf
+    from transformers.integrations.gguf import GgufHeader, read_gguf_metadata
+
+    header = GgufHeader.from_file(str(path))
+    end = header.data_start + max((t.offset + t.nbytes for t in header.tensors), default=0)
+    if end > path.stat().st_size:
+        # Native readers map the file into memory, where a missing end is a deadly signal.
+        raise ValueError(f"it ends {end - path.stat().st_size} bytes early")
+    metadata, _ = read_gguf_metadata(str(path))
+    keys = {k.removeprefix(f"{header.architecture}."): v for k, v in metadata.items()}
+    heads = keys["attention.head_count"]
+    head_dim = keys.get("attention.key_length") or keys["embedding_length"] // heads
+    shared = keys.get("attention.head_count_kv") or heads
+    kind = metadata.get("general.file_type")
+    name = "gguf" if kind is None else gguf.LlamaFileType(kind).name
+    return ModelShape(
+        context_length=keys["context_length"],
+        vocabulary_size=next(t.shape[0] for t in header.tensors if t.name == "token_embd.weight"),
+        cache_values_per_token=2 * keys["block_count"] * shared * head_dim,
+        weights=name.removeprefix("MOSTLY_").removeprefix("ALL_").lower(),
+    )
 
 
 def read_tokenizer(settings: ModelSettings, snapshot: Snapshot) -> ModelTokenizer:
@@ -173,15 +185,13 @@ def read_tokenizer(settings: ModelSettings, snapshot: Snapshot) -> ModelTokenize
     Raises:
         ModelLoadError: It cannot be read.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     tokenizer = load_tokenizer(settings, snapshot)
-    with explaining("configuration", settings, snapshot):
-        if (snapshot.directory / "generation_config.json").is_file() and not snapshot.gguf:
+    generation = GenerationConfig()
+    if (snapshot.directory / "generation_config.json").is_file() and not snapshot.gguf:
+        with explaining("configuration", settings, snapshot):
             generation = GenerationConfig.from_pretrained(snapshot.directory)
-        else:
-            config = AutoConfig.from_pretrained(snapshot.directory, **pretrained_source(snapshot))
-            generation = GenerationConfig.from_model_config(config)
     return ModelTokenizer(
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         chat_template=chat_template(tokenizer),
@@ -204,8 +214,10 @@ def load_tokenizer(settings: ModelSettings, snapshot: Snapshot) -> Any:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # Of a GGUF file AutoTokenizer makes the same, but parses the whole file twice to get there.
+    kind = PreTrainedTokenizerFast if snapshot.gguf else AutoTokenizer
     with explaining("tokenizer", settings, snapshot):
-        tokenizer = AutoTokenizer.from_pretrained(snapshot.directory, **pretrained_source(snapshot))
+        tokenizer = kind.from_pretrained(snapshot.directory, **pretrained_source(snapshot))
         if not isinstance(tokenizer, PreTrainedTokenizerFast) or not len(tokenizer):
             raise ValueError("it is none that the tokenizers library can run")
         return tokenizer
@@ -246,20 +258,11 @@ def cache_values_per_token(config: Any) -> int:
     return int(2 * text.num_hidden_layers * heads * head_dim)
 
 
-def _weights_type(snapshot: Snapshot) -> str:
-    if snapshot.gguf:
-        import gguf
-        from transformers.integrations.gguf import read_gguf_metadata
-
-        metadata, _ = read_gguf_metadata(str(snapshot.directory / snapshot.gguf))
-        kind = metadata.get("general.file_type")
-        if kind is None:
-            return "gguf"
-        name: str = gguf.LlamaFileType(kind).name
-        return name.removeprefix("MOSTLY_").removeprefix("ALL_").lower()
-    xml = (snapshot.directory / OPENVINO_MODEL).read_text(encoding="utf-8")
-    compressed = re.search(r'<weight_compression>.*?<mode value="(\w+)"', xml, re.DOTALL)
-    return compressed[1].lower() if compressed else "uncompressed"
+def _compression(directory: Path) -> str:
+    """How a model in OpenVINO's own format was compressed, as its exporter noted it."""
+    xml = (directory / OPENVINO_MODEL).read_text(encoding="utf-8")
+    noted = re.search(r'<weight_compression>.*?<mode value="(\w+)"', xml, re.DOTALL)
+    return noted[1].lower() if noted else "uncompressed"
 
 
 def _end_with_parent() -> None:
