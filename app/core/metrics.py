@@ -77,7 +77,7 @@ class Metrics:
         )
         self.rejected = Counter(
             "llm_requests_rejected_total",
-            "Requests refused before they were admitted.",
+            "Requests refused before they ran.",
             ("reason",),
             registry=r,
         )
