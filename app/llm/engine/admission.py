@@ -193,6 +193,8 @@ class Admission:
             self._check()
             self._turn = self._queue.turn(self)
             await self._turn
+            # It may have failed since the turn was given.
+            self._check()
             self._link.submit(request, self)
             self._unfinished = request
             self._meter.started(len(request.prompt_token_ids))
