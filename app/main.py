@@ -22,6 +22,7 @@ from app.api.errors import register_error_handlers
 from app.api.middleware import BodyLimitMiddleware, RequestContextMiddleware
 from app.api.routers import chat, health, inference, sessions, status
 from app.core.config import Settings, load_settings
+from app.core.event_loop import EventLoopMonitor
 from app.core.logging import configure_logging, get_logger
 from app.core.metrics import Metrics
 from app.core.rate_limit import CallerLimits, ClientAddress
@@ -139,11 +140,13 @@ def _lifespan(
         AppStatus.disable_automatic_graceful_drain()
         pipeline.loop = asyncio.get_running_loop()
         await services.engine.start()
-        with _draining_on_signal(services.engine, settings.app.shutdown_grace_seconds):
-            try:
-                yield
-            finally:
-                await services.engine.stop()
+        grace = settings.app.shutdown_grace_seconds
+        async with EventLoopMonitor(services.metrics):
+            with _draining_on_signal(services.engine, grace):
+                try:
+                    yield
+                finally:
+                    await services.engine.stop()
 
     return lifespan
 

@@ -1,14 +1,16 @@
 """What handlers ask for, by name; and the guard in front of every keyed route."""
 
 import asyncio
+import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
 
-from fastapi import Depends, Request, Response
+from fastapi import Depends, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
+from pydantic import BeforeValidator, Field
 from pydantic_core import from_json
 from starlette.types import Receive, Scope
 
@@ -63,10 +65,37 @@ def get_conversation(request: Request) -> ConversationService:
     return get_services(request).conversation
 
 
+def _decimal(text: str) -> float:
+    # Not what float() takes beside this: exponents, infinities, underscores, other digits.
+    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", text):
+        raise ValueError("must be a positive decimal number of seconds, such as 2.5")
+    return float(text)
+
+
+RequestTimeout = Annotated[
+    Annotated[float, Field(gt=0)] | None,
+    BeforeValidator(_decimal),
+    Header(
+        alias="X-Request-Timeout",
+        description="Seconds in which the answer must be complete; past that, 504. At most "
+        "engine.request_timeout_seconds takes effect.",
+    ),
+]
+
+
+async def get_deadline(request: Request, timeout: RequestTimeout = None) -> float | None:  # noqa: ASYNC109 - the caller's limit for the whole request, not for this function
+    """When the caller's time is over, on the event loop's clock; ``None`` where it set none."""
+    if timeout is None:
+        return None
+    longest = get_services(request).settings.engine.request_timeout_seconds
+    return asyncio.get_running_loop().time() + min(timeout, longest)
+
+
 AppServices = Annotated[Services, Depends(get_services)]
 Generation = Annotated[GenerationService, Depends(get_generation)]
 Conversation = Annotated[ConversationService, Depends(get_conversation)]
 Caller = Annotated[Principal, Depends(get_caller)]
+Deadline = Annotated[float | None, Depends(get_deadline)]
 
 # Only for the OpenAPI document; the guard does the checking.
 KEY_SCHEMES = [

@@ -257,6 +257,7 @@ class LimitsStatus(BaseModel):
     max_tokens: int
     max_prompt_chars: int
     max_body_bytes: int
+    queue_timeout_seconds: float
     request_timeout_seconds: float
     rate_limit_enabled: bool
     requests_per_minute: int
@@ -324,7 +325,9 @@ def usage(completion: Completion) -> Usage:
     )
 
 
-def job_fields(body: SamplingFields, caller: Principal, request: Request) -> dict[str, Any]:
+def job_fields(
+    body: SamplingFields, caller: Principal, deadline: float | None, request: Request
+) -> dict[str, Any]:
     """The arguments of a :class:`Job` that /v1/generate and /v1/chat share."""
     no_cache = "no-cache" in request.headers.get("cache-control", "").lower()
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
@@ -335,6 +338,7 @@ def job_fields(body: SamplingFields, caller: Principal, request: Request) -> dic
         "stop": stop,
         "caller": caller.key_id,
         "cache": body.cache and not no_cache,
+        "deadline": deadline,
     }
 
 

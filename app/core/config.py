@@ -104,7 +104,14 @@ class EngineSettings(Section):
         32, ge=1, le=1024, description="Requests generated at once, in one batch."
     )
     max_waiting: int = Field(
-        128, ge=0, le=100_000, description="Requests that may wait; past that, 503 at once."
+        128,
+        ge=0,
+        le=100_000,
+        description="Requests that may wait, the last eighth for callers that hold no place; "
+        "past that, 503 at once.",
+    )
+    queue_timeout_seconds: float = Field(
+        60.0, gt=0, le=86_400, description="Longest a request may wait to begin; past that, 503."
     )
     request_timeout_seconds: float = Field(
         300.0, gt=0, le=86_400, description="Longest a request may take, waiting included."

@@ -20,6 +20,7 @@ _REQUEST_BUCKETS = (
 )
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30, 60)
 _ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
+_LAG_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 _QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -76,7 +77,7 @@ class Metrics:
         )
         self.rejected = Counter(
             "llm_requests_rejected_total",
-            "Requests refused before they were admitted.",
+            "Requests refused before they ran.",
             ("reason",),
             registry=r,
         )
@@ -111,6 +112,12 @@ class Metrics:
             "llm_request_queue_seconds",
             "Time a request waited for a place in the running batch.",
             buckets=_QUEUE_BUCKETS,
+            registry=r,
+        )
+        self.event_loop_lag = Histogram(
+            "event_loop_lag_seconds",
+            "Time by which the event loop of the API process was late for a timer.",
+            buckets=_LAG_BUCKETS,
             registry=r,
         )
         self.request_duration = Histogram(

@@ -12,6 +12,7 @@ from app.utils.errors import (
     SessionNotFoundError,
     UnsupportedParameterError,
 )
+from app.utils.timing import within
 
 
 class ConversationService:
@@ -92,7 +93,8 @@ class ConversationService:
         if new[0]["role"] == "system":
             system = new.pop(0)["content"]
         before: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
-        history, dropped = await self._fit(job, before, session.messages, new)
+        fitting = self._fit(job, before, session.messages, new)
+        history, dropped = await within(job.deadline, fitting)
         answer = await self._generation.begin(
             replace(job, messages=[*before, *map(_as_message, history), *new])
         )
@@ -120,7 +122,7 @@ class ConversationService:
         if not history:
             return history, 0
         # Counting takes work that a request which cannot be taken must not cost.
-        self._generation.check_room()
+        self._generation.check_room(job.caller)
         room = self._generator.info.context_length - self._generation.answer_tokens(job)
         starts = [i for i, m in enumerate(history) if m.role == "user"]
 

@@ -14,6 +14,7 @@ from app.llm.generator import FinishReason, GenerationOptions, GenerationReport
 from app.services.response_cache import ResponseCache, cache_key
 from app.services.screening import Screening
 from app.utils.errors import InternalError, PromptTooLongError, ValidationFailedError
+from app.utils.timing import within
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,10 @@ class Job:
         temperature: Sampling temperature, or ``None`` for the configured one.
         sampling: The other sampling fields that the caller set.
         stop: Strings that end the answer.
-        caller: Id of the caller's key; answers are kept for each caller apart.
+        caller: Id of the caller's key; answers are kept for each caller apart, and callers
+            share the engine fairly.
         cache: Whether a kept answer may be served, and this one kept.
+        deadline: When the answer must be complete, on the event loop's clock.
     """
 
     prompt: str | None = None
@@ -68,6 +71,7 @@ class Job:
     stop: tuple[str, ...] = ()
     caller: str = ""
     cache: bool = True
+    deadline: float | None = None
 
 
 class Answer:
@@ -80,10 +84,12 @@ class Answer:
         pieces: AsyncGenerator[str, None],
         *,
         cached: bool = False,
+        deadline: float | None = None,
     ) -> None:
         self.id = report.id
         self.model = model
         self.cached = cached
+        self._deadline = deadline
         self.dropped_messages = 0
         self._on_end: Callable[[Completion | None], None] | None = None
         self._report = report
@@ -96,7 +102,8 @@ class Answer:
         Raises:
             ServiceError: The answer broke off.
         """
-        async for piece in self._pieces:
+        # The deadline is this reader's alone: a generation may have others, see ResponseCache.
+        while (piece := await within(self._deadline, anext(self._pieces, None))) is not None:
             if piece:
                 self._text.append(piece)
                 yield piece
@@ -192,11 +199,11 @@ class GenerationService:
         report, pieces = self._cache.generate(key, partial(self._generate, job, options))
         try:
             # The first piece is empty and says that the request is in.
-            await anext(pieces)
+            await within(job.deadline, anext(pieces))
         except BaseException:
             await pieces.aclose()
             raise
-        return Answer(model, report, pieces)
+        return Answer(model, report, pieces, deadline=job.deadline)
 
     def _cache_key(self, job: Job, options: GenerationOptions) -> str:
         info = self._engine.info
@@ -216,7 +223,7 @@ class GenerationService:
     async def _generate(
         self, job: Job, options: GenerationOptions, report: GenerationReport
     ) -> AsyncGenerator[str, None]:
-        admission = self._engine.admit()
+        admission = self._engine.admit(job.caller)
         try:
             if job.prompt is not None:
                 chain = self._chains.generate(options, report, admission)
@@ -225,6 +232,8 @@ class GenerationService:
                 chain = self._chains.chat(options, report, admission)
                 pieces = chain.astream({"messages": self._chains.chat_messages(job.messages)})
             screened = self._screening.answer(pieces, report, self._engine.template_tokens)
+            # Up to the first, empty piece the prompt is rendered and encoded.
+            yield await admission.prepare(anext(screened))
             async for piece in screened:
                 yield piece
             if report.finish_reason == "content_filter":
@@ -241,13 +250,16 @@ class GenerationService:
         """Tokens the answer may take, as far as they are known before the prompt is."""
         return job.max_tokens or self._model.max_tokens
 
-    def check_room(self) -> None:
+    def check_room(self, caller: str) -> None:
         """Refuse now what would be refused when it asks for a place.
+
+        Args:
+            caller: Whose request it would be.
 
         Raises:
             ServiceError: See :meth:`EngineClient.admit`.
         """
-        self._engine.check()
+        self._engine.check(caller)
 
     async def count_chat_tokens(self, messages: Sequence[ChatMessage]) -> int:
         """Tokens of a chat's prompt."""

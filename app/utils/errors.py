@@ -187,7 +187,7 @@ class RateLimitExceededError(RetryableError):
 
 
 class OverloadedError(RetryableError):
-    """Running and waiting places are all taken."""
+    """No place is free for this caller, or its request waited too long for its turn."""
 
     status = 503
     code = "overloaded"
@@ -219,11 +219,11 @@ class EngineUnavailableError(RetryableError):
 
 
 class DeadlineExceededError(ServiceError):
-    """``engine.request_timeout_seconds`` passed before the answer was complete."""
+    """``engine.request_timeout_seconds``, or the caller's own limit, passed before the end."""
 
     status = 504
     code = "deadline_exceeded"
-    default_message = "The request took longer than this service allows."
+    default_message = "The answer was not complete within the time allowed."
 
 
 GENERATION_ERRORS: tuple[type[ServiceError], ...] = (

@@ -1,7 +1,14 @@
 """Clocks and durations."""
 
+import asyncio
 import time
+from collections.abc import Awaitable
 from datetime import UTC, datetime
+from typing import TypeVar
+
+from app.utils.errors import DeadlineExceededError
+
+T = TypeVar("T")
 
 
 class Stopwatch:
@@ -22,3 +29,25 @@ def utc_timestamp(epoch_seconds: float) -> str:
     """ISO 8601 in UTC with milliseconds and a Z: ``2024-01-01T12:00:00.000Z``."""
     stamp = datetime.fromtimestamp(epoch_seconds, tz=UTC)
     return f"{stamp:%Y-%m-%dT%H:%M:%S}.{stamp.microsecond // 1000:03d}Z"
+
+
+async def within(deadline: float | None, work: Awaitable[T]) -> T:
+    """Wait for ``work``, and cancel it when ``deadline`` passes.
+
+    Args:
+        deadline: On the running event loop's clock; ``None`` for no limit.
+        work: What to wait for.
+
+    Raises:
+        DeadlineExceededError: The deadline passed.
+    """
+    if deadline is None:
+        return await work
+    limit = asyncio.timeout_at(deadline)
+    try:
+        async with limit:
+            return await work
+    except TimeoutError:
+        if limit.expired():
+            raise DeadlineExceededError from None
+        raise

@@ -90,25 +90,8 @@ async def test_places_are_bounded_and_refusal_is_immediate() -> None:
         engine.client.admit().release()
 
 
-async def test_retry_after_comes_from_measured_throughput() -> None:
-    """A queue that drains slowly says a later time than one that drains fast."""
-    async with echo_engine(max_running=1, max_waiting=50) as engine:
-        client = engine.client
-        now = asyncio.get_running_loop().time
-        client.queue._finished_at.extend([now() - 20, now() - 10, now()])
-        held = [client.admit() for _ in range(51)]
-        with pytest.raises(OverloadedError) as slow:
-            client.admit()
-        client.queue._finished_at.extend([now()] * 900)
-        with pytest.raises(OverloadedError) as fast:
-            client.admit()
-        assert slow.value.retry_after > fast.value.retry_after
-        for place in held:
-            place.release()
-
-
-async def test_turns_are_first_come_first_served() -> None:
-    """Requests that wait start in the order in which they came."""
+async def test_turns_of_one_caller_are_first_come_first_served() -> None:
+    """Requests of one caller that wait start in the order in which they came."""
     async with echo_engine(max_running=1, echo_step_seconds=0.001) as engine:
         order: list[int] = []
 

@@ -132,7 +132,7 @@ async def test_leaving_frees_the_place(engine: EchoEngine) -> None:
 async def test_a_deadline_ends_a_request(engine: EchoEngine) -> None:
     """Past its time it ends with that error, in the engine too; neighbours go on."""
     place = engine.client.admit()
-    place.set_deadline(0.0)
+    place.set_deadlines(end=0.0, begin=60.0)
     with pytest.raises(DeadlineExceededError):
         async for _ in place.generate(request("late", max_tokens=400)):
             pass

@@ -7,6 +7,7 @@ from app.api.dependencies import (
     KEY_SCHEMES,
     Caller,
     Conversation,
+    Deadline,
     Generation,
     GuardedRoute,
     unless_disconnected,
@@ -38,11 +39,12 @@ async def chat(
     generation: Generation,
     conversation: Conversation,
     caller: Caller,
+    deadline: Deadline,
     request: Request,
 ) -> ChatResponse | Response:
     """Answer a conversation; with `stream: true` as server-sent events."""
     messages: list[ChatMessage] = [{"role": m.role, "content": m.content} for m in body.messages]
-    job = Job(messages=messages, **job_fields(body, caller, request))
+    job = Job(messages=messages, **job_fields(body, caller, deadline, request))
     opening = conversation.open(job, body.session_id) if body.session_id else generation.open(job)
     if body.stream:
         return EventStream(await opening, lambda piece: {"content": piece})

@@ -6,6 +6,7 @@ from app.api.dependencies import (
     CLIENT_CLOSED_REQUEST,
     KEY_SCHEMES,
     Caller,
+    Deadline,
     Generation,
     GuardedRoute,
     unless_disconnected,
@@ -26,10 +27,14 @@ router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["in
     responses=STREAM | responses(*GENERATION_ERRORS),
 )
 async def generate(
-    body: GenerateRequest, generation: Generation, caller: Caller, request: Request
+    body: GenerateRequest,
+    generation: Generation,
+    caller: Caller,
+    deadline: Deadline,
+    request: Request,
 ) -> GenerateResponse | Response:
     """Generate text from a prompt; with `stream: true` as server-sent events."""
-    job = Job(prompt=body.prompt, **job_fields(body, caller, request))
+    job = Job(prompt=body.prompt, **job_fields(body, caller, deadline, request))
     if body.stream:
         answer = await generation.open(job)
         return EventStream(answer, lambda piece: {"text": piece})

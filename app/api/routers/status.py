@@ -86,6 +86,7 @@ def _limits(services: Services) -> LimitsStatus:
         max_tokens=settings.model.max_tokens,
         max_prompt_chars=settings.security.max_prompt_chars,
         max_body_bytes=settings.security.max_body_bytes,
+        queue_timeout_seconds=settings.engine.queue_timeout_seconds,
         request_timeout_seconds=settings.engine.request_timeout_seconds,
         rate_limit_enabled=limit.enabled,
         requests_per_minute=limit.requests_per_minute,

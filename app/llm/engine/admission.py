@@ -6,14 +6,15 @@ to submit to and cancel on.
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from app.core.config import EngineSettings
 from app.core.metrics import Metrics
 from app.llm.engine.base import FinishReason, GenerationRequest, TokenEvent
+from app.llm.engine.departures import Departures
+from app.llm.engine.turns import FairTurns
 from app.utils.errors import (
     DeadlineExceededError,
     InternalError,
@@ -21,10 +22,12 @@ from app.utils.errors import (
     ServiceError,
 )
 
-# Throughput is measured over the requests that ended within this many seconds.
-_THROUGHPUT_WINDOW = 60.0
+T = TypeVar("T")
+
+# The official clients heed no longer time than this.
 _MAX_RETRY_AFTER = 60.0
-_UNMEASURED_RETRY_AFTER = 5.0
+# One part in so many of the waiting places is kept for callers that hold no place.
+_RESERVED_PART = 8
 
 
 class EngineLink(Protocol):
@@ -131,34 +134,67 @@ class _Meter:
 class Admission:
     """A place among the running and waiting requests, held until :meth:`release`."""
 
-    def __init__(self, queue: "RequestQueue", link: EngineLink, meter: _Meter) -> None:
+    def __init__(self, queue: "RequestQueue", link: EngineLink, caller: str, meter: _Meter) -> None:
+        self.caller = caller
         self._queue = queue
         self._link = link
         self._meter = meter
         self._mailbox = _Mailbox()
         self._turn: asyncio.Future[None] | None = None
         self._unfinished: GenerationRequest | None = None
+        self._served = False
         self._released = False
-        self._timer: asyncio.TimerHandle | None = None
+        self._error: ServiceError | None = None
+        self._preparing: asyncio.Timeout | None = None
+        self._timers: list[asyncio.TimerHandle] = []
 
-    def set_deadline(self, seconds: float) -> None:
-        """Fail the request if it has not ended in this time."""
-        self._timer = asyncio.get_running_loop().call_later(
-            seconds, lambda: self.fail(DeadlineExceededError())
-        )
+    def set_deadlines(self, *, end: float, begin: float) -> None:
+        """Fail the request if it has not ended, or not begun to run, within so many seconds."""
+        loop = asyncio.get_running_loop()
+        self._timers.append(loop.call_later(end, lambda: self.fail(DeadlineExceededError())))
+        if begin < end:
+            self._timers.append(loop.call_later(begin, self._waited_too_long))
+
+    def _waited_too_long(self) -> None:
+        if self._error is None and (self._turn is None or not self._turn.done()):
+            self.fail(self._queue.timed_out())
+
+    async def prepare(self, work: Awaitable[T]) -> T:
+        """Wait for work that comes before :meth:`generate`, unless the request fails meanwhile.
+
+        Raises:
+            ServiceError: It failed; the work was cancelled.
+        """
+        self._check()
+        try:
+            async with asyncio.timeout(None) as self._preparing:
+                return await work
+        except TimeoutError:
+            self._check()
+            raise
+        finally:
+            self._preparing = None
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Run ``request`` and yield its events; the last one has a finish reason.
 
         Raises:
+            OverloadedError: The request waited too long for its turn.
             DeadlineExceededError: The request took too long.
             EngineUnavailableError: The engine process died.
             DrainingError: The service is shutting down.
             InternalError: This request failed inside the engine.
         """
         try:
-            self._turn = self._queue.turn()
+            self._check()
+            self._turn = self._queue.turn(self)
             await self._turn
+            # It may have failed since the turn was given.
+            self._check()
             self._link.submit(request, self)
             self._unfinished = request
             self._meter.started(len(request.prompt_token_ids))
@@ -167,8 +203,9 @@ class Admission:
                     self._meter.observe(event)
                     if event.finish_reason is not None:
                         self._unfinished = None
-                    if event.finish_reason == "error":
-                        raise InternalError
+                        if event.finish_reason == "error":
+                            raise InternalError
+                        self._served = True
                     yield event
                     if event.finish_reason is not None:
                         return
@@ -181,6 +218,11 @@ class Admission:
 
     def fail(self, error: ServiceError) -> None:
         """End the request with ``error``, wherever it is."""
+        if self._error is not None:
+            return
+        self._error = error
+        if self._preparing is not None:
+            self._preparing.reschedule(0.0)
         if self._turn is not None and not self._turn.done():
             self._turn.set_exception(error)
         self._mailbox.fail(error)
@@ -189,6 +231,7 @@ class Admission:
     def finish(self) -> None:
         """Stop the engine, since the answer is complete before the engine thinks so."""
         if self._stop_engine():
+            self._served = True
             self._meter.ended("stop")
 
     def release(self) -> None:
@@ -196,10 +239,10 @@ class Admission:
         if self._released:
             return
         self._released = True
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in self._timers:
+            timer.cancel()
         left_early = self._stop_engine()
-        self._queue.leave(self, self._turn, left_early=left_early)
+        self._queue.leave(self, self._turn, left_early=left_early, served=self._served)
 
     def _stop_engine(self) -> bool:
         request, self._unfinished = self._unfinished, None
@@ -209,64 +252,86 @@ class Admission:
 
 
 class RequestQueue:
-    """All places: bounded in number, handed out first come, first served."""
+    """All places: bounded in number, and handed out fairly between callers."""
 
-    def __init__(self, limits: EngineSettings, metrics: Metrics, model: str) -> None:
+    def __init__(
+        self,
+        limits: EngineSettings,
+        metrics: Metrics,
+        model: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Make an empty queue.
 
         Args:
             limits: How many may run and wait, and for how long.
             metrics: Where timings and the queue's length go.
             model: Name of the model, for the metrics.
+            clock: Measures how long requests run.
         """
         self._limits = limits
         self._metrics = metrics
         self._model = model
         self._admissions: set[Admission] = set()
-        self._turns: deque[asyncio.Future[None]] = deque()
+        self._turns: FairTurns[asyncio.Future[None]] = FairTurns()
         self._running = 0
-        self._finished_at: deque[float] = deque(maxlen=1000)
+        self._capacity = limits.max_running + limits.max_waiting
+        self._reserved = limits.max_waiting // _RESERVED_PART
+        self._departures = Departures(limits.max_running, clock)
 
-    def check(self) -> None:
-        """Say whether a place is free.
+    def check(self, caller: str) -> None:
+        """Say whether a place is free for a caller.
+
+        The last eighth of the waiting places is kept for callers that hold none, so that one
+        with many requests cannot shut the others out.
 
         Raises:
-            OverloadedError: Every place is taken.
+            OverloadedError: There is none.
         """
-        if len(self._admissions) >= self._limits.max_running + self._limits.max_waiting:
-            raise OverloadedError(retry_after=self._seconds_until_room())
+        open_to_it = self._capacity - (self._reserved if self._turns.places(caller) else 0)
+        excess = len(self._admissions) - open_to_it
+        if excess >= 0:
+            seconds = self._departures.promise(excess + 1, self._capacity)
+            raise OverloadedError(retry_after=min(seconds, _MAX_RETRY_AFTER))
 
-    def admit(self, link: EngineLink) -> Admission:
+    def admit(self, link: EngineLink, caller: str) -> Admission:
         """Take a place; no one else can between :meth:`check` and this, on one event loop.
 
         Raises:
-            OverloadedError: Every place is taken.
+            OverloadedError: There is none for this caller.
         """
-        self.check()
-        admission = Admission(self, link, _Meter(self._metrics, self._model))
-        admission.set_deadline(self._limits.request_timeout_seconds)
+        self.check(caller)
+        limits = self._limits
+        admission = Admission(self, link, caller, _Meter(self._metrics, self._model))
+        admission.set_deadlines(
+            end=limits.request_timeout_seconds, begin=limits.queue_timeout_seconds
+        )
         self._admissions.add(admission)
+        self._turns.enter(caller)
         self._show()
         return admission
 
-    def _seconds_until_room(self) -> float:
-        """Time in which the waiting requests will have been served, from measured throughput."""
-        now = time.monotonic()
-        recent = [t for t in self._finished_at if now - t <= _THROUGHPUT_WINDOW]
-        if not recent:
-            return _UNMEASURED_RETRY_AFTER
-        rate = len(recent) / max(now - recent[0], 1.0)
-        return min((self.snapshot().waiting + 1) / rate, _MAX_RETRY_AFTER)
+    def timed_out(self) -> OverloadedError:
+        """What a request ends with that has waited too long; counted as refused."""
+        self._metrics.rejected.labels("queue_timeout").inc()
+        waiting = max(self.snapshot().waiting, 1)
+        seconds = self._departures.seconds_until(waiting)
+        return OverloadedError(retry_after=min(seconds, _MAX_RETRY_AFTER))
 
-    def turn(self) -> asyncio.Future[None]:
+    def turn(self, admission: Admission) -> asyncio.Future[None]:
         """Done when the request may run; must be given to :meth:`leave`."""
         turn = asyncio.get_running_loop().create_future()
-        self._turns.append(turn)
+        self._turns.wait(admission.caller, turn)
         self._next_turns()
         return turn
 
     def leave(
-        self, admission: Admission, turn: asyncio.Future[None] | None, *, left_early: bool
+        self,
+        admission: Admission,
+        turn: asyncio.Future[None] | None,
+        *,
+        left_early: bool,
+        served: bool,
     ) -> None:
         """Give back a place and, if it had one, its turn."""
         self._admissions.discard(admission)
@@ -277,7 +342,11 @@ class RequestQueue:
             turn.cancel()
             if had_turn:
                 self._running -= 1
-                self._finished_at.append(time.monotonic())
+                self._turns.finish(admission.caller)
+                self._departures.end(turn, served=served)
+            else:
+                self._turns.withdraw(admission.caller, turn)
+        self._turns.leave(admission.caller)
         self._next_turns()
 
     def fail_all(self, error: Callable[[], ServiceError]) -> None:
@@ -295,11 +364,16 @@ class RequestQueue:
         )
 
     def _next_turns(self) -> None:
-        while self._turns and self._running < self._limits.max_running:
-            turn = self._turns.popleft()
-            if not turn.done():
-                self._running += 1
-                turn.set_result(None)
+        while self._running < self._limits.max_running and (head := self._turns.head()):
+            caller, turn = head
+            if turn.done():
+                # It failed or was cancelled, and has not left yet.
+                self._turns.withdraw(caller, turn)
+                continue
+            self._turns.serve()
+            self._running += 1
+            self._departures.start(turn)
+            turn.set_result(None)
         self._show()
 
     def _show(self) -> None:

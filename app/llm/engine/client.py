@@ -213,19 +213,23 @@ class EngineClient:
 
     # --- requests --------------------------------------------------------------------------
 
-    def admit(self) -> Admission:
+    def admit(self, caller: str = "") -> Admission:
         """Take a place, or be refused at once, before any work is spent.
+
+        Args:
+            caller: Whose request it is; callers share the engine fairly. The process itself,
+                for example a LangChain program in it, is the caller without a name.
 
         Raises:
             ModelLoadingError: The model is not loaded yet.
             EngineUnavailableError: The engine died and is being started again.
             DrainingError: The service is shutting down.
-            OverloadedError: Every place is taken.
+            OverloadedError: No place is free for this caller.
         """
-        self.check()
-        return self.queue.admit(self)
+        self.check(caller)
+        return self.queue.admit(self, caller)
 
-    def check(self) -> None:
+    def check(self, caller: str = "") -> None:
         """Refuse what :meth:`admit` would refuse now, without taking a place.
 
         Raises:
@@ -233,7 +237,7 @@ class EngineClient:
         """
         try:
             self._check_state()
-            self.queue.check()
+            self.queue.check(caller)
         except ServiceError as error:
             self._metrics.rejected.labels(error.code).inc()
             raise

@@ -1,0 +1,248 @@
+"""X-Request-Timeout, the queue's timeout, and fair turns, over HTTP."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.contract.test_openapi import document
+from tests.support.application import KEY, OTHER, Client, start
+from tests.support.sse import parse
+
+# An answer that takes a minute and a half.
+SLOW = {"engine": {"echo_step_seconds": 0.02}, "security": {"max_prompt_chars": 5000}}
+LONG = {"prompt": "x" * 4500, "max_tokens": 500}
+
+
+async def post(
+    client: Client, body: dict[str, Any], limit: str | None = None, **fields: Any
+) -> httpx.Response:
+    """POST /v1/generate, with the header where one is given."""
+    headers = {"X-API-Key": fields.pop("key", KEY)}
+    if limit is not None:
+        headers["X-Request-Timeout"] = limit
+    return await client.http.post("/v1/generate", json={**body, **fields}, headers=headers)
+
+
+def code(response: httpx.Response) -> tuple[int, str]:
+    """Status and code of an error."""
+    return response.status_code, response.json()["error"]["code"]
+
+
+async def idle(client: Client) -> None:
+    """Wait until no request holds anything, here and in the engine process."""
+    engine = client.services.engine
+    async with asyncio.timeout(10):
+        while engine.queue._admissions or engine.stats.running:  # noqa: ASYNC110 - polls another process
+            await asyncio.sleep(0.01)
+
+
+@contextmanager
+def stuck(client: Client, method: str) -> Iterator[None]:
+    """A tokenizer that does not return from ``method`` before the context ends."""
+    tokenizer = client.services.engine.tokenizer
+    free = threading.Event()
+    original = getattr(tokenizer, method)
+
+    def wait(*arguments: Any) -> Any:
+        free.wait(60)
+        return original(*arguments)
+
+    setattr(tokenizer, method, wait)
+    try:
+        yield
+    finally:
+        free.set()
+        delattr(tokenizer, method)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+async def test_a_running_request_ends_at_its_callers_limit(cache: bool) -> None:
+    """504, and nothing runs on; shared generations and others alike."""
+    async with start(**SLOW) as client:
+        response = await post(client, LONG, "0.3", cache=cache)
+        assert code(response) == (504, "deadline_exceeded")
+        await idle(client)
+
+
+async def test_a_waiting_request_ends_at_its_callers_limit() -> None:
+    """504 for it alone; what runs goes on."""
+    async with start(**{**SLOW, "engine": {"echo_step_seconds": 0.02, "max_running": 1}}) as client:
+        running = asyncio.create_task(post(client, LONG, cache=False))
+        await asyncio.sleep(0.1)
+        response = await post(client, LONG, "0.2", cache=False)
+        assert code(response) == (504, "deadline_exceeded")
+        assert client.services.engine.queue.snapshot().running == 1
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await idle(client)
+
+
+async def test_a_stream_says_that_its_time_is_over() -> None:
+    """The headers are out, so the error is an event, and the last one."""
+    async with start(**SLOW) as client:
+        response = await post(client, LONG, "0.5", stream=True)
+        assert response.status_code == 200
+        streamed = parse(response.text, response.headers)
+        assert streamed.done
+        assert streamed.events[-1]["error"]["code"] == "deadline_exceeded"
+        assert "".join(streamed.pieces).startswith("x")
+        await idle(client)
+
+
+async def test_the_services_own_limit_holds_where_it_is_shorter() -> None:
+    """A caller cannot ask for more time than the configuration gives."""
+    engine = {"echo_step_seconds": 0.02, "request_timeout_seconds": 0.3}
+    async with start(**{**SLOW, "engine": engine}) as client:
+        response = await post(client, LONG, "100")
+        assert code(response) == (504, "deadline_exceeded")
+        await idle(client)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+async def test_encoding_the_prompt_is_part_of_the_time(cache: bool) -> None:
+    """A tokenizer that does not return in time does not keep the caller, nor its place."""
+    async with start() as client:
+        with stuck(client, "encode_text"):
+            response = await post(client, {"prompt": "hello"}, "0.2", cache=cache)
+            assert code(response) == (504, "deadline_exceeded")
+            await idle(client)
+        assert (await post(client, {"prompt": "hello"}, "30")).status_code == 200
+
+
+async def test_the_services_own_limits_count_while_the_prompt_is_encoded() -> None:
+    """A request whose prompt is not ready in time has not begun to run."""
+    async with start(engine={"queue_timeout_seconds": 0.2}) as client:
+        with stuck(client, "render_chat"):
+            response = await client.say("hello", session=None)
+            assert code(response) == (503, "overloaded")
+            await idle(client)
+
+
+async def test_counting_a_sessions_history_is_part_of_the_time() -> None:
+    """The turn is given up, and the session stays usable."""
+    async with start() as client:
+        await client.say("one")
+        with stuck(client, "count_chat"):
+            response = await client.http.post(
+                "/v1/chat",
+                json={"messages": [{"role": "user", "content": "two"}], "session_id": "s"},
+                headers={"X-Request-Timeout": "0.2"},
+            )
+            assert code(response) == (504, "deadline_exceeded")
+        assert (await client.say("three")).status_code == 200
+        assert [content for role, content in await client.history() or [] if role == "user"] == [
+            "one",
+            "three",
+        ]
+
+
+async def test_readers_of_one_generation_have_each_their_own_time() -> None:
+    """The first asks for little time and gets 504; the second gets the whole answer."""
+    async with start(engine={"echo_step_seconds": 0.02}) as client:
+        body = {"prompt": "y" * 80, "max_tokens": 100}
+        first, second = await asyncio.gather(post(client, body, "0.4"), post(client, body, "60"))
+        assert code(first) == (504, "deadline_exceeded")
+        assert second.json()["generated_text"] == "y" * 80
+        metrics = (await client.http.get("/metrics")).text
+        assert 'response_cache_requests_total{result="coalesced"} 1.0' in metrics
+        # A kept answer takes no time.
+        assert (await post(client, body, "0.001")).json()["cached"] is True
+
+
+@pytest.mark.parametrize("given", ["30", "2.5", "00.50", "000000300", "999999999999"])
+async def test_a_positive_decimal_number_is_taken(given: str) -> None:
+    """Leading zeros and more than the configured limit are no fault."""
+    async with start() as client:
+        assert (await post(client, {"prompt": "hello"}, given)).status_code == 200
+
+
+BAD = [
+    "0",
+    "0.0",
+    "-1",
+    "+1",
+    "",
+    "abc",
+    "1e3",
+    "inf",
+    "nan",
+    "1_0",
+    "5s",
+    "1,5",
+    "0x5",
+    ".5",
+    "5.",
+]
+
+
+async def test_anything_else_is_refused_by_the_headers_name() -> None:
+    """422 before any work, on every route that generates; the value is not repeated."""
+    async with start() as client:
+        chat = {"messages": [{"role": "user", "content": "hello"}]}
+        bodies: dict[str, Any] = {"/v1/generate": {"prompt": "hello"}, "/v1/chat": chat}
+        for given in [*(text.encode() for text in [*BAD, "9" * 400, "٣"]), b"\xff"]:
+            for path, body in bodies.items():
+                headers = [(b"X-Request-Timeout", given)]
+                response = await client.http.post(path, json=body, headers=headers)
+                assert code(response) == (422, "validation_error"), given
+                assert response.json()["error"]["param"] == "X-Request-Timeout"
+        assert client.services.metrics.registry.get_sample_value("llm_prompt_tokens_total") == 0
+
+
+def test_every_route_that_generates_declares_the_header() -> None:
+    """The OpenAPI document has it wherever a deadline can be exceeded, as a positive number."""
+    declared = 0
+    for path, methods in document()["paths"].items():
+        for operation in methods.values():
+            if "504" not in operation["responses"]:
+                continue
+            header = next(p for p in operation["parameters"] if p["name"] == "X-Request-Timeout")
+            assert (header["in"], header["required"]) == ("header", False), path
+            assert {"type": "number", "exclusiveMinimum": 0} in header["schema"]["anyOf"]
+            declared += 1
+    assert declared >= 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_that_waits_too_long_is_told_when_to_come_back(stream: bool) -> None:
+    """503 with Retry-After; as an event where the stream has begun."""
+    engine = {"echo_step_seconds": 0.02, "max_running": 1, "queue_timeout_seconds": 0.3}
+    async with start(**{**SLOW, "engine": engine}) as client:
+        running = asyncio.create_task(post(client, LONG, cache=False))
+        await asyncio.sleep(0.1)
+        response = await post(client, {"prompt": "hello"}, cache=False, stream=stream)
+        if stream:
+            assert response.status_code == 200
+            last = parse(response.text, response.headers).events[-1]
+            assert last["error"]["code"] == "overloaded"
+        else:
+            assert code(response) == (503, "overloaded")
+            assert 1 <= int(response.headers["Retry-After"]) <= 60
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await idle(client)
+
+
+async def test_one_key_does_not_starve_another() -> None:
+    """Of a key that floods the service the last places are kept, and another is served next."""
+    order: list[tuple[str, int]] = []
+    engine = {"echo_step_seconds": 0.01, "max_running": 1, "max_waiting": 16}
+    async with start(engine=engine) as client:
+
+        async def one(key: str, number: int) -> None:
+            response = await post(client, {"prompt": f"{number:09}"}, key=key, cache=False)
+            order.append((key, response.status_code))
+
+        # 15 = one that runs and 14 of 16 that wait; the rest is refused.
+        flood = [asyncio.create_task(one(KEY, n)) for n in range(20)]
+        await asyncio.sleep(0.05)
+        await one(OTHER, 100)
+        await asyncio.gather(*flood)
+        assert order.count((KEY, 503)) == 5
+        served = [key for key, status in order if status == 200]
+        assert served == [KEY, OTHER, *[KEY] * 14]

@@ -1,0 +1,106 @@
+"""Whose turn it is and how long a request may wait, with a real engine process."""
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+
+from app.utils.errors import DeadlineExceededError, OverloadedError
+from tests.engine.test_client import collect, idle, request
+from tests.support.engine import EchoEngine, echo_engine
+
+
+async def finished(engine: EchoEngine, callers: str) -> str:
+    """Send one request for each letter, in this order; the letters in the order of the answers."""
+    order: list[str] = []
+
+    async def one(caller: str) -> None:
+        await collect(engine.client, admission=engine.client.admit(caller))
+        order.append(caller)
+
+    await asyncio.gather(*(one(caller) for caller in callers))
+    return "".join(order)
+
+
+async def test_a_hundred_requests_of_one_caller_do_not_keep_another_waiting() -> None:
+    """The other caller's request is answered next after the one that runs."""
+    async with echo_engine(max_running=1) as engine:
+        assert await finished(engine, "a" * 100 + "b") == "ab" + "a" * 99
+        assert not engine.client.queue._turns._callers
+
+
+async def test_competing_callers_are_answered_in_turn() -> None:
+    """Three callers with unequal numbers of requests alternate while they have any."""
+    async with echo_engine(max_running=1) as engine:
+        assert await finished(engine, "aaaaabbbcc") == "abcabcabaa"
+
+
+async def test_one_caller_cannot_take_the_last_eighth_of_the_waiting_places() -> None:
+    """The engine refuses it, and admits another."""
+    async with echo_engine(max_running=1, max_waiting=8) as engine:
+        places = [engine.client.admit("a") for _ in range(8)]
+        with pytest.raises(OverloadedError):
+            engine.client.admit("a")
+        places.append(engine.client.admit("b"))
+        with pytest.raises(OverloadedError):
+            engine.client.admit("c")
+        for place in places:
+            place.release()
+        assert engine.value("llm_requests_rejected_total", reason="overloaded") == 2
+
+
+async def test_a_request_that_waits_too_long_is_refused_and_one_that_runs_is_not() -> None:
+    """The queue's limit ends the waiting request alone, and says when to come back."""
+    async with echo_engine(
+        max_running=1, queue_timeout_seconds=0.3, echo_step_seconds=0.02
+    ) as engine:
+        running = asyncio.create_task(collect(engine.client, "x" * 90, engine.client.admit("a")))
+        await asyncio.sleep(0.05)
+        with pytest.raises(OverloadedError) as refusal:
+            await collect(engine.client, admission=engine.client.admit("b"))
+        assert 1 <= refusal.value.retry_after <= 60
+        assert not running.done()
+        assert engine.client.queue.snapshot().waiting == 0
+        # It runs for two seconds, far longer than a request may wait.
+        assert (await running)[-1].finish_reason == "stop"
+        assert engine.value("llm_requests_rejected_total", reason="queue_timeout") == 1
+        assert not engine.client.queue._turns._callers
+
+
+async def test_a_request_fails_while_its_prompt_is_prepared() -> None:
+    """Neither limit waits for the work before the turn; what fails is never run."""
+    async with echo_engine(queue_timeout_seconds=0.1) as engine:
+        place = engine.client.admit("a")
+        with pytest.raises(OverloadedError):
+            await place.prepare(asyncio.sleep(600))
+        with pytest.raises(OverloadedError):
+            await collect(engine.client, admission=place)
+        place = engine.client.admit("a")
+        place.fail(DeadlineExceededError())
+        unwanted = asyncio.sleep(600)
+        with pytest.raises(DeadlineExceededError):
+            await place.prepare(unwanted)
+        unwanted.close()
+        place.release()
+        assert engine.value("llm_prompt_tokens_total") == 0
+        assert not engine.client.queue._turns._callers
+
+
+async def test_a_caller_that_leaves_makes_room_for_the_next_in_turn() -> None:
+    """Requests that leave, running or waiting, neither run nor keep a turn."""
+    async with echo_engine(max_running=1, echo_step_seconds=0.01) as engine:
+        client = engine.client
+        events = client.admit("a").generate(request(client, "x" * 5000, 4000))
+        async with aclosing(events):
+            await anext(events)
+            waiting = [
+                asyncio.create_task(collect(client, admission=client.admit(caller)))
+                for caller in "abc"
+            ]
+            await asyncio.sleep(0.05)
+            waiting[1].cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert [task.cancelled() for task in waiting] == [False, True, False]
+        assert waiting[2].result()[-1].finish_reason == "stop"
+        await idle(engine)
+        assert not client.queue._turns._callers

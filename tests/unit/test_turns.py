@@ -1,0 +1,212 @@
+"""Fair turns between callers: exact orders, and what holds in every order of events."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.llm.engine.turns import FairTurns
+from app.utils.errors import DeadlineExceededError, EngineUnavailableError, OverloadedError
+from tests.support.queue import ManualEngine
+
+
+def callers(ids: Sequence[str]) -> str:
+    """Whose requests these are, one letter each."""
+    return "".join(name[0] for name in ids)
+
+
+async def serve(engine: ManualEngine) -> str:
+    """End the request that has run longest until none is left; whose turns there were."""
+    while engine.running:
+        await engine.end(next(iter(engine.running)))
+    return callers(engine.order)
+
+
+async def test_one_request_goes_before_a_hundred_of_another_caller() -> None:
+    """It gets the very next turn, and the others stay in their order."""
+    engine = ManualEngine(max_running=2, max_waiting=200)
+    for _ in range(100):
+        await engine.ask("a")
+    late = await engine.ask("b")
+    assert callers(engine.order) == "aa"
+    await engine.end(engine.order[0])
+    assert engine.order[2] == late
+    assert await serve(engine) == "aab" + "a" * 98
+    assert [n for n in engine.order if n != late] == [n for n in engine.tasks if n != late]
+    assert engine.is_empty()
+
+
+async def test_callers_take_turns() -> None:
+    """With one place to run, three callers with three requests each alternate."""
+    engine = ManualEngine(max_running=1)
+    for caller in "aaabbbccc":
+        await engine.ask(caller)
+    assert await serve(engine) == "abcabcabc"
+
+
+async def test_running_places_are_shared_evenly() -> None:
+    """Of four places each of two callers has two, whoever came first with how many."""
+    engine = ManualEngine(max_running=4)
+    for caller in "aaaaaaaabbbb":
+        await engine.ask(caller)
+    shares = []
+    for ends in "aaabb":
+        await engine.end(next(name for name in engine.running if name[0] == ends))
+        shares.append("".join(sorted(callers(list(engine.running)))))
+    assert shares == ["aaab", "aabb", "aabb", "aabb", "aabb"]
+
+
+async def test_a_caller_that_stays_is_not_starved_by_callers_that_come_and_go() -> None:
+    """Callers that return as soon as they are served never overtake one that waits."""
+    engine = ManualEngine(max_running=1)
+    for caller in "abca":
+        await engine.ask(caller)
+    for _ in range(30):
+        name = next(iter(engine.running))
+        await engine.end(name)
+        if len(engine.tasks) < 30:
+            await engine.ask(name[0])
+    assert callers(engine.order).startswith("abcabcabcabcabcabc")
+
+
+async def test_the_last_eighth_of_the_waiting_places_is_for_callers_without_a_place() -> None:
+    """One caller gets no more than the rest; others still come in, until all is full."""
+    engine = ManualEngine(max_running=1, max_waiting=16)
+    for _ in range(15):
+        await engine.ask("a")
+    with pytest.raises(OverloadedError):
+        await engine.ask("a")
+    await engine.ask("b")
+    with pytest.raises(OverloadedError):
+        await engine.ask("b")
+    await engine.ask("c")
+    for caller in "abcd":
+        with pytest.raises(OverloadedError):
+            await engine.ask(caller)
+    assert await serve(engine) == "abc" + "a" * 14
+    await engine.ask("a")
+    await engine.end(engine.order[-1])
+    assert engine.is_empty()
+
+
+class Watcher:
+    """Holds a queue against what it promises, event by event."""
+
+    def __init__(self, engine: ManualEngine, max_running: int) -> None:
+        self.engine = engine
+        self.max_running = max_running
+        self.waiting: list[str] = []
+        self.running: Counter[str] = Counter()
+        self.passed: dict[str, Counter[str]] = {}
+        self.seen = 0
+
+    def check(self) -> None:
+        """After an event: which turn it brought, and whether that was fair."""
+        engine = self.engine
+        live = engine.live
+        for name in live:
+            if name not in self.waiting and name not in engine.order[: self.seen]:
+                self.waiting.append(name)
+        self.waiting = [name for name in self.waiting if name in live]
+        before = Counter(callers([n for n in engine.order[: self.seen] if n in live]))
+        new = engine.order[self.seen :]
+        assert len(new) <= 1
+        for name in new:
+            self._turn(name, before)
+        self.seen = len(engine.order)
+        waiting = set(callers(self.waiting))
+        now = Counter(callers(list(engine.running)))
+        self.passed = {c: p for c, p in self.passed.items() if c in waiting and not now[c]}
+        assert len(engine.running) == min(self.max_running, len(live))
+
+    def _turn(self, name: str, running: Counter[str]) -> None:
+        caller = name[0]
+        assert name == next(n for n in self.waiting if n[0] == caller)
+        self.waiting.remove(name)
+        for other in set(callers(self.waiting)) - {caller}:
+            assert running[caller] <= running[other]
+            if not running[other]:
+                passed = self.passed.setdefault(other, Counter())
+                passed[caller] += 1
+                assert passed[caller] == 1, "overtook a caller twice that has nothing running"
+
+
+HAPPENINGS = ["ask"] * 4 + ["end"] * 4 + ["leave", "fail", "break"]
+EVENTS = st.lists(
+    st.tuples(st.sampled_from(HAPPENINGS), st.integers(0, 29)), min_size=20, max_size=100
+)
+
+
+async def happen(engine: ManualEngine, what: str, which: int) -> None:
+    """One event; nothing, where there is no request it could happen to."""
+    if what == "ask":
+        await engine.ask("abcd"[which % 4])
+        return
+    if what == "break" and which < 10:
+        engine.queue.fail_all(EngineUnavailableError)
+        await engine.settle()
+    names = list(engine.running) if what == "end" else engine.live
+    if not names or what == "break":
+        return
+    name = names[which % len(names)]
+    if what == "end":
+        await engine.end(name)
+    elif what == "leave":
+        await engine.leave(name)
+    else:
+        engine.admissions[name].fail(DeadlineExceededError())
+        await engine.settle()
+
+
+@settings(deadline=None, max_examples=200)
+@given(max_running=st.integers(1, 3), events=EVENTS)
+def test_in_any_order_of_events_no_caller_is_starved_and_nothing_is_left(
+    max_running: int, events: list[tuple[str, int]]
+) -> None:
+    """Every turn is fair, no place to run is idle while one waits, and all state goes.
+
+    A turn never goes to a caller with more running requests than another that waits; no caller
+    overtakes one twice that has nothing running; one caller's requests stay in order; each
+    request ends once.
+    """
+
+    async def run() -> None:
+        engine = ManualEngine(max_running=max_running, max_waiting=1000)
+        watcher = Watcher(engine, max_running)
+        for event in events:
+            await happen(engine, *event)
+            watcher.check()
+        while engine.running:
+            await engine.end(next(iter(engine.running)))
+            watcher.check()
+        assert not engine.live
+        for task in engine.tasks.values():
+            if not task.cancelled() and not task.exception():
+                assert [e.finish_reason for e in task.result()] == ["stop"]
+        assert engine.is_empty()
+
+    asyncio.run(run())
+
+
+def test_a_turn_costs_microseconds_with_a_thousand_callers() -> None:
+    """A hundred thousand waiting requests of a thousand callers, each entered, served and gone.
+
+    The bound is ten times what it takes.
+    """
+    turns: FairTurns[int] = FairTurns()
+    begin = time.process_time()
+    for number in range(100_000):
+        caller = str(number % 1000)
+        turns.enter(caller)
+        turns.wait(caller, number)
+    while head := turns.head():
+        turns.serve()
+        turns.finish(head[0])
+        turns.leave(head[0])
+    seconds = (time.process_time() - begin) / 100_000
+    assert not turns._callers
+    assert seconds < 100e-6
