@@ -46,6 +46,8 @@ class EngineProcess:
         Raises:
             OSError: The machine has no process or descriptor left.
         """
+        # It reads control groups' files, which must not hold up the event loop.
+        environment = await asyncio.to_thread(_environment)
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -56,7 +58,7 @@ class EngineProcess:
                     str(theirs.fileno()),
                     stdin=asyncio.subprocess.DEVNULL,
                     pass_fds=(theirs.fileno(),),
-                    env=_environment(),
+                    env=environment,
                 )
             except BaseException:
                 ours.close()
