@@ -42,6 +42,7 @@ class Result:
         prompt_tokens: The server's count, where it reports one.
         cached_tokens: Prompt tokens found in the KV cache, where it says so.
         text: The answer.
+        resent: Whether it was sent again because a kept connection had been closed.
     """
 
     outcome: Outcome
@@ -56,6 +57,7 @@ class Result:
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     text: str = ""
+    resent: bool = False
 
     @property
     def ended_at(self) -> float:
@@ -100,6 +102,7 @@ def result_of(exchange: Exchange) -> Result:
         prompt_tokens=stream.prompt_tokens,
         cached_tokens=stream.cached_tokens,
         text=stream.text,
+        resent=exchange.resent,
     )
 
 
@@ -160,6 +163,7 @@ class Summary:
         completed: Requests whose stream came whole.
         refused: Requests answered 429 or 503.
         failed: All others.
+        resent: Requests sent again because the server had closed a kept connection.
         errors: How often each error was met, refusals included.
         tokens: Tokens of the completed answers.
         tokens_from: ``usage`` where the server counted them for every answer, else ``chunks``.
@@ -182,6 +186,7 @@ class Summary:
     completed: int
     refused: int
     failed: int
+    resent: int
     errors: dict[str, int]
     tokens: int
     tokens_from: str
@@ -220,6 +225,7 @@ def summarise(results: Sequence[Result], target: LatencyTarget | None = None) ->
         completed=len(done),
         refused=len(refused),
         failed=len(results) - len(done) - len(refused),
+        resent=sum(r.resent for r in results),
         errors=dict(Counter(r.error for r in results if r.error is not None)),
         tokens=tokens,
         tokens_from="usage" if all(r.tokens_reported for r in done) else "chunks",

@@ -17,6 +17,8 @@ import httptools
 # when the request could meet that.
 _IDLE_SECONDS = 2.0
 
+CONNECTION_LOST = "the connection was lost"
+
 
 @dataclass(slots=True)
 class Exchange:
@@ -30,6 +32,7 @@ class Exchange:
         pieces: The response's body, with the time of each piece.
         ended_at: When the last byte came, or when it was clear that none will.
         failure: Why there is no whole response.
+        resent: Whether a kept connection turned out to be closed, and it was sent on a new one.
     """
 
     planned_at: float
@@ -39,6 +42,7 @@ class Exchange:
     pieces: list[tuple[float, bytes]] = field(default_factory=list)
     ended_at: float = 0.0
     failure: str | None = None
+    resent: bool = False
 
 
 class _Connection(asyncio.Protocol):
@@ -62,7 +66,7 @@ class _Connection(asyncio.Protocol):
     async def send(self, message: bytes, exchange: Exchange, time_limit: float) -> None:
         """Send a request, and wait for the end of its response; what happens is in ``exchange``."""
         if self._transport is None or self._transport.is_closing():
-            self._fail("the connection was closed before the request was sent", exchange)
+            self._fail(CONNECTION_LOST, exchange)
             return
         loop = asyncio.get_running_loop()
         self._exchange = exchange
@@ -120,7 +124,7 @@ class _Connection(asyncio.Protocol):
         # Without a length the end of the connection is the end of the body.
         framed = {b"content-length", b"transfer-encoding"} & self._exchange.headers.keys()
         whole = self._exchange.status is not None and not framed and exc is None
-        self._end(None if whole else f"the connection was lost{f': {exc}' if exc else ''}")
+        self._end(None if whole else CONNECTION_LOST)
         self._keep_alive = False
 
     # --- httptools' callbacks ---
@@ -187,8 +191,18 @@ class HttpClient:
     async def _exchange(self, message: bytes, planned_at: float | None) -> Exchange:
         sent_at = time.perf_counter()
         exchange = Exchange(sent_at if planned_at is None else planned_at, sent_at)
+        kept = self._kept_connection()
+        if kept is not None:
+            await kept.send(message, exchange, self._time_limit)
+            if kept.is_usable:
+                self._idle.append(kept)
+            # A server may close a connection between two requests without a word, as llama-server
+            # does. The request never reached it then, and any client would send it again.
+            if exchange.failure != CONNECTION_LOST or exchange.status is not None:
+                return exchange
+            exchange.failure, exchange.resent = None, True
         try:
-            connection = await asyncio.wait_for(self._connection(), self._time_limit)
+            connection = await asyncio.wait_for(self._connect(), self._time_limit)
         except OSError as error:
             exchange.failure = f"no connection: {str(error) or type(error).__name__}"
             exchange.ended_at = time.perf_counter()
@@ -198,12 +212,15 @@ class HttpClient:
             self._idle.append(connection)
         return exchange
 
-    async def _connection(self) -> _Connection:
+    def _kept_connection(self) -> _Connection | None:
         while self._idle:
             connection = self._idle.pop()
             if connection.is_usable:
                 return connection
             connection.close()
+        return None
+
+    async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
         _, connection = await loop.create_connection(
             _Connection, self._host, self._port, ssl=self._tls
