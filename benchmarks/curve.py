@@ -20,6 +20,8 @@ OVERLOAD = 4.0
 OVERLOAD_SECONDS = 30.0
 # Waiting requests that the overloaded service accepts: enough to keep the batch full.
 OVERLOAD_WAITING = "32"
+# More than the 32 that run at once, and fewer than running and waiting together: none is refused.
+PEAK_CLIENTS = 48
 # What comes first fills the batch and what comes last drains it; neither is the steady state.
 _SETTLING = 0.25
 
@@ -79,9 +81,13 @@ async def by_length(server: Server, lengths: Sequence[int]) -> list[dict[str, An
 
 
 async def overload(server: Server, duration: float) -> dict[str, Any]:
-    """An open loop of four times what a closed loop of 64 clients gets through."""
+    """An open loop of four times what a closed loop that fills the batch gets through."""
     full = await run_round(
-        server.target, Workload(), name="peak", requests=64 if duration < 10 else 256, clients=64
+        server.target,
+        Workload(),
+        name="peak",
+        requests=96 if duration < 10 else 288,
+        clients=PEAK_CLIENTS,
     )
     peak = steady_rate(full, *_window(full, last_sent=False))
     done = [r for r in full if r.outcome is Outcome.COMPLETED]

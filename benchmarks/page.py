@@ -75,7 +75,13 @@ def _others(data: dict[str, Any]) -> str:
                 f"{seconds(gap.get('worst_gap'))} ({length} tokens)",
             ]
         )
-    return table(header, lines)
+    faults = [f"- {fault}" for fault in data.get("faults", [])]
+    faults += [
+        f"- {name}, beside a long prompt: {error}"
+        for name, gap in data["gap"].items()
+        for error in gap.get("errors", [])
+    ]
+    return "\n\n".join(filter(None, [table(header, lines), "\n".join(faults)]))
 
 
 def goals(data: dict[str, Any]) -> str:

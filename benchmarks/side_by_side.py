@@ -2,7 +2,7 @@
 
 import argparse
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,8 +74,13 @@ async def rounds(running: Running, count: int, clients: Sequence[int]) -> dict[s
                 figures = await scenarios.throughput(server, at_once, name)
                 found[server.row.name][str(at_once)].append(figures)
                 say(f"{name}: {server.row.name}: {figures['tokens_per_second']:.1f} tokens/s")
-            for line, engine in running.engines.items():
-                figures = engine.round(at_once, name)
+            for line, engine in list(running.engines.items()):
+                try:
+                    figures = engine.round(at_once, name)
+                except StartError as error:
+                    running.absent[line] = str(error)
+                    running.engines.pop(line).stop()
+                    continue
                 found[line][str(at_once)].append(figures)
                 say(f"{name}: {line}: {figures['tokens_per_second']:.1f} tokens/s")
     return found
@@ -84,16 +89,24 @@ async def rounds(running: Running, count: int, clients: Sequence[int]) -> dict[s
 async def details(running: Running, *, quick: bool) -> dict[str, Any]:
     """What is measured once for each server, not in rounds."""
     found: dict[str, Any] = {"follow_up": {}, "cache_hit": {}, "gap": {}, "memory": {}}
+    found["faults"] = []
+
+    async def keep(kind: str, name: str, figures: Awaitable[dict[str, Any]]) -> None:
+        say(f"{name}: {kind}")
+        try:
+            found[kind][name] = await figures
+        except (RuntimeError, ValueError) as error:
+            # One server's fault is reported, and does not cost the figures of all the others.
+            found["faults"].append(f"{name}, {kind}: {error}")
+
     words = 500 if quick else scenarios.LONG_PROMPT_WORDS
     for server in running.servers:
         name = server.row.name
         found["memory"][name] = server.memory()
-        say(f"{name}: long prompt beside running streams")
-        found["gap"][name] = await scenarios.long_prompt_gap(server, streams=4, words=words)
+        await keep("gap", name, scenarios.long_prompt_gap(server, streams=4, words=words))
         if server.row.is_ours:
-            say(f"{name}: follow-up turns and cache hits")
-            found["follow_up"][name] = await scenarios.follow_up(server, 2 if quick else 5)
-            found["cache_hit"][name] = await scenarios.cache_hit(server, 20 if quick else 300)
+            await keep("follow_up", name, scenarios.follow_up(server, 2 if quick else 5))
+            await keep("cache_hit", name, scenarios.cache_hit(server, 20 if quick else 300))
     return found
 
 
