@@ -25,7 +25,11 @@ def _parser() -> argparse.ArgumentParser:
         add("--engine", action="append", help="only this engine of ours; may be repeated")
         add("--rounds", type=int, default=3)
         if name == "table":
-            add("--only", action="append", help="only rows with this in their name; repeatable")
+            add(
+                "--only",
+                action="append",
+                help="only rows with this in their name, not for the page",
+            )
     commands.add_parser("page", help="write docs/performance.md anew from the kept results")
     return parser
 
@@ -55,8 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     is_table = options.command == "table"
     data = asyncio.run(side_by_side.measure(options) if is_table else curve.measure(options))
-    # A smoke test, or a run on another device, does not take the place of the page's figures.
+    # A smoke test, a part, or a run on a GPU does not take the place of the page's figures.
     kept = options.command + ("-quick" if options.quick else "")
+    kept += "-part" if is_table and options.only else ""
     kept += "-cuda" if options.device == "cuda" else ""
     _keep(kept, data)
     for title, body in (page.render(data) if is_table else curve.render(data)).items():

@@ -1,14 +1,16 @@
 """The arithmetic of the comparison, its page, and its curve."""
 
 import re
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from app.bench.results import Outcome, Result
+from app.bench.results import Outcome, Result, summarise
 from app.llm.engine.base import GenerationRequest, SamplingParams
 from app.llm.engine.echo import EchoBackend
-from benchmarks import page
+from benchmarks import curve, page, plots
 from benchmarks.curve import steady_rate
 from benchmarks.engine_alone import drive
 from benchmarks.goals import Ratio, divide, median_of, ratios
@@ -117,6 +119,50 @@ def test_the_page_has_every_section() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for name in [*page.render(measured()), "curve"]:
         assert replace_section(text, name, "x") != text
+
+
+def curve_data() -> dict[str, Any]:
+    """A small curve of one engine, and another one that did not start."""
+    one = msgspec.to_builtins(
+        summarise([Result(Outcome.COMPLETED, 0.0, 4.0, ttft=1.0, gaps=(1.0, 2.0), prompt_tokens=9)])
+    )
+    found = {
+        "clients": [{"clients": c, "steady": 10.0 * c, **one} for c in (1, 8)],
+        "lengths": [{"words": 16, **one}],
+        "overload": {
+            "rate": 9.0,
+            "peak": 100.0,
+            "steady": 96.0,
+            "ratio": 0.96,
+            "refusal_p99": 0.06,
+            **one,
+        },
+    }
+    return {"machine": {}, "engines": {"openvino": found}, "absent": {"other": "no such engine"}}
+
+
+def test_the_curve_is_told_and_judged() -> None:
+    """Each load and length is a line; the overload's two goals are judged; absences are named."""
+    text = curve.render(curve_data())["curve"]
+    assert "other: not started, no such engine" in text
+    assert re.search(r"\| 8 +\| 0 +\| 80 ", text)
+    assert "≥ 0.95: met" in text
+    assert "≤ 50 ms: missed" in text
+
+
+def test_plots_are_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both plots are PNG files of a few kilobytes, and equal figures give equal files."""
+    monkeypatch.setattr(plots, "PLOTS", tmp_path)
+    written = []
+    for _ in range(2):
+        plots.side_by_side(measured())
+        plots.curves(curve_data())
+        written.append({p.name: p.read_bytes() for p in tmp_path.iterdir()})
+    assert written[0] == written[1]
+    assert set(written[0]) == {"side-by-side.png", "curve.png"}
+    for picture in written[0].values():
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) < 100_000
 
 
 def test_the_steady_rate_counts_what_came_in_the_window() -> None:
