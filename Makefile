@@ -102,7 +102,7 @@ lint: install ## Look for mistakes and bad style
 
 .PHONY: type-check
 type-check: install ## Check the types
-	$(RUN) mypy app scripts tests
+	$(RUN) mypy app benchmarks scripts tests
 
 .PHONY: imports
 imports: install ## Check which layer imports which
@@ -118,6 +118,16 @@ lock-check: install ## Check that poetry.lock fits pyproject.toml
 
 .PHONY: check-all
 check-all: format-check lint type-check imports deps lock-check test ## Run all of the checks
+
+##@ Benchmarks
+
+.PHONY: bench
+bench: model ## Compare with other servers, write docs/performance.md (ARGS=--quick for a try)
+	$(RUN) python -m benchmarks table $(ARGS)
+
+.PHONY: bench-curve
+bench-curve: model ## Load and prompt-length curves, overload (ARGS="--engine transformers")
+	$(RUN) python -m benchmarks curve $(ARGS)
 
 ##@ Docker
 
@@ -157,7 +167,7 @@ test-docker: ## Build the image and check it, with Docker or else with podman (r
 clean: ## Remove reports and caches; .venv/, .tools/ and models/ stay
 	rm -rf htmlcov .coverage .coverage.* coverage.xml build dist .demo
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find app scripts tests -type d -name __pycache__ -prune -exec rm -rf {} +
+	find app benchmarks scripts tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(TOOLS_STAMP):
 	@set -eu; python="$$($(FIND_PYTHON))"; \

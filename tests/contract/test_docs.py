@@ -57,7 +57,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @every_page
 def test_paths_exist(page: Path) -> None:
     """Every path of the project that a page names exists."""
-    folders = ("app/", "docs/", "deploy/", "scripts/", "tests/")
+    folders = ("app/", "benchmarks/", "docs/", "deploy/", "scripts/", "tests/")
     in_blocks = [w for b in blocks(page) if b.language == "bash" for w in b.code.split()]
     named = {name for name in [*codes(page), *in_blocks] if name.startswith(folders)}
     named = {n for n in named if re.fullmatch(r"[\w./-]+", n)}

@@ -1,0 +1,1 @@
+"""The load generator behind ``llm-service bench``; it knows nothing else of the application."""

@@ -1,0 +1,144 @@
+"""``llm-service bench``: puts a server under load and says how it did."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from app.bench.load import run_round
+from app.bench.report import describe
+from app.bench.results import LatencyTarget, Summary, median_figures, summarise
+from app.bench.targets import Route, Target
+from app.bench.workload import Lengths, Workload, WorkloadError
+
+# uvloop takes a third of the time for each event, but there is none for Windows.
+if sys.platform == "win32":
+    from asyncio import run
+else:
+    from uvloop import run
+
+
+def _lengths(text: str) -> Lengths:
+    try:
+        return Lengths.parse(text)
+    except WorkloadError as error:
+        # argparse shows the message of no other type.
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="llm-service bench",
+        description="Put a server under load: this service, or any that speaks OpenAI's API.",
+        epilog="Lengths are 32 (fixed), 16-128 (uniform) or 16,64,256 (drawn from a list).",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--url", default="http://127.0.0.1:8000", help="where the server listens, without /v1")
+    add("--route", type=Route, choices=list(Route), default=Route.CHAT, help="default: chat")
+    add("--key", default="", help="API key; default: the variable LLM_SERVICE_KEY, else none")
+    add("--model", default="default", help="model name for OpenAI's routes")
+    add("--system", help="system message of chats")
+    add("--temperature", type=float, default=0.0)
+    load = parser.add_mutually_exclusive_group()
+    load.add_argument("--clients", type=int, help="closed loop: clients at a time (default: 8)")
+    load.add_argument("--rate", type=float, help="open loop: requests/s of a Poisson process")
+    add("--requests", type=int, help="requests of a round (default: 4 for each client, or 64)")
+    add("--rounds", type=int, default=3, help="rounds; their medians are told (default: 3)")
+    add("--warm-up", type=int, help="requests before the first round (default: one a client)")
+    add("--prompt", type=_lengths, default="16", metavar="LENGTHS", help="words of a prompt")
+    add("--output", type=_lengths, default="32", metavar="LENGTHS", help="most tokens")
+    add("--seed", type=int, default=0, help="decides prompts, lengths and arrival times")
+    add("--max-ttft", type=float, metavar="SECONDS", help="bound of goodput: to the first token")
+    add("--max-latency", type=float, metavar="SECONDS", help="bound of goodput: to the last byte")
+    add("--timeout", type=float, default=300.0, metavar="SECONDS", help="of one request")
+    add("--json", type=Path, metavar="FILE", help="write all figures of all rounds there")
+    return parser
+
+
+async def measure(options: argparse.Namespace, target: Target) -> list[Summary]:
+    """The warm-up, and then the rounds."""
+    workload = Workload(options.prompt, options.output, options.seed)
+    load: dict[str, Any] = {"clients": options.clients, "rate": options.rate}
+    if options.rate is None:
+        load["clients"] = options.clients or 8
+    requests = options.requests or 4 * (load["clients"] or 16)
+    warm_up = (load["clients"] or 8) if options.warm_up is None else options.warm_up
+    bounds = LatencyTarget(options.max_ttft, options.max_latency)
+    if warm_up:
+        clients = min(warm_up, load["clients"] or 8)
+        await run_round(
+            target,
+            workload,
+            name="warm-up",
+            requests=warm_up,
+            clients=clients,
+            time_limit=options.timeout,
+        )
+    summaries = []
+    for number in range(options.rounds):
+        results = await run_round(
+            target,
+            workload,
+            name=f"round {number}",
+            requests=requests,
+            time_limit=options.timeout,
+            **load,
+        )
+        summaries.append(summarise(results, bounds))
+    return summaries
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, which is 1 where no request was completed."""
+    options = build_parser().parse_args(arguments)
+    target = Target(
+        base_url=options.url.rstrip("/").removesuffix("/v1"),
+        route=options.route,
+        key=options.key or os.environ.get("LLM_SERVICE_KEY", ""),
+        model=options.model,
+        system=options.system,
+        temperature=options.temperature,
+    )
+    try:
+        summaries = run(measure(options, target))
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    medians = median_figures(summaries)
+    bounded = options.max_ttft is not None or options.max_latency is not None
+    rounds = "one round" if options.rounds == 1 else f"medians of {options.rounds} rounds"
+    sys.stdout.write(f"{options.route} at {target.base_url}, {rounds}\n\n")
+    sys.stdout.write(describe(medians, bounded=bounded) + "\n")
+    if options.json:
+        _write(options, summaries, medians)
+    return 0 if medians["completed"] else 1
+
+
+def _write(options: argparse.Namespace, summaries: list[Summary], medians: dict[str, Any]) -> None:
+    asked = {name: str(value) for name, value in vars(options).items() if value is not None}
+    asked.pop("key")
+    report = {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "client": {"python": platform.python_version(), "httptools": _version("httptools")},
+        "options": asked,
+        "medians": medians,
+        "rounds": [msgspec.to_builtins(summary) for summary in summaries],
+    }
+    options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,177 @@
+"""The servers that can be measured: what is sent to them, and how their streams are read."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from app.bench.workload import PlannedRequest
+
+_DONE = b"[DONE]"
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder().decode
+
+
+class Route(StrEnum):
+    """The routes that requests go to."""
+
+    CHAT = "chat"
+    GENERATE = "generate"
+    OPENAI_CHAT = "openai-chat"
+    OPENAI_COMPLETIONS = "openai-completions"
+
+    @property
+    def is_native(self) -> bool:
+        """Whether it is one of this service's own."""
+        return self in (Route.CHAT, Route.GENERATE)
+
+
+_PATHS = {
+    Route.CHAT: "/v1/chat",
+    Route.GENERATE: "/v1/generate",
+    Route.OPENAI_CHAT: "/v1/chat/completions",
+    Route.OPENAI_COMPLETIONS: "/v1/completions",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server and one of its routes.
+
+    Attributes:
+        base_url: Where it listens, without ``/v1``.
+        route: Which route.
+        key: Sent as ``X-API-Key`` to native routes, as a bearer token to others.
+        model: Name that OpenAI's routes ask for.
+        system: System message of chats, the same for every server that is compared.
+        temperature: 0 is greedy.
+        extra: Further members of every body.
+    """
+
+    base_url: str
+    route: Route
+    key: str = field(default="", repr=False)
+    model: str = "default"
+    system: str | None = None
+    temperature: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        """The route's path."""
+        return _PATHS[self.route]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What authorises the requests."""
+        if not self.key:
+            return {}
+        if self.route.is_native:
+            return {"X-API-Key": self.key}
+        return {"Authorization": f"Bearer {self.key}"}
+
+    def body(self, request: PlannedRequest) -> bytes:
+        """A streamed request that no response cache may answer."""
+        fields: dict[str, Any] = {
+            "max_tokens": request.max_tokens,
+            "temperature": self.temperature,
+            "stream": True,
+        }
+        if self.route in (Route.CHAT, Route.OPENAI_CHAT):
+            system = [{"role": "system", "content": self.system}] if self.system else []
+            fields["messages"] = [*system, {"role": "user", "content": request.prompt}]
+        else:
+            fields["prompt"] = request.prompt
+        if self.route.is_native:
+            fields["cache"] = False
+        else:
+            fields["model"] = self.model
+            fields["stream_options"] = {"include_usage": True}
+        return _encode(fields | self.extra)
+
+
+@dataclass(slots=True)
+class Stream:
+    """What a stream of server-sent events said.
+
+    Attributes:
+        text: The pieces of the answer, joined.
+        text_at: When each piece of text came.
+        finish_reason: Why it ended, where it says so.
+        done: Whether ``[DONE]`` came.
+        completion_tokens: The server's count, where it reports one.
+        prompt_tokens: The same for the prompt.
+        cached_tokens: Those of them that the server found in its KV cache, where it says so.
+        error: The error it reported on the way.
+    """
+
+    text: str = ""
+    text_at: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+    done: bool = False
+    completion_tokens: int | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    error: str | None = None
+
+
+def read_stream(pieces: list[tuple[float, bytes]]) -> Stream:
+    """Read a body as it came; an event has the time of the piece that completed it."""
+    stream = Stream()
+    texts: list[str] = []
+    rest = b""
+    for at, piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if not line.startswith(b"data:"):
+                continue
+            data = line[5:].strip()
+            if data == _DONE:
+                stream.done = True
+            elif text := _read_event(data, stream):
+                texts.append(text)
+                stream.text_at.append(at)
+    stream.text = "".join(texts)
+    return stream
+
+
+def _read_event(data: bytes, stream: Stream) -> str:
+    """Note what an event says beside its text, and return the text."""
+    try:
+        event = _decode(data)
+    except msgspec.DecodeError:
+        event = None
+    if not isinstance(event, dict):
+        stream.error = "an event is not a JSON object"
+        return ""
+    if event.get("error"):
+        stream.error = error_text(event)
+        return ""
+    # OpenAI's events keep in a list of choices what ours have at the top.
+    choices = event.get("choices") or [event]
+    part = choices[0]
+    stream.finish_reason = part.get("finish_reason") or stream.finish_reason
+    _read_usage(event, stream)
+    delta = part.get("delta") or {}
+    return delta.get("content") or delta.get("text") or part.get("text") or ""
+
+
+def _read_usage(event: dict[str, Any], stream: Stream) -> None:
+    usage = event.get("usage") or {}
+    if "tokens_generated" in event:
+        stream.completion_tokens = event["tokens_generated"]
+    elif "completion_tokens" in usage:
+        stream.completion_tokens = usage["completion_tokens"]
+    if "prompt_tokens" in usage:
+        stream.prompt_tokens = usage["prompt_tokens"]
+        details = usage.get("prompt_tokens_details") or {}
+        stream.cached_tokens = details.get("cached_tokens")
+
+
+def error_text(body: Any) -> str:
+    """The code or the message of an error in the shape that OpenAI and we use; else a few words."""
+    error = body.get("error", body) if isinstance(body, dict) else body
+    if isinstance(error, dict):
+        error = error.get("code") or error.get("message") or error.get("type") or "an error"
+    return str(error)[:200]

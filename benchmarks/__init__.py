@@ -1,0 +1,1 @@
+"""The side-by-side benchmark: this service, the same engine without HTTP, and its peers."""

@@ -1,0 +1,75 @@
+"""``python -m benchmarks table | curve | page``; ``make bench`` is the first of them."""
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import curve, page, plots, side_by_side
+from benchmarks.paths import RESULTS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("table", "the service beside its peers (about 20 minutes)"),
+        ("curve", "throughput and TTFT by load and prompt length, and overload (10 minutes)"),
+    ):
+        command = commands.add_parser(name, help=text)
+        add = command.add_argument
+        add("--quick", action="store_true", help="a smoke test; does not write the page")
+        add("--device", choices=("cpu", "cuda"), default="cpu")
+        add("--engine", action="append", help="only this engine of ours; may be repeated")
+        add("--rounds", type=int, default=3)
+        if name == "table":
+            add(
+                "--only",
+                action="append",
+                help="only rows with this in their name, not for the page",
+            )
+    commands.add_parser("page", help="write docs/performance.md anew from the kept results")
+    return parser
+
+
+def _keep(name: str, data: dict[str, Any]) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+
+def _publish(name: str, data: dict[str, Any]) -> None:
+    if name == "table":
+        page.write(page.render(data))
+        plots.side_by_side(data)
+    else:
+        page.write(curve.render(data))
+        plots.curves(data)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    if options.command == "page":
+        for name in ("table", "curve"):
+            path = RESULTS / f"{name}.json"
+            if path.exists():
+                _publish(name, json.loads(path.read_text(encoding="utf-8")))
+        return 0
+    is_table = options.command == "table"
+    data = asyncio.run(side_by_side.measure(options) if is_table else curve.measure(options))
+    # A smoke test, a part, or a run on a GPU does not take the place of the page's figures.
+    kept = options.command + ("-quick" if options.quick else "")
+    kept += "-part" if is_table and options.only else ""
+    kept += "-cuda" if options.device == "cuda" else ""
+    _keep(kept, data)
+    for title, body in (page.render(data) if is_table else curve.render(data)).items():
+        print(f"\n## {title}\n\n{body}")
+    if kept == options.command:
+        _publish(options.command, data)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+"""Where the benchmarks keep what they make; all of it is git-ignored and may be deleted."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / ".bench"
+ENVIRONMENTS = WORK / "envs"
+MODEL = WORK / "model"
+LOGS = WORK / "logs"
+RESULTS = WORK / "results"
+PAGE = ROOT / "docs" / "performance.md"
+PLOTS = ROOT / "docs" / "performance"

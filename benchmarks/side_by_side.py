@@ -1,0 +1,142 @@
+"""``python -m benchmarks table``: every server and every figure, round by round in turns."""
+
+import argparse
+import asyncio
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks import machine, scenarios
+from benchmarks.goals import CLIENTS
+from benchmarks.servers import Row, Server, StartError, all_rows, start
+
+
+@dataclass
+class Running:
+    """What was started.
+
+    Attributes:
+        servers: The servers that answered.
+        engines: Engines without HTTP, by the name of their line.
+        absent: What did not start, with the reason.
+    """
+
+    servers: list[Server] = field(default_factory=list)
+    engines: dict[str, scenarios.EngineAlone] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+
+    def stop(self) -> None:
+        """Stop everything."""
+        for server in self.servers:
+            server.stop()
+        for engine in self.engines.values():
+            engine.stop()
+
+
+def say(text: str) -> None:
+    """Tell how far it is."""
+    print(text, flush=True)
+
+
+async def start_all(rows: Sequence[Row], running: Running, *, engines: bool) -> None:
+    """Start the rows one after another, so that their starting times do not disturb each other."""
+    for row in rows:
+        try:
+            server = await start(row)
+        except StartError as error:
+            running.absent[row.name] = str(error)
+            say(f"{row.name}: not started, {error}")
+            continue
+        running.servers.append(server)
+        say(f"{row.name}: first answer after {server.first_answer_seconds:.1f} s")
+    for row in [server.row for server in running.servers if server.row.is_ours and engines]:
+        name = f"{row.name.removeprefix('ours, ')} without HTTP"
+        try:
+            running.engines[name] = scenarios.EngineAlone(row)
+        except StartError as error:
+            running.absent[name] = str(error)
+
+
+async def rounds(running: Running, count: int, clients: Sequence[int]) -> dict[str, Any]:
+    """Every server at every number of clients, in turns, so often."""
+    names = [*(server.row.name for server in running.servers), *running.engines]
+    found: dict[str, Any] = {name: {str(c): [] for c in clients} for name in names}
+    for server in running.servers:
+        await scenarios.throughput(server, min(8, max(clients)), "warm-up")
+    for engine in running.engines.values():
+        engine.round(min(8, max(clients)), "warm-up")
+    for number in range(count):
+        for at_once in clients:
+            name = f"round {number}, {at_once} clients"
+            # Each round begins with another one, so that none always follows the same neighbour.
+            first = number % max(1, len(running.servers))
+            for server in [*running.servers[first:], *running.servers[:first]]:
+                figures = await scenarios.throughput(server, at_once, name)
+                found[server.row.name][str(at_once)].append(figures)
+                say(f"{name}: {server.row.name}: {figures['tokens_per_second']:.1f} tokens/s")
+            for line, engine in list(running.engines.items()):
+                try:
+                    figures = engine.round(at_once, name)
+                except StartError as error:
+                    running.absent[line] = str(error)
+                    running.engines.pop(line).stop()
+                    continue
+                found[line][str(at_once)].append(figures)
+                say(f"{name}: {line}: {figures['tokens_per_second']:.1f} tokens/s")
+    return found
+
+
+async def details(running: Running, *, quick: bool) -> dict[str, Any]:
+    """What is measured once for each server, not in rounds."""
+    found: dict[str, Any] = {"follow_up": {}, "cache_hit": {}, "gap": {}, "memory": {}}
+    found["faults"] = []
+
+    async def keep(kind: str, name: str, figures: Awaitable[dict[str, Any]]) -> None:
+        say(f"{name}: {kind}")
+        try:
+            found[kind][name] = await figures
+        except (RuntimeError, ValueError) as error:
+            # One server's fault is reported, and does not cost the figures of all the others.
+            found["faults"].append(f"{name}, {kind}: {error}")
+
+    words = 500 if quick else scenarios.LONG_PROMPT_WORDS
+    for server in running.servers:
+        name = server.row.name
+        found["memory"][name] = server.memory()
+        await keep("gap", name, scenarios.long_prompt_gap(server, streams=4, words=words))
+        if server.row.is_ours:
+            await keep("follow_up", name, scenarios.follow_up(server, 2 if quick else 5))
+            await keep("cache_hit", name, scenarios.cache_hit(server, 20 if quick else 300))
+    return found
+
+
+async def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything, as the JSON that the page is made from."""
+    rows = all_rows(options.device, options.engine)
+    if options.only:
+        rows = [row for row in rows if any(word in row.name for word in options.only)]
+    clients = (1, 8) if options.quick else CLIENTS
+    count = 1 if options.quick else options.rounds
+    running = Running()
+    try:
+        await start_all(rows, running, engines=True)
+        throughput = await rounds(running, count, clients)
+        data = await details(running, quick=options.quick)
+    finally:
+        running.stop()
+    started = {
+        server.row.name: {
+            "ready": server.ready_seconds,
+            "first_answer": server.first_answer_seconds,
+        }
+        for server in running.servers
+    }
+    return {
+        "machine": await asyncio.to_thread(machine.describe, options.device),
+        "rows": [row.name for row in rows],
+        "rounds": count,
+        "absent": running.absent,
+        "throughput": throughput,
+        "start": started,
+        **data,
+    }

@@ -1,0 +1,200 @@
+"""The arithmetic of the comparison, its page, and its curve."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from app.bench.results import Outcome, Result, summarise
+from app.llm.engine.base import GenerationRequest, SamplingParams
+from app.llm.engine.echo import EchoBackend
+from benchmarks import curve, page, plots
+from benchmarks.curve import steady_rate
+from benchmarks.engine_alone import drive
+from benchmarks.goals import Ratio, divide, median_of, ratios
+from benchmarks.page import replace_section
+from benchmarks.paths import PAGE
+from benchmarks.servers import LLAMA, SERVE, StartError, all_rows, ours, start
+
+
+def figures(*speeds: float, ttft: float = 0.5) -> list[dict[str, Any]]:
+    """Rounds of one server."""
+    return [{"tokens_per_second": speed, "ttft": {"p50": ttft}, "failed": 0} for speed in speeds]
+
+
+def measured() -> dict[str, Any]:
+    """A small comparison: one engine of ours, one peer, one row that did not start."""
+    return {
+        "machine": {"processor": "a processor", "peers": ""},
+        "rows": ["ours, openvino", "ours, transformers", SERVE],
+        "rounds": 3,
+        "absent": {"ours, transformers": "it ended: no such engine"},
+        "throughput": {
+            "ours, openvino": {"1": figures(40, 90, 40), "32": figures(400, ttft=0.3)},
+            SERVE: {"1": figures(10, 10, 20), "32": figures(100)},
+            "openvino without HTTP": {"32": figures(500, ttft=0.2)},
+        },
+        "start": {
+            "ours, openvino": {"ready": 4.0, "first_answer": 4.1},
+            SERVE: {"ready": None, "first_answer": 10.0},
+        },
+        "memory": {"ours, openvino": {"API": 100.0, "engine": 500.0}},
+        "follow_up": {"ours, openvino": {"first_ttft": 1.0, "second_ttft": 0.2}},
+        "cache_hit": {"ours, openvino": {"hit": 0.003, "livez": 0.0006}},
+        "gap": {"ours, openvino": {"prompt_tokens": 7900, "worst_gap": 0.7}},
+    }
+
+
+def reached(data: dict[str, Any]) -> dict[str, Ratio]:
+    """The goals by what they compare."""
+    return {ratio.what: ratio for ratio in ratios(data)}
+
+
+def test_ratios_are_medians_of_the_rounds_own_ratios() -> None:
+    """4, 9 and 2 give 4; the medians of both sides, 40 and 10, would hide that it varies."""
+    found = reached(measured())[f"tokens/s, openvino ÷ {SERVE}, C = 1"]
+    assert (found.value, found.goal, found.verdict) == (4.0, 3.5, "met")
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "verdict"),
+    [
+        (f"tokens/s, openvino ÷ {SERVE}, C = 32", 4.0, "met"),
+        (f"tokens/s, openvino ÷ {SERVE}, C = 8", None, "not measured"),
+        (f"tokens/s, openvino ÷ {LLAMA}, C = 1", None, "not measured"),
+        ("tokens/s, openvino over HTTP ÷ without HTTP, C = 32", 0.8, "missed"),
+        ("TTFT p50, openvino over HTTP ÷ without HTTP, C = 32", 1.5, "missed"),
+        ("TTFT, second turn over 1,000 tokens ÷ first turn, openvino", 0.2, "met"),
+        ("p50, cache hit ÷ /livez, openvino", 5.0, "missed"),
+        (f"start to ready, openvino ÷ start to first answer, {SERVE}", 0.4, "met"),
+    ],
+)
+def test_each_goal_is_judged(what: str, value: float | None, verdict: str) -> None:
+    """A ratio that one side is missing for is not measured, and neither met nor missed."""
+    found = reached(measured())[what]
+    assert found.value == (None if value is None else pytest.approx(value))
+    assert found.verdict == verdict
+
+
+def test_medians_and_divisions_of_what_is_missing() -> None:
+    """What was not measured stays unknown through the arithmetic."""
+    data = measured()
+    assert median_of(data, SERVE, 1, "tokens_per_second") == 10
+    assert median_of(data, SERVE, 8, "tokens_per_second") is None
+    assert divide(1.0, 0.0) is None
+    assert divide(None, 2.0) is None
+    assert divide(1.0, 2.0) == 0.5
+
+
+def test_every_row_is_on_the_page() -> None:
+    """What did not start is named with its reason; each section has its text."""
+    sections = page.render(measured())
+    assert "ours, transformers: not started; it ended: no such engine" in sections["side by side"]
+    assert re.search(r"ours, openvino +\| 40 · 500 ms", sections["side by side"])
+    assert "API 100, engine 500" in sections["side by side"]
+    assert sections["goals"].count("missed") == 3
+
+
+def test_notes_around_a_section_stay() -> None:
+    """Writing a section twice changes only what is between its markers."""
+    text = "Above.\n\n<!-- generated: a -->\nold\n<!-- end: a -->\n\nA cause: caches \\1.\n"
+    once = replace_section(text, "a", "new \\g<0>")
+    assert once == text.replace("\nold\n", "\n\nnew \\g<0>\n\n")
+    assert replace_section(once, "a", "new \\g<0>") == once
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<!-- generated: a --> x", "<!-- end: a --> <!-- generated: a -->"]
+)
+def test_a_page_without_its_markers_is_refused(text: str) -> None:
+    """A page that lost a marker is not overwritten."""
+    with pytest.raises(ValueError, match="markers of the section a"):
+        replace_section(text, "a", "new")
+
+
+def test_the_page_has_every_section() -> None:
+    """docs/performance.md has the markers of all that the benchmarks write."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name in [*page.render(measured()), "curve"]:
+        assert replace_section(text, name, "x") != text
+
+
+def curve_data() -> dict[str, Any]:
+    """A small curve of one engine, and another one that did not start."""
+    one = msgspec.to_builtins(
+        summarise([Result(Outcome.COMPLETED, 0.0, 4.0, ttft=1.0, gaps=(1.0, 2.0), prompt_tokens=9)])
+    )
+    found = {
+        "clients": [{"clients": c, "steady": 10.0 * c, **one} for c in (1, 8)],
+        "lengths": [{"words": 16, **one}],
+        "overload": {
+            "rate": 9.0,
+            "peak": 100.0,
+            "steady": 96.0,
+            "ratio": 0.96,
+            "refusal_p99": 0.06,
+            **one,
+        },
+    }
+    return {"machine": {}, "engines": {"openvino": found}, "absent": {"other": "no such engine"}}
+
+
+def test_the_curve_is_told_and_judged() -> None:
+    """Each load and length is a line; the overload's two goals are judged; absences are named."""
+    text = curve.render(curve_data())["curve"]
+    assert "other: not started, no such engine" in text
+    assert re.search(r"\| 8 +\| 0 +\| 80 ", text)
+    assert "≥ 0.95: met" in text
+    assert "≤ 50 ms: missed" in text
+
+
+def test_plots_are_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both plots are PNG files of a few kilobytes, and equal figures give equal files."""
+    monkeypatch.setattr(plots, "PLOTS", tmp_path)
+    written = []
+    for _ in range(2):
+        plots.side_by_side(measured())
+        plots.curves(curve_data())
+        written.append({p.name: p.read_bytes() for p in tmp_path.iterdir()})
+    assert written[0] == written[1]
+    assert set(written[0]) == {"side-by-side.png", "curve.png"}
+    for picture in written[0].values():
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) < 100_000
+
+
+def test_the_steady_rate_counts_what_came_in_the_window() -> None:
+    """Pieces inside the window count, with a stream's tokens shared among its pieces."""
+    stream = Result(Outcome.COMPLETED, 0.0, 4.0, ttft=1.0, gaps=(1.0, 1.0, 1.0), tokens=8)
+    refused = Result(Outcome.REFUSED, 0.0, 4.0)
+    assert steady_rate([stream, refused], 1.5, 3.5) == pytest.approx(2 * 2 / 2)
+
+
+def test_the_engine_alone_runs_every_request() -> None:
+    """Driven without HTTP, each request is generated once, and so many run at a time."""
+    most = 0
+
+    class Watched(EchoBackend):
+        def step(self) -> Any:
+            nonlocal most
+            most = max(most, self.stats().running)
+            return super().step()
+
+    backend = Watched()
+    requests = [GenerationRequest(str(i), [65, 66, 67], 3, SamplingParams()) for i in range(10)]
+    found = drive(backend, requests, 4)
+    assert (found["tokens"], len(found["ttft"]), most) == (30, 10, 4)
+
+
+async def test_a_row_that_does_not_start_says_why() -> None:
+    """A configuration that this version refuses is an error of one line, not a hang."""
+    with pytest.raises(StartError, match=r"configuration error: model\.engine"):
+        await start(ours("transformers", MODEL__ENGINE="nonesuch"))
+
+
+def test_rows_fit_the_device() -> None:
+    """On a GPU there are the transformers engine and transformers serve, nothing built for CPUs."""
+    assert [row.name for row in all_rows("cuda")] == ["ours, transformers", SERVE]
+    assert [row.name for row in all_rows("cpu", ["openvino"])] == ["ours, openvino", SERVE, LLAMA]

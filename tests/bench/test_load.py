@@ -1,0 +1,234 @@
+"""The load generator against the running service, and against servers that misbehave."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app import cli
+from app.bench.load import run_round
+from app.bench.results import Outcome, Result, summarise
+from app.bench.targets import Route, Target
+from app.bench.workload import Lengths, Workload
+from tests.support.service import API_KEY, Service, running_service
+
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+PIECE = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
+LAST = b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+
+
+@asynccontextmanager
+async def serving(handler: Handler) -> AsyncIterator[Target]:
+    """A server that treats every connection as ``handler`` does."""
+    tasks: set[asyncio.Task[None] | None] = set()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.current_task())
+        try:
+            await handler(reader, writer)
+        finally:
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        yield Target(f"http://127.0.0.1:{port}", Route.OPENAI_CHAT)
+        await asyncio.wait([task for task in tasks if task])
+
+
+async def read_request(reader: asyncio.StreamReader) -> bytes:
+    """One request's body."""
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    return await reader.readexactly(length)
+
+
+def target_of(service: Service, route: Route = Route.CHAT) -> Target:
+    """How to ask a running service of the tests."""
+    return Target(service.base_url, route, API_KEY)
+
+
+def outcomes(results: list[Result]) -> list[Outcome]:
+    """How the requests of a round ended."""
+    return [result.outcome for result in results]
+
+
+@pytest.mark.parametrize("route", [Route.CHAT, Route.GENERATE])
+async def test_a_closed_loop_completes_every_request(echo_service: Service, route: Route) -> None:
+    """Each request of a closed loop is answered once, with the text and the tokens asked for."""
+    results = await run_round(
+        target_of(echo_service, route), Workload(), name="a", requests=24, clients=6
+    )
+    assert outcomes(results) == [Outcome.COMPLETED] * 24
+    assert {result.tokens for result in results} == {32}
+    assert all(result.tokens_reported and result.ttft is not None for result in results)
+    planned = {r.prompt[:32] for r in Workload().plan(24, round_name="a")}
+    assert {result.text for result in results} == planned
+
+
+async def test_an_open_loop_does_not_wait_for_answers(slow_service: Service) -> None:
+    """Requests are sent at their planned times, while earlier ones are still being answered."""
+    workload = Workload(output_tokens=Lengths((40,)))
+    results = await run_round(
+        target_of(slow_service), workload, name="open", requests=10, rate=20.0
+    )
+    assert outcomes(results) == [Outcome.COMPLETED] * 10
+    planned = [request.at for request in workload.plan(10, round_name="open", rate=20.0)]
+    start = results[0].sent_at - planned[0]
+    assert [r.sent_at - start for r in results] == pytest.approx(planned, abs=0.5)
+    # 40 tokens take 2 s, so all were under way when the first one ended.
+    assert max(r.sent_at for r in results) < min(r.ended_at for r in results)
+
+
+async def test_refusals_of_a_full_queue_are_counted() -> None:
+    """With one running and one waiting, the others are refused at once, and each is counted."""
+    with running_service(
+        ENGINE__ECHO_STEP_SECONDS="0.05", ENGINE__MAX_RUNNING="1", ENGINE__MAX_WAITING="1"
+    ) as service:
+        results = await run_round(
+            target_of(service), Workload(), name="full", requests=12, clients=12
+        )
+    found = summarise(results)
+    assert (found.sent, found.completed, found.refused, found.failed) == (12, 2, 10, 0)
+    assert found.errors == {"overloaded": 10}
+    refusal, latency = found.refusal["p99"], found.latency["p50"]
+    assert refusal is not None
+    assert latency is not None
+    assert refusal < latency
+
+
+async def test_a_server_that_dies_in_mid_stream_is_an_error() -> None:
+    """A connection that is lost within a stream ends the request as failed, and does not hang."""
+
+    async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(PIECE), PIECE))
+        await writer.drain()
+
+    async with serving(die) as target, asyncio.timeout(20):
+        results = await run_round(target, Workload(), name="a", requests=6, clients=2)
+    assert [(r.outcome, r.error) for r in results] == [
+        (Outcome.FAILED, "the connection was lost")
+    ] * 6
+
+
+async def test_a_killed_service_is_an_error() -> None:
+    """So does a service whose process is killed; what was planned after it fails to connect."""
+    with running_service(ENGINE__ECHO_STEP_SECONDS="0.05") as service:
+        workload = Workload(output_tokens=Lengths((40,)))
+        running = asyncio.ensure_future(
+            run_round(target_of(service), workload, name="a", requests=6, clients=3)
+        )
+        await asyncio.sleep(1.0)
+        service.process.kill()
+        async with asyncio.timeout(20):
+            results = await running
+        service.process.wait()
+        service.wait_for(lambda: not service.survivors(), "the end of the engine")
+    assert outcomes(results) == [Outcome.FAILED] * 6
+    errors = [str(result.error) for result in results]
+    lost = sum(error == "the connection was lost" for error in errors)
+    # The kernel may still have accepted a connection when the process was gone.
+    assert lost >= 3
+    assert lost + sum(error.startswith("no connection") for error in errors) == 6
+
+
+async def test_a_silent_server_runs_into_the_time_limit() -> None:
+    """A request without an end fails when its time is over."""
+
+    async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with serving(silence) as target, asyncio.timeout(20):
+        results = await run_round(
+            target, Workload(), name="a", requests=2, clients=2, time_limit=0.2
+        )
+    assert [r.error for r in results] == ["no end of the response within 0.2 s"] * 2
+
+
+async def test_a_kept_connection_that_was_closed_costs_no_request() -> None:
+    """A request that met a closed connection is sent once more, and the report says so."""
+    bodies = []
+
+    async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        bodies.append(json.loads(await read_request(reader)))
+        body = PIECE + LAST
+        writer.write(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        await writer.drain()
+        # The next request comes, is not read, and the connection goes away without a word.
+        await reader.read(1)
+
+    async with serving(answer_once) as target, asyncio.timeout(20):
+        results = await run_round(target, Workload(), name="a", requests=4, clients=1)
+    found = summarise(results)
+    assert (found.completed, found.resent) == (4, 3)
+    assert len({body["messages"][0]["content"] for body in bodies}) == 4
+
+
+async def test_a_body_may_end_with_its_connection() -> None:
+    """A response without a length is whole when the server closes the connection."""
+
+    async def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(HEAD + b"\r\n" + PIECE + LAST)
+        await writer.drain()
+
+    async with serving(close) as target, asyncio.timeout(20):
+        results = await run_round(target, Workload(), name="a", requests=2, clients=1)
+    assert [(r.outcome, r.text) for r in results] == [(Outcome.COMPLETED, "a")] * 2
+
+
+async def test_a_round_is_closed_or_open() -> None:
+    """A round with both clients and a rate, or with neither, is refused."""
+    target = Target("http://h", Route.CHAT)
+    with pytest.raises(ValueError, match="either clients"):
+        await run_round(target, Workload(), name="a", requests=1)
+    with pytest.raises(ValueError, match="either clients"):
+        await run_round(target, Workload(), name="a", requests=1, clients=1, rate=1.0)
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def test_the_command_writes_a_table_and_json(
+    echo_service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`llm-service bench` prints medians and keeps the figures of every round, without the key."""
+    file = tmp_path / "out.json"
+    words = ["--url", echo_service.base_url, "--key", API_KEY, "--clients", "4"]
+    words += ["--rounds", "2", "--max-ttft", "60", "--json", str(file)]
+    assert cli.main(["bench", *words]) == 0
+    printed = capsys.readouterr().out
+    assert "medians of 2 rounds" in printed
+    assert "| TTFT" in printed
+    assert "goodput" in printed
+    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    assert [r["completed"] for r in report["rounds"]] == [16, 16]
+    assert report["medians"]["good_share"] == 1.0
+    assert API_KEY not in file.read_text(encoding="utf-8")
+
+
+def test_the_command_says_that_nothing_was_completed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where there is no server the exit status is 1, and the table names the error."""
+    words = ["--url", "http://127.0.0.1:9", "--rounds", "1", "--requests", "2", "--warm-up", "0"]
+    assert cli.main(["bench", *words]) == 1
+    assert "error: no connection" in capsys.readouterr().out
+
+
+def test_the_command_refuses_what_it_cannot_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong address or length is one line, and no traceback."""
+    assert cli.main(["bench", "--url", "ftp://h"]) == 2
+    assert capsys.readouterr().err == "'ftp://h' is no address: write http://host:port\n"
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--prompt", "5-2"])
+    assert "'5-2' is not a length" in capsys.readouterr().err
