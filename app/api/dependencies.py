@@ -45,24 +45,32 @@ class Services:
     conversation: ConversationService
 
 
-def get_services(request: Request) -> Services:
-    """The application's services."""
+def services_of(request: Request) -> Services:
+    """The application's services, outside of a dependency."""
     return cast("Services", request.app.state.services)
 
 
-def get_generation(request: Request) -> GenerationService:
+# Coroutines, though they wait for nothing: FastAPI runs plain functions in a thread.
+
+
+async def get_services(request: Request) -> Services:
+    """The application's services."""
+    return services_of(request)
+
+
+async def get_generation(request: Request) -> GenerationService:
     """The use case of every generating route."""
-    return get_services(request).generation
+    return services_of(request).generation
 
 
-def get_caller(request: Request) -> Principal:
+async def get_caller(request: Request) -> Principal:
     """Who calls; the guard has found out before the body was read."""
     return cast("Principal", request.state.principal)
 
 
-def get_conversation(request: Request) -> ConversationService:
+async def get_conversation(request: Request) -> ConversationService:
     """The use case of chats with a session."""
-    return get_services(request).conversation
+    return services_of(request).conversation
 
 
 def _decimal(text: str) -> float:
@@ -87,7 +95,7 @@ async def get_deadline(request: Request, timeout: RequestTimeout = None) -> floa
     """When the caller's time is over, on the event loop's clock; ``None`` where it set none."""
     if timeout is None:
         return None
-    longest = get_services(request).settings.engine.request_timeout_seconds
+    longest = services_of(request).settings.engine.request_timeout_seconds
     return asyncio.get_running_loop().time() + min(timeout, longest)
 
 
@@ -185,7 +193,7 @@ async def _admit_caller(request: Request) -> dict[str, str]:
         InvalidAPIKeyError: No key, or an unknown one; each costs the address a token.
         RateLimitExceededError: The bucket is empty.
     """
-    services = get_services(request)
+    services = services_of(request)
     try:
         principal = services.keys.authenticate(request.headers)
     except InvalidAPIKeyError as error:

@@ -5,6 +5,7 @@ LangChain is imported here and nowhere else, since its interfaces move often.
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeVar
@@ -19,7 +20,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.prompt_values import PromptValue
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
-from langchain_core.runnables import Runnable, RunnableLambda
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableSequence
 from langchain_huggingface import HuggingFacePipeline
 from pydantic import ConfigDict
 
@@ -215,13 +216,70 @@ def _total_usage(generations: Sequence[Generation]) -> dict[str, int]:
 class TextParser(StrOutputParser):
     """Passes text on piece by piece.
 
-    The parent hands every streamed piece to a thread pool, which costs more than the rest of
-    the chain together.
+    The parent hands every streamed piece to a thread pool and runs it in a task of its own, which
+    costs more than the rest of the chain together.
     """
 
-    async def _atransform(self, input: AsyncIterator[Any]) -> AsyncIterator[str]:  # noqa: A002 - the parent's name
+    async def atransform(
+        self,
+        input: AsyncIterator[str | BaseMessage],  # noqa: A002 - the parent's name
+        config: RunnableConfig | None = None,  # noqa: ARG002 - the interface
+        **kwargs: Any,  # noqa: ARG002 - the interface
+    ) -> AsyncGenerator[str, None]:
+        """Pass the text of each piece on."""
         async for piece in input:
             yield piece if isinstance(piece, str) else str(piece.content)
+
+
+class StreamingSequence(RunnableSequence[dict[str, Any], str]):
+    """``prompt | model | parser``, whose stream starts no task for each piece.
+
+    The parent does, so that tracers which listen to the chain itself see their own context; those
+    which listen to the model hear of every piece all the same.
+    """
+
+    async def astream(
+        self,
+        input: dict[str, Any],  # noqa: A002 - the parent's name
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> AsyncGenerator[str, None]:
+        """Stream the answer; the arguments are the parent's."""
+        *prompt, model, parser = self.steps
+        value: Any = input
+        for step in prompt:
+            value = await step.ainvoke(value, config)
+        pieces: Any = model.astream(value, config, **kwargs)
+        texts: Any = parser.atransform(pieces, config)
+        async with aclosing(pieces), aclosing(texts):
+            async for text in texts:
+                yield text
+
+
+class ChatRenderer(Runnable[PromptValue, str]):
+    """Renders messages with the model's chat template."""
+
+    def __init__(self, generator: TextGenerator) -> None:
+        self._generator = generator
+
+    def invoke(
+        self,
+        input: PromptValue,  # noqa: A002 - the parent's name
+        config: RunnableConfig | None = None,  # noqa: ARG002 - the interface
+        **kwargs: Any,  # noqa: ARG002 - the interface
+    ) -> str:
+        """Render, on the caller's thread."""
+        return self._generator.tokenizer.render_chat(_plain(input.to_messages()))
+
+    async def ainvoke(
+        self,
+        input: PromptValue,  # noqa: A002 - the parent's name
+        config: RunnableConfig | None = None,  # noqa: ARG002 - the interface
+        **kwargs: Any,  # noqa: ARG002 - the interface
+    ) -> str:
+        """Render, off the event loop."""
+        tokenizer = self._generator.tokenizer
+        return await tokenizer.run(tokenizer.render_chat, _plain(input.to_messages()))
 
 
 class Chains:
@@ -231,9 +289,8 @@ class Chains:
         self.pipeline = pipeline
         self._generator = generator
         self._text_prompt = PromptTemplate.from_template("{prompt}")
-        self._chat_prompt = ChatPromptTemplate([MessagesPlaceholder("messages")]) | RunnableLambda(
-            self._render_blocking, afunc=self._render
-        )
+        self._chat_prompt = ChatPromptTemplate([MessagesPlaceholder("messages")])
+        self._renderer = ChatRenderer(generator)
         self._parser = TextParser()
         self.system_prompt = SYSTEM_PROMPT_FILE.read_text(encoding="utf-8").strip()
 
@@ -242,8 +299,7 @@ class Chains:
     ) -> Runnable[dict[str, Any], str]:
         """The chain for a bare prompt; its input is ``{"prompt": str}``."""
         model = self.pipeline.bind(options=options, report=report, admission=admission)
-        chain: Runnable[dict[str, Any], str] = self._text_prompt | model | self._parser
-        return chain
+        return StreamingSequence(first=self._text_prompt, middle=[model], last=self._parser)
 
     def chat(
         self, options: GenerationOptions, report: GenerationReport, admission: Admission
@@ -252,8 +308,9 @@ class Chains:
         model = self.pipeline.bind(
             options=options, report=report, admission=admission, rendered=True
         )
-        chain: Runnable[dict[str, Any], str] = self._chat_prompt | model | self._parser
-        return chain
+        return StreamingSequence(
+            first=self._chat_prompt, middle=[self._renderer, model], last=self._parser
+        )
 
     def chat_messages(self, messages: Sequence[ChatMessage]) -> list[AnyMessage]:
         """Messages as LangChain has them, behind a system message.
@@ -269,13 +326,6 @@ class Chains:
         if messages and messages[0]["role"] == "system":
             return converted
         return [SystemMessage(content=self.system_prompt), *converted]
-
-    async def _render(self, value: PromptValue) -> str:
-        tokenizer = self._generator.tokenizer
-        return await tokenizer.run(tokenizer.render_chat, _plain(value.to_messages()))
-
-    def _render_blocking(self, value: PromptValue) -> str:
-        return self._generator.tokenizer.render_chat(_plain(value.to_messages()))
 
     async def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
         """Tokens of the prompt that :meth:`chat` would make of these messages."""
