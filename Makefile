@@ -77,6 +77,11 @@ install: $(INSTALL_STAMP) ## Install the locked dependencies into .venv/
 model: install ## Fetch the bundled model (98 MB, once)
 	@$(RUN) python -m scripts.fetch_model
 
+.PHONY: export-openvino
+export-openvino: install ## Convert a safetensors model for OpenVINO (MODEL=owner/name WEIGHTS=int8|int4)
+	@$(if $(MODEL),,echo "name the model: make export-openvino MODEL=owner/name" >&2; exit 2;) \
+	$(RUN) python -m scripts.export_openvino "$(MODEL)" --weights $(or $(WEIGHTS),int8) $(if $(OUTPUT),--output "$(OUTPUT)")
+
 .PHONY: run
 run: install ## Start the service (HOST=0.0.0.0 PORT=8000)
 	$(RUN) uvicorn app.main:app --host $(HOST) --port $(PORT)

@@ -1,0 +1,81 @@
+"""Turn a safetensors model into OpenVINO's own format, for ``MODEL__ENGINE=openvino``.
+
+The exporter, optimum-intel, wants an older transformers than the service runs, so it gets an
+environment of its own, made once under .tools/ (git-ignored; several GB, since it needs torch).
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+
+from app.core.config import PROJECT_ROOT
+
+TOOLS = PROJECT_ROOT / ".tools" / "optimum"
+REQUIREMENTS = ("optimum-intel==2.2.0", "openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0")
+WEIGHTS = ("int8", "int4")
+
+
+def make_tools(folder: Path = TOOLS) -> Path:
+    """Install the exporter, unless it is there; returns its program.
+
+    Raises:
+        subprocess.CalledProcessError: It cannot be installed.
+    """
+    program = folder / "bin" / "optimum-cli"
+    stamp = folder / f".{'-'.join(REQUIREMENTS)}"
+    if not stamp.exists():
+        print(f"Installing {REQUIREMENTS[0]} into {folder} (several GB, once)", flush=True)
+        venv.create(folder, clear=True, with_pip=True)
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, "--disable-pip-version-check", *REQUIREMENTS], check=True)
+        stamp.touch()
+    return program
+
+
+def export_command(program: Path, model: str, weights: str, output: Path) -> list[str]:
+    """The exporter's command line."""
+    task = ["--task", "text-generation-with-past", "--weight-format", weights]
+    return [str(program), "export", "openvino", "--model", model, *task, str(output)]
+
+
+def default_output(model: str, weights: str) -> Path:
+    """Where a model goes: models/NAME-WEIGHTS-openvino."""
+    return PROJECT_ROOT / "models" / f"{Path(model).name}-{weights}-openvino"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="hub repository, or folder with safetensors")
+    parser.add_argument("--weights", choices=WEIGHTS, default="int8")
+    parser.add_argument("--output", type=Path, help="default: models/NAME-WEIGHTS-openvino")
+    asked = parser.parse_args(arguments)
+    output = (asked.output or default_output(asked.model, asked.weights)).absolute()
+    if output.exists():
+        print(f"{output} is there already: remove it, or name another --output", file=sys.stderr)
+        return 1
+    # A model that was only half written must not look like one.
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        program = make_tools()
+        subprocess.run(export_command(program, asked.model, asked.weights, partial), check=True)
+        if not (partial / "openvino_model.xml").is_file():
+            print("the exporter wrote no model: see its messages above", file=sys.stderr)
+            return 1
+        partial.rename(output)
+    except subprocess.CalledProcessError as error:
+        print(f"{Path(error.cmd[0]).name} failed: see its messages above", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"Done. Serve it with: MODEL__SOURCE=local MODEL__NAME={output} make run")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
