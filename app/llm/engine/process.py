@@ -18,6 +18,7 @@ from app.llm.engine.base import (
     pack,
     unpack_report,
 )
+from app.llm.engine.cores import THREADS_VARIABLE, compute_threads
 
 # The engine ends within a step of being told to; past this it is not coming back.
 _STOP_SECONDS = 3.0
@@ -119,6 +120,8 @@ def _environment() -> dict[str, str]:
     # when another process wants a core. Spinning briefly costs some 15 % on an idle machine and
     # halves the step on a shared one: docs/adr/0010.
     environment.setdefault("GOMP_SPINCOUNT", "1000")
+    # Read once, when torch is imported; its own guess counts the host's cores, not the container's.
+    environment[THREADS_VARIABLE] = str(compute_threads(environment))
     # The service may have been started from any folder.
     paths = [str(PROJECT_ROOT), environment.get("PYTHONPATH", "")]
     # Bars that redraw a line make a server's log unreadable.

@@ -1,0 +1,139 @@
+"""The engine uses the cores it has: affinity, hardware threads and CPU quotas, v1 and v2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.llm.engine import process
+from app.llm.engine.cores import THREADS_VARIABLE, available_cores, compute_threads
+
+V2_MOUNT = "31 23 0:28 {root} /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate"
+V1_MOUNT = "32 31 0:29 {root} /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct"
+
+
+def write(root: Path, path: str, text: str) -> None:
+    """One file below a made-up root."""
+    file = root / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text + "\n")
+
+
+def v2(root: Path, group: str = "/", mounted: str = "/") -> None:
+    """A machine with the unified hierarchy."""
+    write(root, "proc/self/cgroup", f"0::{group}")
+    write(
+        root,
+        "proc/self/mountinfo",
+        "1 0 8:1 / / rw - ext4 /dev/sda rw\n" + V2_MOUNT.format(root=mounted),
+    )
+
+
+def v1(root: Path, group: str = "/", mounted: str = "/") -> None:
+    """A machine with a hierarchy for each controller."""
+    write(root, "proc/self/cgroup", f"5:memory:/other\n4:cpu,cpuacct:{group}\n0::/")
+    write(root, "proc/self/mountinfo", V1_MOUNT.format(root=mounted))
+
+
+def test_without_a_quota_every_processor_counts(tmp_path: Path) -> None:
+    """No control groups, or ones without a limit, leave the affinity."""
+    assert available_cores(tmp_path, range(6)) == 6
+    v2(tmp_path)
+    write(tmp_path, "sys/fs/cgroup/cpu.max", "max 100000")
+    assert available_cores(tmp_path, range(6)) == 6
+    v1(tmp_path)
+    write(tmp_path, "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", "-1")
+    write(tmp_path, "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us", "100000")
+    assert available_cores(tmp_path, range(6)) == 6
+
+
+def test_hardware_threads_of_one_core_count_once(tmp_path: Path) -> None:
+    """Four processors on two cores are two, and half of a pair is still a core."""
+    for processor, siblings in enumerate(["0,2", "1,3", "0,2", "1,3"]):
+        topology = f"sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list"
+        write(tmp_path, topology, siblings)
+    assert available_cores(tmp_path, range(4)) == 2
+    assert available_cores(tmp_path, [0, 1, 2]) == 2
+    assert available_cores(tmp_path, [0, 2]) == 1
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [(50_000, 1), (100_000, 1), (150_000, 1), (250_000, 2), (3_200_000, 16)]
+)
+def test_a_quota_counts_in_whole_cores(tmp_path: Path, quota: int, cores: int) -> None:
+    """Both versions; at least one core, at most those there are."""
+    unified, split = tmp_path / "v2", tmp_path / "v1"
+    v2(unified)
+    write(unified, "sys/fs/cgroup/cpu.max", f"{quota} 100000")
+    assert available_cores(unified, range(16)) == cores
+    v1(split)
+    write(split, "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", str(quota))
+    write(split, "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us", "100000")
+    assert available_cores(split, range(16)) == cores
+
+
+def test_the_tightest_group_on_the_way_up_counts(tmp_path: Path) -> None:
+    """A limit on a parent holds for its children."""
+    v2(tmp_path, "/pods/pod1/main")
+    write(tmp_path, "sys/fs/cgroup/pods/pod1/main/cpu.max", "max 100000")
+    write(tmp_path, "sys/fs/cgroup/pods/pod1/cpu.max", "300000 100000")
+    write(tmp_path, "sys/fs/cgroup/pods/cpu.max", "800000 100000")
+    write(tmp_path, "sys/fs/cgroup/pods/pod2/cpu.max", "100000 100000")
+    assert available_cores(tmp_path, range(16)) == 3
+
+
+@pytest.mark.parametrize("mounted", ["/docker/abc", "/elsewhere"])
+def test_a_container_without_a_namespace_of_its_own(tmp_path: Path, mounted: str) -> None:
+    """Its group is named by the host's path, of which the mount shows the end at most."""
+    v1(tmp_path, "/docker/abc", mounted)
+    write(tmp_path, "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", "400000")
+    write(tmp_path, "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us", "100000")
+    assert available_cores(tmp_path, range(16)) == 4
+
+
+def test_a_path_never_leads_out_of_the_mount(tmp_path: Path) -> None:
+    """A process moved out of its namespace's root is shown as ``/../``."""
+    v2(tmp_path, "/../other")
+    write(tmp_path, "sys/fs/cgroup/cpu.max", "200000 100000")
+    write(tmp_path, "sys/fs/other/cpu.max", "100000 100000")
+    assert available_cores(tmp_path, range(16)) == 2
+
+
+def test_rubbish_is_no_limit(tmp_path: Path) -> None:
+    """Whatever the kernel says, the engine starts."""
+    v2(tmp_path)
+    for text in ("", "max", "lots of time", "0 100000", "100000 0"):
+        write(tmp_path, "sys/fs/cgroup/cpu.max", text)
+        assert available_cores(tmp_path, range(3)) == 3
+
+
+def test_this_machine_has_no_more_cores_than_the_process_may_use() -> None:
+    """Read from the real files."""
+    assert 1 <= available_cores() <= (os.cpu_count() or 1)
+
+
+def test_a_set_number_of_threads_is_kept() -> None:
+    """What the operator says counts, if it is a count."""
+    assert compute_threads({THREADS_VARIABLE: "7"}) == 7
+    assert compute_threads({THREADS_VARIABLE: "5,2"}) == 5
+    for nonsense in ("", "0", "-2", "many"):
+        assert compute_threads({THREADS_VARIABLE: nonsense}) == available_cores()
+    assert compute_threads({}) == available_cores()
+
+
+def test_torch_in_the_engine_process_has_that_many_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The environment of the engine process decides before torch starts its pool."""
+    monkeypatch.delenv(THREADS_VARIABLE, raising=False)
+    monkeypatch.setattr("app.llm.engine.cores.available_cores", lambda: 1)
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.get_num_threads())"],
+        env=process._environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "1"
