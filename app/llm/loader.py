@@ -222,7 +222,6 @@ def _from_pretrained(
         model, report = AutoModelForCausalLM.from_pretrained(
             snapshot.directory,
             dtype=_dtype(settings, torch),
-            attn_implementation="sdpa",
             output_loading_info=True,
             **weights,
             **source,

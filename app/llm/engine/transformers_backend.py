@@ -21,7 +21,9 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 from transformers.generation.logits_process import LogitsProcessorList
+from transformers.utils.generic import is_flash_attention_requested
 
+from app.llm.engine import paged_attention
 from app.llm.engine.base import (
     EngineInfo,
     EngineStats,
@@ -135,6 +137,7 @@ class TransformersBackend:
         self._manager = model.init_continuous_batching(
             generation_config=generation, continuous_batching_config=config
         )
+        per_request = attend_per_request(model)
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Selector()]))
         processors.tensors_required = 1
         self._manager.logit_processor = processors
@@ -142,6 +145,8 @@ class TransformersBackend:
         batching = self._manager._create_batch_processor()
         self._manager.batch_processor = batching
         self._count_prefix_hits(batching.cache)
+        if per_request:
+            plan_attention(batching.inputs_and_outputs, batching.cache)
         return batching
 
     def _count_prefix_hits(self, cache: Any) -> None:
@@ -216,6 +221,35 @@ class TransformersBackend:
             running=len(self._running),
             kv_cache_usage=1.0 - float(self._batching.cache.compute_free_capacity()),
         )
+
+
+def attend_per_request(model: Any) -> bool:
+    """Give a model our attention function, if it is the better one and has all that is needed.
+
+    Flash attention, which transformers has chosen by then where it is installed, works request by
+    request itself. Attention sinks are left to the library.
+    """
+    chosen = model.config._attn_implementation
+    if is_flash_attention_requested(requested_attention_implementation=chosen) or any(
+        hasattr(module, "sinks") for module in model.modules()
+    ):
+        return False
+    model.set_attn_implementation(paged_attention.NAME)
+    return True
+
+
+def plan_attention(inputs: Any, cache: Any) -> None:
+    """Have each step's inputs say how the attention is cut into requests."""
+    collect = inputs.get_model_kwargs
+
+    def planned(*args: Any, **options: Any) -> dict[str, Any]:
+        kwargs: dict[str, Any] = collect(*args, **options)
+        plans = paged_attention.plans_for(kwargs, cache.cache_allocators)
+        kwargs[paged_attention.PLAN] = plans
+        kwargs["read_index"] = [plans[kind].read_index for kind in cache.cache_allocators]
+        return kwargs
+
+    inputs.get_model_kwargs = planned
 
 
 def _eos_token_ids(pipe: Pipeline) -> frozenset[int]:
