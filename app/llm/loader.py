@@ -173,6 +173,10 @@ def _check_device(settings: ModelSettings) -> None:
     """Said before gigabytes are downloaded for a device that is not there."""
     if settings.device == "cpu":
         return
+    if settings.quantization != "none":
+        raise ModelLoadError(
+            "model.quantization is int8, which only a CPU runs: set MODEL__QUANTIZATION=none"
+        )
     import torch
 
     if not torch.cuda.is_available():
@@ -318,17 +322,23 @@ def _start_transformers(
 ) -> Backend:
     import torch
 
+    from app.llm.engine import cpu_linear
     from app.llm.engine.transformers_backend import TransformersBackend, context_length
 
     model, tokenizer = pipe.model, pipe.tokenizer
     on_cuda = settings.device == "cuda"
+    int8 = settings.quantization == "int8"
+    if int8 and (refusal := cpu_linear.why_no_int8(model.dtype)):
+        raise ModelLoadError(refusal)
+    if not on_cuda:
+        cpu_linear.replace_linears(model, settings.quantization, model.dtype)
     info = EngineInfo(
         model=model_name(settings),
         revision=snapshot.revision,
         backend="transformers",
         backend_reason=reason,
         device=f"cuda ({torch.cuda.get_device_name()})" if on_cuda else "cpu",
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype="int8" if int8 else str(model.dtype).removeprefix("torch."),
         context_length=context_length(model.config),
         supported=frozenset(SAMPLING_FIELDS),
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
