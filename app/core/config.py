@@ -78,8 +78,8 @@ class ModelSettings(Section):
     )
     quantization: Literal["none", "int8"] = Field(
         "none",
-        description="int8 computes linear layers in 8-bit integers: faster, a little less exact; "
-        "transformers engine on a CPU.",
+        description="int8 computes large linear layers in 8-bit integers: faster, a little less "
+        "exact; transformers engine on a CPU.",
     )
     engine: Literal["auto", "transformers", "echo"] = Field(
         "auto", description="Backend that runs the model; echo repeats the prompt, for tests."

@@ -94,6 +94,16 @@ def test_only_plain_linear_layers_are_exchanged() -> None:
     ]
 
 
+@needs_int8
+@needs_bf16
+def test_only_large_layers_go_over_to_int8() -> None:
+    """In a small one, rounding the activations costs more than reading fewer bytes saves."""
+    large = nn.Linear(2048, 1024, bias=False).bfloat16()
+    model = nn.Sequential(large, linear())
+    assert replace_linears(model, "int8", torch.bfloat16) == 2
+    assert [type(m) for m in model] == [Int8Linear, PackedLinear]
+
+
 def test_int8_is_refused_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that says what to do: on CUDA, without the instructions, in half precision."""
     with pytest.raises(ModelLoadError, match="only a CPU runs: set MODEL__QUANTIZATION=none"):

@@ -14,6 +14,8 @@ Quantization = Literal["none", "int8"]
 # Unsigned activations are what the processor multiplies with signed weights; this one is zero.
 _ZERO_POINT: Final = 128
 _LARGEST: Final = 127
+# Weights from which on reading half the bytes saves more than rounding the activations costs.
+_WORTH_QUANTIZING: Final = 1 << 21
 # Keeps a row of zeros from dividing by zero.
 _SMALLEST_SCALE: Final = 1e-12
 
@@ -117,27 +119,27 @@ def replace_linears(model: nn.Module, quantization: Quantization, dtype: torch.d
 
     Args:
         model: On a CPU; its other layers stay.
-        quantization: Whether weights and activations become 8-bit integers.
+        quantization: Whether layers large enough to gain by it go over to 8-bit integers.
         dtype: Precision of the weights.
 
     Returns:
         How many were exchanged.
     """
     quantize = RowQuantizer()
-    if quantization == "none" and not (
-        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    ):
-        return 0
+    can_pack = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             # A subclass may do more than multiply.
-            if type(child) is nn.Linear:
-                replacement: nn.Module = (
-                    PackedLinear(child) if quantization == "none" else Int8Linear(child, quantize)
-                )
-                setattr(parent, name, replacement)
-                count += 1
+            if type(child) is not nn.Linear:
+                continue
+            if quantization == "int8" and child.weight.numel() >= _WORTH_QUANTIZING:
+                setattr(parent, name, Int8Linear(child, quantize))
+            elif can_pack:
+                setattr(parent, name, PackedLinear(child))
+            else:
+                continue
+            count += 1
     return count
 
 
