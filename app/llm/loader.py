@@ -230,6 +230,10 @@ def _from_pretrained(
             **weights,
             **source,
         )
+        # Capped scores are the one thing beyond fused attention that paged_attention.py has.
+        capped = getattr(model.config, "attn_logit_softcapping", None)
+        if not (model._supports_attention_backend and (model._supports_sdpa or capped)):
+            raise ValueError("its attention does not support a paged cache")
         if missing := sorted(report["missing_keys"]):
             # transformers would fill them with random numbers, and nonsense would be served.
             raise ValueError(f"{len(missing)} of its tensors are missing, {missing[0]} for one")

@@ -224,14 +224,15 @@ class TransformersBackend:
 
 
 def attend_per_request(model: Any) -> bool:
-    """Give a model our attention function, if it is the better one and has all that is needed.
+    """Give a model our attention function where it is the better one; returns whether it was.
 
     Flash attention, which transformers has chosen by then where it is installed, works request by
-    request itself. Attention sinks are left to the library.
+    request itself, and a GPU hides the cost of ``sdpa``'s mask.
     """
     chosen = model.config._attn_implementation
-    if is_flash_attention_requested(requested_attention_implementation=chosen) or any(
-        hasattr(module, "sinks") for module in model.modules()
+    on_gpu = model.device.type != "cpu"
+    if is_flash_attention_requested(requested_attention_implementation=chosen) or (
+        on_gpu and chosen == "sdpa"
     ):
         return False
     model.set_attn_implementation(paged_attention.NAME)
