@@ -1,7 +1,7 @@
 """A thin HTTP/1.1 client that costs little: it shares its cores with the server it measures.
 
 What arrives is kept with the time at which it arrived; it is read after the round. That costs a
-seventh of what httpx does, and a third of aiohttp (docs/adr/0014-benchmark-client.md).
+seventh of what httpx does, and a third of aiohttp (docs/adr/0013-benchmark-client.md).
 """
 
 import asyncio

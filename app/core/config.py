@@ -77,6 +77,11 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the weights; auto takes what the device is fastest at."
     )
+    quantization: Literal["none", "int8"] = Field(
+        "none",
+        description="int8 computes large linear layers in 8-bit integers: faster, a little less "
+        "exact; transformers engine on a CPU.",
+    )
     engine: Literal["auto", "openvino", "transformers", "echo"] = Field(
         "auto",
         description="Backend that runs the model. auto: openvino on a CPU where it can read the "

@@ -6,39 +6,25 @@ format; pickles and code from a repository are refused. Every foreseeable failur
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from app.core.config import ModelSettings
 from app.core.logging import get_logger
 from app.llm import bundled, hub
-from app.llm.description import (
-    chat_template,
-    load_tokenizer,
-    pretrained_source,
-    special_tokens,
-)
 from app.llm.engine.base import (
     NEUTRAL_SAMPLING,
-    SAMPLING_FIELDS,
     Backend,
-    EngineInfo,
     GenerationRequest,
 )
 from app.llm.engine.echo import EchoBackend
 from app.llm.hub import Progress, Snapshot
-from app.llm.load_errors import explaining, one_line
+from app.llm.load_errors import one_line
 from app.llm.openvino_loader import OpenVinoUnsupportedError, load_openvino
+from app.llm.transformers_loader import check_device, load_transformers
 from app.utils.errors import ModelLoadError
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import Pipeline
 
 log = get_logger("engine")
 
@@ -67,7 +53,7 @@ def load_backend(
     """
     if settings.engine == "echo":
         return EchoBackend(step_seconds=echo_step_seconds)
-    _check_device(settings)
+    check_device(settings)
     snapshot = find_model(settings, token=token, progress=progress)
     check_weights(snapshot)
     reason = _why_not_openvino(settings, snapshot)
@@ -84,10 +70,9 @@ def load_backend(
             raise ModelLoadError(f"{reason}; choose another model, or set MODEL__ENGINE=auto")
         log.warning("%s; transformers will", reason)
         reason = f"model.engine is auto, but {reason}"
-    progress(f"loading {settings.label} with transformers")
-    pipe = _load_pipeline(settings, snapshot)
-    progress("starting continuous batching")
-    return _warm_up(_start_transformers(pipe, settings, snapshot, reason, max_running))
+    return _warm_up(
+        load_transformers(settings, snapshot, reason, max_running=max_running, progress=progress)
+    )
 
 
 def _warm_up(backend: Backend) -> Backend:
@@ -112,6 +97,8 @@ def _why_not_openvino(settings: ModelSettings, snapshot: Snapshot) -> str | None
         return "model.engine is transformers"
     if settings.device == "cuda":
         reason = "model.device is cuda, where OpenVINO does not run"
+    elif settings.quantization != "none":
+        reason = "OpenVINO computes in the precision that a model was converted to"
     elif snapshot.weights is None:
         reason = "OpenVINO reads GGUF and its own format, and these weights are safetensors"
     else:
@@ -145,7 +132,11 @@ def find_model(settings: ModelSettings, *, token: str | None, progress: Progress
 
 
 def _may_use_openvino(settings: ModelSettings) -> bool:
-    return settings.engine in ("auto", "openvino") and settings.device == "cpu"
+    return (
+        settings.engine in ("auto", "openvino")
+        and settings.device == "cpu"
+        and settings.quantization == "none"
+    )
 
 
 def _fetch_bundled(progress: Progress) -> Snapshot:
@@ -238,112 +229,3 @@ def _check_shards(directory: Path) -> None:
             f"{directory} lacks {missing[0]}, one of {len(shards)} files that its index names "
             f"({len(missing)} missing): download it again"
         )
-
-
-def _check_device(settings: ModelSettings) -> None:
-    """Said before gigabytes are downloaded for a device that is not there."""
-    if settings.device == "cpu":
-        return
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ModelLoadError(
-            "model.device is cuda, but this machine has no CUDA device that torch can use: "
-            "set MODEL__DEVICE=cpu"
-        )
-
-
-def _load_pipeline(settings: ModelSettings, snapshot: Snapshot) -> "Pipeline":
-    from transformers import GgufConfig
-    from transformers.utils import logging as transformers_logging
-
-    # One log, ours, at its level; the library would write to standard error itself.
-    transformers_logging.disable_default_handler()
-    transformers_logging.enable_propagation()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    weights: dict[str, Any] = {"use_safetensors": True}
-    if snapshot.gguf:
-        # Left packed, every forward pass on a CPU would unpack the weights again.
-        weights = {"quantization_config": GgufConfig(dequantize=True)}
-    with ExitStack() as stack:
-        if snapshot.gguf:
-            stack.enter_context(_reading_gguf_once())
-        return _from_pretrained(settings, snapshot, weights)
-
-
-def _from_pretrained(
-    settings: ModelSettings, snapshot: Snapshot, weights: dict[str, Any]
-) -> "Pipeline":
-    import torch
-    from transformers import AutoModelForCausalLM, pipeline
-
-    tokenizer = load_tokenizer(settings, snapshot)
-    with explaining("model", settings, snapshot):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            snapshot.directory,
-            dtype=_dtype(settings, torch),
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            **weights,
-            **pretrained_source(snapshot),
-        )
-        if missing := sorted(report["missing_keys"]):
-            # transformers would fill them with random numbers, and nonsense would be served.
-            raise ValueError(f"{len(missing)} of its tensors are missing, {missing[0]} for one")
-        return pipeline("text-generation", model=model, tokenizer=tokenizer, device=settings.device)
-
-
-@contextmanager
-def _reading_gguf_once() -> Iterator[None]:
-    """Parse a GGUF file once, which halves the time to load a small model.
-
-    transformers opens the file for the tokenizer, for the configuration and for the weights, and
-    looks all its names up again for every module of the model.
-    """
-    import gguf
-
-    originals = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader = lru_cache(maxsize=1)(gguf.GGUFReader)
-    gguf.get_tensor_name_map = lru_cache(maxsize=1)(gguf.get_tensor_name_map)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = originals
-
-
-def _dtype(settings: ModelSettings, torch: Any) -> "torch.dtype | str":
-    """The precision of the weights, as ``from_pretrained`` takes it."""
-    if settings.dtype != "auto":
-        return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
-    if settings.device == "cuda":
-        return "auto"
-    # Without bfloat16 instructions a CPU converts at every step, which is slower than float32.
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32  # type: ignore[no-any-return]
-
-
-def _start_transformers(
-    pipe: "Pipeline", settings: ModelSettings, snapshot: Snapshot, reason: str, max_running: int
-) -> Backend:
-    import torch
-
-    from app.llm.engine.transformers_backend import TransformersBackend, context_length
-
-    model, tokenizer = pipe.model, pipe.tokenizer
-    on_cuda = settings.device == "cuda"
-    info = EngineInfo(
-        model=settings.label,
-        revision=snapshot.revision,
-        backend="transformers",
-        backend_reason=reason,
-        device=f"cuda ({torch.cuda.get_device_name()})" if on_cuda else "cpu",
-        dtype=str(model.dtype).removeprefix("torch."),
-        context_length=context_length(model.config),
-        vocabulary_size=int(model.config.get_text_config().vocab_size),
-        supported=frozenset(SAMPLING_FIELDS),
-        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
-        chat_template=chat_template(tokenizer),
-        special_tokens=special_tokens(tokenizer),
-    )
-    return TransformersBackend(pipe, info, max_running=max_running)

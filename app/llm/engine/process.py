@@ -119,9 +119,9 @@ class EngineProcess:
 def _environment() -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if not k.upper().startswith(_WITHHELD)}
     # torch's threads wait for each other by spinning, so long by default that every layer stalls
-    # when another process wants a core. Spinning briefly costs some 15 % on an idle machine and
-    # halves the step on a shared one: docs/adr/0010.
-    environment.setdefault("GOMP_SPINCOUNT", "1000")
+    # when another process wants a core. This is just longer than the gaps between two parallel
+    # stretches of a forward pass, during which no thread should fall asleep: docs/adr/0010.
+    environment.setdefault("GOMP_SPINCOUNT", "3000")
     # Read once, when torch is imported; its own guess counts the host's cores, not the container's.
     environment[THREADS_VARIABLE] = str(compute_threads(environment))
     # The service may have been started from any folder.

@@ -28,11 +28,15 @@ class RequestSampler:
         params: How to choose.
         prompt_token_ids: The prompt, for the repetition penalty.
         generated: How often each token was generated so far.
+        tells_logprobs: Whether the caller asked for log-probabilities.
+        logprobs: Those of the tokens so far, in order, if so.
     """
 
     params: SamplingParams
     prompt_token_ids: Sequence[int]
     generated: Counter[int] = field(default_factory=Counter)
+    tells_logprobs: bool = False
+    logprobs: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # An unseeded generator takes its state from the operating system.

@@ -6,7 +6,6 @@ this backend drives the same parts step by step from the engine's loop instead, 
 is one message, a cancellation takes effect before the next step, and nothing waits on a lock.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,13 +20,17 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 from transformers.generation.logits_process import LogitsProcessorList
+from transformers.utils.generic import is_flash_attention_requested
 
+from app.llm.description import cache_values_per_token, context_length, eos_token_ids
+from app.llm.engine import paged_attention
 from app.llm.engine.base import (
     EngineInfo,
     EngineStats,
     GenerationRequest,
     TokenEvent,
 )
+from app.llm.engine.cache_size import cache_tokens
 from app.llm.engine.sampling import RequestSampler, select
 
 # Tokens in a page of the KV cache: the grain of prefix sharing, and what a request wastes at most.
@@ -35,11 +38,6 @@ _PAGE_SIZE = 32
 # Prompt tokens a step takes in beside the running requests; longer prompts come in pieces, so
 # that they do not stall the running streams.
 _CPU_BATCH_TOKENS = 512
-# Tokens of cache planned for each running request on a CPU, where the cache is resident memory
-# from the start. A few longer requests are fine; if all are, some wait and are computed again.
-_CPU_TOKENS_PER_REQUEST = 1024
-# Share of the memory that is free after loading which the KV cache may take on a CPU.
-_CPU_CACHE_SHARE = 0.4
 
 
 class _Selector(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
@@ -63,8 +61,14 @@ class _Selector(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
         return torch.zeros(len(self._samplers), dtype=torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:  # noqa: ARG002 - the interface
-        """Choose every row's token."""
-        return select(scores, self._samplers)
+        """Choose every row's token, and note its log-probability where that is asked for."""
+        asked = [row for row, sampler in enumerate(self._samplers) if sampler.tells_logprobs]
+        # Before the selection changes the scores.
+        logprobs = scores[asked].float().log_softmax(-1) if asked else scores
+        chosen = select(scores, self._samplers)
+        for row, values in zip(asked, logprobs, strict=False):
+            self._samplers[row].logprobs.append(float(values[chosen[row].argmax()]))
+        return chosen
 
 
 class _Collector:
@@ -114,7 +118,7 @@ class TransformersBackend:
             max_running: Requests generated at once.
         """
         self.info = info
-        self._eos = _eos_token_ids(pipe)
+        self._eos = eos_token_ids(pipe.model.generation_config, pipe.tokenizer)
         self._collector = _Collector()
         self._running: dict[str, _Running] = {}
         self._batching = self._start_batching(pipe.model, max_running)
@@ -135,6 +139,7 @@ class TransformersBackend:
         self._manager = model.init_continuous_batching(
             generation_config=generation, continuous_batching_config=config
         )
+        per_request = attend_per_request(model)
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Selector()]))
         processors.tensors_required = 1
         self._manager.logit_processor = processors
@@ -142,6 +147,8 @@ class TransformersBackend:
         batching = self._manager._create_batch_processor()
         self._manager.batch_processor = batching
         self._count_prefix_hits(batching.cache)
+        if per_request:
+            plan_attention(batching.inputs_and_outputs, batching.cache)
         return batching
 
     def _count_prefix_hits(self, cache: Any) -> None:
@@ -157,7 +164,9 @@ class TransformersBackend:
 
     def add(self, request: GenerationRequest) -> None:
         """Take a request into the next step's batch."""
-        sampler = RequestSampler(request.sampling, request.prompt_token_ids)
+        sampler = RequestSampler(
+            request.sampling, request.prompt_token_ids, tells_logprobs=request.logprobs
+        )
         self._running[request.id] = _Running(sampler)
         self._manager.add_request(
             request.prompt_token_ids,
@@ -201,6 +210,7 @@ class TransformersBackend:
         return TokenEvent(
             request_id=output.request_id,
             token_ids=new,
+            logprobs=running.sampler.logprobs[running.told - len(new) : running.told],
             finish_reason=finish,  # type: ignore[arg-type]
             error=output.error,
             cached_tokens=cached,
@@ -218,29 +228,41 @@ class TransformersBackend:
         )
 
 
-def _eos_token_ids(pipe: Pipeline) -> frozenset[int]:
-    """Tokens that end an answer: the generation config's, and the tokenizer's own."""
-    configured = pipe.model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(i for i in (*ids, pipe.tokenizer.eos_token_id) if i is not None)
+def attend_per_request(model: Any) -> bool:
+    """Give a model our attention function where it is the better one; returns whether it was.
+
+    Flash attention, which transformers has chosen by then where it is installed, works request by
+    request itself, and a GPU hides the cost of ``sdpa``'s mask.
+    """
+    chosen = model.config._attn_implementation
+    on_gpu = model.device.type != "cpu"
+    if is_flash_attention_requested(requested_attention_implementation=chosen) or (
+        on_gpu and chosen == "sdpa"
+    ):
+        return False
+    model.set_attn_implementation(paged_attention.NAME)
+    return True
 
 
-def context_length(config: Any) -> int:
-    """Most tokens of prompt and answer together, from a model's configuration."""
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else 2048
+def plan_attention(inputs: Any, cache: Any) -> None:
+    """Have each step's inputs say how the attention is cut into requests."""
+    collect = inputs.get_model_kwargs
+
+    def planned(*args: Any, **options: Any) -> dict[str, Any]:
+        kwargs: dict[str, Any] = collect(*args, **options)
+        plans = paged_attention.plans_for(kwargs, cache.cache_allocators)
+        kwargs[paged_attention.PLAN] = plans
+        kwargs["read_index"] = [plans[kind].read_index for kind in cache.cache_allocators]
+        return kwargs
+
+    inputs.get_model_kwargs = planned
 
 
 def _cpu_blocks(model: Any, max_running: int) -> int:
-    """Pages for the planned tokens of ``max_running`` requests, within a share of free memory."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_per_token = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    affordable = int(free * _CPU_CACHE_SHARE / bytes_per_token)
-    context = context_length(model.config)
-    # One whole context is the least: a request that was admitted must be able to finish.
-    wanted = max(context, max_running * min(context, _CPU_TOKENS_PER_REQUEST))
-    tokens = max(context, min(wanted, affordable))
+    """Size of the KV cache, in pages."""
+    tokens = cache_tokens(
+        context_length=context_length(model.config),
+        max_running=max_running,
+        bytes_per_token=cache_values_per_token(model.config) * model.dtype.itemsize,
+    )
     return -(-tokens // _PAGE_SIZE) + 1

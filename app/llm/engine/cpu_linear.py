@@ -1,0 +1,157 @@
+"""Linear layers for a CPU: weights laid out once as the processor reads them, or 8-bit integers.
+
+torch's own layer lays a bfloat16 weight out anew at every call, which costs more than the
+arithmetic while few requests run. Both layers here use the oneDNN kernels that torch brings.
+"""
+
+from typing import Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+Quantization = Literal["none", "int8"]
+
+# Unsigned activations are what the processor multiplies with signed weights; this one is zero.
+_ZERO_POINT: Final = 128
+_LARGEST: Final = 127
+# Weights from which on reading half the bytes saves more than rounding the activations costs.
+_WORTH_QUANTIZING: Final = 1 << 21
+# Keeps a row of zeros from dividing by zero.
+_SMALLEST_SCALE: Final = 1e-12
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in bfloat16 whose weight is packed once.
+
+    Args:
+        linear: The layer it replaces.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias: Tensor | None = linear.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it was; unpacked each time, for code that looks at it."""
+        weight: Tensor = self._packed.to_dense()
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` [..., in_features] by the weight's transpose, and add the bias."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return y
+
+
+class RowQuantizer:
+    """Turns rows of activations into 8-bit integers, each row by its own largest value.
+
+    Rows are requests' tokens: with a scale for each, none is rounded more coarsely for what stands
+    in its batch. The last input is remembered, because several layers in a row take the same one.
+    """
+
+    def __init__(self) -> None:
+        self._input: Tensor | None = None
+        self._output: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize ``x`` [..., features].
+
+        Returns:
+            The integers, uint8 with 128 for zero, and the rows' scales, float32 [..., 1].
+        """
+        if x is not self._input or self._output is None:
+            values = x.float()
+            scale = values.abs().amax(-1, keepdim=True).mul_(1 / _LARGEST)
+            scale = scale.clamp_min_(_SMALLEST_SCALE)
+            # The conversion cuts the fraction off, so that half more rounds. The way over 32 bits
+            # is the faster one: only that conversion is vectorised.
+            integers = (values / scale).add_(_ZERO_POINT + 0.5).to(torch.int32).to(torch.uint8)
+            self._input, self._output = x, (integers, scale)
+        return self._output
+
+
+class Int8Linear(nn.Module):
+    """A linear layer in 8-bit integers: a scale for each output channel and each row of input.
+
+    Args:
+        linear: The layer it replaces.
+        quantize: Shared by all layers of a model.
+    """
+
+    def __init__(self, linear: nn.Linear, quantize: RowQuantizer) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._quantize = quantize
+        weight = linear.weight.detach().float()
+        self._scales = (weight.abs().amax(1) / _LARGEST).clamp_min_(_SMALLEST_SCALE)
+        integers = torch.round(weight / self._scales.unsqueeze(-1)).to(torch.int8)
+        self._packed = torch.ops.onednn.qlinear_prepack(integers, None)
+        self._zero_points = torch.zeros(self.out_features, dtype=torch.int64)
+        self.bias: Tensor | None = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` [..., in_features] by the weight's transpose, and add the bias."""
+        integers, row_scales = self._quantize(x)
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            integers,
+            1.0,
+            _ZERO_POINT,
+            self._packed,
+            self._scales,
+            self._zero_points,
+            None,
+            1.0,
+            0,
+            x.dtype,
+            "none",
+            [],
+            "",
+        )
+        y = y.mul_(row_scales)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def replace_linears(model: nn.Module, quantization: Quantization, dtype: torch.dtype) -> int:
+    """Exchange a model's linear layers, in place, for the fastest that do the same.
+
+    Args:
+        model: On a CPU; its other layers stay.
+        quantization: Whether layers large enough to gain by it go over to 8-bit integers.
+        dtype: Precision of the weights.
+
+    Returns:
+        How many were exchanged.
+    """
+    quantize = RowQuantizer()
+    can_pack = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    count = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            # A subclass may do more than multiply.
+            if type(child) is not nn.Linear:
+                continue
+            if quantization == "int8" and child.weight.numel() >= _WORTH_QUANTIZING:
+                setattr(parent, name, Int8Linear(child, quantize))
+            elif can_pack:
+                setattr(parent, name, PackedLinear(child))
+            else:
+                continue
+            count += 1
+    return count
+
+
+def why_no_int8(dtype: torch.dtype) -> str | None:
+    """Why 8-bit integers cannot be had on this CPU; ``None`` where they can."""
+    if not (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()):
+        return (
+            "model.quantization is int8, but this CPU has no VNNI instructions: "
+            "set MODEL__QUANTIZATION=none"
+        )
+    if dtype not in {torch.float32, torch.bfloat16}:
+        return (
+            "model.quantization is int8, which goes with float32 or bfloat16: set MODEL__DTYPE=auto"
+        )
+    return None

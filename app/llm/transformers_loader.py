@@ -1,0 +1,180 @@
+"""Loading a model with transformers: its pipeline, and the backend that batches it."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from app.core.config import ModelSettings
+from app.llm.description import (
+    chat_template,
+    context_length,
+    load_tokenizer,
+    pretrained_source,
+    special_tokens,
+)
+from app.llm.engine.base import SAMPLING_FIELDS, Backend, EngineInfo
+from app.llm.hub import Progress, Snapshot
+from app.llm.load_errors import explaining
+from app.utils.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Pipeline
+
+
+def load_transformers(
+    settings: ModelSettings,
+    snapshot: Snapshot,
+    reason: str,
+    *,
+    max_running: int,
+    progress: Progress,
+) -> Backend:
+    """Load safetensors or a GGUF file.
+
+    Args:
+        settings: The ``model`` section.
+        snapshot: The model's files.
+        reason: Why transformers runs it, for /status.
+        max_running: Requests generated at once.
+        progress: Told what is being done.
+
+    Raises:
+        ModelLoadError: Its files are not whole, or of a kind that transformers does not run.
+    """
+    progress(f"loading {settings.label} with transformers")
+    pipe = load_pipeline(settings, snapshot)
+    progress("starting continuous batching")
+    return _start_backend(pipe, settings, snapshot, reason, max_running)
+
+
+def check_device(settings: ModelSettings) -> None:
+    """Refuse a device that is not there, before gigabytes are downloaded for it.
+
+    Raises:
+        ModelLoadError: It is not there.
+    """
+    if settings.device == "cpu":
+        return
+    if settings.quantization != "none":
+        raise ModelLoadError(
+            "model.quantization is int8, which only a CPU runs: set MODEL__QUANTIZATION=none"
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ModelLoadError(
+            "model.device is cuda, but this machine has no CUDA device that torch can use: "
+            "set MODEL__DEVICE=cpu"
+        )
+
+
+def load_pipeline(settings: ModelSettings, snapshot: Snapshot) -> "Pipeline":
+    """Read a model's weights and tokenizer.
+
+    Raises:
+        ModelLoadError: They cannot be read, or not be served.
+    """
+    from transformers import GgufConfig
+    from transformers.utils import logging as transformers_logging
+
+    # One log, ours, at its level; the library would write to standard error itself.
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    weights: dict[str, Any] = {"use_safetensors": True}
+    if snapshot.gguf:
+        # Left packed, every forward pass on a CPU would unpack the weights again.
+        weights = {"quantization_config": GgufConfig(dequantize=True)}
+    with ExitStack() as stack:
+        if snapshot.gguf:
+            stack.enter_context(_reading_gguf_once())
+        return _from_pretrained(settings, snapshot, weights)
+
+
+def _from_pretrained(
+    settings: ModelSettings, snapshot: Snapshot, weights: dict[str, Any]
+) -> "Pipeline":
+    import torch
+    from transformers import AutoModelForCausalLM, pipeline
+
+    tokenizer = load_tokenizer(settings, snapshot)
+    with explaining("model", settings, snapshot):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            snapshot.directory,
+            dtype=_dtype(settings, torch),
+            output_loading_info=True,
+            **weights,
+            **pretrained_source(snapshot),
+        )
+        # Capped scores are the one thing beyond fused attention that paged_attention.py has.
+        capped = getattr(model.config, "attn_logit_softcapping", None)
+        if not (model._supports_attention_backend and (model._supports_sdpa or capped)):
+            raise ValueError("its attention does not support a paged cache")
+        if missing := sorted(report["missing_keys"]):
+            # transformers would fill them with random numbers, and nonsense would be served.
+            raise ValueError(f"{len(missing)} of its tensors are missing, {missing[0]} for one")
+        return pipeline("text-generation", model=model, tokenizer=tokenizer, device=settings.device)
+
+
+@contextmanager
+def _reading_gguf_once() -> Iterator[None]:
+    """Parse a GGUF file once, which halves the time to load a small model.
+
+    transformers opens the file for the tokenizer, for the configuration and for the weights, and
+    looks all its names up again for every module of the model.
+    """
+    import gguf
+
+    originals = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = lru_cache(maxsize=1)(gguf.GGUFReader)
+    gguf.get_tensor_name_map = lru_cache(maxsize=1)(gguf.get_tensor_name_map)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = originals
+
+
+def _dtype(settings: ModelSettings, torch: Any) -> "torch.dtype | str":
+    """The precision of the weights, as ``from_pretrained`` takes it."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
+    if settings.device == "cuda":
+        return "auto"
+    # Without bfloat16 instructions a CPU converts at every step, which is slower than float32.
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32  # type: ignore[no-any-return]
+
+
+def _start_backend(
+    pipe: "Pipeline", settings: ModelSettings, snapshot: Snapshot, reason: str, max_running: int
+) -> Backend:
+    import torch
+
+    from app.llm.engine import cpu_linear
+    from app.llm.engine.transformers_backend import TransformersBackend
+
+    model, tokenizer = pipe.model, pipe.tokenizer
+    on_cuda = settings.device == "cuda"
+    int8 = settings.quantization == "int8"
+    if int8 and (refusal := cpu_linear.why_no_int8(model.dtype)):
+        raise ModelLoadError(refusal)
+    if not on_cuda:
+        cpu_linear.replace_linears(model, settings.quantization, model.dtype)
+    info = EngineInfo(
+        model=settings.label,
+        revision=snapshot.revision,
+        backend="transformers",
+        backend_reason=reason,
+        device=f"cuda ({torch.cuda.get_device_name()})" if on_cuda else "cpu",
+        dtype="int8" if int8 else str(model.dtype).removeprefix("torch."),
+        context_length=context_length(model.config),
+        vocabulary_size=int(model.config.get_text_config().vocab_size),
+        supported=frozenset(SAMPLING_FIELDS),
+        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
+        chat_template=chat_template(tokenizer),
+        special_tokens=special_tokens(tokenizer),
+    )
+    return TransformersBackend(pipe, info, max_running=max_running)

@@ -1,0 +1,121 @@
+"""Packed and 8-bit linear layers give what the plain ones give, within stated bounds."""
+
+import pytest
+import torch
+from torch import nn
+
+from app.core.config import ModelSettings
+from app.llm.engine import cpu_linear
+from app.llm.engine.cpu_linear import Int8Linear, PackedLinear, RowQuantizer, replace_linears
+from app.llm.loader import load_backend
+from app.utils.errors import ModelLoadError
+
+needs_bf16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 kernels"
+)
+needs_int8 = pytest.mark.skipif(
+    cpu_linear.why_no_int8(torch.bfloat16) is not None, reason="this CPU has no VNNI instructions"
+)
+
+
+def linear(bias: bool = True, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
+    """A layer with weights of a usual size."""
+    torch.manual_seed(0)
+    return nn.Linear(96, 160, bias=bias).to(dtype).requires_grad_(requires_grad=False)
+
+
+@needs_bf16
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 7, 32, 300])
+def test_a_packed_layer_gives_what_the_plain_one_gives(rows: int, bias: bool) -> None:
+    """To the last bit of bfloat16, or the one before it where sums are ordered otherwise."""
+    plain = linear(bias)
+    packed = PackedLinear(plain)
+    x = torch.randn(1, rows, 96).bfloat16()
+    torch.testing.assert_close(packed(x), plain(x), atol=1e-2, rtol=1e-2)
+    assert torch.equal(packed.weight, plain.weight)
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 7, 32, 300])
+def test_an_int8_layer_is_close_to_the_plain_one(rows: int, bias: bool, dtype: torch.dtype) -> None:
+    """Within 2 % of the largest output."""
+    plain = linear(bias, dtype)
+    x = torch.randn(1, rows, 96).to(dtype)
+    expected, got = plain(x), Int8Linear(plain, RowQuantizer())(x)
+    assert got.dtype == dtype
+    assert (got - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@needs_int8
+def test_a_row_is_rounded_by_itself() -> None:
+    """A neighbour with enormous values changes nothing, to the last bit."""
+    layer = Int8Linear(linear(), RowQuantizer())
+    row = torch.randn(1, 1, 96).bfloat16()
+    beside = torch.cat([row, 1e4 * torch.randn(1, 3, 96).bfloat16()], dim=1)
+    assert torch.equal(layer(beside)[:, :1], layer(row))
+
+
+def test_rows_of_zeros_and_extremes_quantize_without_overflow() -> None:
+    """Zero stays zero, and the largest value of either sign uses the whole range."""
+    x = torch.tensor([[0.0, 0.0, 0.0], [5.0, -5.0, 0.0], [3e38, 1.0, -3e38]])
+    integers, scales = RowQuantizer()(x)
+    assert integers.tolist() == [[128, 128, 128], [255, 1, 128], [255, 128, 1]]
+    assert torch.isfinite(scales).all()
+
+
+def test_the_last_input_is_quantized_once_and_another_one_anew() -> None:
+    """Several layers share one input; equal shape is not enough to be taken for it."""
+    quantize = RowQuantizer()
+    first, second = torch.ones(1, 4), torch.tensor([[1.0, -1.0, 0.5, 0.0]])
+    assert quantize(first) is quantize(first)
+    assert quantize(second)[0].tolist() == [[255, 1, 191, 128]] or (
+        quantize(second)[0].tolist() == [[255, 1, 192, 128]]
+    )
+
+
+@needs_bf16
+def test_only_plain_linear_layers_are_exchanged() -> None:
+    """A subclass may do more than multiply, and float32 has nothing to gain."""
+
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential(linear(), nn.Sequential(linear()), Special(4, 4), nn.LayerNorm(4))
+    assert replace_linears(model, "none", torch.float32) == 0
+    assert replace_linears(model, "none", torch.bfloat16) == 2
+    assert [type(m).__name__ for m in model] == [
+        "PackedLinear",
+        "Sequential",
+        "Special",
+        "LayerNorm",
+    ]
+
+
+@needs_int8
+@needs_bf16
+def test_only_large_layers_go_over_to_int8() -> None:
+    """In a small one, rounding the activations costs more than reading fewer bytes saves."""
+    large = nn.Linear(2048, 1024, bias=False).bfloat16()
+    model = nn.Sequential(large, linear())
+    assert replace_linears(model, "int8", torch.bfloat16) == 2
+    assert [type(m) for m in model] == [Int8Linear, PackedLinear]
+
+
+def test_int8_is_refused_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that says what to do: on CUDA, without the instructions, in half precision."""
+    with pytest.raises(ModelLoadError, match="only a CPU runs: set MODEL__QUANTIZATION=none"):
+        load_backend(
+            ModelSettings(device="cuda", quantization="int8", engine="transformers"),
+            max_running=1,
+            echo_step_seconds=0,
+            token=None,
+            progress=lambda _: None,
+        )
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    assert "MODEL__DTYPE=auto" in (cpu_linear.why_no_int8(torch.float16) or "")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert "no VNNI" in (cpu_linear.why_no_int8(torch.bfloat16) or "")

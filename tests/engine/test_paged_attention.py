@@ -1,0 +1,244 @@
+"""Attention over a paged cache equals the textbook's, however requests are laid out."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
+from transformers.generation import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from app.core.config import ModelSettings
+from app.llm.engine.base import GenerationRequest, SamplingParams
+from app.llm.engine.paged_attention import NAME, attend, make_plan
+from app.llm.engine.transformers_backend import attend_per_request, plan_attention
+from app.llm.loader import load_backend
+
+HEAD = 8
+NOTHING_CACHED = torch.empty(0, dtype=torch.int64)
+
+
+def naive(
+    query: Tensor, key: Tensor, value: Tensor, *, window: int | None, softcap: float | None
+) -> Tensor:
+    """One request in double precision: the last query is the last key; [queries, heads, size]."""
+    heads, queries, size = query.shape
+    keys = key.shape[1]
+    shared = heads // key.shape[0]
+    output = torch.empty(queries, heads, value.shape[-1], dtype=torch.float64)
+    for head in range(heads):
+        for i in range(queries):
+            last = keys - queries + i
+            first = 0 if window is None else max(0, last - window + 1)
+            seen = slice(first, last + 1)
+            scores = key[head // shared, seen].double() @ query[head, i].double() / size**0.5
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            output[i, head] = torch.softmax(scores, 0) @ value[head // shared, seen].double()
+    return output
+
+
+def case(
+    lengths: list[tuple[int, int]],
+    *,
+    heads: tuple[int, int] = (4, 2),
+    window: int | None = None,
+    softcap: float | None = None,
+    shared_prefix: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Run requests of (new, all) tokens through a shuffled cache; what came out and should have."""
+    torch.manual_seed(len(lengths))
+    pool = 2 * sum(keys for _, keys in lengths) + 1
+    cached_keys, cached_values = torch.randn(2, heads[1], pool, HEAD)
+    free = torch.randperm(pool)
+    prefix, free = free[:shared_prefix], free[shared_prefix:]
+    places = []
+    for _, keys in lengths:
+        own, free = free[: keys - shared_prefix], free[keys - shared_prefix :]
+        places.append(torch.cat([prefix, own]))
+    queries = torch.randn(heads[0], sum(new for new, _ in lengths), HEAD)
+    plan = make_plan(
+        [new for new, _ in lengths],
+        [keys for _, keys in lengths],
+        torch.cat(places),
+        dtype=torch.float32,
+        window=window,
+    )
+    got = attend(
+        queries,
+        cached_keys[:, plan.read_index],
+        cached_values[:, plan.read_index],
+        plan,
+        softcap=softcap,
+    )
+    start, expected = 0, []
+    for (new, _), place in zip(lengths, places, strict=True):
+        expected.append(
+            naive(
+                queries[:, start : start + new],
+                cached_keys[:, place],
+                cached_values[:, place],
+                window=window,
+                softcap=softcap,
+            )
+        )
+        start += new
+    return got.double(), torch.cat(expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+def test_ragged_batches_of_decodes_prompts_and_chunks(
+    heads: tuple[int, int], softcap: float | None
+) -> None:
+    """Random mixtures, with grouped-query heads and capped scores."""
+    random.seed(repr((heads, softcap)))
+    for _ in range(8):
+        lengths = []
+        for _ in range(random.randint(1, 9)):
+            keys = random.randint(1, 60)
+            lengths.append((random.choice([1, 1, 1, keys, random.randint(1, keys)]), keys))
+        got, expected = case(lengths, heads=heads, softcap=softcap)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_lengths_too_far_apart_to_be_padded() -> None:
+    """One very long request among short ones is attended to on its own."""
+    lengths = [(1, 700), (1, 3), (1, 1), (1, 650), (1, 40), (5, 300)]
+    got, expected = case(lengths)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    plan = make_plan(
+        [1, 1, 1, 1], [700, 3, 40, 650], torch.zeros(1393, dtype=torch.int64), dtype=torch.float32
+    )
+    assert sorted(piece.keys for piece in plan.pieces) == [40, 700]
+
+
+def test_requests_that_share_a_prefix() -> None:
+    """Pages that several requests read from give each what it would have had alone."""
+    got, expected = case([(1, 40), (1, 33), (9, 45), (1, 60)], shared_prefix=32)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [4, 16])
+def test_a_window_hides_what_is_too_far_back(window: int) -> None:
+    """Prompts longer than the window, and chunks that start before and after its edge."""
+    lengths = [(1, 3), (1, window), (12, 12), (5, 5 + window - 1), (20, 20), (3, 4)]
+    got, expected = case(lengths, window=window)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_new_prompts_read_nothing_back() -> None:
+    """Where nothing is cached, the new keys are used as they are."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(4, 9, HEAD), torch.randn(2, 9, HEAD), torch.randn(2, 9, HEAD)
+    plan = make_plan([4, 1, 4], [4, 1, 4], NOTHING_CACHED, dtype=torch.float32)
+    assert plan.read_index.numel() == 0
+    got = attend(query, key, value, plan)
+    for part in (slice(0, 4), slice(4, 5), slice(5, 9)):
+        expected = naive(query[:, part], key[:, part], value[:, part], window=None, softcap=None)
+        torch.testing.assert_close(got[part].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "eos_token_id": None,
+}
+MODELS: dict[str, tuple[type[PreTrainedModel], object]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE)),
+    "sliding": (MistralForCausalLM, MistralConfig(**SHAPE, sliding_window=16)),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config(**SHAPE, sliding_window=16, attn_logit_softcapping=0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_models_say_what_they_say_with_their_own_attention(name: str) -> None:
+    """Prompts in pieces, beside running requests, against the model's plain forward pass."""
+    torch.manual_seed(1)
+    kind, config = MODELS[name]
+    model = kind(config).eval()
+    model.set_attn_implementation("eager")
+    prompts = [[(7 * i + j) % 290 + 3 for j in range(5 + 23 * i)] for i in range(4)]
+    expected = [_greedy(model, prompt, 12) for prompt in prompts]
+    got = _continuous(model, prompts, 12)
+    assert model.config._attn_implementation == NAME
+    assert got == expected
+
+
+def test_a_model_that_caps_its_scores_is_served(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Fused attention has no such cap in torch, and transformers refuses to load it with that."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "gemma")
+    kind, config = MODELS["gemma2"]
+    torch.manual_seed(1)
+    model = kind(config).eval()
+    model.save_pretrained(folder)
+    backend = load_backend(
+        ModelSettings(source="local", name=str(folder), engine="transformers", dtype="float32"),
+        max_running=4,
+        echo_step_seconds=0,
+        token=None,
+        progress=lambda _: None,
+    )
+    prompt = list(range(40, 80))
+    backend.add(GenerationRequest("r", prompt, 8, SamplingParams(temperature=0)))
+    tokens: list[int] = []
+    while backend.has_work():
+        tokens += [token for event in backend.step() for token in event.token_ids]
+    model.set_attn_implementation("eager")
+    assert tokens == _greedy(model, prompt, len(tokens))
+    assert len(tokens) >= 4
+
+
+def _greedy(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            logits = model(torch.tensor([tokens]), use_cache=False).logits
+            tokens.append(int(logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def _continuous(model: PreTrainedModel, prompts: list[list[int]], count: int) -> list[list[int]]:
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(do_sample=False, eos_token_id=None),
+        continuous_batching_config=ContinuousBatchingConfig(
+            page_size=32, num_blocks=64, max_batch_tokens=24, use_cuda_graph=False
+        ),
+    )
+    attend_per_request(model)
+    batching = manager._create_batch_processor()
+    manager.batch_processor = batching
+    plan_attention(batching.inputs_and_outputs, batching.cache)
+    for i, prompt in enumerate(prompts):
+        manager.add_request(prompt, request_id=str(i), max_new_tokens=count)
+    answers: dict[str, list[int]] = {}
+    while len(answers) < len(prompts):
+        with torch.inference_mode():
+            if batching.prepare_next_batch():
+                manager._generation_step()
+                batching.update_batch()
+        while not manager.output_router.output_queue.empty():
+            output = manager.output_router.output_queue.get()
+            assert output.error is None
+            answers[output.request_id] = output.generated_tokens
+    return [answers[str(i)] for i in range(len(prompts))]

@@ -1,0 +1,150 @@
+"""What faster arithmetic may cost in exactness, measured on the bundled model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.core.config import ModelSettings
+from app.llm import bundled
+from app.llm.engine import cpu_linear
+from app.llm.engine.base import GenerationRequest, SamplingParams
+from app.llm.engine.cpu_linear import Quantization, replace_linears
+from app.llm.loader import find_model, load_backend
+from app.llm.transformers_loader import load_pipeline
+
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not bundled.is_fetched(), reason="the bundled model is not fetched"),
+    pytest.mark.skipif(
+        cpu_linear.why_no_int8(torch.bfloat16) is not None
+        or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        reason="this CPU has no bfloat16 or no VNNI instructions",
+    ),
+]
+
+SETTINGS = ModelSettings(source="bundled", engine="transformers", dtype="bfloat16")
+ANSWER_TOKENS = 24
+TOPICS = (
+    "the capital of France", "how bread is baked", "why the sky is blue", "a poem about the sea",
+    "Python lists", "the water cycle", "a letter to a landlord", "prime numbers", "photosynthesis",
+    "how to learn chess", "the Roman empire", "black holes", "a recipe for soup", "vaccines",
+    "a joke about cats", "the French revolution", "how engines work", "a haiku on autumn",
+    "the moons of Jupiter", "good habits for sleep", "the history of tea", "sorting algorithms",
+    "what a verb is", "how rainbows form",
+)  # fmt: skip
+
+
+@dataclass
+class Reference:
+    """The plain model's greedy answers, and its log-probabilities on the way."""
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    log_probs: list[Tensor]
+
+
+def pipeline() -> Any:
+    """The bundled model as transformers loads it."""
+    return load_pipeline(SETTINGS, find_model(SETTINGS, token=None, progress=lambda _: None))
+
+
+def log_probs(model: torch.nn.Module, prompt: list[int], answer: list[int]) -> Tensor:
+    """Of the whole vocabulary at every place of an answer, [tokens, vocabulary]."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + answer]), use_cache=False).logits
+    return torch.log_softmax(logits[0, len(prompt) - 1 : -1].float(), dim=-1)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    """What the plain bfloat16 model says to two dozen chats."""
+    pipe = pipeline()
+    prompts, answers = [], []
+    for topic in TOPICS:
+        chat = [{"role": "user", "content": f"Tell me about {topic}."}]
+        rendered = pipe.tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=False
+        )
+        prompts.append(pipe.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        output = pipe.model.generate(
+            torch.tensor([prompts[-1]]),
+            attention_mask=torch.ones(1, len(prompts[-1]), dtype=torch.int64),
+            do_sample=False,
+            max_new_tokens=ANSWER_TOKENS,
+        )
+        answers.append(output[0, len(prompts[-1]) :].tolist())
+    scores = [log_probs(pipe.model, p, a) for p, a in zip(prompts, answers, strict=True)]
+    return Reference(prompts, answers, scores)
+
+
+def deviation(reference: Reference, quantization: Quantization) -> tuple[float, float]:
+    """How far from the plain model.
+
+    Returns:
+        Share of places with the same likeliest token, and the mean difference of its
+        log-probability in nats.
+    """
+    model = pipeline().model
+    assert replace_linears(model, quantization, torch.bfloat16) > 100
+    same: list[Tensor] = []
+    differences: list[Tensor] = []
+    for prompt, answer, expected in zip(
+        reference.prompts, reference.answers, reference.log_probs, strict=True
+    ):
+        got = log_probs(model, prompt, answer)
+        best = expected.argmax(-1, keepdim=True)
+        same.append(got.argmax(-1, keepdim=True) == best)
+        differences.append((got.gather(-1, best) - expected.gather(-1, best)).abs())
+    return float(torch.cat(same).float().mean()), float(torch.cat(differences).mean())
+
+
+def test_packed_weights_change_nothing_but_the_last_bits(reference: Reference) -> None:
+    """At least 97 % of the tokens and a mean of 0.03 nats."""
+    agreement, difference = deviation(reference, "none")
+    assert agreement >= 0.97
+    assert difference <= 0.03
+
+
+def test_int8_stays_close_to_bfloat16(reference: Reference) -> None:
+    """As served: at least 97 % of the tokens and a mean of 0.08 nats."""
+    agreement, difference = deviation(reference, "int8")
+    assert agreement >= 0.97
+    assert difference <= 0.08
+
+
+def test_int8_in_every_layer_stays_within_bounds(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a larger model would be served: at least 88 % of the tokens and a mean of 0.2 nats.
+
+    A model this small feels the rounding most.
+    """
+    monkeypatch.setattr(cpu_linear, "_WORTH_QUANTIZING", 0)
+    agreement, difference = deviation(reference, "int8")
+    assert agreement >= 0.88
+    assert difference <= 0.2
+
+
+def test_the_backend_takes_tokens_the_plain_model_takes(reference: Reference) -> None:
+    """All requests in one batch: no greedy token is more than 0.25 nats from the plain best."""
+    backend = load_backend(
+        SETTINGS, max_running=32, echo_step_seconds=0, token=None, progress=lambda _: None
+    )
+    answers: dict[str, list[int]] = {}
+    for i, prompt in enumerate(reference.prompts):
+        answers[str(i)] = []
+        backend.add(GenerationRequest(str(i), prompt, ANSWER_TOKENS, SamplingParams(temperature=0)))
+    while backend.has_work():
+        for event in backend.step():
+            answers[event.request_id] += event.token_ids
+    plain = pipeline().model
+    worst = 0.0
+    for i, prompt in enumerate(reference.prompts):
+        scores = log_probs(plain, prompt, answers[str(i)])
+        taken = scores.gather(-1, torch.tensor(answers[str(i)]).unsqueeze(-1)).squeeze(-1)
+        worst = max(worst, float((scores.max(-1).values - taken).max()))
+    assert worst <= 0.25
