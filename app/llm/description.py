@@ -1,8 +1,8 @@
-"""What there is to know of a model beside its weights, read by a process of its own.
+"""What there is to know of a model beside its weights: its tokenizer and its configuration.
 
-transformers reads every tokenizer and configuration there is, but brings torch with it: 300 MB
-and two seconds that a process which computes with OpenVINO can spare. So it runs beside the
-loading of the weights, in ``python -m app.llm.description``, answers in two lines of JSON, and
+transformers reads every tokenizer there is, but brings torch with it: 300 MB and two seconds that
+a process which computes with OpenVINO can spare. So there it runs in a process of its own beside
+the loading of the weights, ``python -m app.llm.description``, which answers with lines of JSON and
 leaves.
 """
 
@@ -14,14 +14,14 @@ import threading
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
 
+import gguf
 import msgspec
 
 from app.core.config import ModelSettings
+from app.llm.gguf_header import read_header
 from app.llm.hub import OPENVINO_MODEL, Snapshot
 from app.llm.load_errors import explaining
 from app.utils.errors import ModelLoadError
-
-T = TypeVar("T", "_Shape", "_Tokenizer")
 
 
 class ModelShape(msgspec.Struct, frozen=True):
@@ -69,10 +69,11 @@ class _Tokenizer(msgspec.Struct, frozen=True, tag=True):
 
 
 _Answer = _Failure | _Shape | _Tokenizer
+T = TypeVar("T", _Shape, _Tokenizer)
 
 
 class DescriptionProcess:
-    """A description that is being read; ends with the block."""
+    """A description that is being read; the reading ends with the block."""
 
     def __init__(self, settings: ModelSettings, snapshot: Snapshot) -> None:
         """Start reading."""
@@ -98,15 +99,15 @@ class DescriptionProcess:
             self._process.kill()
 
     def shape(self) -> ModelShape:
-        """Wait for what the configuration says; the weights' file is then known to be whole.
+        """Wait for what the configuration says; asked for first.
 
         Raises:
-            ModelLoadError: It is not, or the configuration cannot be read.
+            ModelLoadError: It cannot be read, or the weights are cut off.
         """
         return self._read(_Shape).shape
 
     def tokenizer(self) -> ModelTokenizer:
-        """Wait for the tokenizer; asked for after :meth:`shape`.
+        """Wait for the tokenizer; asked for last.
 
         Raises:
             ModelLoadError: It cannot be read.
@@ -118,7 +119,7 @@ class DescriptionProcess:
         line = output.readline() if output else b""
         if not line:
             raise ModelLoadError(
-                f"reading the model's configuration ended with code {self._process.wait()}: start "
+                f"reading the model's tokenizer ended with code {self._process.wait()}: start "
                 "again; if it stays, set MODEL__ENGINE=transformers"
             )
         answer = msgspec.json.decode(line, type=_Answer)
@@ -129,17 +130,25 @@ class DescriptionProcess:
         return answer
 
 
-def read_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
-    """Read a model's configuration.
+def read_gguf_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
+    """What a GGUF file says of itself; it takes no library, and so no process of its own.
 
     Raises:
-        ModelLoadError: It cannot be read, or the weights are cut off.
+        ModelLoadError: It is cut off, or says too little.
     """
-    with explaining("configuration", settings, snapshot):
-        if snapshot.gguf:
-            return _gguf_shape(snapshot.directory / snapshot.gguf)
-        from transformers import AutoConfig
+    with explaining("file", settings, snapshot):
+        return _gguf_shape(snapshot.directory / str(snapshot.gguf))
 
+
+def read_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
+    """Read the configuration of a model in OpenVINO's own format.
+
+    Raises:
+        ModelLoadError: It cannot be read.
+    """
+    from transformers import AutoConfig
+
+    with explaining("configuration", settings, snapshot):
         config = AutoConfig.from_pretrained(snapshot.directory, **pretrained_source(snapshot))
         return ModelShape(
             context_length=context_length(config),
@@ -150,30 +159,18 @@ def read_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
 
 
 def _gguf_shape(path: Path) -> ModelShape:
-    """What a GGUF file says of itself, by the names its specification gives.
-
-    Raises:
-        ValueError: It is cut off, or no GGUF file.
-        KeyError: It leaves out something.
-    """
-    import gguf
-    from transformers.integrations.gguf import GgufHeader, read_gguf_metadata
-
-    header = GgufHeader.from_file(str(path))
-    end = header.data_start + max((t.offset + t.nbytes for t in header.tensors), default=0)
-    if end > path.stat().st_size:
-        # Native readers map the file into memory, where a missing end is a deadly signal.
-        raise ValueError(f"it ends {end - path.stat().st_size} bytes early")
-    metadata, _ = read_gguf_metadata(str(path))
-    keys = {k.removeprefix(f"{header.architecture}."): v for k, v in metadata.items()}
+    """What a GGUF file says of itself, by the names its specification gives."""
+    header = read_header(path)
+    architecture = header.metadata["general.architecture"]
+    keys = {k.removeprefix(f"{architecture}."): v for k, v in header.metadata.items()}
     heads = keys["attention.head_count"]
     head_dim = keys.get("attention.key_length") or keys["embedding_length"] // heads
     shared = keys.get("attention.head_count_kv") or heads
-    kind = metadata.get("general.file_type")
+    kind = keys.get("general.file_type")
     name = "gguf" if kind is None else gguf.LlamaFileType(kind).name
     return ModelShape(
         context_length=keys["context_length"],
-        vocabulary_size=next(t.shape[0] for t in header.tensors if t.name == "token_embd.weight"),
+        vocabulary_size=header.shapes["token_embd.weight"][0],
         cache_values_per_token=2 * keys["block_count"] * shared * head_dim,
         weights=name.removeprefix("MOSTLY_").removeprefix("ALL_").lower(),
     )
@@ -284,7 +281,8 @@ def main(arguments: list[str]) -> int:
     settings = ModelSettings.model_validate_json(arguments[0])
     snapshot = Snapshot(Path(arguments[1]), arguments[2] or None)
     try:
-        answer(_Shape(read_shape(settings, snapshot)))
+        if not snapshot.gguf:
+            answer(_Shape(read_shape(settings, snapshot)))
         answer(_Tokenizer(read_tokenizer(settings, snapshot)))
     except ModelLoadError as error:
         answer(_Failure(str(error)))

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from app.core.config import ModelSettings
-from app.llm.description import DescriptionProcess, ModelShape
+from app.llm.description import DescriptionProcess, ModelShape, read_gguf_shape
 from app.llm.engine.base import Backend, EngineInfo
 from app.llm.engine.cache_size import cache_tokens
 from app.llm.engine.cores import compute_threads
@@ -42,13 +42,14 @@ def load_openvino(
         ModelLoadError: Its files are not whole, or its tokenizer cannot be read.
     """
     progress(f"loading {settings.label} with OpenVINO")
+    shape = read_gguf_shape(settings, snapshot) if snapshot.gguf else None
     with DescriptionProcess(settings, snapshot) as description:
         try:
             # Imported while the other process reads.
             from app.llm.engine.openvino_backend import SUPPORTED, OpenVinoBackend, start_pipeline
         except ImportError as error:
             raise OpenVinoUnsupportedError(f"it is not installed ({one_line(error)})") from error
-        shape = description.shape()
+        shape = shape or description.shape()
         blocks = _cache_blocks(settings, shape, max_running)
         path = snapshot.directory / snapshot.gguf if snapshot.gguf else snapshot.directory
         try:

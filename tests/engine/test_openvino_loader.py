@@ -203,7 +203,7 @@ def test_the_reading_process_dies(gguf: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("app.llm.description.subprocess.Popen", killed)
     assert refusal(gguf) == (
-        "reading the model's configuration ended with code -9: start again; if it stays, set "
+        "reading the model's tokenizer ended with code -9: start again; if it stays, set "
         "MODEL__ENGINE=transformers"
     )
 

@@ -1,0 +1,130 @@
+"""The header of a GGUF file: what the model is, and whether the file is whole.
+
+The libraries that read GGUF take seconds for it (``gguf``), or bring torch along (transformers);
+the engine needs a handful of numbers before it loads the weights. The format is specified in
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import gguf
+
+MAGIC: Final = b"GGUF"
+_VERSIONS = (2, 3)
+_STRING, _ARRAY = 8, 9
+# struct's letters for the specification's numbers of fixed-size types.
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_DEFAULT_ALIGNMENT = 32
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a GGUF file says of itself.
+
+    Attributes:
+        metadata: Keys and their values; of an array only its length.
+        shapes: Of each tensor, slowest dimension first.
+        end: Bytes that the file must have.
+    """
+
+    metadata: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    end: int
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read a GGUF file's header.
+
+    Raises:
+        ValueError: It is no GGUF file, or cut off.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            header = _Reader(data).header()
+        except ValueError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever the nonsense in its place leads to
+            raise ValueError(f"its header cannot be read: {error!r}") from None
+        if header.end > len(data):
+            raise ValueError(f"it ends {header.end - len(data)} bytes early")
+    return header
+
+
+class _Reader:
+    """A position in the file that moves on with every value read."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._at = 0
+
+    def header(self) -> GgufHeader:
+        if self._data[:4] != MAGIC:
+            raise ValueError("it is not a GGUF file")
+        self._at = 4
+        version, tensors, keys = self._numbers("IQQ")
+        if version not in _VERSIONS:
+            raise ValueError(f"its version is {version}, and those that can be read are 2 and 3")
+        metadata = {self._string(): self._value(self._numbers("I")[0]) for _ in range(keys)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        end = 0
+        for _ in range(tensors):
+            name = self._string()
+            dimensions = self._numbers(f"{self._numbers('I')[0]}Q")
+            kind, offset = self._numbers("IQ")
+            shapes[name] = tuple(reversed(dimensions))
+            block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+            end = max(end, offset + math.prod(dimensions) // block * size)
+        alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        start = -(-self._at // alignment) * alignment
+        return GgufHeader(metadata, shapes, start + end)
+
+    def _numbers(self, letters: str) -> tuple[Any, ...]:
+        layout = struct.Struct(f"<{letters}")
+        values = layout.unpack_from(self._data, self._at)
+        self._at += layout.size
+        return values
+
+    def _string(self) -> str:
+        (length,) = self._numbers("Q")
+        self._skip(length)
+        return self._data[self._at - length : self._at].decode()
+
+    def _skip(self, count: int) -> None:
+        self._at += count
+        if self._at > len(self._data):
+            raise ValueError("it ends within its header")
+
+    def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            return self._numbers(_SCALARS[kind])[0]
+        element, count = self._numbers("IQ")
+        if element in _SCALARS:
+            self._skip(struct.calcsize(f"<{_SCALARS[element]}") * count)
+        else:
+            for _ in range(count):
+                # A vocabulary has a hundred thousand strings, so no value is made of them.
+                if element == _STRING:
+                    self._skip(self._numbers("Q")[0])
+                else:
+                    self._value(element)
+        return count
