@@ -12,13 +12,14 @@ import pytest
 
 from app.llm.engine.base import Backend, SamplingParams, TokenEvent
 from tests.support.backends import (
-    BACKENDS,
     MAX_RUNNING,
-    MODEL_BACKENDS,
+    PROMPT,
     load,
     logprobs,
     request,
+    rows,
     run,
+    settings_of,
     tokens,
 )
 
@@ -28,7 +29,7 @@ Loader = Callable[[str], Backend]
 @pytest.fixture(scope="module")
 def loaded(tiny_model_dir: Path) -> Loader:
     """Loads each backend once for all tests."""
-    return cache(lambda name: load(BACKENDS[name](tiny_model_dir)))
+    return cache(lambda name: load(settings_of(name, tiny_model_dir)))
 
 
 def _leaves_nothing(backend: Backend) -> Iterator[Backend]:
@@ -41,13 +42,13 @@ def _leaves_nothing(backend: Backend) -> Iterator[Backend]:
     assert backend.stats().running == 0
 
 
-@pytest.fixture(params=sorted(BACKENDS))
+@pytest.fixture(params=rows())
 def backend(request: pytest.FixtureRequest, loaded: Loader) -> Iterator[Backend]:
     """Each backend in turn."""
     yield from _leaves_nothing(loaded(request.param))
 
 
-@pytest.fixture(params=MODEL_BACKENDS)
+@pytest.fixture(params=rows(with_echo=False))
 def model(request: pytest.FixtureRequest, loaded: Loader) -> Iterator[Backend]:
     """Each backend that runs a model."""
     yield from _leaves_nothing(loaded(request.param))
@@ -243,19 +244,13 @@ def test_logprobs_are_the_models_own(model: Backend) -> None:
     assert logprobs(sampled) == pytest.approx(logprobs(greedy), abs=1e-4)
 
 
-def test_backends_agree(loaded: Loader) -> None:
+@pytest.mark.parametrize("prompt", [PROMPT, [200], [40 + i % 190 for i in range(150)]])
+def test_backends_agree(model: Backend, loaded: Loader, prompt: list[int]) -> None:
     """In float32 every backend that runs a model says the same, with the same probabilities."""
-    prompts = [[10, 11, 12, 13, 14], [200], [40 + i % 190 for i in range(150)]]
-    said = {}
-    for name in MODEL_BACKENDS:
-        said[name] = [
-            run(loaded(name), request("r", p, max_tokens=24, logprobs=True))["r"] for p in prompts
-        ]
-    reference = said.pop("transformers")
-    for answers in said.values():
-        for answer, expected in zip(answers, reference, strict=True):
-            assert tokens(answer) == tokens(expected)
-            assert logprobs(answer) == pytest.approx(logprobs(expected), abs=1e-3)
+    asked = request("r", prompt, max_tokens=24, logprobs=True)
+    answer, expected = run(model, asked)["r"], run(loaded("transformers"), asked)["r"]
+    assert tokens(answer) == tokens(expected)
+    assert logprobs(answer) == pytest.approx(logprobs(expected), abs=1e-3)
 
 
 def test_extreme_sampling_is_sampling(backend: Backend) -> None:
@@ -305,13 +300,13 @@ def test_cancel_at_every_phase(backend: Backend, steps: int) -> None:
     assert tokens(run(backend, request("next"))["next"])
 
 
-@pytest.mark.parametrize("name", MODEL_BACKENDS)
+@pytest.mark.parametrize("name", rows(with_echo=False))
 def test_requests_that_outgrow_the_cache_take_turns(
     name: str, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With room for one context only, eight long answers come out as they do alone."""
     monkeypatch.setattr("app.llm.engine.cache_size.TOKENS_PER_REQUEST", 1)
-    backend = load(BACKENDS[name](tiny_model_dir))
+    backend = load(settings_of(name, tiny_model_dir))
     prompts = {f"r{i}": [10 + (i * 31 + j) % 200 for j in range(120)] for i in range(8)}
     alone = {n: tokens(run(backend, request(n, p, max_tokens=60))[n]) for n, p in prompts.items()}
     together = run(backend, *(request(n, p, max_tokens=60) for n, p in prompts.items()))

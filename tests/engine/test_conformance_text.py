@@ -20,7 +20,7 @@ from app.utils.errors import (
     InternalError,
     ValidationFailedError,
 )
-from tests.support.backends import BACKENDS, GREEDY, request
+from tests.support.backends import GREEDY, request, rows, settings_of
 from tests.support.engine import EchoEngine, echo_engine
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -28,10 +28,10 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 PROMPT = "the hat in the sun and the moon on the house"
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=sorted(BACKENDS))
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=rows())
 async def engine(request: pytest.FixtureRequest, tiny_model_dir: Path) -> AsyncIterator[EchoEngine]:
     """A real engine process with each backend in turn."""
-    async with echo_engine(model=BACKENDS[request.param](tiny_model_dir)) as engine:
+    async with echo_engine(model=settings_of(request.param, tiny_model_dir)) as engine:
         yield engine
 
 

@@ -100,6 +100,28 @@ def test_the_only_gguf_is_chosen(hub: FakeHub, child: Downloader) -> None:
     assert set(hub.downloads("tiny/gguf")) == {"tiny.gguf", "config.json"}
 
 
+def test_openvinos_format_is_taken_where_it_can_run(hub: FakeHub, child: Downloader) -> None:
+    """Its files alone are downloaded; for another engine the safetensors beside it, or nothing."""
+    own = {
+        "openvino_model.xml": b"<net>",
+        "openvino_model.bin": b"weights",
+        "openvino_tokenizer.xml": b"<net/>",
+        "openvino_tokenizer.bin": b"strings",
+        "config.json": b"{}",
+    }
+    hub.add("tiny/openvino", own | {"training.bin": b"other"})
+    answer = child.download("tiny/openvino", openvino=True)
+    assert (answer["gguf"], answer["openvino"]) == (None, True)
+    assert set(hub.downloads("tiny/openvino")) == set(own)
+    assert child.download("tiny/openvino")["error"] == (
+        "tiny/openvino has only OpenVINO weights: set MODEL__DEVICE=cpu and MODEL__ENGINE=auto, or "
+        "choose a model with safetensors or GGUF weights"
+    )
+    hub.add("tiny/both", own | {"model.safetensors": b"weights"})
+    assert child.download("tiny/both")["openvino"] is False
+    assert set(hub.downloads("tiny/both")) == {"config.json", "model.safetensors"}
+
+
 def test_one_of_several_gguf_files_is_named(hub: FakeHub, child: Downloader) -> None:
     """Several GGUF files are refused with the exact setting that picks one, and it does."""
     files = {"b.Q8_0.gguf": b"GGUF8", "a.Q4_0.gguf": b"GGUF4", "more/c.gguf": b"GGUFc"}

@@ -2,6 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 from app.core.config import ModelSettings
 from app.llm.engine.base import Backend, GenerationRequest, SamplingParams, TokenEvent
@@ -28,15 +32,34 @@ def _transformers(tiny: Path) -> ModelSettings:
     return ModelSettings(source="local", name=str(tiny), engine="transformers", dtype="float32")
 
 
+def _cuda(tiny: Path) -> ModelSettings:
+    return _transformers(tiny).model_copy(update={"device": "cuda"})
+
+
 BACKENDS: dict[str, Callable[[Path], ModelSettings]] = {
     "echo": _echo,
     "openvino": _openvino,
     "transformers": _transformers,
+    "transformers-cuda": _cuda,
 }
 """Settings that load the tiny model, whose safetensors folder is given, in float32."""
 
-MODEL_BACKENDS = sorted(set(BACKENDS) - {"echo"})
-"""Those that run a model."""
+
+def rows(*, with_echo: bool = True) -> list[Any]:
+    """The names of :data:`BACKENDS` as parameters of a test; what needs a GPU is marked so."""
+    return [
+        pytest.param(name, marks=pytest.mark.gpu) if name.endswith("-cuda") else name
+        for name in BACKENDS
+        if with_echo or name != "echo"
+    ]
+
+
+def settings_of(name: str, tiny: Path) -> ModelSettings:
+    """The settings of a row; the test is skipped where there is no device for it."""
+    settings = BACKENDS[name](tiny)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("this machine has no CUDA device")
+    return settings
 
 
 def load(settings: ModelSettings) -> Backend:

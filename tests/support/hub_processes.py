@@ -45,7 +45,12 @@ for line in sys.stdin:
     said = []
     try:
         found = hub.download(**json.loads(line), progress=said.append)
-        answer = {"directory": str(found.directory), "gguf": found.gguf, "revision": found.revision}
+        answer = {
+            "directory": str(found.directory),
+            "gguf": found.gguf,
+            "openvino": found.is_openvino,
+            "revision": found.revision,
+        }
     except ModelLoadError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer | {"said": said}), flush=True)
@@ -78,12 +83,17 @@ class Downloader:
         return self._log.read_text()
 
     def download(
-        self, name: str, *, revision: str | None = None, token: str | None = None
+        self,
+        name: str,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        openvino: bool = False,
     ) -> dict[str, Any]:
         """One call; the snapshot, or the error's one line, and what the progress said."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        call = {"name": name, "revision": revision, "token": token}
+        call = {"name": name, "revision": revision, "token": token, "openvino": openvino}
         self._process.stdin.write(json.dumps(call) + "\n")
         self._process.stdin.flush()
         answer: dict[str, Any] = json.loads(self._process.stdout.readline())

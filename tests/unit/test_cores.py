@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from app.llm.engine import process
-from app.llm.engine.cores import THREADS_VARIABLE, available_cores, compute_threads
+from app.llm.engine.cores import (
+    THREADS_VARIABLE,
+    available_cores,
+    available_memory,
+    compute_threads,
+)
 
 V2_MOUNT = "31 23 0:28 {root} /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate"
 V1_MOUNT = "32 31 0:29 {root} /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct"
@@ -137,3 +142,43 @@ def test_torch_in_the_engine_process_has_that_many_threads(
         check=True,
     )
     assert done.stdout.strip() == "1"
+
+
+def meminfo(root: Path, kilobytes: int) -> None:
+    """A machine with so much memory to spare."""
+    text = f"MemTotal: 99999999 kB\nMemFree: 1 kB\nMemAvailable: {kilobytes} kB"
+    write(root, "proc/meminfo", text)
+
+
+def test_memory_is_what_the_machine_can_spare(tmp_path: Path) -> None:
+    """Caches that can be dropped count as free; groups without a limit change nothing."""
+    meminfo(tmp_path, 1000)
+    assert available_memory(tmp_path) == 1_024_000
+    v2(tmp_path)
+    write(tmp_path, "sys/fs/cgroup/memory.max", "max")
+    assert available_memory(tmp_path) == 1_024_000
+
+
+def test_memory_is_within_every_groups_limit(tmp_path: Path) -> None:
+    """The tightest group above the process decides; files it has merely read do not count."""
+    meminfo(tmp_path, 1000)
+    v2(tmp_path, group="/a/b")
+    write(tmp_path, "sys/fs/cgroup/a/memory.max", "900000")
+    write(tmp_path, "sys/fs/cgroup/a/memory.current", "600000")
+    assert available_memory(tmp_path) == 300_000
+    write(tmp_path, "sys/fs/cgroup/a/memory.stat", "anon 100\ninactive_file 200000\nfile 250000")
+    assert available_memory(tmp_path) == 500_000
+    write(tmp_path, "sys/fs/cgroup/a/b/memory.max", "400000")
+    write(tmp_path, "sys/fs/cgroup/a/b/memory.current", "400100")
+    assert available_memory(tmp_path) == 0
+
+
+def test_memory_within_a_limit_of_version_1(tmp_path: Path) -> None:
+    """The memory controller's own hierarchy is found beside the others."""
+    meminfo(tmp_path, 1000)
+    write(tmp_path, "proc/self/cgroup", "5:memory:/box\n4:cpu,cpuacct:/other")
+    mount = "33 31 0:30 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"
+    write(tmp_path, "proc/self/mountinfo", mount)
+    write(tmp_path, "sys/fs/cgroup/memory/box/memory.limit_in_bytes", "500000")
+    write(tmp_path, "sys/fs/cgroup/memory/box/memory.usage_in_bytes", "100000")
+    assert available_memory(tmp_path) == 400_000

@@ -73,10 +73,9 @@ def available_memory(root: Path = _ROOT) -> int:
 
 
 def _free_memory(root: Path) -> int:
-    for line in (_read(root / "proc/meminfo") or "").splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
+    available = _keyed(root / "proc/meminfo").get("MemAvailable:")
+    if available is not None:
+        return int(available) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -88,7 +87,9 @@ def _memory_room(folder: Path) -> Iterator[int]:
     ):
         most, current = _read(folder / limit) or "", _read(folder / used) or ""
         if most.isdecimal() and current.isdecimal():
-            yield int(most) - int(current)
+            # Files that were read and not used again make room when it is needed.
+            dropped = int(_keyed(folder / "memory.stat").get("inactive_file", 0))
+            yield int(most) - max(0, int(current) - dropped)
 
 
 def _group_folders(root: Path, controller: str) -> Iterator[Path]:
@@ -139,6 +140,12 @@ def _quota(folder: Path) -> Iterator[float]:
     # "max", or -1 in version 1, is no limit.
     if limit.isdecimal() and period.isdecimal() and int(limit) and int(period):
         yield int(limit) / int(period)
+
+
+def _keyed(path: Path) -> dict[str, str]:
+    """A file of lines with a name and a number."""
+    lines = (line.split() for line in (_read(path) or "").splitlines())
+    return {words[0]: words[1] for words in lines if len(words) > 1}
 
 
 def _read(path: Path) -> str | None:

@@ -1,0 +1,67 @@
+"""make export-openvino: what it runs, and that a failed export leaves nothing behind."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import export_openvino
+
+
+@pytest.fixture
+def exporter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """An exporter that writes a model, or fails on one called broken; its command lines."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> None:
+        commands.append(command)
+        folder = Path(command[-1])
+        folder.mkdir()
+        (folder / "openvino_model.bin").write_bytes(b"half")
+        if "broken" in command:
+            raise subprocess.CalledProcessError(1, command)
+        if "silent" not in command:
+            (folder / "openvino_model.xml").write_text("<net>")
+
+    monkeypatch.setattr(export_openvino, "make_tools", lambda: tmp_path / "optimum-cli")
+    monkeypatch.setattr("scripts.export_openvino.subprocess.run", run)
+    return commands
+
+
+def test_a_model_is_exported(
+    exporter: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the precision that was asked for, and the next command is told."""
+    output = tmp_path / "out"
+    status = export_openvino.main(["owner/name", "--weights", "int4", "--output", str(output)])
+    assert status == 0
+    assert (output / "openvino_model.xml").is_file()
+    (command,) = exporter
+    assert command[1:9] == [
+        "export", "openvino", "--model", "owner/name",
+        "--task", "text-generation-with-past", "--weight-format", "int4",
+    ]  # fmt: skip
+    assert f"MODEL__SOURCE=local MODEL__NAME={output} make run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["broken", "silent"])
+def test_a_failed_export_leaves_nothing(
+    exporter: list[list[str]], tmp_path: Path, model: str
+) -> None:
+    """Half a model must not look like one."""
+    (tmp_path / "here").mkdir()
+    assert export_openvino.main([model, "--output", str(tmp_path / "here" / "out")]) == 1
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_model_is_not_overwritten(exporter: list[list[str]], tmp_path: Path) -> None:
+    """What is there already is kept."""
+    assert export_openvino.main(["owner/name", "--output", str(tmp_path)]) == 1
+    assert exporter == []
+
+
+def test_the_exporters_name_of_the_output() -> None:
+    """A folder of its own for each model and precision, among the models."""
+    output = export_openvino.default_output("owner/name", "int8")
+    assert output.parts[-2:] == ("models", "name-int8-openvino")
