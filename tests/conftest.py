@@ -97,7 +97,7 @@ def bundled_service() -> Iterator[Service]:
     """The service under uvicorn, with the bundled model."""
     if not bundled.is_fetched():
         pytest.skip("the bundled model is not here; `make model` fetches it")
-    with running_service(MODEL__SOURCE="bundled") as service:
+    with running_service(MODEL__SOURCE="bundled", MODEL__ENGINE="auto") as service:
         yield service
 
 
