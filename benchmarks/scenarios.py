@@ -15,6 +15,7 @@ from app.bench.results import Outcome, Result, result_of, summarise
 from app.bench.targets import Target
 from app.bench.transport import HttpClient
 from app.bench.workload import Lengths, PlannedRequest, Workload
+from app.llm.engine.process import engine_environment
 from benchmarks.paths import LOGS, ROOT
 from benchmarks.servers import Row, Server, StartError, environment_of
 
@@ -50,7 +51,7 @@ class EngineAlone:
         """
         LOGS.mkdir(parents=True, exist_ok=True)
         # As the service starts its engine process.
-        environment = {"GOMP_SPINCOUNT": "1000", **environment_of(row)}
+        environment = engine_environment(environment_of(row))
         with (LOGS / "engine-alone.log").open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.engine_alone"],

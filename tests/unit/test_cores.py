@@ -136,7 +136,7 @@ def test_torch_in_the_engine_process_has_that_many_threads(
     monkeypatch.setattr("app.llm.engine.cores.available_cores", lambda: 1)
     done = subprocess.run(
         [sys.executable, "-c", "import torch; print(torch.get_num_threads())"],
-        env=process._environment(),
+        env=process.engine_environment(os.environ),
         capture_output=True,
         text=True,
         check=True,

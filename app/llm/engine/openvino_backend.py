@@ -22,6 +22,7 @@ from app.llm.engine.base import (
     GenerationRequest,
     TokenEvent,
 )
+from app.llm.engine.cpu_sizing import PROMPT_TOKENS_PER_STEP
 from app.llm.engine.prefix_index import PrefixIndex
 
 BLOCK_SIZE: Final = 32
@@ -30,9 +31,6 @@ BLOCK_SIZE: Final = 32
 SUPPORTED: Final = frozenset(SAMPLING_FIELDS)
 """Sampling fields honoured: all."""
 
-# Prompt tokens a step takes in beside the running requests. Longer prompts come in pieces, so
-# that they do not stall the running streams.
-_PROMPT_TOKENS_PER_STEP = 256
 # The library wants min_p below 1; the next smaller float32 keeps the likeliest tokens alone, too.
 _LARGEST_MIN_P = 1 - 2**-24
 _FINISH_REASONS: dict[GenerationFinishReason, FinishReason] = {
@@ -70,7 +68,7 @@ def start_pipeline(
     scheduler.enable_prefix_caching = True
     scheduler.dynamic_split_fuse = True
     scheduler.max_num_seqs = max_running
-    scheduler.max_num_batched_tokens = _PROMPT_TOKENS_PER_STEP + max_running
+    scheduler.max_num_batched_tokens = PROMPT_TOKENS_PER_STEP + max_running
     return openvino_genai.ContinuousBatchingPipeline(model_path, scheduler, "CPU", properties)
 
 

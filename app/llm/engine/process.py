@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 from app.core.config import PROJECT_ROOT
 from app.llm.engine.base import (
@@ -47,7 +47,7 @@ class EngineProcess:
             OSError: The machine has no process or descriptor left.
         """
         # It reads control groups' files, which must not hold up the event loop.
-        environment = await asyncio.to_thread(_environment)
+        environment = await asyncio.to_thread(engine_environment, os.environ)
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -116,8 +116,9 @@ class EngineProcess:
             self._process.kill()
 
 
-def _environment() -> dict[str, str]:
-    environment = {k: v for k, v in os.environ.items() if not k.upper().startswith(_WITHHELD)}
+def engine_environment(base: Mapping[str, str]) -> dict[str, str]:
+    """The environment of an engine process: ``base`` less its secrets, and with the threads set."""
+    environment = {k: v for k, v in base.items() if not k.upper().startswith(_WITHHELD)}
     # torch's threads wait for each other by spinning, so long by default that every layer stalls
     # when another process wants a core. This is just longer than the gaps between two parallel
     # stretches of a forward pass, during which no thread should fall asleep: docs/adr/0010.

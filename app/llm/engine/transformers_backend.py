@@ -30,14 +30,11 @@ from app.llm.engine.base import (
     GenerationRequest,
     TokenEvent,
 )
-from app.llm.engine.cache_size import cache_tokens
+from app.llm.engine.cpu_sizing import PROMPT_TOKENS_PER_STEP, cache_tokens
 from app.llm.engine.sampling import RequestSampler, select
 
 # Tokens in a page of the KV cache: the grain of prefix sharing, and what a request wastes at most.
 _PAGE_SIZE = 32
-# Prompt tokens a step takes in beside the running requests; longer prompts come in pieces, so
-# that they do not stall the running streams.
-_CPU_BATCH_TOKENS = 512
 
 
 class _Selector(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
@@ -128,7 +125,7 @@ class TransformersBackend:
         config = ContinuousBatchingConfig(
             page_size=_PAGE_SIZE,
             num_blocks=_cpu_blocks(model, max_running) if on_cpu else None,
-            max_batch_tokens=_CPU_BATCH_TOKENS + max_running if on_cpu else None,
+            max_batch_tokens=PROMPT_TOKENS_PER_STEP + max_running if on_cpu else None,
             max_requests_per_batch=max_running,
             # The selector reads each request's own parameters in Python, which a captured graph
             # would not repeat and a second batch in flight would mix up.

@@ -1,6 +1,18 @@
-"""How large the KV cache is, on a CPU, where it takes the memory that everything else needs."""
+"""Sizes of an engine on a CPU: what a step takes in, and how large the KV cache is.
+
+The cache takes the memory that everything else needs, so it is not simply as large as can be.
+"""
+
+from typing import Final
 
 from app.llm.engine.cores import available_memory
+
+PROMPT_TOKENS_PER_STEP: Final = 256
+"""Prompt tokens that a step takes in beside the running requests.
+
+Longer prompts come in pieces, so that they do not stall the running streams. Half of it makes a
+prompt a tenth to a seventh slower, twice of it nearly doubles the streams' longest gap.
+"""
 
 # Tokens of cache planned for each running request. A few longer requests are fine; if all are,
 # some wait and are computed again.
