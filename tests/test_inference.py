@@ -110,7 +110,8 @@ def test_chat(http: httpx.Client) -> None:
 @on_the_model
 def test_chat_streaming(http: httpx.Client) -> None:
     """The user's streamed chat comes in pieces, and ends with the counts and [DONE]."""
-    body = {"messages": [{"role": "user", "content": "Tell me a story"}], "max_tokens": 60}
+    # A story may be a short one, but not that short.
+    body = {"messages": [{"role": "user", "content": "Tell me a story"}], "max_tokens": 20}
     streamed = read_stream(http, "/v1/chat", body)
     first, *pieces, last = streamed.events
     assert first == {"id": first["id"], "model": MODEL, "delta": {"role": "assistant"}}
@@ -120,7 +121,7 @@ def test_chat_streaming(http: httpx.Client) -> None:
         assert piece["delta"]["content"]
     assert last["delta"] == {}
     assert last["finish_reason"] == "length"
-    assert last["tokens_generated"] == 60
+    assert last["tokens_generated"] == 20
     check_usage(last)
     assert streamed.done
 

@@ -343,4 +343,8 @@ def job_fields(
 
 
 # The temperature has a configured default of its own.
-_SAMPLING_FIELDS = tuple(name for name in SAMPLING_FIELDS if name != "temperature")
+_SAMPLING_FIELDS = tuple(
+    name
+    for name in SAMPLING_FIELDS
+    if name in SamplingFields.model_fields and name != "temperature"
+)

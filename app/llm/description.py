@@ -14,7 +14,6 @@ import threading
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
 
-import gguf
 import msgspec
 
 from app.core.config import ModelSettings
@@ -160,6 +159,8 @@ def read_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
 
 def _gguf_shape(path: Path) -> ModelShape:
     """What a GGUF file says of itself, by the names its specification gives."""
+    import gguf
+
     header = read_header(path)
     architecture = header.metadata["general.architecture"]
     keys = {k.removeprefix(f"{architecture}."): v for k, v in header.metadata.items()}

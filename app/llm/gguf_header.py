@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import gguf
-
 MAGIC: Final = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
@@ -76,6 +74,9 @@ class _Reader:
         self._at = 0
 
     def header(self) -> GgufHeader:
+        # Imported where a file is read: with numpy it takes longer than reading the header does.
+        import gguf
+
         if self._data[:4] != MAGIC:
             raise ValueError("it is not a GGUF file")
         self._at = 4

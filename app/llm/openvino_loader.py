@@ -12,6 +12,10 @@ from app.llm.engine.prefix_index import BLOCK_SIZE
 from app.llm.hub import Progress, Snapshot
 from app.llm.load_errors import one_line
 
+_REASONS = {
+    "openvino": "model.engine is openvino",
+    "auto": "model.engine is auto, and OpenVINO is the fastest on a CPU",
+}
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 # Bytes of a number in the cache: by default the plugin keeps 8 bits and a scale for each group.
 _CACHE_BYTES = {"float32": 4.0, "auto": 1.25}
@@ -51,10 +55,9 @@ def load_openvino(
             raise OpenVinoUnsupportedError(f"it is not installed ({one_line(error)})") from error
         shape = shape or description.shape()
         blocks = _cache_blocks(settings, shape, max_running)
-        path = snapshot.directory / snapshot.gguf if snapshot.gguf else snapshot.directory
         try:
             pipeline = start_pipeline(
-                str(path),
+                str(snapshot.directory / (snapshot.gguf or "")),
                 max_running=max_running,
                 cache_blocks=blocks,
                 properties=_properties(settings),
@@ -66,11 +69,7 @@ def load_openvino(
         model=settings.label,
         revision=snapshot.revision,
         backend="openvino",
-        backend_reason=(
-            "model.engine is openvino"
-            if settings.engine == "openvino"
-            else "model.engine is auto, and OpenVINO is the fastest on a CPU"
-        ),
+        backend_reason=_REASONS[settings.engine],
         device="cpu",
         dtype=shape.weights,
         context_length=shape.context_length,

@@ -225,6 +225,17 @@ def test_a_repetition_penalty_counts_the_prompt(model: Backend) -> None:
     assert set(said) <= set(prompt), said
 
 
+def test_a_bias_decides_where_it_is_honoured(model: Backend) -> None:
+    """A backend that says so adds it to the logits; its neighbour says the same as alone."""
+    if "logit_bias" not in model.info.supported:
+        pytest.skip(f"{model.info.backend} says that it does not honour logit_bias")
+    plain = tokens(run(model, request("p"))["p"])
+    biased = SamplingParams(temperature=0, logit_bias={77: 100.0})
+    both = run(model, request("p"), request("q", sampling=biased))
+    assert tokens(both["p"]) == plain
+    assert tokens(both["q"]) == [77] * 8
+
+
 def test_logprobs_are_told_where_asked_for(backend: Backend) -> None:
     """One for each token, natural logarithms; nothing for a neighbour that did not ask."""
     asked = request("asked", max_tokens=6, logprobs=True)

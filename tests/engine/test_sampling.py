@@ -127,3 +127,21 @@ def test_an_extreme_distribution_is_never_out_of_range() -> None:
         SamplingParams(temperature=0.01, top_k=5, min_p=0.9, seed=0),
     ):
         assert set(draw(logits, params, draws=500)) == {17}
+
+
+def test_a_bias_is_added_to_its_tokens_only(logits: torch.Tensor) -> None:
+    """A large one decides, a small one shifts the odds by its exponential, neighbours feel none."""
+    forced = SamplingParams(temperature=1, logit_bias={1234: 100.0}, seed=1)
+    assert draw(logits, forced, 500) == {1234: 500}
+    banned = SamplingParams(temperature=1, logit_bias={0: -100.0, 1: -100.0}, seed=1)
+    assert not {0, 1} & set(draw(logits, banned))
+    scores = logits.repeat(2, 1)
+    plain = RequestSampler(SamplingParams(temperature=0), [])
+    biased = RequestSampler(SamplingParams(temperature=0, logit_bias={7: 50.0}), [])
+    assert select(scores, [plain, biased]).argmax(-1).tolist() == [0, 7]
+    shifted = SamplingParams(temperature=1, logit_bias={1: 1.0}, seed=1)
+    counts = draw(logits, shifted)
+    p = torch.softmax(logits + torch.nn.functional.one_hot(torch.tensor(1), VOCABULARY), -1)[
+        1
+    ].item()
+    assert abs(counts[1] / DRAWS - p) < 6 * (p * (1 - p) / DRAWS) ** 0.5

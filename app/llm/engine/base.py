@@ -36,6 +36,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
             seen before (Keskar et al., 2019).
         presence_penalty: Subtracted once from the logit of a token generated before.
         frequency_penalty: Subtracted once for each time a token was generated before.
+        logit_bias: Added to the logits of these tokens, by their ids, before anything else.
         seed: Makes a sampled answer repeatable, whatever else is in the batch.
     """
 
@@ -46,6 +47,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
     seed: int | None = None
 
     @property

@@ -76,6 +76,11 @@ def select(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
         the chosen token.
     """
     for row, sampler in enumerate(samplers):
+        if bias := sampler.params.logit_bias:
+            tokens = torch.tensor(list(bias), device=scores.device)
+            scores[row, tokens] += torch.tensor(
+                list(bias.values()), device=scores.device, dtype=scores.dtype
+            )
         if sampler.has_penalties:
             _penalise(scores[row], sampler)
     plain = [i for i, s in enumerate(samplers) if not s.is_greedy and not s.has_filters]

@@ -136,9 +136,9 @@ class Worker:
     def _check(self, request: GenerationRequest) -> None:
         """Refuse a token the model does not have: native code would read past its embeddings."""
         size = self._backend.info.vocabulary_size
-        ids = request.prompt_token_ids
-        if not ids or min(ids) < 0 or max(ids) >= size:
-            raise ValueError(f"the prompt is empty or has tokens outside the vocabulary of {size}")
+        ids = [*request.prompt_token_ids, *request.sampling.logit_bias]
+        if not request.prompt_token_ids or min(ids) < 0 or max(ids) >= size:
+            raise ValueError(f"the prompt is empty, or a token is outside the vocabulary of {size}")
 
     def _cancel(self, request_id: str, events: list[TokenEvent]) -> None:
         if request_id in self._in_flight:
