@@ -13,6 +13,7 @@ from app.llm.engine.base import (
     SAMPLING_FIELDS,
     EngineInfo,
     GenerationRequest,
+    Grammar,
     SamplingParams,
 )
 from app.llm.engine.client import EngineClient
@@ -37,12 +38,17 @@ class GenerationOptions:
         default_max_tokens: See ``max_tokens``.
         sampling: How tokens are chosen.
         stop: The answer ends before the first of these strings.
+        logprobs: How many of the likeliest tokens to tell beside each token and its
+            log-probability; ``None`` tells neither.
+        grammar: What the answer must look like.
     """
 
     max_tokens: int | None = None
     default_max_tokens: int = 512
     sampling: SamplingParams = NEUTRAL_SAMPLING
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(slots=True)
@@ -120,7 +126,7 @@ class TextGenerator:
             ServiceError: See :meth:`EngineClient.admit` and :meth:`Admission.generate`, and
                 ``ContextLengthExceededError``, ``UnsupportedParameterError``.
         """
-        check_supported(options.sampling, self.info)
+        check_supported(options, self.info)
         place = admission or self.engine.admit()
         try:
             request = await self._prepare(prompt, options, report, rendered=rendered)
@@ -146,6 +152,9 @@ class TextGenerator:
             prompt_token_ids=ids,
             max_tokens=self._fit(len(ids), options),
             sampling=options.sampling,
+            logprobs=options.logprobs is not None,
+            top_logprobs=options.logprobs or 0,
+            grammar=options.grammar,
         )
 
     def _fit(self, prompt_tokens: int, options: GenerationOptions) -> int:
@@ -201,15 +210,23 @@ class TextGenerator:
             report.token_ids.clear()
 
 
-def check_supported(sampling: SamplingParams, info: EngineInfo) -> None:
-    """Refuse sampling fields the running backend would ignore.
+def check_supported(options: GenerationOptions, info: EngineInfo) -> None:
+    """Refuse what the running backend would ignore.
 
     Raises:
-        UnsupportedParameterError: Naming the first one.
+        UnsupportedParameterError: Naming the first such field.
     """
-    for name in SAMPLING_FIELDS:
-        asked = getattr(sampling, name) != getattr(NEUTRAL_SAMPLING, name)
-        if asked and name not in info.supported:
+    asked = [
+        name
+        for name in SAMPLING_FIELDS
+        if getattr(options.sampling, name) != getattr(NEUTRAL_SAMPLING, name)
+    ]
+    if options.logprobs is not None:
+        asked.append("top_logprobs" if options.logprobs else "logprobs")
+    if options.grammar is not None:
+        asked.append("grammar")
+    for name in asked:
+        if name not in info.supported:
             raise UnsupportedParameterError(
                 f"The running engine ({info.backend}) does not support {name}.", param=name
             )

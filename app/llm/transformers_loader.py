@@ -172,7 +172,7 @@ def _start_backend(
         dtype="int8" if int8 else str(model.dtype).removeprefix("torch."),
         context_length=context_length(model.config),
         vocabulary_size=int(model.config.get_text_config().vocab_size),
-        supported=frozenset(SAMPLING_FIELDS),
+        supported=frozenset((*SAMPLING_FIELDS, "logprobs")),
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         chat_template=chat_template(tokenizer),
         special_tokens=special_tokens(tokenizer),

@@ -59,8 +59,66 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 NEUTRAL_SAMPLING: Final = SamplingParams()
 SAMPLING_FIELDS: Final = SamplingParams.__struct_fields__
 
+REQUEST_FEATURES: Final = ("logprobs", "top_logprobs", "grammar")
+"""Fields of :class:`GenerationRequest` that a backend may not have."""
 
-class GenerationRequest(msgspec.Struct, frozen=True):
+
+class JsonSchemaGrammar(msgspec.Struct, frozen=True, tag="json_schema"):
+    """The whole answer is a JSON value of this schema.
+
+    Attributes:
+        schema: JSON Schema, as JSON text.
+    """
+
+    schema: str
+
+
+class RegexGrammar(msgspec.Struct, frozen=True, tag="regex"):
+    """The whole answer matches this regular expression.
+
+    Attributes:
+        pattern: Without anchors.
+    """
+
+    pattern: str
+
+
+class Tag(msgspec.Struct, frozen=True):
+    """A part of an answer that stands between two strings.
+
+    Attributes:
+        begin: What comes before it.
+        schema: JSON Schema of the part, as JSON text.
+        end: What comes after it.
+    """
+
+    begin: str
+    schema: str
+    end: str
+
+
+class TagsGrammar(msgspec.Struct, frozen=True, tag="tags"):
+    """An answer with tagged parts, such as tool calls, that follow their schemas.
+
+    Attributes:
+        tags: Each ``begin`` starts with the trigger.
+        trigger: Text that must be the beginning of one of the tags wherever it comes.
+        required: Whether the answer is one or more tagged parts, and no text beside them;
+            otherwise it is text in which tagged parts may come.
+        single: Whether the answer ends after the first tagged part.
+    """
+
+    tags: list[Tag]
+    trigger: str
+    required: bool = False
+    single: bool = False
+
+
+Grammar = JsonSchemaGrammar | RegexGrammar | TagsGrammar
+"""What an answer must look like; each backend translates it for its own library."""
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """A request as the engine sees it.
 
     Attributes:
@@ -69,6 +127,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         max_tokens: Most tokens to generate, the end-of-sequence token included.
         sampling: How to choose them.
         logprobs: Whether to tell each token's log-probability.
+        top_logprobs: How many of the likeliest tokens to tell beside it.
+        grammar: What the answer must look like.
     """
 
     id: str
@@ -76,6 +136,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     max_tokens: int
     sampling: SamplingParams
     logprobs: bool = False
+    top_logprobs: int = 0
+    grammar: Grammar | None = None
 
 
 class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -86,6 +148,8 @@ class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
         token_ids: New tokens, in order; an end-of-sequence token is among them.
         logprobs: Where they were asked for, the natural logarithm of each new token's
             probability by the model alone: before penalties, temperature and filters.
+        top_logprobs: Where they were asked for, for each new token the likeliest tokens of its
+            place and their log-probabilities, likeliest first.
         finish_reason: Set on the request's last event, and on no other.
         error: What went wrong, for the log; only beside the finish reason ``error``.
         cached_tokens: Prompt tokens found in the KV cache; on the first event only.
@@ -94,6 +158,7 @@ class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     request_id: str
     token_ids: list[int] = []
     logprobs: list[float] = []
+    top_logprobs: list[list[tuple[int, float]]] = []
     finish_reason: FinishReason | None = None
     error: str | None = None
     cached_tokens: int = 0
@@ -111,7 +176,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
         dtype: Precision of the weights.
         context_length: Most tokens of prompt and answer together.
         vocabulary_size: Tokens the model has embeddings for; ids are below it.
-        supported: Names of the sampling fields this backend honours.
+        supported: What this backend honours: names of sampling fields, and of
+            :data:`REQUEST_FEATURES`.
         tokenizer_json: The tokenizer, as the ``tokenizers`` library serialises it.
         chat_template: The model's Jinja template; ``None`` where it has none.
         special_tokens: ``bos_token``, ``eos_token`` and the like, for the template.

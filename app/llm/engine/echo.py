@@ -78,7 +78,7 @@ class EchoBackend:
             dtype="none",
             context_length=CONTEXT_LENGTH,
             vocabulary_size=self._tokenizer.get_vocab_size(),
-            supported=frozenset(SAMPLING_FIELDS),
+            supported=frozenset((*SAMPLING_FIELDS, "logprobs", "top_logprobs")),
             tokenizer_json=self._tokenizer.to_str(),
             chat_template=_CHAT_TEMPLATE,
             special_tokens={"eos_token": _END},
@@ -133,9 +133,12 @@ class EchoBackend:
             finish = "stop" if at_end else "length"
             del self._running[request.id]
         # It is certain of what it repeats.
-        logprobs = [0.0] if request.logprobs else []
         return TokenEvent(
-            request_id=request.id, token_ids=[token], logprobs=logprobs, finish_reason=finish
+            request_id=request.id,
+            token_ids=[token],
+            logprobs=[0.0] if request.logprobs else [],
+            top_logprobs=[[(token, 0.0)]] if request.top_logprobs else [],
+            finish_reason=finish,
         )
 
     def has_work(self) -> bool:

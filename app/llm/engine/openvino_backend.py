@@ -28,8 +28,8 @@ from app.llm.engine.prefix_index import PrefixIndex
 BLOCK_SIZE: Final = 32
 """Tokens in a block of the CPU plugin's KV cache."""
 
-SUPPORTED: Final = frozenset(SAMPLING_FIELDS) - {"logit_bias"}
-"""Sampling fields honoured: all that the library has."""
+SUPPORTED: Final = frozenset((*SAMPLING_FIELDS, "logprobs")) - {"logit_bias"}
+"""What is honoured: all that the library has."""
 
 # The library wants min_p below 1; the next smaller float32 keeps the likeliest tokens alone, too.
 _LARGEST_MIN_P = 1 - 2**-24
