@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app.core.security import Principal
 from app.llm.engine.base import SAMPLING_FIELDS
-from app.services.generation import Completion
+from app.services.answers import Completion
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "content_filter"]

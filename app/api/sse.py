@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 from app.api.errors import error_content
 from app.api.schemas import usage
 from app.core.logging import get_logger
-from app.services.generation import Answer
+from app.services.answers import Answer
 from app.utils.errors import InternalError, ServiceError
 
 log = get_logger()

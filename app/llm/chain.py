@@ -7,10 +7,11 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, TypeVar
+from typing import Any, TypeVar
 
-from langchain.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage
+from langchain.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.callbacks import (
     AsyncCallbackManagerForLLMRun,
     CallbackManagerForLLMRun,
@@ -27,27 +28,20 @@ from pydantic import ConfigDict
 from app.llm.engine.admission import Admission
 from app.llm.engine.base import SAMPLING_FIELDS
 from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
+from app.llm.tools import ChatMessage, Tool, ToolFormat
 
 T = TypeVar("T")
 
 SYSTEM_PROMPT_FILE = Path(__file__).parent / "prompts" / "base_system.txt"
 
-_MESSAGE_CLASSES: dict[str, type[SystemMessage | HumanMessage | AIMessage]] = {
+_MESSAGE_CLASSES: dict[str, Callable[..., AnyMessage]] = {
     "system": SystemMessage,
     "user": HumanMessage,
     "assistant": AIMessage,
+    # The calls that results belong to are told apart by their order, as in the model's text.
+    "tool": partial(ToolMessage, tool_call_id=""),
 }
-
-
-class ChatMessage(TypedDict):
-    """A message as the services pass it; see :meth:`PromptTokenizer.render_chat`."""
-
-    role: str
-    content: str
-    token_ids: NotRequired[list[int]]
-
-
-_ROLES = {"system": "system", "human": "user", "ai": "assistant"}
+_ROLES = {"system": "system", "human": "user", "ai": "assistant", "tool": "tool"}
 
 
 class ServedPipeline(HuggingFacePipeline):  # type: ignore[misc]
@@ -266,20 +260,24 @@ class ChatRenderer(Runnable[PromptValue, str]):
         self,
         input: PromptValue,  # noqa: A002 - the parent's name
         config: RunnableConfig | None = None,  # noqa: ARG002 - the interface
+        *,
+        tools: Sequence[Tool] = (),
         **kwargs: Any,  # noqa: ARG002 - the interface
     ) -> str:
         """Render, on the caller's thread."""
-        return self._generator.tokenizer.render_chat(_plain(input.to_messages()))
+        return self._generator.tokenizer.render_chat(_plain(input.to_messages()), tools)
 
     async def ainvoke(
         self,
         input: PromptValue,  # noqa: A002 - the parent's name
         config: RunnableConfig | None = None,  # noqa: ARG002 - the interface
+        *,
+        tools: Sequence[Tool] = (),
         **kwargs: Any,  # noqa: ARG002 - the interface
     ) -> str:
         """Render, off the event loop."""
         tokenizer = self._generator.tokenizer
-        return await tokenizer.run(tokenizer.render_chat, _plain(input.to_messages()))
+        return await tokenizer.run(tokenizer.render_chat, _plain(input.to_messages()), tools)
 
 
 class Chains:
@@ -302,14 +300,19 @@ class Chains:
         return StreamingSequence(first=self._text_prompt, middle=[model], last=self._parser)
 
     def chat(
-        self, options: GenerationOptions, report: GenerationReport, admission: Admission
+        self,
+        options: GenerationOptions,
+        report: GenerationReport,
+        admission: Admission,
+        tools: Sequence[Tool] = (),
     ) -> Runnable[dict[str, Any], str]:
         """The chain for a chat; its input is ``{"messages": chat_messages(...)}``."""
+        renderer = self._renderer.bind(tools=tools) if tools else self._renderer
         model = self.pipeline.bind(
             options=options, report=report, admission=admission, rendered=True
         )
         return StreamingSequence(
-            first=self._chat_prompt, middle=[self._renderer, model], last=self._parser
+            first=self._chat_prompt, middle=[renderer, model], last=self._parser
         )
 
     def chat_messages(self, messages: Sequence[ChatMessage]) -> list[AnyMessage]:
@@ -327,10 +330,27 @@ class Chains:
             return converted
         return [SystemMessage(content=self.system_prompt), *converted]
 
-    async def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
-        """Tokens of the prompt that :meth:`chat` would make of these messages."""
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model calls tools.
+
+        Raises:
+            ModelLoadingError: The model has not been loaded yet.
+        """
+        return self._generator.tokenizer.tool_format
+
+    async def prompt_tokens(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()
+    ) -> list[int]:
+        """Token ids of the prompt that :meth:`chat` would make of these messages."""
         tokenizer = self._generator.tokenizer
-        return await tokenizer.run(tokenizer.count_chat, _plain(self.chat_messages(messages)))
+        plain = _plain(self.chat_messages(messages))
+        return await tokenizer.run(tokenizer.encode_chat, plain, tools)
+
+    async def text_tokens(self, text: str) -> list[int]:
+        """Token ids of a bare prompt."""
+        tokenizer = self._generator.tokenizer
+        return await tokenizer.run(tokenizer.encode_text, text)
 
 
 def _plain(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
 """From a prompt's text to an answer's text: admission, tokens, stop strings, accounting."""
 
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 from app.llm.detokenizer import Detokenizer, StopMatcher
@@ -15,6 +16,7 @@ from app.llm.engine.base import (
     GenerationRequest,
     Grammar,
     SamplingParams,
+    TokenEvent,
 )
 from app.llm.engine.client import EngineClient
 from app.llm.tokenizer import PromptTokenizer
@@ -51,6 +53,23 @@ class GenerationOptions:
     grammar: Grammar | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and its log-probability.
+
+    Attributes:
+        token: Its bytes; a character of the text may span several tokens.
+        logprob: Natural logarithm of its probability, by the model alone.
+        start: Where in the text it begins, in characters.
+        top: The likeliest tokens of its place and their log-probabilities, likeliest first.
+    """
+
+    token: bytes
+    logprob: float
+    start: int
+    top: tuple[tuple[bytes, float], ...] = ()
+
+
 @dataclass(slots=True)
 class GenerationReport:
     """What is known of a generation beside its text; filled while it runs.
@@ -63,6 +82,7 @@ class GenerationReport:
         finish_reason: ``None`` until the answer is complete.
         token_ids: The answer's tokens without the one that ended it; empty where they are not
             exactly the text, as after a stop string.
+        logprobs: Of the text's tokens, where they were asked for.
     """
 
     id: str = field(default_factory=lambda: f"gen-{uuid.uuid4().hex}")
@@ -71,6 +91,7 @@ class GenerationReport:
     completion_tokens: int = 0
     finish_reason: FinishReason | None = None
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 class TextGenerator:
@@ -181,14 +202,23 @@ class TextGenerator:
     ) -> AsyncGenerator[str, None]:
         detokenizer = Detokenizer(self.tokenizer.decoder)
         stops = StopMatcher(stop)
+        position = sent = 0
         events = place.generate(request)
         async with aclosing(events):
             async for event in events:
                 report.completion_tokens += len(event.token_ids)
                 report.token_ids += event.token_ids
                 report.cached_tokens += event.cached_tokens
-                piece, stopped = stops.feed(detokenizer.feed(event.token_ids))
+                texts = [detokenizer.feed([token]) for token in event.token_ids]
+                if request.logprobs:
+                    starts = accumulate(map(len, texts), initial=position)
+                    report.logprobs += self._logprobs(event, starts)
+                    position += sum(map(len, texts))
+                piece, stopped = stops.feed("".join(texts))
+                sent += len(piece)
                 if stopped:
+                    while report.logprobs and report.logprobs[-1].start >= sent:
+                        del report.logprobs[-1]
                     report.finish_reason = "stop"
                     report.token_ids.clear()
                     place.finish()
@@ -200,6 +230,16 @@ class TextGenerator:
                     self._keep_exact(report)
                 if piece:
                     yield piece
+
+    def _logprobs(self, event: TokenEvent, starts: Iterable[int]) -> Iterator[TokenLogprob]:
+        """An event's log-probabilities, but for special tokens: they are not in the text."""
+        bytes_of = self.tokenizer.token_bytes
+        top = event.top_logprobs or [[]] * len(event.token_ids)
+        rows = zip(event.token_ids, event.logprobs, starts, top, strict=False)
+        for token, logprob, start, likeliest in rows:
+            if token not in self.tokenizer.special_token_ids:
+                told = tuple((bytes_of(t), p) for t, p in likeliest)
+                yield TokenLogprob(bytes_of(token), logprob, start, told)
 
     def _keep_exact(self, report: GenerationReport) -> None:
         """Leave out the end-of-sequence token; give up where a special token is in the text."""

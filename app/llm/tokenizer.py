@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from app.llm.engine.base import EngineInfo
+from app.llm.tools import Tool, tool_format
 from app.utils.errors import ChatTemplateError
 
 T = TypeVar("T")
@@ -30,6 +31,23 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
+
+# Vocabularies of SentencePiece write the bytes of characters they lack like this.
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The characters that stand for bytes in vocabularies of byte-level BPE.
+
+    Printable ones of Latin-1 stand for themselves, the others follow U+0100 in order
+    (Radford et al., 2019: GPT-2's encoder).
+    """
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in plain]
+    return {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_level_alphabet()
 
 
 class PromptTokenizer:
@@ -46,6 +64,7 @@ class PromptTokenizer:
         self._encoder.no_padding()
         self.decoder = Tokenizer.from_str(info.tokenizer_json)
         self._template = info.chat_template or DEFAULT_CHAT_TEMPLATE
+        self.tool_format = tool_format(self._template)
         self._template_variables = dict(info.special_tokens)
         added = self._encoder.get_added_tokens_decoder()
         self._special = {
@@ -65,6 +84,8 @@ class PromptTokenizer:
         self._boundary = re.compile(
             f"\ue000{self._nonce}#(?P<exact>[\\d,]+)\ue001|{self._spelling.pattern}"
         )
+        self._added = {token_id: token.content.encode() for token_id, token in added.items()}
+        self._is_byte_level = b'"ByteLevel"' in self.decoder.decoder.__getstate__()
         self._takes_system = self._probe_system_role()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
@@ -76,16 +97,19 @@ class PromptTokenizer:
         """End the owner's thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def count_chat(self, messages: Sequence[Mapping[str, Any]]) -> int:
-        """Tokens of a chat's prompt."""
-        return len(self.encode_rendered(self.render_chat(messages)))
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()
+    ) -> list[int]:
+        """Token ids of a chat's prompt; see :meth:`render_chat`."""
+        return self.encode_rendered(self.render_chat(messages, tools))
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()) -> str:
         """The prompt for a chat, ending where the assistant is to speak.
 
         Args:
             messages: Each with ``role`` and ``content``, and ``token_ids`` where the content is
                 an answer whose tokens are known: these very tokens are then encoded.
+            tools: Functions that the model is told of.
 
         Returns:
             Text for :meth:`encode_rendered`; placeholders stand for special spellings in it.
@@ -93,17 +117,20 @@ class PromptTokenizer:
         Raises:
             ChatTemplateError: The model's template refuses the messages.
         """
+        messages = self.tool_format.for_template(messages, tools)
         if not self._takes_system:
             messages = _fold_system(messages)
         plain = [self._escape(m["content"]) for m in messages]
-        rendered = self._render(messages, plain)
+        told = tools if self.tool_format.in_template else ()
+        definitions = [self._escape_within(tool.definition()) for tool in told]
+        rendered = self._render(messages, plain, definitions)
         exact = [
             self._write_exact(m["token_ids"]) if m.get("token_ids") else text
             for m, text in zip(messages, plain, strict=True)
         ]
         if exact == plain:
             return rendered
-        with_tokens = self._render(messages, exact)
+        with_tokens = self._render(messages, exact, definitions)
         # A template may look at an answer's text, or cut it: then the tokens would be wrong.
         texts = dict(zip(exact, plain, strict=True))
         unchanged = self._exact.sub(lambda match: texts[match.group()], with_tokens) == rendered
@@ -118,7 +145,12 @@ class PromptTokenizer:
             return False
         return True
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], contents: Sequence[str]) -> str:
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        contents: Sequence[str],
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> str:
         chat = [
             {"role": m["role"], "content": content}
             for m, content in zip(messages, contents, strict=True)
@@ -126,6 +158,7 @@ class PromptTokenizer:
         try:
             rendered, _ = render_jinja_template(
                 [chat],
+                tools=list(tools) or None,
                 chat_template=self._template,
                 add_generation_prompt=True,
                 **self._template_variables,
@@ -137,6 +170,17 @@ class PromptTokenizer:
                 f"The model's chat template refuses these messages: {reason}", param="messages"
             ) from error
         return str(rendered[0])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for; nothing for an id that is padding of the embeddings."""
+        if (added := self._added.get(token_id)) is not None:
+            return added
+        token = self.decoder.id_to_token(token_id) or ""
+        if self._is_byte_level:
+            return bytes(_BYTE_OF[c] for c in token)
+        if byte := _BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(byte[1])
+        return token.replace("\u2581", " ").encode()
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a bare prompt, all of it plain text, with the model's own opening token."""
@@ -176,6 +220,16 @@ class PromptTokenizer:
         return self._spelling.sub(
             lambda m: f"\ue000{self._nonce}:{index(m.group())}\ue001", content
         )
+
+    def _escape_within(self, value: Any) -> Any:
+        """A JSON value with the strings in it escaped, names of members too."""
+        if isinstance(value, str):
+            return self._escape(value)
+        if isinstance(value, Mapping):
+            return {self._escape(k): self._escape_within(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._escape_within(v) for v in value]
+        return value
 
 
 def _fold_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from app.core.metrics import Metrics
 from app.core.sessions import HistoryMessage, Session, SessionStore
-from app.llm.chain import ChatMessage
 from app.llm.generator import TextGenerator
-from app.services.generation import Answer, Completion, GenerationService, Job
+from app.llm.tools import ChatMessage
+from app.services.answers import Answer, Completion, Job
+from app.services.generation import GenerationService
 from app.utils.errors import (
     SessionNotFoundError,
     UnsupportedParameterError,
@@ -128,7 +129,8 @@ class ConversationService:
 
         async def fits(start: int) -> bool:
             messages = [*before, *map(_as_message, history[start:]), *new]
-            return await self._generation.count_chat_tokens(messages) <= room
+            tokens = await self._generation.prompt_tokens(replace(job, messages=messages))
+            return len(tokens) <= room
 
         if await fits(0):
             return history, 0

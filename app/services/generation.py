@@ -1,152 +1,27 @@
 """The one use case behind every route that generates: check, admit, generate, account."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import AsyncGenerator
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from app.core.cache import CacheStatistics
 from app.core.config import ModelSettings, SecuritySettings
-from app.llm.chain import Chains, ChatMessage
-from app.llm.engine.base import SamplingParams
+from app.llm.chain import Chains
+from app.llm.engine.base import Grammar, SamplingParams
 from app.llm.engine.client import EngineClient
-from app.llm.generator import FinishReason, GenerationOptions, GenerationReport
+from app.llm.generator import GenerationOptions, GenerationReport
+from app.llm.tool_calls import ToolCallParser
+from app.llm.tools import ChatMessage, Tool, ToolUse
+from app.services.answers import Answer, Completion, Job, collect
 from app.services.response_cache import ResponseCache, cache_key
 from app.services.screening import Screening
-from app.utils.errors import InternalError, PromptTooLongError, ValidationFailedError
+from app.utils.errors import (
+    PromptTooLongError,
+    UnsupportedParameterError,
+    ValidationFailedError,
+)
 from app.utils.timing import within
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A complete answer.
-
-    Attributes:
-        id: Of this answer.
-        text: What the model said.
-        model: Which model said it.
-        finish_reason: Why it ended.
-        prompt_tokens: Tokens of the prompt.
-        completion_tokens: Tokens generated.
-        cached_tokens: Prompt tokens found in the engine's KV cache.
-        cached: Whether the whole answer came from the response cache.
-        dropped_messages: Messages of the history that did not fit the context.
-        token_ids: The answer's tokens, where they are exactly its text; see GenerationReport.
-    """
-
-    id: str
-    text: str
-    model: str
-    finish_reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    cached: bool = False
-    dropped_messages: int = 0
-    token_ids: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What a caller wants generated; either a prompt or messages.
-
-    Attributes:
-        prompt: Bare text to continue.
-        messages: A chat to answer, each with ``role`` and ``content``.
-        max_tokens: Most tokens, or ``None`` for the configured number.
-        temperature: Sampling temperature, or ``None`` for the configured one.
-        sampling: The other sampling fields that the caller set.
-        stop: Strings that end the answer.
-        caller: Id of the caller's key; answers are kept for each caller apart, and callers
-            share the engine fairly.
-        cache: Whether a kept answer may be served, and this one kept.
-        deadline: When the answer must be complete, on the event loop's clock.
-    """
-
-    prompt: str | None = None
-    messages: Sequence[ChatMessage] = ()
-    max_tokens: int | None = None
-    temperature: float | None = None
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    stop: tuple[str, ...] = ()
-    caller: str = ""
-    cache: bool = True
-    deadline: float | None = None
-
-
-class Answer:
-    """An answer on its way: iterate over its text, then read :attr:`completion`."""
-
-    def __init__(
-        self,
-        model: str,
-        report: GenerationReport,
-        pieces: AsyncGenerator[str, None],
-        *,
-        cached: bool = False,
-        deadline: float | None = None,
-    ) -> None:
-        self.id = report.id
-        self.model = model
-        self.cached = cached
-        self._deadline = deadline
-        self.dropped_messages = 0
-        self._on_end: Callable[[Completion | None], None] | None = None
-        self._report = report
-        self._pieces = pieces
-        self._text: list[str] = []
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        """The answer's text, piece by piece.
-
-        Raises:
-            ServiceError: The answer broke off.
-        """
-        # The deadline is this reader's alone: a generation may have others, see ResponseCache.
-        while (piece := await within(self._deadline, anext(self._pieces, None))) is not None:
-            if piece:
-                self._text.append(piece)
-                yield piece
-        self._end(self.completion)
-
-    def on_end(self, callback: Callable[[Completion | None], None]) -> None:
-        """Call ``callback`` once: with the whole answer, or with ``None`` if there is none."""
-        self._on_end = callback
-
-    def _end(self, completion: Completion | None) -> None:
-        callback, self._on_end = self._on_end, None
-        if callback is not None:
-            callback(completion)
-
-    async def aclose(self) -> None:
-        """Stop generating, if it has not ended; must be called in any case."""
-        try:
-            await self._pieces.aclose()
-        finally:
-            self._end(None)
-
-    @property
-    def completion(self) -> Completion:
-        """The whole answer, once the iteration has ended.
-
-        Raises:
-            InternalError: It has not.
-        """
-        report = self._report
-        if report.finish_reason is None:
-            raise InternalError
-        return Completion(
-            id=self.id,
-            text="".join(self._text),
-            model=self.model,
-            finish_reason=report.finish_reason,
-            prompt_tokens=report.prompt_tokens,
-            completion_tokens=report.completion_tokens,
-            cached_tokens=report.cached_tokens,
-            cached=self.cached,
-            dropped_messages=self.dropped_messages,
-            token_ids=tuple(report.token_ids),
-        )
 
 
 class GenerationService:
@@ -194,8 +69,10 @@ class GenerationService:
         options = self._options(job)
         key = self._cache_key(job, options) if job.cache else None
         model = self._engine.model_label
+        parser = self._parser(job.tools)
         if stored := self._cache.lookup(key):
-            return Answer(model, stored.report, _all_at_once(stored.text), cached=True)
+            pieces = _all_at_once(stored.text)
+            return Answer(model, stored.report, pieces, cached=True, parser=parser)
         report, pieces = self._cache.generate(key, partial(self._generate, job, options))
         try:
             # The first piece is empty and says that the request is in.
@@ -203,7 +80,12 @@ class GenerationService:
         except BaseException:
             await pieces.aclose()
             raise
-        return Answer(model, report, pieces, deadline=job.deadline)
+        return Answer(model, report, pieces, deadline=job.deadline, parser=parser)
+
+    def _parser(self, use: ToolUse | None) -> ToolCallParser | None:
+        if use is None:
+            return None
+        return ToolCallParser(self._chains.tool_format, {tool.name for tool in use.allowed})
 
     def _cache_key(self, job: Job, options: GenerationOptions) -> str:
         info = self._engine.info
@@ -218,6 +100,10 @@ class GenerationService:
             options.max_tokens or options.default_max_tokens,
             options.sampling,
             options.stop,
+            options.logprobs,
+            options.grammar,
+            job.tools,
+            job.end_user,
         )
 
     async def _generate(
@@ -229,7 +115,7 @@ class GenerationService:
                 chain = self._chains.generate(options, report, admission)
                 pieces = chain.astream({"prompt": job.prompt})
             else:
-                chain = self._chains.chat(options, report, admission)
+                chain = self._chains.chat(options, report, admission, _tools_of(job))
                 pieces = chain.astream({"messages": self._chains.chat_messages(job.messages)})
             screened = self._screening.answer(pieces, report, self._engine.template_tokens)
             # Up to the first, empty piece the prompt is rendered and encoded.
@@ -261,9 +147,11 @@ class GenerationService:
         """
         self._engine.check(caller)
 
-    async def count_chat_tokens(self, messages: Sequence[ChatMessage]) -> int:
-        """Tokens of a chat's prompt."""
-        return await self._chains.count_tokens(messages)
+    async def prompt_tokens(self, job: Job) -> list[int]:
+        """Token ids of a screened job's prompt, as the model gets them."""
+        if job.prompt is not None:
+            return await self._chains.text_tokens(job.prompt)
+        return await self._chains.prompt_tokens(job.messages, _tools_of(job))
 
     def _options(self, job: Job) -> GenerationOptions:
         if job.max_tokens is not None and job.max_tokens > self._model.max_tokens:
@@ -277,7 +165,19 @@ class GenerationService:
             default_max_tokens=self._model.max_tokens,
             sampling=SamplingParams(temperature=temperature, **job.sampling),
             stop=job.stop,
+            logprobs=job.logprobs,
+            grammar=job.grammar or self._tool_grammar(job.tools),
         )
+
+    def _tool_grammar(self, use: ToolUse | None) -> Grammar | None:
+        if use is None:
+            return None
+        info = self._engine.info
+        # A model that may call is held to its tools' schemas where the engine can; one that must
+        # call has to be.
+        if use.choice == "auto" and info is not None and "grammar" not in info.supported:
+            return None
+        return self._chains.tool_format.grammar(use)
 
     def screen(self, job: Job) -> Job:
         """Refuse what a caller may not send, and take out what is not to reach the model.
@@ -285,7 +185,18 @@ class GenerationService:
         Raises:
             PromptTooLongError: Over ``security.max_prompt_chars``.
             PiiDetectedError: Personal data, where that is refused.
+            UnsupportedParameterError: Log-probabilities, which would tell what is taken out of
+                answers.
+            ModelLoadingError: Calls of tools are written in the model's own form.
         """
+        if job.logprobs is not None and self._screening.takes_out:
+            raise UnsupportedParameterError(
+                "Log-probabilities would tell what pii.output and output.blocked_patterns take "
+                "out here.",
+                param="logprobs",
+            )
+        if any("tool_calls" in m for m in job.messages):
+            job = replace(job, messages=self._chains.tool_format.as_text(job.messages))
         self._check_length(job)
         clean = self._screening.prompt
         if job.prompt is not None:
@@ -293,10 +204,17 @@ class GenerationService:
         messages: list[ChatMessage] = [
             {**m, "content": clean(m["content"], param="messages")} for m in job.messages
         ]
-        return replace(job, messages=messages)
+        if job.tools is None:
+            return replace(job, messages=messages)
+        tools = tuple(
+            Tool(t.name, *self._screening.values((t.description, t.parameters), param="tools"))
+            for t in job.tools.tools
+        )
+        return replace(job, messages=messages, tools=replace(job.tools, tools=tools))
 
     def _check_length(self, job: Job) -> None:
         characters = len(job.prompt or "") + sum(len(m["content"]) for m in job.messages)
+        characters += sum(len(json.dumps(t.definition())) for t in _tools_of(job))
         if characters > self._max_prompt_chars:
             raise PromptTooLongError(
                 f"The prompt has {characters} characters; at most {self._max_prompt_chars} are "
@@ -305,18 +223,8 @@ class GenerationService:
             )
 
 
-async def collect(answer: Answer) -> Completion:
-    """Wait for the whole answer.
-
-    Raises:
-        ServiceError: It broke off.
-    """
-    try:
-        async for _ in answer:
-            pass
-        return answer.completion
-    finally:
-        await answer.aclose()
+def _tools_of(job: Job) -> tuple[Tool, ...]:
+    return job.tools.tools if job.tools else ()
 
 
 async def _all_at_once(text: str) -> AsyncGenerator[str, None]:

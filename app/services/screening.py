@@ -1,7 +1,8 @@
 """What may reach the model and what may leave it: personal data, blocked patterns, stray tokens."""
 
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from typing import Any
 
 from app.core.config import OutputSettings, PiiSettings
 from app.core.metrics import Metrics
@@ -51,6 +52,21 @@ class Screening:
             )
         self._count(counts)
         return redacted
+
+    def values(self, value: Any, *, param: str) -> Any:
+        """A JSON value whose strings are as :meth:`prompt` leaves them; members' names stay."""
+        if isinstance(value, str):
+            return self.prompt(value, param=param)
+        if isinstance(value, Mapping):
+            return {name: self.values(member, param=param) for name, member in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.values(member, param=param) for member in value]
+        return value
+
+    @property
+    def takes_out(self) -> bool:
+        """Whether answers may lose text that the model generated on purpose."""
+        return self._pii.output == "redact" or bool(self._blocked)
 
     async def answer(
         self,

@@ -127,7 +127,7 @@ async def test_counting_a_sessions_history_is_part_of_the_time() -> None:
     """The turn is given up, and the session stays usable."""
     async with start() as client:
         await client.say("one")
-        with stuck(client, "count_chat"):
+        with stuck(client, "encode_chat"):
             response = await client.http.post(
                 "/v1/chat",
                 json={"messages": [{"role": "user", "content": "two"}], "session_id": "s"},

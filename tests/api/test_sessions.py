@@ -183,13 +183,13 @@ async def test_a_full_queue_refuses_a_follow_up_before_its_history_is_counted() 
     async with start(engine={"max_running": 1, "max_waiting": 0}) as client:
         await client.say("one")
         counted: list[object] = []
-        count = client.services.generation.count_chat_tokens
+        count = client.services.generation.prompt_tokens
 
-        async def counting(messages: Any) -> int:
-            counted.append(messages)
-            return await count(messages)
+        async def counting(job: Any) -> list[int]:
+            counted.append(job)
+            return await count(job)
 
-        client.services.generation.count_chat_tokens = counting  # type: ignore[method-assign]
+        client.services.generation.prompt_tokens = counting  # type: ignore[method-assign]
         place = client.services.engine.admit()
         refused = await client.say("two")
         assert (refused.status_code, counted) == (503, [])

@@ -21,8 +21,8 @@ from app.api.schemas import (
     job_fields,
 )
 from app.api.sse import EventStream
-from app.llm.chain import ChatMessage
-from app.services.generation import Completion, Job, collect
+from app.llm.tools import ChatMessage
+from app.services.answers import Completion, Job, collect
 from app.utils.errors import GENERATION_ERRORS, SessionBusyError
 
 router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["chat"])

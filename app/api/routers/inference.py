@@ -14,7 +14,7 @@ from app.api.dependencies import (
 from app.api.errors import STREAM, responses
 from app.api.schemas import GenerateRequest, GenerateResponse, answer_fields, job_fields
 from app.api.sse import EventStream
-from app.services.generation import Job
+from app.services.answers import Job
 from app.utils.errors import GENERATION_ERRORS
 
 router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["inference"])

@@ -1,0 +1,179 @@
+"""Reads the calls out of a model's answer while it comes."""
+
+import re
+import uuid
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from app.llm.detokenizer import overlap
+from app.llm.tools import ToolFormat
+
+_SPACE = " \t\r\n"
+# A function's name has at most 64 characters; white space may stand between the rest.
+_LONGEST_HEAD = 256
+
+
+@dataclass(frozen=True, slots=True)
+class CallPiece:
+    """A part of a call.
+
+    Attributes:
+        index: Which call of the answer, from 0.
+        id: Of the call; on its first piece only.
+        name: The function's; on the first piece only.
+        arguments: A further part of the arguments' JSON text.
+    """
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+Piece = str | CallPiece
+
+
+class ToolCallParser:
+    """Splits an answer that comes in pieces into text and calls.
+
+    What is not a call of a known function stays text, unchanged. White space beside calls goes.
+    """
+
+    def __init__(self, form: ToolFormat, names: Collection[str]) -> None:
+        """Begin an answer.
+
+        Args:
+            form: How the model writes calls.
+            names: Functions that may be called.
+        """
+        self._names = names
+        self._trigger = form.trigger
+        self._opening_length = len(form.opening)
+        self._head = re.compile(
+            rf'\s*\{{\s*"name"\s*:\s*"([\w-]+)"\s*,\s*"{form.arguments_key}"\s*:\s*'
+        )
+        # Llama puts a semicolon between calls and nothing after them.
+        self._closing = "}" + form.closing
+        self._separators = _SPACE if form.closing else _SPACE + ";"
+        self._buffer = ""
+        self._state: Callable[[list[Piece]], bool] = self._read_text
+        self._value = _JsonValue()
+        self._after_call = False
+        self.calls = 0
+
+    def feed(self, text: str) -> list[Piece]:
+        """What a further part of the answer brings."""
+        self._buffer += text
+        pieces: list[Piece] = []
+        while self._state(pieces):
+            pass
+        return pieces
+
+    def flush(self) -> list[Piece]:
+        """What was held back, once no more text can come."""
+        rest, self._buffer = self._buffer, ""
+        in_call = self._state != self._read_text
+        if in_call or (self._after_call and not rest.strip(self._separators)):
+            return []
+        return [rest] if rest else []
+
+    def _read_text(self, pieces: list[Piece]) -> bool:
+        """Pass text on up to a call; whether one begins."""
+        if self._after_call:
+            self._buffer = self._buffer.lstrip(self._separators)
+        at = self._buffer.find(self._trigger)
+        if at < 0:
+            self._pass_text(pieces, len(self._buffer) - overlap(self._buffer, self._trigger))
+            return False
+        body = self._buffer[at + self._opening_length :]
+        head = self._head.match(body)
+        if head is not None and head[1] in self._names:
+            self._pass_text(pieces, at)
+            self._buffer = body[head.end() :]
+            pieces.append(CallPiece(self.calls, f"call_{uuid.uuid4().hex[:24]}", head[1]))
+            self.calls += 1
+            self._value = _JsonValue()
+            self._state = self._read_arguments
+            return True
+        if head is None and len(body) < _LONGEST_HEAD and body.lstrip(_SPACE)[:1] in ("", "{"):
+            self._pass_text(pieces, at)
+            return False
+        self._pass_text(pieces, at + len(self._trigger))
+        return True
+
+    def _read_arguments(self, pieces: list[Piece]) -> bool:
+        if not self._value.began:
+            self._buffer = self._buffer.lstrip(_SPACE)
+        length = self._value.feed(self._buffer)
+        if length:
+            pieces.append(CallPiece(self.calls - 1, arguments=self._buffer[:length]))
+        self._buffer = self._buffer[length:]
+        if self._value.ended:
+            self._state = self._read_closing
+        return self._value.ended
+
+    def _read_closing(self, _: list[Piece]) -> bool:
+        """Skip what closes a call, as far as it is there."""
+        matched = position = 0
+        for position, character in enumerate(self._buffer):  # noqa: B007 - used after the loop
+            if matched < len(self._closing) and character == self._closing[matched]:
+                matched += 1
+            elif character not in _SPACE or matched == len(self._closing):
+                break
+        else:
+            if matched < len(self._closing):
+                return False
+            position = len(self._buffer)
+        self._buffer = self._buffer[position:]
+        self._after_call = True
+        self._state = self._read_text
+        return True
+
+    def _pass_text(self, pieces: list[Piece], length: int) -> None:
+        """Pass on the buffer's first characters, but for white space at their end."""
+        text = self._buffer[:length].rstrip(_SPACE)
+        if text:
+            pieces.append(text)
+            self._after_call = False
+        self._buffer = self._buffer[len(text) :]
+
+
+class _JsonValue:
+    """Finds the end of one JSON value in text that comes in pieces."""
+
+    def __init__(self) -> None:
+        self.began = self.ended = False
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+
+    def feed(self, text: str) -> int:
+        """How many of these characters belong to the value."""
+        self.began = self.began or bool(text)
+        for position, character in enumerate(text):
+            if self._in_string:
+                self._string(character)
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                if self._depth == 0:
+                    # The object around a value that is a number or a word ends.
+                    self.ended = True
+                    return position
+                self._depth -= 1
+            else:
+                continue
+            if self._depth == 0 and not self._in_string:
+                self.ended = True
+                return position + 1
+        return len(text)
+
+    def _string(self, character: str) -> None:
+        if self._escaped:
+            self._escaped = False
+        elif character == "\\":
+            self._escaped = True
+        elif character == '"':
+            self._in_string = False
