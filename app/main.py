@@ -20,7 +20,17 @@ from app import __version__
 from app.api.dependencies import Services
 from app.api.errors import register_error_handlers
 from app.api.middleware import BodyLimitMiddleware, RequestContextMiddleware
-from app.api.routers import chat, health, inference, sessions, status
+from app.api.routers import (
+    chat,
+    chat_completions,
+    completions,
+    health,
+    inference,
+    models,
+    sessions,
+    status,
+    tokenize,
+)
 from app.core.config import Settings, load_settings
 from app.core.event_loop import EventLoopMonitor
 from app.core.logging import configure_logging, get_logger
@@ -122,7 +132,10 @@ def _build(settings: Settings, services: Services, pipeline: ServedPipeline) -> 
     )
     app.state.services = services
     register_error_handlers(app)
-    for module in (health, status, inference, chat, sessions):
+    for module in (
+        *(health, status, inference, chat, sessions),
+        *(chat_completions, completions, models, tokenize),
+    ):
         app.include_router(module.router)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.security.max_body_bytes)
     # Added last, so that it is outermost.

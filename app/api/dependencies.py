@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, cast
 
@@ -158,6 +158,14 @@ class GuardedRoute(APIRoute):
     not cost that much.
     """
 
+    def refusal(self, faults: Sequence[Mapping[str, Any]]) -> ServiceError:
+        """The error for what pydantic found wrong with a request."""
+        return validation_error(faults)
+
+    def status_of(self, error: ServiceError) -> int:
+        """The status with which an error is answered on this route."""
+        return error.status
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler, behind the guard."""
         handle = super().get_route_handler()
@@ -171,10 +179,12 @@ class GuardedRoute(APIRoute):
                     request = _ParsedRequest(request.scope, request.receive, body)
                 response = await handle(request)
             except RequestValidationError as error:
-                refusal = validation_error(error.errors())
+                refusal = self.refusal(error.errors())
+                refusal.status = self.status_of(refusal)
                 refusal.headers.update(limit_headers)
                 raise refusal from None
             except ServiceError as error:
+                error.status = self.status_of(error)
                 error.headers.update(limit_headers)
                 raise
             response.headers.update(limit_headers)

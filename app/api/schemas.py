@@ -1,122 +1,12 @@
-"""Requests and responses of the native routes, and the error shape of all routes.
+"""Responses of the native routes, and the error shape of all routes."""
 
-Numbers are numbers: ``"16"``, ``true`` and NaN are refused, unknown fields too.
-"""
+from typing import Any, Literal
 
-from typing import Annotated, Any, Literal, Self
+from pydantic import BaseModel, ConfigDict, Field
 
-from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from app.core.security import Principal
-from app.llm.engine.base import SAMPLING_FIELDS
 from app.services.answers import Completion
 
-Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "content_filter"]
-
-MAX_STOPS = 4
-StopString = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-class RequestModel(BaseModel):
-    """Base of all request bodies."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class SamplingFields(RequestModel):
-    """How the answer is generated; shared by /v1/generate and /v1/chat."""
-
-    max_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Most tokens to generate; at most, and by default, model.max_tokens.",
-    )
-    temperature: float | None = Field(
-        None,
-        ge=0,
-        le=2,
-        description="0 always takes the likeliest token; default: model.temperature.",
-    )
-    top_p: float = Field(1.0, gt=0, le=1, description="Only the likeliest tokens up to this sum.")
-    top_k: int = Field(0, ge=0, le=1_000_000, description="Only the k likeliest tokens; 0: all.")
-    min_p: float = Field(
-        0.0, ge=0, le=1, description="Only tokens at least this share as likely as the likeliest."
-    )
-    repetition_penalty: float = Field(
-        1.0, gt=0, le=2, description="Above 1: tokens seen before become less likely."
-    )
-    presence_penalty: float = Field(
-        0.0, ge=-2, le=2, description="Above 0: tokens generated before become less likely."
-    )
-    frequency_penalty: float = Field(
-        0.0, ge=-2, le=2, description="Above 0: the more often generated, the less likely."
-    )
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
-        None, description="The answer ends before the first of these; a string, or up to four."
-    )
-    seed: int | None = Field(
-        None, ge=-(2**63), lt=2**63, description="Makes a sampled answer repeatable."
-    )
-    stream: bool = Field(False, description="Send the answer as server-sent events.")
-    cache: bool = Field(True, description="false: neither read nor write the response cache.")
-
-
-class GenerateRequest(SamplingFields):
-    """Body of POST /v1/generate."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "prompt": "Explain quantum computing in simple terms",
-                    "max_tokens": 200,
-                    "temperature": 0.7,
-                }
-            ]
-        }
-    )
-
-    prompt: str = Field(min_length=1, description="At most security.max_prompt_chars characters.")
-
-
-class Message(RequestModel):
-    """One turn of a chat."""
-
-    role: Role
-    content: str = Field(min_length=1)
-
-
-class ChatRequest(SamplingFields):
-    """Body of POST /v1/chat."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "messages": [{"role": "user", "content": "What is the capital of France?"}],
-                    "max_tokens": 100,
-                    "temperature": 0.7,
-                }
-            ]
-        }
-    )
-
-    messages: list[Message] = Field(min_length=1, max_length=1000)
-    session_id: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9._:-]{1,128}$",
-        description="Keeps the conversation; with it, only the new messages are sent.",
-    )
-
-    @model_validator(mode="after")
-    def _system_comes_first(self) -> Self:
-        if any(m.role == "system" for m in self.messages[1:]):
-            raise ValueError("only the first message may have the role system")
-        if self.messages[-1].role == "system":
-            raise ValueError("a message to answer must follow the one with the role system")
-        return self
 
 
 class PromptTokensDetails(BaseModel):
@@ -323,28 +213,3 @@ def usage(completion: Completion) -> Usage:
         prompt_tokens_details=PromptTokensDetails(cached_tokens=completion.cached_tokens),
         dropped_messages=completion.dropped_messages or None,
     )
-
-
-def job_fields(
-    body: SamplingFields, caller: Principal, deadline: float | None, request: Request
-) -> dict[str, Any]:
-    """The arguments of a :class:`Job` that /v1/generate and /v1/chat share."""
-    no_cache = "no-cache" in request.headers.get("cache-control", "").lower()
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    return {
-        "max_tokens": body.max_tokens,
-        "temperature": body.temperature,
-        "sampling": {name: getattr(body, name) for name in _SAMPLING_FIELDS},
-        "stop": stop,
-        "caller": caller.key_id,
-        "cache": body.cache and not no_cache,
-        "deadline": deadline,
-    }
-
-
-# The temperature has a configured default of its own.
-_SAMPLING_FIELDS = tuple(
-    name
-    for name in SAMPLING_FIELDS
-    if name in SamplingFields.model_fields and name != "temperature"
-)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Protocol
 
 import anyio
 import msgspec
@@ -28,6 +28,13 @@ Delta = Callable[[str], dict[str, Any]]
 """Makes the ``delta`` member of an event from a piece of text."""
 
 
+class Closing(Protocol):
+    """What stops generating when it is closed."""
+
+    async def aclose(self) -> None:
+        """Stop."""
+
+
 def frame(content: Any) -> bytes:
     """One event that carries ``content`` as JSON."""
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
@@ -36,11 +43,17 @@ def frame(content: Any) -> bytes:
 class EventStream(EventSourceResponse):  # type: ignore[misc]
     """An answer as a response of events; see docs/api.md, "Streams"."""
 
-    def __init__(self, answer: Answer, delta: Delta) -> None:
-        self._answer = answer
+    def __init__(self, source: Closing, frames: AsyncIterator[bytes]) -> None:
+        """Prepare the response.
+
+        Args:
+            source: What the events come from.
+            frames: The events, without those that end every stream.
+        """
+        self._source = source
         self._limit = asyncio.timeout(None)
         super().__init__(
-            _frames(answer, delta),
+            _to_the_end(frames),
             ping=PING_SECONDS,
             ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
             sep="\n",
@@ -68,34 +81,43 @@ class EventStream(EventSourceResponse):  # type: ignore[misc]
             # A reader may leave before the first event is asked for, and then the generator of
             # the events never starts, and so never ends the answer.
             with anyio.CancelScope(shield=True):
-                await self._answer.aclose()
+                await self._source.aclose()
 
 
-async def _frames(answer: Answer, delta: Delta) -> AsyncIterator[bytes]:
-    """The events of an answer.
+async def _to_the_end(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The events, and what ends them.
 
     A fault on the way becomes an event of its own, since the status line is long gone.
     """
-    yield frame({"id": answer.id, "model": answer.model, "delta": {"role": "assistant"}})
     try:
-        async for piece in answer:
-            yield frame({"id": answer.id, "delta": delta(piece)})
-        completion = answer.completion
+        async for event in frames:
+            yield event
     except ServiceError as error:
         yield frame(error_content(error))
     except Exception:
         log.exception("a stream broke off")
         yield frame(error_content(InternalError()))
-    else:
-        yield frame(
-            {
-                "id": completion.id,
-                "model": completion.model,
-                "delta": {},
-                "finish_reason": completion.finish_reason,
-                "tokens_generated": completion.completion_tokens,
-                "cached": completion.cached,
-                "usage": usage(completion).model_dump(exclude_none=True),
-            }
-        )
     yield DONE
+
+
+def native_stream(answer: Answer, delta: Delta) -> EventStream:
+    """An answer of a native route as a response of events."""
+    return EventStream(answer, _native_frames(answer, delta))
+
+
+async def _native_frames(answer: Answer, delta: Delta) -> AsyncIterator[bytes]:
+    yield frame({"id": answer.id, "model": answer.model, "delta": {"role": "assistant"}})
+    async for piece in answer:
+        yield frame({"id": answer.id, "delta": delta(piece)})
+    completion = answer.completion
+    yield frame(
+        {
+            "id": completion.id,
+            "model": completion.model,
+            "delta": {},
+            "finish_reason": completion.finish_reason,
+            "tokens_generated": completion.completion_tokens,
+            "cached": completion.cached,
+            "usage": usage(completion).model_dump(exclude_none=True),
+        }
+    )

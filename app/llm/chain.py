@@ -331,6 +331,15 @@ class Chains:
         return [SystemMessage(content=self.system_prompt), *converted]
 
     @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and answer together.
+
+        Raises:
+            ModelLoadingError: The model has not been loaded yet.
+        """
+        return self._generator.info.context_length
+
+    @property
     def tool_format(self) -> ToolFormat:
         """How the model calls tools.
 

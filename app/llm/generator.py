@@ -167,6 +167,11 @@ class TextGenerator:
         ids = await tokenizer.run(encode, prompt)
         if not ids:
             raise ValidationFailedError("The prompt has no tokens.", param="prompt")
+        if max(options.sampling.logit_bias, default=0) >= self.info.vocabulary_size:
+            raise ValidationFailedError(
+                f"logit_bias: token ids are below {self.info.vocabulary_size} for this model.",
+                param="logit_bias",
+            )
         report.prompt_tokens = len(ids)
         return GenerationRequest(
             id=report.id,

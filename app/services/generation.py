@@ -147,6 +147,15 @@ class GenerationService:
         """
         self._engine.check(caller)
 
+    async def tokenize(self, job: Job) -> tuple[list[int], int]:
+        """Token ids of a prompt, and the model's context length.
+
+        Raises:
+            ServiceError: Refused, as the request itself would be.
+        """
+        tokens = await self.prompt_tokens(self.screen(job))
+        return tokens, self._chains.context_length
+
     async def prompt_tokens(self, job: Job) -> list[int]:
         """Token ids of a screened job's prompt, as the model gets them."""
         if job.prompt is not None:

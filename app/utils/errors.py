@@ -21,7 +21,7 @@ class ServiceError(Exception):
         details: Extra members of the error object, such as ``prompt_tokens``.
     """
 
-    status: ClassVar[int] = 500
+    status: int = 500
     code: ClassVar[str] = "internal_error"
     type: ClassVar[str] = "server_error"
     default_message: ClassVar[str] = "The service failed to answer this request."
@@ -121,6 +121,16 @@ class MethodNotAllowedError(InvalidRequestError):
     status = 405
     code = "method_not_allowed"
     default_message = "This address does not answer that method."
+
+
+class ModelNotFoundError(NotFoundError):
+    """The request names a model that is not served here."""
+
+    code = "model_not_found"
+    default_message = "That model is not served here; GET /v1/models tells which is."
+
+    def __init__(self) -> None:
+        super().__init__(param="model")
 
 
 class SessionNotFoundError(NotFoundError):

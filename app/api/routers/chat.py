@@ -13,14 +13,9 @@ from app.api.dependencies import (
     unless_disconnected,
 )
 from app.api.errors import STREAM, responses
-from app.api.schemas import (
-    AssistantMessage,
-    ChatRequest,
-    ChatResponse,
-    answer_fields,
-    job_fields,
-)
-from app.api.sse import EventStream
+from app.api.requests import ChatRequest, job_fields
+from app.api.schemas import AssistantMessage, ChatResponse, answer_fields
+from app.api.sse import native_stream
 from app.llm.tools import ChatMessage
 from app.services.answers import Completion, Job, collect
 from app.utils.errors import GENERATION_ERRORS, SessionBusyError
@@ -47,7 +42,7 @@ async def chat(
     job = Job(messages=messages, **job_fields(body, caller, deadline, request))
     opening = conversation.open(job, body.session_id) if body.session_id else generation.open(job)
     if body.stream:
-        return EventStream(await opening, lambda piece: {"content": piece})
+        return native_stream(await opening, lambda piece: {"content": piece})
 
     async def complete() -> Completion:
         return await collect(await opening)

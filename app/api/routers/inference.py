@@ -12,8 +12,9 @@ from app.api.dependencies import (
     unless_disconnected,
 )
 from app.api.errors import STREAM, responses
-from app.api.schemas import GenerateRequest, GenerateResponse, answer_fields, job_fields
-from app.api.sse import EventStream
+from app.api.requests import GenerateRequest, job_fields
+from app.api.schemas import GenerateResponse, answer_fields
+from app.api.sse import native_stream
 from app.services.answers import Job
 from app.utils.errors import GENERATION_ERRORS
 
@@ -37,7 +38,7 @@ async def generate(
     job = Job(prompt=body.prompt, **job_fields(body, caller, deadline, request))
     if body.stream:
         answer = await generation.open(job)
-        return EventStream(answer, lambda piece: {"text": piece})
+        return native_stream(answer, lambda piece: {"text": piece})
     completion = await unless_disconnected(request, generation.complete(job))
     if completion is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -1,0 +1,97 @@
+"""What the OpenAI routes share: errors as OpenAI has them, the model's name, jobs and responses."""
+
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+from fastapi import Request, Response
+
+from app.api.dependencies import (
+    CLIENT_CLOSED_REQUEST,
+    GuardedRoute,
+    Services,
+    unless_disconnected,
+)
+from app.api.errors import validation_error
+from app.api.openai_answers import AnswerShape, numbered_seeds
+from app.api.openai_schemas import OpenAIFields
+from app.api.requests import job_fields
+from app.api.sse import EventStream
+from app.core.security import Principal
+from app.services.answers import Answer, Job
+from app.services.choices import open_choices
+from app.utils.errors import ModelNotFoundError, ServiceError, UnsupportedParameterError
+
+# What pydantic says of a field that this service does not have.
+_UNSUPPORTED = {"extra_forbidden", "unsupported_parameter"}
+
+
+class OpenAIRoute(GuardedRoute):
+    """A route whose refusals have OpenAI's status codes: 400 for whatever is wrong with a body."""
+
+    def refusal(self, faults: Sequence[Mapping[str, Any]]) -> ServiceError:
+        """What pydantic found wrong with a request."""
+        error = validation_error(faults)
+        unsupported = [f for f in faults if f["type"] in _UNSUPPORTED]
+        if not unsupported:
+            return error
+        first = validation_error(unsupported[:1])
+        message = f"{first.param} is not supported by this service; docs/api.md lists what is."
+        return UnsupportedParameterError(message, param=first.param)
+
+    def status_of(self, error: ServiceError) -> int:
+        """The status with which an error is answered here."""
+        return 400 if error.status == 422 else error.status
+
+
+def check_model(name: str, services: Services) -> None:
+    """Refuse a request for another model.
+
+    Raises:
+        ModelNotFoundError: It is not served here.
+    """
+    model = services.settings.model
+    if name != model.label and name not in model.aliases:
+        raise ModelNotFoundError
+
+
+def jobs_for(
+    body: OpenAIFields, caller: Principal, deadline: float | None, request: Request
+) -> list[Job]:
+    """A job for each choice of one prompt, without the prompt."""
+    fields = job_fields(body, caller, deadline, request)
+    bias = {int(token): value for token, value in body.logit_bias.items()}
+    sampling = {**fields.pop("sampling"), "logit_bias": bias}
+    # Kept answers are the same each time; several choices are meant to differ.
+    cache = fields.pop("cache") and body.n == 1
+    job = Job(**fields, sampling=sampling, cache=cache, end_user=body.user)
+    return [
+        replace(job, sampling={**sampling, "seed": seed})
+        for seed in numbered_seeds(body.seed, body.n)
+    ]
+
+
+async def respond(
+    request: Request,
+    openings: Sequence[Coroutine[Any, Any, Answer]],
+    shape: AnswerShape,
+    *,
+    stream: bool,
+) -> Response:
+    """Open the answers and send them, as a stream or whole.
+
+    Raises:
+        ServiceError: One was refused, or broke off before the response began.
+    """
+    if stream:
+        choices = await open_choices(openings)
+        return EventStream(choices, shape.stream(choices))
+
+    async def complete() -> dict[str, Any]:
+        return await shape.whole(await open_choices(openings))
+
+    content = await unless_disconnected(request, complete())
+    if content is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return Response(msgspec.json.encode(content), media_type="application/json")

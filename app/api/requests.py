@@ -1,0 +1,221 @@
+"""Requests of the native routes, and what all generating routes share.
+
+Numbers are numbers: ``"16"``, ``true`` and NaN are refused, unknown fields too.
+"""
+
+import json
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from app.core.security import Principal
+from app.llm.engine.base import SAMPLING_FIELDS, Grammar, JsonSchemaGrammar, RegexGrammar
+
+Role = Literal["system", "user", "assistant"]
+
+MAX_STOPS = 4
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class RequestModel(BaseModel):
+    """Base of all request bodies."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class NeutralFields(RequestModel):
+    """Drops fields that ask for nothing, so that those left are known or refused.
+
+    Attributes:
+        neutral: Fields that this service does not have, and their values that ask for nothing;
+            ``null`` asks for nothing in any known field.
+    """
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        names = {field.alias or name for name, field in cls.model_fields.items()}
+        known = names | cls.neutral.keys()
+        return {
+            name: value
+            for name, value in data.items()
+            if not (name in known and (value is None or _is_one_of(value, cls.neutral.get(name))))
+        }
+
+
+def _is_one_of(value: Any, neutral: tuple[Any, ...] | None) -> bool:
+    # 0 is not False here, nor 1 True.
+    return any(value == n and type(value) is type(n) for n in neutral or ())
+
+
+class JsonSchemaFormat(NeutralFields):
+    """A JSON schema, as OpenAI's clients send it."""
+
+    name: str = Field("", max_length=64)
+    description: str = Field("", max_length=8192)
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool = Field(False, description="The answer follows the schema either way.")
+
+
+class ResponseFormat(NeutralFields):
+    """What the answer must look like; see docs/api.md, Structured output."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "choice"]
+    json_schema: JsonSchemaFormat | None = None
+    regex: str | None = Field(
+        None, min_length=1, max_length=4096, description="The whole answer matches it."
+    )
+    choice: list[Annotated[str, Field(min_length=1, max_length=1024)]] | None = Field(
+        None, min_length=1, max_length=256, description="The answer is one of these."
+    )
+
+    @model_validator(mode="after")
+    def _has_what_its_type_needs(self) -> Self:
+        for kind in ("json_schema", "regex", "choice"):
+            if (getattr(self, kind) is not None) != (self.type == kind):
+                raise ValueError(f"the type {kind}, and no other, has a member {kind}")
+        return self
+
+    def grammar(self) -> Grammar | None:
+        """The same for the engine."""
+        if self.type == "json_object":
+            return JsonSchemaGrammar(json.dumps({"type": "object"}))
+        if self.json_schema is not None:
+            return JsonSchemaGrammar(json.dumps(self.json_schema.schema_))
+        if self.choice is not None:
+            return RegexGrammar("|".join(map(_escape_regex, self.choice)))
+        return RegexGrammar(self.regex) if self.regex is not None else None
+
+
+def _escape_regex(text: str) -> str:
+    """A regular expression for exactly this text, in every dialect that a grammar may have."""
+    return re.sub(r"([\\.^$|?*+()\[\]{}/-])", r"\\\1", text)
+
+
+class SamplingFields(RequestModel):
+    """How the answer is generated; shared by /v1/generate and /v1/chat."""
+
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens to generate; at most, and by default, model.max_tokens.",
+    )
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=2,
+        description="0 always takes the likeliest token; default: model.temperature.",
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="Only the likeliest tokens up to this sum.")
+    top_k: int = Field(0, ge=0, le=1_000_000, description="Only the k likeliest tokens; 0: all.")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="Only tokens at least this share as likely as the likeliest."
+    )
+    repetition_penalty: float = Field(
+        1.0, gt=0, le=2, description="Above 1: tokens seen before become less likely."
+    )
+    presence_penalty: float = Field(
+        0.0, ge=-2, le=2, description="Above 0: tokens generated before become less likely."
+    )
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, description="Above 0: the more often generated, the less likely."
+    )
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
+        None, description="The answer ends before the first of these; a string, or up to four."
+    )
+    seed: int | None = Field(
+        None, ge=-(2**63), lt=2**63, description="Makes a sampled answer repeatable."
+    )
+    stream: bool = Field(False, description="Send the answer as server-sent events.")
+    response_format: ResponseFormat | None = Field(
+        None, description="What the answer must look like."
+    )
+    cache: bool = Field(True, description="false: neither read nor write the response cache.")
+
+
+class GenerateRequest(SamplingFields):
+    """Body of POST /v1/generate."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "prompt": "Explain quantum computing in simple terms",
+                    "max_tokens": 200,
+                    "temperature": 0.7,
+                }
+            ]
+        }
+    )
+
+    prompt: str = Field(min_length=1, description="At most security.max_prompt_chars characters.")
+
+
+class Message(RequestModel):
+    """One turn of a chat."""
+
+    role: Role
+    content: str = Field(min_length=1)
+
+
+class ChatRequest(SamplingFields):
+    """Body of POST /v1/chat."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+                    "max_tokens": 100,
+                    "temperature": 0.7,
+                }
+            ]
+        }
+    )
+
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    session_id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9._:-]{1,128}$",
+        description="Keeps the conversation; with it, only the new messages are sent.",
+    )
+
+    @model_validator(mode="after")
+    def _system_comes_first(self) -> Self:
+        if any(m.role == "system" for m in self.messages[1:]):
+            raise ValueError("only the first message may have the role system")
+        if self.messages[-1].role == "system":
+            raise ValueError("a message to answer must follow the one with the role system")
+        return self
+
+
+def job_fields(
+    body: SamplingFields, caller: Principal, deadline: float | None, request: Request
+) -> dict[str, Any]:
+    """The arguments of a :class:`Job` that /v1/generate and /v1/chat share."""
+    no_cache = "no-cache" in request.headers.get("cache-control", "").lower()
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    return {
+        "max_tokens": body.max_tokens,
+        "temperature": body.temperature,
+        "sampling": {name: getattr(body, name) for name in _SAMPLING_FIELDS},
+        "stop": stop,
+        "caller": caller.key_id,
+        "cache": body.cache and not no_cache,
+        "deadline": deadline,
+        "grammar": body.response_format.grammar() if body.response_format else None,
+    }
+
+
+# The temperature has a configured default of its own.
+_SAMPLING_FIELDS = tuple(
+    name
+    for name in SAMPLING_FIELDS
+    if name in SamplingFields.model_fields and name != "temperature"
+)

@@ -1,0 +1,92 @@
+"""POST /v1/chat/completions: OpenAI's chat."""
+
+from dataclasses import replace
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Request, Response
+
+from app.api.dependencies import (
+    KEY_SCHEMES,
+    AppServices,
+    Caller,
+    Conversation,
+    Deadline,
+    Generation,
+)
+from app.api.errors import STREAM, responses
+from app.api.openai_answers import ChatShape
+from app.api.openai_routes import OpenAIRoute, check_model, jobs_for, respond
+from app.api.openai_schemas import ChatCompletionRequest, chat_messages
+from app.utils.errors import (
+    GENERATION_ERRORS,
+    ModelNotFoundError,
+    SessionBusyError,
+    UnsupportedParameterError,
+)
+
+router = APIRouter(route_class=OpenAIRoute, dependencies=KEY_SCHEMES, tags=["openai"])
+
+SessionId = Annotated[
+    str | None,
+    Header(
+        alias="X-Session-ID",
+        pattern=r"^[A-Za-z0-9._:-]{1,128}$",
+        description="Keeps the conversation, as session_id does on /v1/chat; with it, only the "
+        "new messages are sent.",
+    ),
+]
+
+
+@router.post(
+    "/v1/chat/completions",
+    responses=STREAM | responses(*GENERATION_ERRORS, ModelNotFoundError, SessionBusyError),
+)
+async def chat_completions(
+    body: ChatCompletionRequest,
+    services: AppServices,
+    generation: Generation,
+    conversation: Conversation,
+    caller: Caller,
+    deadline: Deadline,
+    request: Request,
+    session_id: SessionId = None,
+) -> Response:
+    """Answer a conversation as OpenAI's API does."""
+    check_model(body.model, services)
+    _check_session(body, session_id)
+    messages = chat_messages(body.messages)
+    jobs = [
+        replace(
+            job,
+            messages=messages,
+            tools=body.tool_use,
+            logprobs=body.top_logprobs if body.logprobs else None,
+        )
+        for job in jobs_for(body, caller, deadline, request)
+    ]
+    shape = ChatShape(
+        services.engine.info,
+        n=body.n,
+        logprobs=body.logprobs,
+        include_usage=body.include_usage,
+    )
+    openings = [
+        conversation.open(job, session_id) if session_id else generation.open(job) for job in jobs
+    ]
+    return await respond(request, openings, shape, stream=body.stream)
+
+
+def _check_session(body: ChatCompletionRequest, session_id: str | None) -> None:
+    """Refuse what a conversation cannot keep.
+
+    Raises:
+        UnsupportedParameterError: Several answers, or no message to answer.
+    """
+    if session_id is None:
+        return
+    if body.n > 1:
+        raise UnsupportedParameterError("A session keeps one answer; n must be 1.", param="n")
+    if body.messages[-1].role not in ("user", "tool"):
+        raise UnsupportedParameterError(
+            "With X-Session-ID the last message must be a user's or a tool's.", param="messages"
+        )

@@ -1,0 +1,42 @@
+"""POST /v1/completions: OpenAI's completions of bare prompts."""
+
+from dataclasses import replace
+
+from fastapi import APIRouter, Request, Response
+
+from app.api.dependencies import KEY_SCHEMES, AppServices, Caller, Deadline, Generation
+from app.api.errors import STREAM, responses
+from app.api.openai_answers import CompletionShape
+from app.api.openai_routes import OpenAIRoute, check_model, jobs_for, respond
+from app.api.openai_schemas import CompletionRequest
+from app.utils.errors import GENERATION_ERRORS, ModelNotFoundError
+
+router = APIRouter(route_class=OpenAIRoute, dependencies=KEY_SCHEMES, tags=["openai"])
+
+
+@router.post(
+    "/v1/completions",
+    responses=STREAM | responses(*GENERATION_ERRORS, ModelNotFoundError),
+)
+async def completions(
+    body: CompletionRequest,
+    services: AppServices,
+    generation: Generation,
+    caller: Caller,
+    deadline: Deadline,
+    request: Request,
+) -> Response:
+    """Continue one or several prompts as OpenAI's API does."""
+    check_model(body.model, services)
+    jobs = [
+        replace(job, prompt=prompt, logprobs=body.logprobs)
+        for prompt in body.prompt
+        for job in jobs_for(body, caller, deadline, request)
+    ]
+    shape = CompletionShape(
+        services.engine.info,
+        n=body.n,
+        logprobs=body.logprobs is not None,
+        include_usage=body.include_usage,
+    )
+    return await respond(request, [generation.open(job) for job in jobs], shape, stream=body.stream)

@@ -1,0 +1,27 @@
+"""POST /v1/tokenize: what a prompt takes of the context."""
+
+from fastapi import APIRouter
+
+from app.api.dependencies import (
+    KEY_SCHEMES,
+    Deadline,
+    Generation,
+    GuardedRoute,
+)
+from app.api.errors import responses
+from app.api.openai_schemas import TokenizeRequest, TokenizeResponse, chat_messages
+from app.services.answers import Job
+from app.utils.errors import GENERATION_ERRORS
+from app.utils.timing import within
+
+router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["inference"])
+
+
+@router.post("/v1/tokenize", responses=responses(*GENERATION_ERRORS))
+async def tokenize(
+    body: TokenizeRequest, generation: Generation, deadline: Deadline
+) -> TokenizeResponse:
+    """Count the tokens of a text or a chat, exactly as a request with it would."""
+    job = Job(prompt=body.text, messages=chat_messages(body.messages or []))
+    tokens, context_length = await within(deadline, generation.tokenize(job))
+    return TokenizeResponse(tokens=tokens, count=len(tokens), max_tokens=context_length)
