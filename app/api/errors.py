@@ -1,5 +1,6 @@
 """From any exception to the one error shape."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ log = get_logger()
 _MAX_FAULTS = 3
 _MAX_NAME = 64
 # Members of a union stand in an error's location as type names, which mean nothing to a caller.
-_UNION_MEMBERS = ("str", "constrained-str", "list[")
+_UNION_MEMBER = re.compile(r"str|constrained-str|list\[.*|literal\[.*|[A-Z]\w*Choice")
 
 
 def error_content(error: ServiceError) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def validation_error(faults: Sequence[Mapping[str, Any]]) -> ServiceError:
 
 def _describe(fault: Mapping[str, Any]) -> tuple[str | None, str]:
     _, *parts = fault["loc"]
-    if len(parts) > 1 and str(parts[1]).startswith(_UNION_MEMBERS):
+    if len(parts) > 1 and _UNION_MEMBER.fullmatch(str(parts[1])):
         del parts[1]
     name = ".".join(str(part)[:_MAX_NAME] for part in parts).encode("ascii", "replace").decode()
     text = str(fault["msg"]).removeprefix("Value error, ")

@@ -37,7 +37,9 @@ class OpenAIRoute(GuardedRoute):
         if not unsupported:
             return error
         first = validation_error(unsupported[:1])
-        message = f"{first.param} is not supported by this service; docs/api.md lists what is."
+        message = first.message
+        if unsupported[0]["type"] == "extra_forbidden":
+            message = f"{first.param} is not supported by this service; docs/api.md lists what is."
         return UnsupportedParameterError(message, param=first.param)
 
     def status_of(self, error: ServiceError) -> int:

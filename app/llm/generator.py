@@ -16,6 +16,7 @@ from app.llm.engine.base import (
     GenerationRequest,
     Grammar,
     SamplingParams,
+    TagsGrammar,
     TokenEvent,
 )
 from app.llm.engine.client import EngineClient
@@ -268,10 +269,16 @@ def check_supported(options: GenerationOptions, info: EngineInfo) -> None:
     ]
     if options.logprobs is not None:
         asked.append("top_logprobs" if options.logprobs else "logprobs")
+    params = {name: name for name in asked}
     if options.grammar is not None:
-        asked.append("grammar")
-    for name in asked:
+        params["grammar"] = grammar_param(options.grammar)
+    for name, param in params.items():
         if name not in info.supported:
             raise UnsupportedParameterError(
-                f"The running engine ({info.backend}) does not support {name}.", param=name
+                f"The running engine ({info.backend}) does not support {param}.", param=param
             )
+
+
+def grammar_param(grammar: Grammar) -> str:
+    """The request field that a grammar comes from."""
+    return "tools" if isinstance(grammar, TagsGrammar) else "response_format"
