@@ -104,7 +104,14 @@ STREAM: dict[int | str, dict[str, Any]] = {
 
 def responses(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
     """The errors a route declares in the OpenAPI document."""
-    by_status: dict[int | str, dict[str, Any]] = {}
+    return with_errors(None, *errors)
+
+
+def with_errors(
+    declared: Mapping[int | str, dict[str, Any]] | None, *errors: type[ServiceError]
+) -> dict[int | str, dict[str, Any]]:
+    """What a route declares already, and more errors."""
+    by_status = {status: dict(response) for status, response in (declared or {}).items()}
     for error in errors:
         codes = by_status.setdefault(error.status, {"model": ErrorResponse, "description": ""})
         codes["description"] = ", ".join(filter(None, (codes["description"], error.code)))
