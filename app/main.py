@@ -33,6 +33,7 @@ from app.api.routers import (
 )
 from app.core.config import Settings, load_settings
 from app.core.event_loop import EventLoopMonitor
+from app.core.idempotency import IdempotencyStore
 from app.core.logging import configure_logging, get_logger
 from app.core.metrics import Metrics
 from app.core.rate_limit import CallerLimits, ClientAddress
@@ -107,6 +108,7 @@ def create_app(
         keys=KeyRing(settings.security),
         limits=CallerLimits(settings.rate_limit, metrics),
         addresses=ClientAddress(settings.security.trusted_proxies),
+        idempotency=IdempotencyStore(settings.idempotency, metrics),
         engine=engine,
         generation=generation,
         conversation=ConversationService(

@@ -14,15 +14,24 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import from_json
 from starlette.types import Receive, Scope
 
-from app.api.errors import validation_error
+from app.api.errors import validation_error, with_errors
+from app.api.idempotency import PARAMETER as IDEMPOTENCY_KEY
+from app.api.idempotency import answer_once
 from app.core.config import Settings
+from app.core.idempotency import IdempotencyStore
 from app.core.metrics import Metrics
 from app.core.rate_limit import CallerLimits, ClientAddress
 from app.core.security import KeyRing, Principal
 from app.llm.engine.client import EngineClient
 from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
-from app.utils.errors import InvalidAPIKeyError, InvalidJSONError, ServiceError
+from app.utils.errors import (
+    IdempotencyKeyInUseError,
+    IdempotencyKeyReusedError,
+    InvalidAPIKeyError,
+    InvalidJSONError,
+    ServiceError,
+)
 from app.utils.timing import Stopwatch
 
 T = TypeVar("T")
@@ -40,6 +49,7 @@ class Services:
     keys: KeyRing
     limits: CallerLimits
     addresses: ClientAddress
+    idempotency: IdempotencyStore
     engine: EngineClient
     generation: GenerationService
     conversation: ConversationService
@@ -155,8 +165,16 @@ class GuardedRoute(APIRoute):
     """A route that knows its caller before it reads the body.
 
     FastAPI reads and parses the body before any dependency runs; a caller without a key must
-    not cost that much.
+    not cost that much. What takes a body takes an idempotency key too.
     """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        if "POST" in (options.get("methods") or ()):
+            options["responses"] = with_errors(
+                options.get("responses"), IdempotencyKeyInUseError, IdempotencyKeyReusedError
+            )
+            options["openapi_extra"] = {"parameters": [IDEMPOTENCY_KEY]}
+        super().__init__(path, endpoint, **options)
 
     def refusal(self, faults: Sequence[Mapping[str, Any]]) -> ServiceError:
         """The error for what pydantic found wrong with a request."""
@@ -171,13 +189,21 @@ class GuardedRoute(APIRoute):
         handle = super().get_route_handler()
         takes_body = self.body_field is not None
 
+        async def answer(request: Request) -> Response:
+            if not takes_body:
+                return await handle(request)
+            body = await request.body()
+
+            async def answer_now() -> Response:
+                return await handle(_ParsedRequest(request.scope, request.receive, body))
+
+            store = services_of(request).idempotency
+            return await answer_once(store, request, body, answer_now)
+
         async def guarded(request: Request) -> Response:
             limit_headers = await _admit_caller(request)
             try:
-                if takes_body:
-                    body = await request.body()
-                    request = _ParsedRequest(request.scope, request.receive, body)
-                response = await handle(request)
+                response = await answer(request)
             except RequestValidationError as error:
                 refusal = self.refusal(error.errors())
                 refusal.status = self.status_of(refusal)

@@ -1,7 +1,7 @@
 """From any exception to the one error shape."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ from app.utils.errors import (
     InvalidRequestError,
     MethodNotAllowedError,
     NotFoundError,
+    PromptTooLongError,
     ServiceError,
     ValidationFailedError,
 )
@@ -103,10 +104,39 @@ STREAM: dict[int | str, dict[str, Any]] = {
 """What a route that can stream adds to its declared responses."""
 
 
-def responses(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
-    """The errors a route declares in the OpenAPI document."""
-    by_status: dict[int | str, dict[str, Any]] = {}
-    for error in errors:
-        codes = by_status.setdefault(error.status, {"model": ErrorResponse, "description": ""})
+def responses(
+    *errors: type[ServiceError], bad_request: bool = False
+) -> dict[int | str, dict[str, Any]]:
+    """The errors a route declares in the OpenAPI document.
+
+    Args:
+        errors: What it may answer.
+        bad_request: Whether it is one of OpenAI's, see :func:`openai_status`.
+    """
+    statuses = map(openai_status, errors) if bad_request else (e.status for e in errors)
+    return _declare({}, zip(statuses, errors, strict=True))
+
+
+def with_errors(
+    declared: Mapping[int | str, dict[str, Any]] | None, *errors: type[ServiceError]
+) -> dict[int | str, dict[str, Any]]:
+    """What a route declares already, and more errors."""
+    by_status = {status: dict(response) for status, response in (declared or {}).items()}
+    return _declare(by_status, ((e.status, e) for e in errors))
+
+
+def openai_status(error: ServiceError | type[ServiceError]) -> int:
+    """The status of an error on OpenAI's routes, where whatever is wrong with a body is 400."""
+    kind = error if isinstance(error, type) else type(error)
+    is_about_body = issubclass(kind, (ValidationFailedError, PromptTooLongError))
+    return 400 if is_about_body else error.status
+
+
+def _declare(
+    by_status: dict[int | str, dict[str, Any]],
+    errors: Iterable[tuple[int, type[ServiceError]]],
+) -> dict[int | str, dict[str, Any]]:
+    for status, error in errors:
+        codes = by_status.setdefault(status, {"model": ErrorResponse, "description": ""})
         codes["description"] = ", ".join(filter(None, (codes["description"], error.code)))
     return by_status

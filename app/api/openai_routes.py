@@ -13,7 +13,7 @@ from app.api.dependencies import (
     Services,
     unless_disconnected,
 )
-from app.api.errors import validation_error
+from app.api.errors import openai_status, validation_error
 from app.api.openai_answers import AnswerShape, numbered_seeds
 from app.api.openai_schemas import OpenAIFields
 from app.api.requests import job_fields
@@ -44,7 +44,7 @@ class OpenAIRoute(GuardedRoute):
 
     def status_of(self, error: ServiceError) -> int:
         """The status with which an error is answered here."""
-        return 400 if error.status == 422 else error.status
+        return openai_status(error)
 
 
 def check_model(name: str, services: Services) -> None:

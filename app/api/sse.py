@@ -23,6 +23,8 @@ PING_SECONDS = 15
 SEND_TIMEOUT_SECONDS = 30
 
 DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+_ERROR = b'data: {"error":'
 
 Delta = Callable[[str], dict[str, Any]]
 """Makes the ``delta`` member of an event from a piece of text."""
@@ -38,6 +40,19 @@ class Closing(Protocol):
 def frame(content: Any) -> bytes:
     """One event that carries ``content`` as JSON."""
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+# JSON has no line breaks inside, so an answer's text can be mistaken for neither of these.
+
+
+def ends_stream(chunk: bytes) -> bool:
+    """Whether these bytes of a stream are the last ones that tell anything."""
+    return chunk.endswith(DONE)
+
+
+def has_error_event(chunk: bytes) -> bool:
+    """Whether a stream says with these bytes that it failed."""
+    return chunk.startswith(_ERROR) or b"\n" + _ERROR in chunk
 
 
 class EventStream(EventSourceResponse):  # type: ignore[misc]

@@ -191,6 +191,25 @@ class CacheSettings(Section):
     )
 
 
+class IdempotencySettings(Section):
+    """Answers kept for requests that are sent again with the same Idempotency-Key."""
+
+    enabled: bool = Field(True, description="Take the header; false: refuse it.")
+    ttl_seconds: float = Field(
+        3600, gt=0, description="How long a key stands for its request, and the answer is kept."
+    )
+    max_entries: int = Field(
+        1000, ge=1, le=1_000_000, description="Most answers kept for one API key."
+    )
+    max_bytes: int = Field(
+        16_777_216,
+        ge=65_536,
+        le=1_099_511_627_776,
+        description="Most bytes of kept answers for one API key; an answer over a quarter of it is "
+        "not kept.",
+    )
+
+
 class ChatHistorySettings(Section):
     """Conversations kept for callers that send a session_id."""
 
@@ -275,6 +294,7 @@ class Settings(BaseSettings):
     security: SecuritySettings = SecuritySettings()
     rate_limit: RateLimitSettings = RateLimitSettings()
     cache: CacheSettings = CacheSettings()
+    idempotency: IdempotencySettings = IdempotencySettings()
     chat_history: ChatHistorySettings = ChatHistorySettings()
     pii: PiiSettings = PiiSettings()
     output: OutputSettings = OutputSettings()

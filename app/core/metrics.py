@@ -139,6 +139,12 @@ class Metrics:
             ("result",),
             registry=r,
         )
+        self.idempotency_requests = Counter(
+            "idempotency_requests_total",
+            "Requests with an idempotency key.",
+            ("result",),
+            registry=r,
+        )
         self.sessions_active = Gauge(
             "chat_sessions_active", "Conversations that are kept.", registry=r
         )

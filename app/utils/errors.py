@@ -151,6 +151,28 @@ class SessionBusyError(InvalidRequestError):
         super().__init__(param="session_id")
 
 
+class IdempotencyKeyInUseError(InvalidRequestError):
+    """The request of this idempotency key is being answered just now."""
+
+    status = 409
+    code = "idempotency_key_in_use"
+    default_message = "The first request with this Idempotency-Key is still being answered."
+
+    def __init__(self) -> None:
+        super().__init__(param="Idempotency-Key")
+
+
+class IdempotencyKeyReusedError(InvalidRequestError):
+    """The idempotency key stands for a request with another route, body or session."""
+
+    status = 422
+    code = "idempotency_key_reused"
+    default_message = "This Idempotency-Key belongs to another request; a new one needs a new key."
+
+    def __init__(self) -> None:
+        super().__init__(param="Idempotency-Key")
+
+
 class BodyTooLargeError(InvalidRequestError):
     """The body exceeds ``security.max_body_bytes``."""
 

@@ -200,7 +200,8 @@ def use(service: Service) -> None:
 
     def post(path: str, body: dict[str, Any]) -> int:
         with service.client() as client:
-            return client.post(path, json=body).status_code
+            headers = {"Idempotency-Key": "the same"} if body is kept else {}
+            return client.post(path, json=body, headers=headers).status_code
 
     with ThreadPoolExecutor(3) as pool:
         requests = [("/v1/chat", once), ("/v1/chat", once), ("/v1/generate", kept)]

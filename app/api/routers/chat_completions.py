@@ -39,7 +39,8 @@ SessionId = Annotated[
 
 @router.post(
     "/v1/chat/completions",
-    responses=STREAM | responses(*GENERATION_ERRORS, ModelNotFoundError, SessionBusyError),
+    responses=STREAM
+    | responses(*GENERATION_ERRORS, ModelNotFoundError, SessionBusyError, bad_request=True),
 )
 async def chat_completions(
     body: ChatCompletionRequest,

@@ -16,7 +16,7 @@ router = APIRouter(route_class=OpenAIRoute, dependencies=KEY_SCHEMES, tags=["ope
 
 @router.post(
     "/v1/completions",
-    responses=STREAM | responses(*GENERATION_ERRORS, ModelNotFoundError),
+    responses=STREAM | responses(*GENERATION_ERRORS, ModelNotFoundError, bad_request=True),
 )
 async def completions(
     body: CompletionRequest,

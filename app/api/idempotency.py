@@ -1,0 +1,152 @@
+"""The header Idempotency-Key: a request that is sent again is answered with the same bytes.
+
+Answers are recorded on their way out, whole ones and streams alike, so that a route needs to know
+nothing of it. Only complete successes are kept: a refusal passes with time, a mistake is for the
+caller to correct, and a fault is worth another try; each of these frees the key.
+"""
+
+import hashlib
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import Request, Response
+from starlette.datastructures import MutableHeaders
+from starlette.types import Message, Receive, Scope, Send
+
+from app.api.sse import PING, ends_stream, has_error_event
+from app.core.idempotency import Claim, IdempotencyStore, KeptAnswer
+from app.utils.errors import UnsupportedParameterError, ValidationFailedError
+
+HEADER = "Idempotency-Key"
+REPLAYED = "Idempotency-Replayed"
+
+_MAX_CHARS = 255
+_PRINTABLE_ASCII = re.compile(rf"[ -~]{{1,{_MAX_CHARS}}}")
+# Beside the body, what decides which request it is; the other headers are about its delivery.
+_MEANINGFUL_HEADERS = ("x-session-id",)
+
+PARAMETER: dict[str, Any] = {
+    "name": HEADER,
+    "in": "header",
+    "required": False,
+    "description": "Names this request. The same request with the same key is answered with the "
+    "first one's answer, and `Idempotency-Replayed: true`, for idempotency.ttl_seconds.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": _MAX_CHARS, "pattern": "^[ -~]+$"},
+}
+"""The header in the OpenAPI document."""
+
+
+async def answer_once(
+    store: IdempotencyStore,
+    request: Request,
+    body: bytes,
+    answer: Callable[[], Awaitable[Response]],
+) -> Response:
+    """Answer a request, or repeat the answer of an earlier one with the same key.
+
+    Args:
+        store: Earlier answers.
+        request: Its ``state.principal`` is the caller.
+        body: The request's body.
+        answer: Makes the answer of a request that has not been answered yet.
+
+    Raises:
+        ValidationFailedError: The header is sent twice, or is no key.
+        UnsupportedParameterError: There is a key, and ``idempotency.enabled`` is false.
+        IdempotencyKeyReusedError: The key stands for another request.
+        IdempotencyKeyInUseError: The same request is being answered.
+    """
+    key = _key(request)
+    if key is None:
+        return await answer()
+    if not store.enabled:
+        raise UnsupportedParameterError(
+            "Idempotency keys are switched off here (idempotency.enabled).", param=HEADER
+        )
+    claim = store.claim(request.state.principal.key_id, key, _fingerprint(request, body))
+    if isinstance(claim, KeptAnswer):
+        return _replay(claim)
+    try:
+        return _RecordedResponse(await answer(), claim)
+    except BaseException:
+        claim.release()
+        raise
+
+
+def _key(request: Request) -> str | None:
+    keys = request.headers.getlist(HEADER)
+    if not keys:
+        return None
+    if len(keys) > 1 or not _PRINTABLE_ASCII.fullmatch(keys[0]):
+        raise ValidationFailedError(
+            f"{HEADER}: must be one text of 1 to {_MAX_CHARS} printable ASCII characters",
+            param=HEADER,
+        )
+    return keys[0]
+
+
+def _fingerprint(request: Request, body: bytes) -> bytes:
+    """A SHA-256 that differs for any two requests that could be answered differently."""
+    scope = request.scope
+    headers = [request.headers.get(name, "") for name in _MEANINGFUL_HEADERS]
+    digest = hashlib.sha256()
+    for part in (scope["method"], scope["path"], scope["query_string"], *headers, body):
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        # The length goes first, so that nothing can move from one part into the next.
+        digest.update(b"%d:" % len(data))
+        digest.update(data)
+    return digest.digest()
+
+
+def _replay(kept: KeptAnswer) -> Response:
+    response = Response(kept.body, status_code=kept.status)
+    response.raw_headers = list(kept.headers)
+    response.headers[REPLAYED] = "true"
+    return response
+
+
+class _RecordedResponse(Response):
+    """A response that is kept for its claim once it is complete; else the claim ends with it."""
+
+    def __init__(self, response: Response, claim: Claim) -> None:
+        self.status_code = response.status_code
+        self._response = response
+        self._claim = claim
+        # What is added later, such as the rate limit's headers, is this delivery's own.
+        self._own_headers = tuple(response.raw_headers)
+        self._body: list[bytes] = []
+        self._room = claim.max_body_bytes
+
+    @property
+    def headers(self) -> MutableHeaders:
+        """The headers of the response that is recorded."""
+        return self._response.headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+
+        async def record(message: Message) -> None:
+            # Kept before it is sent: whoever has seen the end may send the request again at once.
+            self._record(message)
+            await send(message)
+
+        try:
+            await self._response(scope, receive, record)
+        finally:
+            self._claim.release()
+
+    def _record(self, message: Message) -> None:
+        if message["type"] != "http.response.body" or not self._claim.is_open:
+            return
+        chunk = message.get("body", b"")
+        self._room -= len(chunk)
+        if not 200 <= self.status_code < 300 or self._room < 0 or has_error_event(chunk):
+            self._body.clear()
+            self._claim.release()
+            return
+        if chunk != PING:
+            self._body.append(chunk)
+        if not message.get("more_body", False) or ends_stream(chunk):
+            body = b"".join(self._body)
+            self._claim.keep(KeptAnswer(self.status_code, self._own_headers, body))

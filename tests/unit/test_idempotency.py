@@ -1,0 +1,187 @@
+"""Answers kept under callers' own keys: who gets which, for how long, and how many."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.core.config import IdempotencySettings
+from app.core.idempotency import Claim, IdempotencyStore, KeptAnswer
+from app.core.metrics import Metrics
+from app.utils.errors import IdempotencyKeyInUseError, IdempotencyKeyReusedError
+
+TTL = 10.0
+MAX_ENTRIES = 3
+
+
+class Clock:
+    """Time that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Store:
+    """A store with small bounds, its clock and its metrics."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.metrics = Metrics()
+        settings = IdempotencySettings(ttl_seconds=TTL, max_entries=MAX_ENTRIES, max_bytes=65_536)
+        self.store = IdempotencyStore(settings, self.metrics, self.clock)
+
+    def ask(self, key: str, body: str = "a", caller: str = "alice") -> bytes | None:
+        """A request that is answered at once where it is a new one, else the kept answer."""
+        claim = self.store.claim(caller, key, body.encode())
+        if isinstance(claim, KeptAnswer):
+            return claim.body
+        claim.keep(KeptAnswer(200, (), f"{caller} {key} {body}".encode()))
+        return None
+
+    def begin(self, key: str, body: str = "a", caller: str = "alice") -> Claim:
+        """A request that is under way."""
+        claim = self.store.claim(caller, key, body.encode())
+        assert isinstance(claim, Claim)
+        return claim
+
+    def counted(self) -> dict[str, float]:
+        """How many requests ended so."""
+        (family,) = self.metrics.idempotency_requests.collect()
+        return {s.labels["result"]: s.value for s in family.samples if s.name.endswith("_total")}
+
+
+@pytest.fixture
+def store() -> Store:
+    """See :class:`Store`."""
+    return Store()
+
+
+def test_an_answer_is_kept_for_its_time(store: Store) -> None:
+    """The same request gets the kept answer until its time is over, and is then a new one."""
+    assert store.ask("k") is None
+    store.clock.now = TTL - 0.001
+    assert store.ask("k") == b"alice k a"
+    store.clock.now = TTL
+    assert store.ask("k") is None
+
+
+def test_a_key_stands_for_one_request(store: Store) -> None:
+    """Another request under the same key is refused, while the first runs and afterwards."""
+    claim = store.begin("k")
+    with pytest.raises(IdempotencyKeyReusedError):
+        store.ask("k", "b")
+    claim.keep(KeptAnswer(200, (), b"x"))
+    with pytest.raises(IdempotencyKeyReusedError):
+        store.ask("k", "b")
+    assert store.ask("k") == b"x"
+
+
+def test_a_request_runs_once_at_a_time(store: Store) -> None:
+    """The same request again is refused while the first one runs; a released key is free."""
+    claim = store.begin("k")
+    with pytest.raises(IdempotencyKeyInUseError):
+        store.ask("k")
+    claim.release()
+    assert store.ask("k", "another request") is None
+
+
+def test_only_the_first_ending_of_a_claim_counts(store: Store) -> None:
+    """A claim that has ended neither forgets its answer nor another request's."""
+    claim = store.begin("k")
+    claim.keep(KeptAnswer(200, (), b"x"))
+    claim.release()
+    claim.keep(KeptAnswer(200, (), b"y"))
+    assert store.ask("k") == b"x"
+    early = store.begin("other")
+    early.release()
+    later = store.begin("other")
+    early.release()
+    with pytest.raises(IdempotencyKeyInUseError):
+        store.ask("other")
+    later.release()
+
+
+def test_callers_have_bounds_of_their_own(store: Store) -> None:
+    """A caller that keeps more than its number loses its own oldest answers, nobody else's."""
+    store.ask("k", caller="bob")
+    for number in range(MAX_ENTRIES + 1):
+        store.ask(str(number))
+    assert store.ask("k", caller="bob") == b"bob k a"
+    assert store.ask("3") == b"alice 3 a"
+    assert store.ask("0") is None
+
+
+def test_what_fits_is_kept_and_no_more(store: Store) -> None:
+    """An answer as large as its claim allows is kept; one byte more is not."""
+    for excess in (0, 1):
+        claim = store.begin(f"k{excess}")
+        claim.keep(KeptAnswer(200, (), b"x" * (claim.max_body_bytes + excess)))
+    assert store.ask("k0") is not None
+    assert store.ask("k1") is None
+
+
+def test_requests_are_counted_by_what_became_of_them(store: Store) -> None:
+    """New, repeated, refused as running and refused as another: each is counted once."""
+    store.ask("k")
+    store.ask("k")
+    store.begin("running")
+    for key, body in (("k", "b"), ("running", "a")):
+        with pytest.raises((IdempotencyKeyInUseError, IdempotencyKeyReusedError)):
+            store.ask(key, body)
+    assert store.counted() == {"new": 2, "replayed": 1, "in_use": 1, "reused": 1}
+
+
+steps = st.tuples(
+    st.sampled_from(["alice", "bob"]),
+    st.sampled_from("xyz"),
+    st.sampled_from("ab"),
+    st.sampled_from(["keep", "hold", "end", "drop"]),
+    st.floats(0, 4),
+)
+
+
+@given(st.lists(steps, max_size=60))
+def test_a_caller_never_gets_anothers_answer(
+    sequence: list[tuple[str, str, str, str, float]],
+) -> None:
+    """After any sequence of requests each answer is the caller's own, to that very request.
+
+    What one caller holds or keeps never refuses another: bob sees what he would see alone.
+    """
+    together, alone = Store(), Store()
+    held: dict[int, dict[tuple[str, str], Claim]] = {id(together): {}, id(alone): {}}
+    for caller, key, body, action, pause in sequence:
+        seen = []
+        for store in (together, alone):
+            store.clock.now += pause
+            if store is together or caller == "bob":
+                seen.append(_step(store, held[id(store)], caller, key, body, action))
+        assert len(set(seen)) == 1
+        if isinstance(seen[0], bytes):
+            assert seen[0] == f"{caller} {key} {body}".encode()
+
+
+def _step(
+    store: Store,
+    held: dict[tuple[str, str], Claim],
+    caller: str,
+    key: str,
+    body: str,
+    action: str,
+) -> bytes | str | None:
+    if action in ("end", "drop") and (caller, key) in held:
+        claim = held.pop((caller, key))
+        claim.release()
+        return None
+    try:
+        if action == "keep":
+            return store.ask(key, body, caller)
+        found = store.store.claim(caller, key, body.encode())
+    except (IdempotencyKeyInUseError, IdempotencyKeyReusedError) as error:
+        return error.code
+    if isinstance(found, KeptAnswer):
+        return found.body
+    held[caller, key] = found
+    return None
