@@ -70,8 +70,8 @@ class ModelSettings(Section):
         description="hub downloads `name`, local reads it from disk, bundled ignores it and uses "
         "SmolLM2-135M-Instruct.",
     )
-    aliases: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
-        ("default",),
+    aliases: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
+        ["default"],
         description="Further names for the served model in requests to the OpenAI routes.",
     )
     revision: str | None = Field(

@@ -2,13 +2,15 @@
 
 import time
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from app.api.dependencies import KEY_SCHEMES, AppServices, Services
 from app.api.errors import responses
 from app.api.openai_routes import OpenAIRoute, check_model
 from app.api.openai_schemas import ModelCard, ModelList
 from app.utils.errors import InvalidAPIKeyError, ModelNotFoundError, RateLimitExceededError
+
+_MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
 
 router = APIRouter(
     prefix="/v1/models",
@@ -26,10 +28,16 @@ async def list_models(services: AppServices) -> ModelList:
     return ModelList(data=[_card(name, services) for name in (model.label, *model.aliases)])
 
 
-# A name on the hub has a slash.
-@router.get("/{model:path}", responses=responses(ModelNotFoundError))
-async def get_model(model: str, services: AppServices) -> ModelCard:
+# A name on the hub has a slash. Any text is a name: declared as an argument, FastAPI would say that
+# it can be refused.
+@router.get(
+    "/{model:path}",
+    responses=responses(ModelNotFoundError),
+    openapi_extra={"parameters": [_MODEL]},
+)
+async def get_model(request: Request, services: AppServices) -> ModelCard:
     """Tell about one name of the model."""
+    model = request.path_params["model"]
     check_model(model, services)
     return _card(model, services)
 

@@ -1,0 +1,182 @@
+"""Tools on the OpenAI routes: what the model is told, and what the caller gets."""
+
+import json
+from typing import Any
+
+import pytest
+from jsonschema import validate
+from starlette.testclient import TestClient
+
+from tests.conftest import RunApp
+from tests.support.openai import CHAT, chat, chunks, refused, user
+from tests.support.service import Service
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "maxLength": 20},
+                "unit": {"enum": ["celsius", "fahrenheit"]},
+            },
+            "required": ["city", "unit"],
+            "additionalProperties": False,
+        },
+    },
+}
+NOW = {"type": "function", "function": {"name": "now"}}
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+
+
+def called(choice: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and arguments of a choice's calls."""
+    calls = choice["message"].get("tool_calls", [])
+    assert all(c["type"] == "function" for c in calls)
+    assert len({c["id"] for c in calls}) == len(calls)
+    return [(c["function"]["name"], c["function"]["arguments"]) for c in calls]
+
+
+def test_tools_called(client: TestClient) -> None:
+    """An answer with a call has it in tool_calls, and the reason says so; text stays text."""
+    (choice,) = chat(client, f"Look:\n{CALL}", tools=[WEATHER, NOW]).json()["choices"]
+    assert called(choice) == [("get_weather", '{"city": "Köln"}')]
+    assert choice["message"]["content"] == "Look:"
+    assert choice["finish_reason"] == "tool_calls"
+    (only,) = chat(client, CALL, tools=[WEATHER]).json()["choices"]
+    assert only["message"]["content"] is None
+    (none,) = chat(client, "no call", tools=[WEATHER]).json()["choices"]
+    assert (none["message"]["content"], none["finish_reason"]) == ("no call", "stop")
+    assert "tool_calls" not in none["message"]
+
+
+def test_streamed_calls(client: TestClient) -> None:
+    """A stream tells a call's id and name first, then its arguments in pieces."""
+    found = chunks(chat(client, f"{CALL}{CALL}", tools=[WEATHER], stream=True))
+    deltas = [c["choices"][0]["delta"] for c in found]
+    pieces = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    assert {p["index"] for p in pieces} == {0, 1}
+    for index in (0, 1):
+        first, *rest = [p for p in pieces if p["index"] == index]
+        assert first["function"] == {"name": "get_weather", "arguments": ""}
+        assert first["id"]
+        assert first["type"] == "function"
+        assert len(rest) > 5
+        assert all(p.keys() == {"index", "function"} for p in rest)
+        assert "".join(p["function"]["arguments"] for p in rest) == '{"city": "Köln"}'
+    assert found[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert not any(delta.get("content") for delta in deltas)
+
+
+def test_an_answer_without_tools_keeps_what_looks_like_a_call(client: TestClient) -> None:
+    """Where no tools are offered, or none may be called, the text is as the model wrote it."""
+    for fields in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
+        (choice,) = chat(client, CALL, **fields).json()["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (CALL, "stop")
+    (other,) = chat(client, CALL, tools=[NOW]).json()["choices"]
+    assert (other["message"]["content"], other["finish_reason"]) == (CALL, "stop")
+
+
+def test_a_kept_answer_has_its_calls(client: TestClient) -> None:
+    """From the response cache an answer's calls come again; other tools are another request."""
+    text = f"cached {CALL}"
+    answers = [chat(client, text, tools=[WEATHER], cache=True).json() for _ in range(2)]
+    assert [a["cached"] for a in answers] == [False, True]
+    assert [called(a["choices"][0])[0][0] for a in answers] == ["get_weather"] * 2
+    other = chat(client, text, tools=[WEATHER, NOW], cache=True).json()
+    assert other["cached"] is False
+
+
+def test_the_model_is_told_of_tools(client: TestClient) -> None:
+    """Definitions are part of the prompt, and count as such."""
+    told = chat(client, tools=[WEATHER]).json()["usage"]["prompt_tokens"]
+    untold = chat(client).json()["usage"]["prompt_tokens"]
+    assert told - untold > len(json.dumps(WEATHER))
+    none = chat(client, tools=[WEATHER], tool_choice="none").json()["usage"]["prompt_tokens"]
+    assert none == untold
+
+
+def test_tools_are_a_prompt(run_app: RunApp) -> None:
+    """Limits and PII rules hold for what tools say, and for calls in the history."""
+    client = run_app(security={"max_prompt_chars": 400}, pii={"input": "reject"})
+    long = {"type": "function", "function": {"name": "f", "description": "x" * 400}}
+    assert refused(chat(client, tools=[long])) == (400, "prompt_too_long", "messages")
+    mail = {"type": "function", "function": {"name": "f", "description": "Ask jane@example.com."}}
+    assert refused(chat(client, tools=[mail])) == (400, "pii_detected", "tools")
+    function = {"name": "f", "arguments": '{"to": "jane@example.com"}'}
+    call = {"id": "c", "type": "function", "function": function}
+    turns = [*user("x"), {"role": "assistant", "tool_calls": [call]}, *user("y")]
+    assert refused(chat(client, messages=turns)) == (400, "pii_detected", "messages")
+
+
+def test_a_session_keeps_calls_and_results(client: TestClient) -> None:
+    """A conversation goes on with a tool's result alone; the call stands in its history."""
+    session = {"headers": {"X-Session-ID": "with-tools"}, "tools": [WEATHER]}
+    (choice,) = chat(client, CALL, **session).json()["choices"]
+    call = choice["message"]["tool_calls"][0]
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "12 degrees"}
+    assert chat(client, messages=[result], **session).status_code == 200
+    history = client.get("/v1/sessions/with-tools").json()["messages"]
+    assert [m["role"] for m in history] == ["user", "assistant", "tool", "assistant"]
+    assert (history[1]["content"], history[2]["content"]) == (CALL, "12 degrees")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [WEATHER, WEATHER]}, None),
+        ({"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "x"}}}, None),
+        ({"tools": [{"type": "custom", "function": {"name": "f"}}]}, "tools.0.type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"tools": [NOW] * 129}, "tools"),
+    ],
+)
+def test_what_is_wrong_with_tools_is_named(
+    client: TestClient, fields: dict[str, Any], param: str | None
+) -> None:
+    """Bad definitions are refused before anything runs."""
+    assert refused(chat(client, **fields)) == (400, "validation_error", param)
+
+
+def test_an_engine_without_grammars_cannot_be_made_to_call(client: TestClient) -> None:
+    """Where the engine cannot keep the promise, it is not made."""
+    response = chat(client, tools=[NOW], tool_choice="required")
+    assert refused(response) == (400, "unsupported_parameter", "tools")
+
+
+def ask(service: Service, **fields: Any) -> dict[str, Any]:
+    """The one choice of a greedy answer of the real model."""
+    body = {
+        "model": "default",
+        "messages": user("What is the weather in Paris, in celsius?"),
+        "tools": [WEATHER, NOW],
+        "temperature": 0,
+        "max_tokens": 120,
+        **fields,
+    }
+    with service.client(timeout=200) as client:
+        response = client.post(CHAT, json=body)
+    assert response.status_code == 200, response.text
+    choice: dict[str, Any] = response.json()["choices"][0]
+    return choice
+
+
+@pytest.mark.model
+@pytest.mark.timeout(300)
+def test_tool_choices(bundled_service: Service) -> None:
+    """A model that must call does, with arguments of the schema, as often as it may."""
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    forced = ask(bundled_service, tool_choice=named)
+    ((name, arguments),) = called(forced)
+    assert name == "get_weather"
+    validate(json.loads(arguments), WEATHER["function"]["parameters"])  # type: ignore[index]
+    assert forced["finish_reason"] == "tool_calls"
+    assert forced["message"]["content"] is None
+    required = called(ask(bundled_service, tool_choice="required", parallel_tool_calls=False))
+    assert len(required) == 1
+    assert required[0][0] in ("get_weather", "now")
+    none = ask(bundled_service, tool_choice="none")
+    assert called(none) == []
+    assert none["message"]["content"]

@@ -1,0 +1,57 @@
+"""The tables of OpenAI's fields in docs/api.md: complete, and each row shown by a test."""
+
+import re
+from typing import Any
+
+import pytest
+from openai.types import completion_create_params as completion
+from openai.types.chat import completion_create_params as chat
+
+from app.api.openai_schemas import ChatCompletionRequest, CompletionRequest
+from app.core.config import PROJECT_ROOT
+
+ROUTES: dict[str, tuple[Any, Any]] = {
+    "POST /v1/chat/completions": (chat, ChatCompletionRequest),
+    "POST /v1/completions": (completion, CompletionRequest),
+}
+
+
+def rows(route: str) -> dict[str, str]:
+    """The fields of a route's table, and the test that each row names."""
+    text = (PROJECT_ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    table = text.partition(f"\n`{route}`:\n\n")[2].partition("\n\n")[0]
+    found: dict[str, str] = {}
+    for line in table.splitlines()[2:]:
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        for field in re.findall("`(.+?)`", cells[0]):
+            assert field not in found, field
+            found[field] = cells[-1].strip("` |")
+    return found
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_field_has_a_row(route: str) -> None:
+    """Each field of OpenAI's client, and each that the route takes, is in its table; no other."""
+    params, model = ROUTES[route]
+    openai = set(params.CompletionCreateParamsStreaming.__annotations__)
+    openai |= set(params.CompletionCreateParamsBase.__annotations__)
+    assert len(openai) > 15
+    assert set(rows(route)) == openai | set(model.model_fields)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_field_is_taken_or_refused(route: str) -> None:
+    """A field is in the request's schema, or known with its neutral values; none is forgotten."""
+    _, model = ROUTES[route]
+    assert set(rows(route)) == set(model.model_fields) | set(model.neutral)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_row_is_shown_by_a_test(route: str) -> None:
+    """The test that a row names exists."""
+    tests = "".join(
+        path.read_text(encoding="utf-8")
+        for path in (PROJECT_ROOT / "tests" / "api").glob("test_openai*.py")
+    )
+    for field, test in rows(route).items():
+        assert f"def {test}(" in tests, (field, test)

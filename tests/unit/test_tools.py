@@ -1,0 +1,214 @@
+"""Calls of tools: what a model is told, and how its calls are read, however they are cut."""
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.llm.tool_calls import CallPiece, Piece, ToolCallParser
+from app.llm.tools import (
+    DEFAULT_FORMAT,
+    ChatMessage,
+    Tool,
+    ToolCall,
+    ToolFormat,
+    ToolUse,
+    tool_format,
+)
+
+HERMES = tool_format("{% if tools %}<tool_call>{{ tools }}</tool_call>{% endif %}")
+LLAMA = tool_format('{% if tools %}<|python_tag|>{"name": x, "parameters": y}{% endif %}')
+NAMES = {"add", "get-weather_2"}
+
+arguments = st.dictionaries(
+    st.text(max_size=8),
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.text(alphabet=st.characters(codec="utf-8"), max_size=8)
+        | st.sampled_from(["</tool_call>", '{"name": "', "}", '"', "\\"]),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+        ),
+        max_leaves=6,
+    ),
+    max_size=3,
+)
+calls_of = st.lists(st.tuples(st.sampled_from(sorted(NAMES)), arguments), max_size=3)
+plain = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="<{;"), max_size=20).map(
+    str.strip
+)
+
+
+def read(form: ToolFormat, pieces: list[str]) -> list[Piece]:
+    """Everything a parser makes of an answer."""
+    parser = ToolCallParser(form, NAMES)
+    found = [piece for text in pieces for piece in parser.feed(text)] + parser.flush()
+    assert parser.calls == len({p.index for p in found if isinstance(p, CallPiece)})
+    return found
+
+
+def joined(pieces: list[Piece]) -> tuple[str, list[tuple[str, str]]]:
+    """The text, and each call's name and arguments."""
+    text = "".join(p for p in pieces if isinstance(p, str))
+    calls: list[list[str]] = []
+    ids: list[str] = []
+    for piece in pieces:
+        if not isinstance(piece, CallPiece):
+            continue
+        if piece.name is not None:
+            assert piece.id
+            ids.append(piece.id)
+            calls.append([piece.name, ""])
+        assert piece.index == len(calls) - 1
+        calls[-1][1] += piece.arguments
+    assert len(set(ids)) == len(calls)
+    return text, [(name, given_) for name, given_ in calls]
+
+
+def cut(text: str, places: list[int]) -> list[str]:
+    """``text`` in pieces."""
+    bounds = sorted({0, len(text), *(p % (len(text) + 1) for p in places)})
+    return [text[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def message(text: str, calls: list[tuple[str, Any]]) -> ChatMessage:
+    """An assistant's message as a caller sends it."""
+    written: list[ToolCall] = [
+        {
+            "id": f"call_{i}",
+            "type": "function",
+            "function": {"name": name, "arguments": json.dumps(given_, ensure_ascii=False)},
+        }
+        for i, (name, given_) in enumerate(calls)
+    ]
+    return {"role": "assistant", "content": text, "tool_calls": written}
+
+
+@pytest.mark.parametrize(
+    "form", [DEFAULT_FORMAT, HERMES, LLAMA], ids=["default", "hermes", "llama"]
+)
+@given(text=plain, calls=calls_of, places=st.lists(st.integers(0, 10_000), max_size=30))
+def test_what_is_written_is_read(
+    form: ToolFormat, text: str, calls: list[tuple[str, Any]], places: list[int]
+) -> None:
+    """A caller's calls, written as the model writes them, are read back, however they are cut."""
+    (written,) = form.as_text([message(text, calls)])
+    assert "tool_calls" not in written or not calls
+    read_text, read_calls = joined(read(form, cut(written["content"], places)))
+    assert read_text == text
+    assert [(name, json.loads(given_)) for name, given_ in read_calls] == calls
+
+
+FORMATS = {"default": DEFAULT_FORMAT, "llama": LLAMA}
+ODD = [
+    ("default", "no call <b>at all</b> \n"),
+    ("default", '<tool_call>\n{"name": "unknown", "arguments": {}}\n</tool_call>'),
+    ("default", '<tool_call> {"arguments": {}, "name": "add"} </tool_call>'),
+    ("default", "<tool_call>[1, 2]</tool_call> and <tool_cal"),
+    ("default", '<tool_call>\n{"name": "add", "arg'),
+    ("default", '<tool_call>\n{"name": "' + "x" * 300),
+    ("default", "   "),
+    ("llama", '{"name": "unknown", "parameters": {}} \n'),
+    ("llama", '{"names": ["add"]}'),
+]
+
+
+@pytest.mark.parametrize(("form", "text"), ODD)
+def test_what_is_no_call_stays_text(form: str, text: str) -> None:
+    """Text that only looks like a call of a known function is passed on, every character of it."""
+    for size in (1, 2, 7, len(text)):
+        pieces = [text[i : i + size] for i in range(0, len(text), size)]
+        assert joined(read(FORMATS[form], pieces)) == (text, [])
+
+
+def test_an_answer_cut_in_its_arguments_tells_what_there_is() -> None:
+    """Arguments that max_tokens cut off are told as far as they came."""
+    text = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b'
+    assert joined(read(DEFAULT_FORMAT, list(text))) == ("", [("add", '{"a": 1, "b')])
+
+
+def test_arguments_come_in_pieces() -> None:
+    """A call's name comes as soon as it is known, and its arguments as they are written."""
+    parser = ToolCallParser(DEFAULT_FORMAT, NAMES)
+    assert parser.feed('<tool_call>\n{"name": "add"') == []
+    (begun,) = parser.feed(', "arguments": ')
+    assert isinstance(begun, CallPiece)
+    assert (begun.index, begun.name, begun.arguments) == (0, "add", "")
+    assert parser.feed('{"a":') == [CallPiece(0, arguments='{"a":')]
+    assert parser.feed(" 1}}\n</tool") == [CallPiece(0, arguments=" 1}")]
+    assert parser.feed("_call>\n") == []
+    assert parser.flush() == []
+
+
+def test_text_around_calls_is_kept_without_its_space() -> None:
+    """White space between text and calls is the form's own."""
+    call = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
+    text = f"Before.\n{call}\n{call}\n\nAfter. "
+    assert joined(read(DEFAULT_FORMAT, list(text))) == ("Before.After. ", [("add", "{}")] * 2)
+
+
+ADD = Tool("add", "Adds.", {"type": "object", "properties": {"a": {"type": "integer"}}})
+NOW = Tool("now")
+
+
+@pytest.mark.parametrize(
+    ("use", "names", "required", "single"),
+    [
+        (ToolUse((ADD, NOW)), ["add", "now"], False, False),
+        (ToolUse((ADD, NOW), parallel=False), ["add", "now"], False, True),
+        (ToolUse((ADD, NOW), "required"), ["add", "now"], True, False),
+        (ToolUse((ADD, NOW), "=now"), ["now"], True, True),
+    ],
+)
+def test_a_choice_is_a_grammar(
+    use: ToolUse, names: list[str], required: bool, single: bool
+) -> None:
+    """What may be called, whether it must be, and how often, is what the grammar says."""
+    grammar = DEFAULT_FORMAT.grammar(use)
+    assert [t.name for t in use.allowed] == names
+    assert [t.begin for t in grammar.tags] == [
+        f'<tool_call>\n{{"name": "{name}", "arguments": ' for name in names
+    ]
+    assert all(t.begin.startswith(grammar.trigger) for t in grammar.tags)
+    assert (grammar.required, grammar.single) == (required, single)
+    assert json.loads(grammar.tags[-1].schema)["type"] == "object"
+
+
+def test_a_template_without_tools_gets_instructions() -> None:
+    """The system message tells of the tools, and results come from the user, side by side."""
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "?"},
+        {"role": "tool", "content": "1"},
+        {"role": "tool", "content": "2"},
+    ]
+    system, question, results = DEFAULT_FORMAT.for_template(messages, [ADD])
+    assert system["content"].startswith("Be brief.\n\n")
+    assert json.dumps(ADD.definition()) in system["content"]
+    assert question["content"] == "?"
+    assert results["role"] == "user"
+    assert results["content"] == (
+        "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>"
+    )
+    alone = DEFAULT_FORMAT.for_template([{"role": "user", "content": "?"}], [NOW])
+    assert [m["role"] for m in alone] == ["system", "user"]
+    assert DEFAULT_FORMAT.for_template(messages[:2], []) == messages[:2]
+
+
+def test_templates_are_told_apart() -> None:
+    """Hermes's and Llama's forms are known; whatever else has tools gets the default."""
+    assert HERMES.in_template
+    assert LLAMA.in_template
+    assert (LLAMA.opening, LLAMA.arguments_key) == ("", "parameters")
+    assert HERMES.for_template([{"role": "tool", "content": "x"}], [ADD])[0]["role"] == "tool"
+    for template in (
+        "{{ messages }}<tool_call>",
+        "{% if tools %}[TOOL_CALLS]{% endif %}",
+        "{% if tools %}<tool_call><function=f></tool_call>{% endif %}",
+    ):
+        assert tool_format(template) is DEFAULT_FORMAT
