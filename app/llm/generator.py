@@ -269,14 +269,16 @@ def check_supported(options: GenerationOptions, info: EngineInfo) -> None:
     ]
     if options.logprobs is not None:
         asked.append("top_logprobs" if options.logprobs else "logprobs")
-    params = {name: name for name in asked}
-    if options.grammar is not None:
-        params["grammar"] = grammar_param(options.grammar)
-    for name, param in params.items():
+    for name in asked:
         if name not in info.supported:
             raise UnsupportedParameterError(
-                f"The running engine ({info.backend}) does not support {param}.", param=param
+                f"The running engine ({info.backend}) does not support {name}.", param=name
             )
+    if options.grammar is not None and "grammar" not in info.supported:
+        raise UnsupportedParameterError(
+            f"The running engine ({info.backend}) cannot hold an answer to a form.",
+            param=grammar_param(options.grammar),
+        )
 
 
 def grammar_param(grammar: Grammar) -> str:
