@@ -12,11 +12,10 @@ import pytest
 import yaml
 
 from app.core.config import PROJECT_ROOT, Settings
-from app.llm import bundled
 from tests.contract.test_openapi import routes
 from tests.support.curl import Answered, run_curl
 from tests.support.markdown import Block, blocks, commands, tree_paths
-from tests.support.service import Service, isolated_environment
+from tests.support.service import API_KEY, Service, isolated_environment
 
 README = PROJECT_ROOT / "README.md"
 
@@ -91,12 +90,16 @@ def test_each_curl_command_gives_what_is_documented(
         assert shape(json.loads(answered.body)) == shape(example.answer)
 
 
+def _template(match: re.Match[str]) -> str:
+    return {"session": "/sessions/{session_id}", "model": "/models/{model}"}[match[1]]
+
+
 def test_every_route_has_a_curl_command() -> None:
     """The README shows how to call each method of each route."""
     shown = {
         (re.search(r"-X (\w+)", e.command) or ["", "GET"])[1]
         + " "
-        + re.sub("/sessions/[^ ]+", "/sessions/{session_id}", e.command.split("8000")[1].split()[0])
+        + re.sub("/(session|model)s/[^ ]+", _template, e.command.split("8000")[1].split()[0])
         for e in EXAMPLES
     }
     assert routes() - shown == set()
@@ -132,12 +135,12 @@ def test_yaml_blocks_are_the_defaults(block: Block) -> None:
 
 @pytest.mark.model
 @pytest.mark.parametrize("block", of_language("python"))
-def test_python_blocks_run(block: Block) -> None:
+def test_python_blocks_run(block: Block, bundled_service: Service) -> None:
     """A Python block of the README runs as it stands and prints what its comments say."""
-    if not bundled.is_fetched():
-        pytest.skip("the bundled model is not here; `make model` fetches it")
+    # Only the service's address and key are the test's own.
+    code = block.code.replace("http://localhost:8000", bundled_service.base_url)
     done = subprocess.run(
-        [sys.executable, "-c", block.code],
+        [sys.executable, "-c", code.replace("your-api-key-here", API_KEY)],
         cwd=PROJECT_ROOT,
         env=isolated_environment({"MODEL__SOURCE": "bundled", "MODEL__ENGINE": "transformers"}),
         capture_output=True,
