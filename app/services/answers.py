@@ -101,6 +101,7 @@ class Answer:
         self._parser = parser
         self._text: list[str] = []
         self._sent = self._told = 0
+        self._ended = False
 
     @property
     def calls(self) -> int:
@@ -124,7 +125,7 @@ class Answer:
         """Log-probabilities of the tokens of the text so far that were not taken before."""
         logprobs, start = self._report.logprobs, self._told
         while self._told < len(logprobs) and (
-            self._report.finish_reason is not None or logprobs[self._told].start < self._sent
+            self._ended or logprobs[self._told].start < self._sent
         ):
             self._told += 1
         return logprobs[start : self._told]
@@ -141,6 +142,7 @@ class Answer:
                 self._text.append(piece)
                 self._sent += len(piece)
                 yield piece
+        self._ended = True
         self._end(self.completion)
 
     def on_end(self, callback: Callable[[Completion | None], None]) -> None:

@@ -1,8 +1,7 @@
 """Several answers to one request: opened together, read as they come."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
 from app.llm.tool_calls import Piece
@@ -21,6 +20,7 @@ class Choices:
 
     def __init__(self, answers: Sequence[Answer]) -> None:
         self.answers = answers
+        self._pumps: list[asyncio.Task[None]] = []
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece | None]]:
         """Each choice's pieces with its index; ``None`` after its last.
@@ -29,15 +29,10 @@ class Choices:
             ServiceError: One of the answers broke off; the others are given up.
         """
         if len(self.answers) == 1:
-            async for piece in self.answers[0].pieces():
-                yield 0, piece
+            async for only in self.answers[0].pieces():
+                yield 0, only
             yield 0, None
             return
-        async with aclosing(self._merged()) as merged:
-            async for item in merged:
-                yield item
-
-    async def _merged(self) -> AsyncGenerator[tuple[int, Piece | None], None]:
         pending: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue(
             _MAX_PENDING
         )
@@ -50,22 +45,21 @@ class Choices:
             except Exception as error:  # noqa: BLE001 - handed to the reader, which raises it
                 await pending.put((index, error))
 
-        tasks = [asyncio.create_task(pump(i, answer)) for i, answer in enumerate(self.answers)]
-        try:
-            running = len(tasks)
-            while running:
-                index, piece = await pending.get()
-                if isinstance(piece, BaseException):
-                    raise piece
-                running -= piece is None
-                yield index, piece
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        self._pumps = [asyncio.create_task(pump(i, a)) for i, a in enumerate(self.answers)]
+        running = len(self._pumps)
+        while running:
+            index, piece = await pending.get()
+            if isinstance(piece, BaseException):
+                raise piece
+            running -= piece is None
+            yield index, piece
 
     async def aclose(self) -> None:
         """Stop generating what has not ended."""
+        # An answer cannot be closed while a task reads it.
+        for task in self._pumps:
+            task.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
         for answer in self.answers:
             await answer.aclose()
 

@@ -20,6 +20,8 @@ from app.llm.generator import GenerationReport
 
 # What an entry takes beside its text: keys, numbers, and Python's own overhead.
 _ENTRY_OVERHEAD_BYTES = 1024
+# A token's bytes, its number, and the objects that hold them.
+_LOGPROB_BYTES = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,13 @@ class StoredAnswer:
 
     text: str
     report: GenerationReport
+
+    @property
+    def size(self) -> int:
+        """Bytes it takes, roughly."""
+        logprobs = sum(1 + len(entry.top) for entry in self.report.logprobs)
+        text = len(self.text.encode())
+        return text + _LOGPROB_BYTES * logprobs + _ENTRY_OVERHEAD_BYTES
 
 
 Generate = Callable[[GenerationReport], AsyncGenerator[str, None]]
@@ -111,7 +120,7 @@ class ResponseCache:
             max_entries=settings.size,
             max_bytes=settings.max_bytes,
             ttl_seconds=settings.ttl_seconds,
-            size_of=lambda answer: len(answer.text.encode()) + _ENTRY_OVERHEAD_BYTES,
+            size_of=lambda answer: answer.size,
         )
         metrics.cache_entries.set_function(lambda: len(self._cache))
 
