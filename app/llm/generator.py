@@ -17,6 +17,7 @@ from app.llm.engine.base import (
     SamplingParams,
 )
 from app.llm.engine.client import EngineClient
+from app.llm.grammar import check_grammar
 from app.llm.tokenizer import PromptTokenizer
 from app.utils.errors import (
     ContextLengthExceededError,
@@ -124,9 +125,12 @@ class TextGenerator:
 
         Raises:
             ServiceError: See :meth:`EngineClient.admit` and :meth:`Admission.generate`, and
-                ``ContextLengthExceededError``, ``UnsupportedParameterError``.
+                ``ContextLengthExceededError``, ``UnsupportedParameterError``,
+                ``InvalidGrammarError``.
         """
         check_supported(options, self.info)
+        if options.grammar is not None:
+            await check_grammar(options.grammar, self.info)
         place = admission or self.engine.admit()
         try:
             request = await self._prepare(prompt, options, report, rendered=rendered)
