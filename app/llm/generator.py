@@ -16,10 +16,10 @@ from app.llm.engine.base import (
     GenerationRequest,
     Grammar,
     SamplingParams,
-    TagsGrammar,
     TokenEvent,
 )
 from app.llm.engine.client import EngineClient
+from app.llm.grammar import check_grammar, grammar_param
 from app.llm.tokenizer import PromptTokenizer
 from app.utils.errors import (
     ContextLengthExceededError,
@@ -146,9 +146,12 @@ class TextGenerator:
 
         Raises:
             ServiceError: See :meth:`EngineClient.admit` and :meth:`Admission.generate`, and
-                ``ContextLengthExceededError``, ``UnsupportedParameterError``.
+                ``ContextLengthExceededError``, ``UnsupportedParameterError``,
+                ``InvalidGrammarError``.
         """
         check_supported(options, self.info)
+        if options.grammar is not None:
+            await check_grammar(options.grammar, self.info)
         place = admission or self.engine.admit()
         try:
             request = await self._prepare(prompt, options, report, rendered=rendered)
@@ -279,8 +282,3 @@ def check_supported(options: GenerationOptions, info: EngineInfo) -> None:
             f"The running engine ({info.backend}) cannot hold an answer to a form.",
             param=grammar_param(options.grammar),
         )
-
-
-def grammar_param(grammar: Grammar) -> str:
-    """The request field that a grammar comes from."""
-    return "tools" if isinstance(grammar, TagsGrammar) else "response_format"

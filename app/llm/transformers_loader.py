@@ -13,7 +13,7 @@ from app.llm.description import (
     pretrained_source,
     special_tokens,
 )
-from app.llm.engine.base import SAMPLING_FIELDS, Backend, EngineInfo
+from app.llm.engine.base import REQUEST_FEATURES, SAMPLING_FIELDS, Backend, EngineInfo
 from app.llm.hub import Progress, Snapshot
 from app.llm.load_errors import explaining
 from app.utils.errors import ModelLoadError
@@ -172,7 +172,7 @@ def _start_backend(
         dtype="int8" if int8 else str(model.dtype).removeprefix("torch."),
         context_length=context_length(model.config),
         vocabulary_size=int(model.config.get_text_config().vocab_size),
-        supported=frozenset((*SAMPLING_FIELDS, "logprobs")),
+        supported=frozenset((*SAMPLING_FIELDS, *REQUEST_FEATURES)),
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         chat_template=chat_template(tokenizer),
         special_tokens=special_tokens(tokenizer),

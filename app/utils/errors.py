@@ -81,6 +81,12 @@ class UnsupportedParameterError(InvalidRequestError):
     code = "unsupported_parameter"
 
 
+class InvalidGrammarError(InvalidRequestError):
+    """A schema or regular expression for the answer that cannot be honoured in full."""
+
+    code = "invalid_grammar"
+
+
 class ContextLengthExceededError(InvalidRequestError):
     """Prompt tokens plus ``max_tokens`` exceed what the model can attend to."""
 
@@ -261,6 +267,7 @@ class DeadlineExceededError(ServiceError):
 GENERATION_ERRORS: tuple[type[ServiceError], ...] = (
     InvalidJSONError,
     UnsupportedParameterError,
+    InvalidGrammarError,
     ContextLengthExceededError,
     ChatTemplateError,
     PiiDetectedError,

@@ -23,13 +23,14 @@ from app.llm.engine.base import (
     TokenEvent,
 )
 from app.llm.engine.cpu_sizing import PROMPT_TOKENS_PER_STEP
+from app.llm.engine.openvino_grammars import GrammarCompiler
 from app.llm.engine.prefix_index import PrefixIndex
 
 BLOCK_SIZE: Final = 32
 """Tokens in a block of the CPU plugin's KV cache."""
 
-SUPPORTED: Final = frozenset((*SAMPLING_FIELDS, "logprobs")) - {"logit_bias"}
-"""What is honoured: all that the library has."""
+SUPPORTED: Final = frozenset((*SAMPLING_FIELDS, "logprobs", "grammar")) - {"logit_bias"}
+"""What is honoured: all that the library has. It tells the chosen token's logprob and no other."""
 
 # The library wants min_p below 1; the next smaller float32 keeps the likeliest tokens alone, too.
 _LARGEST_MIN_P = 1 - 2**-24
@@ -96,6 +97,9 @@ class OpenVinoBackend:
         self._eos = eos_token_ids
         self._prefixes = PrefixIndex(cache_blocks)
         self._running: dict[str, _Running] = {}
+        self._grammars = GrammarCompiler(
+            pipeline.get_tokenizer(), info.vocabulary_size, eos_token_ids
+        )
         self._added = 0
 
     def add(self, request: GenerationRequest) -> None:
@@ -103,11 +107,13 @@ class OpenVinoBackend:
 
         Raises:
             RuntimeError: The library refuses one of its parameters.
+            GrammarError: Its grammar cannot be compiled.
         """
+        config = self._config(request)
         self._added += 1
         prompt = openvino.Tensor(np.array([request.prompt_token_ids], dtype=np.int64))
         cached = self._prefixes.find(request.prompt_token_ids)
-        handle = self._pipeline.add_request(self._added, prompt, self._config(request))
+        handle = self._pipeline.add_request(self._added, prompt, config)
         self._running[request.id] = _Running(request, handle, cached)
 
     def _config(self, request: GenerationRequest) -> GenerationConfig:
@@ -132,6 +138,8 @@ class OpenVinoBackend:
             # The library's generator takes 32 bits, and starts the same way if it is given none.
             seed = random.getrandbits(32) if sampling.seed is None else sampling.seed
             config.rng_seed = seed % 2**32
+        if request.grammar is not None:
+            config.structured_output_config = self._grammars.compile(request.grammar)
         return config
 
     def cancel(self, request_id: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from app.llm.engine.base import SamplingParams
+from app.llm.engine.token_masks import TokenMask
 
 # Filters look at this many of the likeliest tokens first; sorting a whole vocabulary of 50,000
 # takes milliseconds a row, and the filters nearly always end within the first hundred.
@@ -29,14 +30,20 @@ class RequestSampler:
         prompt_token_ids: The prompt, for the repetition penalty.
         generated: How often each token was generated so far.
         tells_logprobs: Whether the caller asked for log-probabilities.
-        logprobs: Those of the tokens so far, in order, if so.
+        tells_top_logprobs: How many of the likeliest tokens are to be told beside each token.
+        mask: What the answer's grammar allows, if it has one.
+        logprobs: Those of the tokens so far, in order, where they are told.
+        top_logprobs: The likeliest tokens of the places so far, the same.
     """
 
     params: SamplingParams
     prompt_token_ids: Sequence[int]
     generated: Counter[int] = field(default_factory=Counter)
     tells_logprobs: bool = False
+    tells_top_logprobs: int = 0
+    mask: TokenMask | None = None
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # An unseeded generator takes its state from the operating system.
@@ -63,6 +70,24 @@ class RequestSampler:
         """The next uniform number in [0, 1)."""
         return self._random.random()
 
+    def accept(self, token_ids: Sequence[int]) -> None:
+        """Count tokens that were chosen."""
+        self.generated.update(token_ids)
+        if self.mask is not None:
+            self.mask.accept(token_ids)
+
+    def note(self, logprobs: Tensor, chosen: int) -> None:
+        """Keep what is to be told of a token.
+
+        Args:
+            logprobs: Of the place, by the model alone, [vocabulary].
+            chosen: The token.
+        """
+        self.logprobs.append(float(logprobs[chosen]))
+        if self.tells_top_logprobs:
+            values, tokens = logprobs.topk(min(self.tells_top_logprobs, logprobs.shape[-1]))
+            self.top_logprobs.append(list(zip(tokens.tolist(), values.tolist(), strict=True)))
+
 
 def select(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
     """Mark each sampled row's chosen token, so that an argmax finds it.
@@ -72,8 +97,8 @@ def select(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
         samplers: One for each row, in order.
 
     Returns:
-        ``scores``: greedy rows as they were but for penalties, sampled rows with an infinity at
-        the chosen token.
+        ``scores``: greedy rows as they were but for penalties and masks, sampled rows with an
+        infinity at the chosen token.
     """
     for row, sampler in enumerate(samplers):
         if bias := sampler.params.logit_bias:
@@ -83,6 +108,8 @@ def select(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
             )
         if sampler.has_penalties:
             _penalise(scores[row], sampler)
+        if sampler.mask is not None:
+            sampler.mask.apply(scores[row])
     plain = [i for i, s in enumerate(samplers) if not s.is_greedy and not s.has_filters]
     filtered = [i for i, s in enumerate(samplers) if not s.is_greedy and s.has_filters]
     for rows, pick in ((plain, _pick), (filtered, _pick_filtered)):

@@ -32,6 +32,7 @@ from app.llm.engine.base import (
 )
 from app.llm.engine.cpu_sizing import PROMPT_TOKENS_PER_STEP, cache_tokens
 from app.llm.engine.sampling import RequestSampler, select
+from app.llm.engine.token_masks import GrammarCompiler
 
 # Tokens in a page of the KV cache: the grain of prefix sharing, and what a request wastes at most.
 _PAGE_SIZE = 32
@@ -64,7 +65,7 @@ class _Selector(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
         logprobs = scores[asked].float().log_softmax(-1) if asked else scores
         chosen = select(scores, self._samplers)
         for row, values in zip(asked, logprobs, strict=False):
-            self._samplers[row].logprobs.append(float(values[chosen[row].argmax()]))
+            self._samplers[row].note(values, int(chosen[row].argmax()))
         return chosen
 
 
@@ -118,6 +119,7 @@ class TransformersBackend:
         self._eos = eos_token_ids(pipe.model.generation_config, pipe.tokenizer)
         self._collector = _Collector()
         self._running: dict[str, _Running] = {}
+        self._grammars = GrammarCompiler(info.tokenizer_json, info.vocabulary_size, self._eos)
         self._batching = self._start_batching(pipe.model, max_running)
 
     def _start_batching(self, model: Any, max_running: int) -> Any:
@@ -160,9 +162,17 @@ class TransformersBackend:
         cache.search_prefix_match = counting
 
     def add(self, request: GenerationRequest) -> None:
-        """Take a request into the next step's batch."""
+        """Take a request into the next step's batch.
+
+        Raises:
+            GrammarError: Its grammar cannot be compiled.
+        """
         sampler = RequestSampler(
-            request.sampling, request.prompt_token_ids, tells_logprobs=request.logprobs
+            request.sampling,
+            request.prompt_token_ids,
+            tells_logprobs=request.logprobs,
+            tells_top_logprobs=request.top_logprobs,
+            mask=None if request.grammar is None else self._grammars.compile(request.grammar),
         )
         self._running[request.id] = _Running(sampler)
         self._manager.add_request(
@@ -196,20 +206,26 @@ class TransformersBackend:
         new = output.generated_tokens[running.told :]
         cached = running.cached_tokens if running.told == 0 else 0
         running.told += len(new)
-        running.sampler.generated.update(new)
-        finish = None
+        running.sampler.accept(new)
+        finish, error = None, output.error
         if output.status == RequestStatus.FAILED:
             finish = "error"
         elif output.status == RequestStatus.FINISHED:
             finish = "stop" if new and new[-1] in self._eos else "length"
+        if running.sampler.mask is not None and running.sampler.mask.error:
+            finish, error = "error", running.sampler.mask.error
         if finish is not None:
             del self._running[output.request_id]
+        if finish == "error" and output.status != RequestStatus.FAILED:
+            self._manager.cancel_request(output.request_id)
+        told = slice(running.told - len(new), running.told)
         return TokenEvent(
             request_id=output.request_id,
             token_ids=new,
-            logprobs=running.sampler.logprobs[running.told - len(new) : running.told],
+            logprobs=running.sampler.logprobs[told],
+            top_logprobs=running.sampler.top_logprobs[told],
             finish_reason=finish,  # type: ignore[arg-type]
-            error=output.error,
+            error=error,
             cached_tokens=cached,
         )
 

@@ -1,0 +1,69 @@
+"""The grammars of a request as EBNF."""
+
+import json
+from typing import Any
+
+from app.llm.ebnf import regex
+from app.llm.ebnf.errors import GrammarError
+from app.llm.ebnf.schema import SchemaCompiler
+from app.llm.ebnf.writer import Rules, alternatives, literal, one_of, optional, sequence
+from app.llm.engine.base import Grammar, JsonSchemaGrammar, RegexGrammar, TagsGrammar
+
+_COUNTED_CHARACTERS = 100
+_VOCABULARY = 50_000
+
+
+def to_ebnf(grammar: Grammar, vocabulary_size: int) -> str:
+    """A grammar in xgrammar's dialect; its first rule is ``root``.
+
+    Args:
+        grammar: What the answer must look like.
+        vocabulary_size: Of the model. Compiling takes time in proportion to it, and so the more
+            tokens there are, the fewer characters may be counted.
+
+    Raises:
+        GrammarError: It cannot be compiled, or says more than would be honoured.
+    """
+    rules = Rules(_COUNTED_CHARACTERS * _VOCABULARY / vocabulary_size)
+    if isinstance(grammar, JsonSchemaGrammar):
+        return rules.text(SchemaCompiler(parse_schema(grammar.schema), rules).compile())
+    if isinstance(grammar, RegexGrammar):
+        node = regex.parse(grammar.pattern, whole=True)
+        return rules.text(rules.name(regex.expression(node, one_of), regex.cost(node)))
+    return _tags(grammar, rules)
+
+
+def parse_schema(text: str) -> Any:
+    """A JSON schema from its text.
+
+    Raises:
+        GrammarError: It is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError("it is not JSON") from error
+
+
+def _tags(grammar: TagsGrammar, rules: Rules) -> str:
+    if not grammar.tags or not all(t.begin.startswith(grammar.trigger) for t in grammar.tags):
+        raise GrammarError("each tag has to begin with the trigger")
+    parts = []
+    for tag in grammar.tags:
+        value = SchemaCompiler(parse_schema(tag.schema), rules).compile()
+        # Where text may stand beside the tags, the library has read the trigger already.
+        begin = tag.begin if grammar.required else tag.begin[len(grammar.trigger) :]
+        parts.append(sequence([literal(begin), value, literal(tag.end)]))
+    tagged = rules.name(alternatives(parts))
+    if not grammar.required:
+        # The library reads this as one string; see writer.literal for what must not be in it.
+        trigger = literal(grammar.trigger)
+        if not grammar.trigger or not grammar.trigger.isascii() or '" "' in trigger:
+            raise GrammarError("the trigger is empty or not plain text")
+        loop = "false" if grammar.single else "true"
+        return rules.text(
+            f"TagDispatch(({trigger}, {tagged}), stop_eos=true, loop_after_dispatch={loop})"
+        )
+    if grammar.single:
+        return rules.text(tagged)
+    return rules.text(f"{tagged} ({optional(literal(chr(10)))} {tagged})*")

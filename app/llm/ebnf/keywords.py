@@ -1,0 +1,216 @@
+"""Looking at JSON schemas: keywords, types, references, and what tells two of them apart."""
+
+import json
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any, Final
+from urllib.parse import unquote
+
+from app.llm.ebnf.errors import GrammarError
+
+Schema = Mapping[str, Any]
+
+ANNOTATIONS: Final = frozenset(
+    [
+        "title",
+        "description",
+        "default",
+        "example",
+        "examples",
+        "deprecated",
+        "readOnly",
+        "writeOnly",
+        "discriminator",
+        "$schema",
+        "$id",
+        "$comment",
+        "$defs",
+        "definitions",
+    ]
+)
+"""Keywords that say nothing of the answer's form."""
+
+_NUMBER = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
+BY_TYPE: Final[dict[str, frozenset[str]]] = {
+    "object": frozenset(("properties", "required", "additionalProperties")),
+    "array": frozenset(("items", "prefixItems", "minItems", "maxItems")),
+    "string": frozenset(("minLength", "maxLength", "pattern", "format")),
+    "number": _NUMBER,
+    "integer": _NUMBER,
+    "boolean": frozenset(),
+    "null": frozenset(),
+}
+"""Keywords that say what a value of a type is like."""
+
+COMBINING: Final = ("$ref", "const", "enum", "allOf", "anyOf", "oneOf")
+"""Keywords of which a schema has one, if any, and then none of :data:`BY_TYPE`."""
+
+_KNOWN = frozenset(("type", *COMBINING)).union(*BY_TYPE.values())
+# Values with which a keyword that is not supported says nothing.
+_SAYS_NOTHING: Final[dict[str, Any]] = {
+    "uniqueItems": False,
+    "minProperties": 0,
+    "multipleOf": 1,
+    "nullable": False,
+}
+_PYTHON_TYPES: Final[dict[str, tuple[type, ...]]] = {
+    "object": (dict,),
+    "array": (list,),
+    "string": (str,),
+    "number": (int, float),
+    "integer": (int,),
+    "boolean": (bool,),
+    "null": (type(None),),
+}
+
+
+def check(schema: Schema) -> None:
+    """Refuse a schema with a keyword that would not be honoured.
+
+    Raises:
+        GrammarError: It names the first of them.
+    """
+    for keyword, value in schema.items():
+        if keyword in _KNOWN or keyword in ANNOTATIONS or keyword.startswith("x-"):
+            continue
+        if keyword not in _SAYS_NOTHING or value != _SAYS_NOTHING[keyword]:
+            raise GrammarError(f"the keyword {keyword[:40]} is not supported")
+    combining = [keyword for keyword in COMBINING if keyword in schema]
+    for first in combining[:1]:
+        for other in (*combining[1:], *schema):
+            if other != first and (other in combining or other in _KNOWN - {"type"}):
+                raise GrammarError(f"{first} beside {other} is not supported")
+
+
+def types(schema: Schema) -> list[str] | None:
+    """The types that a schema names; ``None`` where it names none.
+
+    Raises:
+        GrammarError: There is no such type.
+    """
+    given = schema.get("type")
+    if given is None:
+        return None
+    names = given if isinstance(given, list) else [given]
+    if not names or any(not isinstance(name, str) or name not in BY_TYPE for name in names):
+        raise GrammarError("type is not one of JSON's types, or a list of them")
+    return names
+
+
+def meant(schema: Schema) -> list[str]:
+    """The types whose keywords a schema has."""
+    return [t for t, names in BY_TYPE.items() if t != "integer" and names & schema.keys()]
+
+
+def values(schema: Schema) -> list[Any] | None:
+    """The values that a schema lists, of the type it names; ``None`` where it lists none.
+
+    Raises:
+        GrammarError: ``enum`` is not a list.
+    """
+    if "const" not in schema and "enum" not in schema:
+        return None
+    listed = schema["enum"] if "enum" in schema else [schema["const"]]
+    if not isinstance(listed, list):
+        raise GrammarError("enum is not a list")
+    named = types(schema)
+    return [v for v in listed if named is None or any(_is(v, name) for name in named)]
+
+
+def _is(value: Any, name: str) -> bool:
+    if isinstance(value, bool):
+        return name == "boolean"
+    return isinstance(value, _PYTHON_TYPES[name])
+
+
+def count(schema: Schema, keyword: str) -> int | None:
+    """The value of a keyword that counts something.
+
+    Raises:
+        GrammarError: It is not a whole number from 0 up.
+    """
+    value = schema.get(keyword)
+    if value is None:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise GrammarError(f"{keyword} is not a whole number from 0 up")
+    return value
+
+
+def bound(schema: Schema, keyword: str) -> Decimal | None:
+    """The value of a keyword that bounds a number.
+
+    Raises:
+        GrammarError: It is not a number.
+    """
+    value = schema.get(keyword)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise GrammarError(f"{keyword} is not a number")
+    number = Decimal(str(value))
+    if not number.is_finite():
+        raise GrammarError(f"{keyword} is too large")
+    return number
+
+
+def resolve(root: Any, reference: Any) -> Any:
+    """The part of a schema that a ``$ref`` names.
+
+    Raises:
+        GrammarError: There is no such part, or it is elsewhere.
+    """
+    if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
+        raise GrammarError("a $ref leads out of the schema")
+    part = root
+    for step in unquote(reference).split("/")[1:]:
+        key = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(part, dict) and key in part:
+            part = part[key]
+        elif isinstance(part, list) and key.isdecimal() and int(key[:9]) < len(part):
+            part = part[int(key[:9])]
+        else:
+            raise GrammarError("a $ref names no part of the schema")
+    return part
+
+
+def apart(root: Any, first: Any, second: Any, *, depth: int = 3) -> bool:
+    """Whether no value can be of both schemas; ``False`` also where that cannot be told."""
+    first, second = target(root, first), target(root, second)
+    one, other = values(first), values(second)
+    if one is not None and other is not None:
+        return _texts(one).isdisjoint(_texts(other))
+    kinds = _kinds(first), _kinds(second)
+    if kinds[0].isdisjoint(kinds[1]):
+        return True
+    if kinds != ({"object"}, {"object"}) or depth == 0:
+        return False
+    properties = first.get("properties", {}), second.get("properties", {})
+    return any(
+        apart(root, properties[0].get(name), properties[1].get(name), depth=depth - 1)
+        for name in set(first.get("required", ())) & set(second.get("required", ()))
+    )
+
+
+def target(root: Any, schema: Any) -> Schema:
+    """What a chain of references leads to; nothing is known of one that leads nowhere."""
+    for _ in range(8):
+        if not isinstance(schema, dict) or "$ref" not in schema:
+            break
+        schema = resolve(root, schema["$ref"])
+    return schema if isinstance(schema, dict) and "$ref" not in schema else {}
+
+
+def _kinds(schema: Schema) -> set[str]:
+    listed = values(schema)
+    if listed is not None:
+        names = {name for v in listed for name in BY_TYPE if _is(v, name)}
+    else:
+        names = set(types(schema) or BY_TYPE)
+    return {"number" if name == "integer" else name for name in names}
+
+
+def _texts(listed: list[Any]) -> set[str]:
+    return {json.dumps(v, sort_keys=True) for v in listed}

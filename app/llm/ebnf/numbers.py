@@ -1,0 +1,173 @@
+"""Numbers between bounds, as expressions over their decimal digits."""
+
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from typing import Final
+
+from app.llm.ebnf.errors import GrammarError
+from app.llm.ebnf.writer import EMPTY, alternatives, literal, one_of, optional, repeat, sequence
+
+# Digits of a number that has no bound: without an end a small model goes on and on. A reader that
+# keeps 64-bit floats loses none of them.
+_WHOLE_DIGITS: Final = 15
+_DECIMALS = 6
+# Digits that a bound may have, on either side of the point.
+_MOST_DIGITS = 20
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a number must lie between; ``None`` is no bound.
+
+    Attributes:
+        minimum: The smallest.
+        maximum: The largest.
+        above: It is larger than this.
+        below: It is smaller than this.
+    """
+
+    minimum: Decimal | None = None
+    maximum: Decimal | None = None
+    above: Decimal | None = None
+    below: Decimal | None = None
+
+    @property
+    def given(self) -> list[Decimal]:
+        """Those that there are."""
+        every = (self.minimum, self.maximum, self.above, self.below)
+        return [bound for bound in every if bound is not None]
+
+    def scaled(self, decimals: int) -> tuple[int, int]:
+        """The first and the last number of so many decimals, as multiples of the last place.
+
+        The first may be larger than the last: then there is none.
+        """
+        largest = 10 ** (_WHOLE_DIGITS + decimals) - 1
+        first, last = [-largest], [largest]
+        if self.minimum is not None:
+            first = [_scale(self.minimum, decimals, ROUND_CEILING)]
+        if self.maximum is not None:
+            last = [_scale(self.maximum, decimals, ROUND_FLOOR)]
+        if self.above is not None:
+            first.append(_scale(self.above, decimals, ROUND_FLOOR) + 1)
+        if self.below is not None:
+            last.append(_scale(self.below, decimals, ROUND_CEILING) - 1)
+        return max(first), min(last)
+
+
+def _scale(bound: Decimal, decimals: int, rounding: str) -> int:
+    return int(bound.scaleb(decimals).to_integral_value(rounding))
+
+
+def integer(bounds: Bounds) -> str:
+    """A whole number.
+
+    Raises:
+        GrammarError: There is no such number, or a bound has too many digits.
+    """
+    _check(bounds)
+    return _in_range(*bounds.scaled(0), decimals=0)
+
+
+def number(bounds: Bounds) -> str:
+    """A whole number or one with decimals, without an exponent.
+
+    Raises:
+        GrammarError: There is no such number, or a bound has too many digits.
+    """
+    _check(bounds)
+    if not bounds.given:
+        return sequence(
+            [optional(literal("-")), _digits(0, 10 ** (_WHOLE_DIGITS + _DECIMALS) - 1, _DECIMALS)]
+        )
+    places = [-int(bound.as_tuple().exponent) for bound in bounds.given]
+    decimals = max([2, *places])
+    whole, fine = bounds.scaled(0), bounds.scaled(decimals)
+    ranges = [(r, n) for r, n in ((whole, 0), (fine, decimals)) if r[0] <= r[1]]
+    if not ranges:
+        _in_range(*fine, decimals=decimals)
+    return alternatives(_in_range(*r, decimals=n) for r, n in ranges)
+
+
+def _check(bounds: Bounds) -> None:
+    for bound in bounds.given:
+        if len(bound.as_tuple().digits) > _MOST_DIGITS or abs(bound.adjusted()) > _MOST_DIGITS:
+            raise GrammarError(f"a bound of a number has more than {_MOST_DIGITS} digits")
+
+
+def _in_range(first: int, last: int, *, decimals: int) -> str:
+    """Multiples of the last of so many decimals.
+
+    Raises:
+        GrammarError: There is none.
+    """
+    if first > last:
+        raise GrammarError("no number lies between the bounds")
+    parts = []
+    if first < 0:
+        parts.append(sequence([literal("-"), _digits(max(1, -last), -first, decimals)]))
+    if last >= 0:
+        parts.append(_digits(max(0, first), last, decimals))
+    return alternatives(parts)
+
+
+def _digits(first: int, last: int, decimals: int) -> str:
+    """Numbers from 0 up, by how many digits they have; all have one before the point."""
+    shortest = max(len(str(first)), decimals + 1)
+    longest = max(len(str(last)), shortest)
+    parts, whole_lengths = [], []
+    for length in range(shortest, longest + 1):
+        low = max(first, 10 ** (length - 1) if length > decimals + 1 else 0)
+        high = min(last, 10**length - 1)
+        if (low, high) == (10 ** (length - 1), 10**length - 1):
+            whole_lengths.append(length - decimals)
+        else:
+            parts.append(_between(str(low).zfill(length), str(high).zfill(length), decimals))
+    if whole_lengths:
+        fewest, most = whole_lengths[0] - 1, whole_lengths[-1] - 1
+        more = repeat(_digit("0", "9"), fewest, most)
+        parts.append(sequence([_digit("1", "9"), more, _fraction(decimals)]))
+    return alternatives(parts)
+
+
+def _between(low: str, high: str, decimals: int) -> str:
+    """Digits of one length between two of that length; a point stands before ``decimals``."""
+    if not low:
+        return EMPTY
+    if set(low) == {"0"} and set(high) == {"9"}:
+        return _any_digits(len(low), decimals)
+    point = literal(".") if len(low) == decimals else EMPTY
+    first, last = low[0], high[0]
+    rest = len(low) - 1
+    if first == last:
+        tail = _between(low[1:], high[1:], decimals)
+        return sequence([point, literal(first), tail])
+    parts = []
+    if low[1:].strip("0"):
+        parts.append(sequence([literal(first), _between(low[1:], "9" * rest, decimals)]))
+        first = chr(ord(first) + 1)
+    if high[1:].strip("9"):
+        parts.append(sequence([literal(last), _between("0" * rest, high[1:], decimals)]))
+        last = chr(ord(last) - 1)
+    if first <= last:
+        parts.append(sequence([_digit(first, last), _any_digits(rest, decimals)]))
+    return sequence([point, alternatives(parts)])
+
+
+def _any_digits(count: int, decimals: int) -> str:
+    """That many digits; those after the point may be left out from the end, since they may be 0."""
+    if count < decimals:
+        return repeat(_digit("0", "9"), 0, count)
+    whole = count - decimals
+    return sequence([repeat(_digit("0", "9"), whole, whole), _fraction(decimals)])
+
+
+def _fraction(decimals: int) -> str:
+    """The point and so many digits at most, or nothing."""
+    if decimals == 0:
+        return EMPTY
+    return optional(sequence([literal("."), repeat(_digit("0", "9"), 1, decimals)]))
+
+
+def _digit(first: str, last: str) -> str:
+    return one_of([(ord(first), ord(last))])

@@ -1,0 +1,362 @@
+"""Regular expressions: a parser for what can be honoured, and their form as EBNF.
+
+Read is what JSON Schema recommends of ECMA-262 and more: alternatives, groups, classes, the usual
+escapes and quantifiers. What looks around or back is refused.
+"""
+
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from app.llm.ebnf import writer
+from app.llm.ebnf.errors import GrammarError
+from app.llm.ebnf.writer import EMPTY, Range
+
+MAX_LENGTH: Final = 2_000
+"""Characters of a regular expression."""
+
+_MAX_DEPTH = 32
+# More than 128 the library counts at run time, which takes a second for a token.
+_MAX_COUNT = 128
+# Positions of the expression written out, which is what compiling it costs.
+_MAX_POSITIONS = 1_000
+
+_DIGITS: list[Range] = [(0x30, 0x39)]
+_WORD: list[Range] = [(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)]
+_SPACE: list[Range] = [(0x09, 0x0D), (0x20, 0x20)]
+# The negated ones hold no letters beyond ASCII: which of them are meant depends on who is asked.
+_CLASSES: dict[str, list[Range]] = {
+    "d": _DIGITS,
+    "w": _WORD,
+    "s": _SPACE,
+    **{
+        name.upper(): [(a, min(b, 0x7F)) for a, b in writer.complement(ranges) if a <= 0x7F]
+        for name, ranges in (("d", _DIGITS), ("w", _WORD), ("s", _SPACE))
+    },
+}
+_CONTROLS = {"n": 0x0A, "r": 0x0D, "t": 0x09, "f": 0x0C, "v": 0x0B, "0": 0x00}
+_HEX_DIGITS = {"x": 2, "u": 4}
+
+
+@dataclass(frozen=True)
+class Characters:
+    """One character of these ranges."""
+
+    ranges: tuple[Range, ...]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One after the other."""
+
+    parts: tuple["Node", ...]
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """Any one of them."""
+
+    options: tuple["Node", ...]
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """The part, so often; ``None`` is no limit."""
+
+    part: "Node"
+    least: int
+    most: int | None
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The beginning or the end of the text."""
+
+    character: str
+
+
+Node = Characters | Sequence | Alternatives | Repeat | Anchor
+
+_ANY_TEXT = Repeat(Characters(tuple(writer.complement([]))), 0, None)
+
+
+def parse(pattern: str, *, whole: bool) -> Node:
+    """Read a regular expression; what is returned holds no anchors.
+
+    Args:
+        pattern: The expression.
+        whole: Whether it describes the whole text; otherwise text may stand beside it wherever it
+            has no anchor, as in JSON Schema.
+
+    Raises:
+        GrammarError: It is malformed, too large, or uses what cannot be honoured.
+    """
+    if len(pattern) > MAX_LENGTH:
+        raise GrammarError(f"a regular expression has more than {MAX_LENGTH} characters")
+    parser = _Parser(pattern)
+    node = _anchored(parser.parse(), whole=whole)
+    if _positions(node) > _MAX_POSITIONS:
+        raise GrammarError("a regular expression repeats too much")
+    return node
+
+
+class _Parser:
+    def __init__(self, pattern: str) -> None:
+        self._pattern = pattern
+        self._at = 0
+        self._depth = 0
+
+    def parse(self) -> Node:
+        node = self._alternatives()
+        if self._at < len(self._pattern):
+            raise GrammarError("a regular expression closes a group that is not open")
+        return node
+
+    def _peek(self) -> str:
+        return self._pattern[self._at : self._at + 1]
+
+    def _take(self) -> str:
+        character = self._peek()
+        if not character:
+            raise GrammarError("a regular expression ends too early")
+        self._at += 1
+        return character
+
+    def _takes(self, text: str) -> bool:
+        found = self._pattern.startswith(text, self._at)
+        self._at += len(text) if found else 0
+        return found
+
+    def _alternatives(self) -> Node:
+        options = [self._sequence()]
+        while self._takes("|"):
+            options.append(self._sequence())
+        return options[0] if len(options) == 1 else Alternatives(tuple(options))
+
+    def _sequence(self) -> Node:
+        parts: list[Node] = []
+        while self._peek() and self._peek() not in "|)":
+            parts.append(self._quantified(self._atom()))
+        return parts[0] if len(parts) == 1 else Sequence(tuple(parts))
+
+    def _quantified(self, node: Node) -> Node:
+        quantified = False
+        while (bounds := self._quantifier()) is not None:
+            if quantified or isinstance(node, Anchor):
+                raise GrammarError("a regular expression repeats what cannot be repeated")
+            node, quantified = Repeat(node, *bounds), True
+            # Lazy or not, the texts that match are the same.
+            self._takes("?")
+        return node
+
+    def _quantifier(self) -> tuple[int, int | None] | None:
+        for sign, bounds in (("*", (0, None)), ("+", (1, None)), ("?", (0, 1))):
+            if self._takes(sign):
+                return bounds
+        end = self._pattern.find("}", self._at)
+        if self._peek() != "{" or end < 0:
+            return None
+        first, comma, second = self._pattern[self._at + 1 : end].partition(",")
+        if not first.isdecimal() or not (second.isdecimal() or not second):
+            raise GrammarError("a regular expression has a malformed quantifier")
+        self._at = end + 1
+        least = int(first[:9])
+        most = (int(second[:9]) if second else None) if comma else least
+        if max(least, most or 0) > _MAX_COUNT:
+            raise GrammarError(f"a regular expression repeats more than {_MAX_COUNT} times")
+        if most is not None and most < least:
+            raise GrammarError("a regular expression has a malformed quantifier")
+        return least, most
+
+    def _atom(self) -> Node:
+        character = self._take()
+        if character == "(":
+            return self._group()
+        if character == "[":
+            return self._class()
+        if character == ".":
+            return Characters(tuple(writer.complement([(0x0A, 0x0A), (0x0D, 0x0D)])))
+        if character in "^$":
+            return Anchor(character)
+        if character == "\\":
+            return Characters(tuple(self._escape()))
+        if character in "*+?":
+            raise GrammarError("a regular expression repeats what cannot be repeated")
+        return Characters(((ord(character), ord(character)),))
+
+    def _group(self) -> Node:
+        if self._takes("?") and not self._takes(":"):
+            named = self._takes("P<") or self._takes("<")
+            end = self._pattern.find(">", self._at)
+            if not named or end < 0 or not self._pattern[self._at : end].isidentifier():
+                raise GrammarError("a regular expression looks around, or sets a flag")
+            self._at = end + 1
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise GrammarError(f"a regular expression nests more than {_MAX_DEPTH} groups")
+        node = self._alternatives()
+        self._depth -= 1
+        if not self._takes(")"):
+            raise GrammarError("a regular expression leaves a group open")
+        return node
+
+    def _class(self) -> Node:
+        negated = self._takes("^")
+        ranges: list[Range] = []
+        while not self._takes("]"):
+            first = self._member()
+            if self._peek() == "-" and self._pattern[self._at + 1 : self._at + 2] not in {"]", ""}:
+                self._at += 1
+                last = self._member()
+                if not first[0][0] == first[-1][1] <= last[0][0] == last[-1][1]:
+                    raise GrammarError("a regular expression has a malformed range of characters")
+                first = [(first[0][0], last[0][0])]
+            ranges += first
+        ranges = writer.complement(ranges) if negated else writer.union(ranges)
+        if not ranges:
+            raise GrammarError("a regular expression has an empty class")
+        return Characters(tuple(ranges))
+
+    def _member(self) -> list[Range]:
+        character = self._take()
+        if character == "\\":
+            return [(0x08, 0x08)] if self._takes("b") else self._escape()
+        return [(ord(character), ord(character))]
+
+    def _escape(self) -> list[Range]:
+        character = self._take()
+        if character in _CLASSES:
+            return _CLASSES[character]
+        if character in _CONTROLS:
+            return [(_CONTROLS[character], _CONTROLS[character])]
+        if digits := _HEX_DIGITS.get(character):
+            code = self._pattern[self._at : self._at + digits]
+            if len(code) < digits or not set(code) <= set(string.hexdigits):
+                raise GrammarError("a regular expression has a malformed escape")
+            self._at += digits
+            if 0xD800 <= int(code, 16) <= 0xDFFF:
+                raise GrammarError("a regular expression has half a character")
+            return [(int(code, 16), int(code, 16))]
+        if character.isalnum():
+            raise GrammarError(f"a regular expression has \\{character}, which is not supported")
+        return [(ord(character), ord(character))]
+
+
+def _anchored(node: Node, *, whole: bool) -> Node:
+    """Each alternative without its anchors, and with any text where it has none."""
+    if isinstance(node, Alternatives):
+        return Alternatives(tuple(_anchored(option, whole=whole) for option in node.options))
+    parts = list(node.parts) if isinstance(node, Sequence) else [node]
+    starts = bool(parts) and parts[0] == Anchor("^")
+    parts = parts[starts:]
+    ends = bool(parts) and parts[-1] == Anchor("$")
+    parts = parts[: len(parts) - ends]
+    before = [] if starts or whole else [_ANY_TEXT]
+    after = [] if ends or whole else [_ANY_TEXT]
+    parts = [*before, *parts, *after]
+    if any(_has_anchor(part) for part in parts):
+        raise GrammarError("a regular expression has an anchor inside")
+    return parts[0] if len(parts) == 1 else Sequence(tuple(parts))
+
+
+def _has_anchor(node: Node) -> bool:
+    match node:
+        case Anchor():
+            return True
+        case Sequence(parts) | Alternatives(parts):
+            return any(_has_anchor(part) for part in parts)
+        case Repeat(part):
+            return _has_anchor(part)
+        case _:
+            return False
+
+
+def _positions(node: Node) -> int:
+    match node:
+        case Sequence(parts) | Alternatives(parts):
+            return sum(map(_positions, parts))
+        case Repeat(part, least, most):
+            # Without a limit, what may come again is written once more.
+            return _positions(part) * (least + 1 if most is None else max(1, most))
+        case _:
+            return 1
+
+
+def lengths(node: Node) -> tuple[int, int | None]:
+    """How many characters a match has, at least and at most; ``None`` is no limit."""
+    match node:
+        case Sequence(parts):
+            every = [lengths(part) for part in parts]
+            longest = [most for _, most in every]
+            return sum(least for least, _ in every), (
+                None if None in longest else sum(m for m in longest if m is not None)
+            )
+        case Alternatives(options):
+            every = [lengths(option) for option in options]
+            longest = [most for _, most in every]
+            return min(least for least, _ in every), (
+                None if None in longest else max(m for m in longest if m is not None)
+            )
+        case Repeat(part, least, most):
+            shortest, longest_part = lengths(part)
+            unlimited = most is None or longest_part is None
+            return shortest * least, None if unlimited else longest_part * most  # type: ignore[operator]
+        case _:
+            return 1, 1
+
+
+def cost(node: Node) -> float:
+    """What compiling it costs, in the unit of :func:`writer.cost_of`."""
+    match node:
+        case Sequence(parts) | Alternatives(parts):
+            return sum(map(cost, parts))
+        case Repeat(part, least, most):
+            return cost(part) * (least + 1 if most is None else most)
+        case Characters(ranges):
+            return writer.cost_of(ranges)
+        case _:
+            return 0.0
+
+
+def expression(node: Node, characters: Callable[[tuple[Range, ...]], str]) -> str:
+    """A parsed regular expression as EBNF.
+
+    Args:
+        node: From :func:`parse`.
+        characters: The expression of one character of some ranges, which depends on where it
+            stands: in a JSON string some are written as escapes.
+    """
+    match node:
+        case Sequence(parts):
+            return writer.sequence(expression(part, characters) for part in parts)
+        case Alternatives(options):
+            return writer.alternatives(expression(option, characters) for option in options)
+        case Repeat(part, least, most):
+            return writer.repeat(expression(part, characters), least, most)
+        case Characters(ranges):
+            return characters(ranges)
+        case _:
+            return EMPTY
+
+
+def canonical(node: Node) -> str:
+    """A parsed regular expression in the plainest spelling, that every engine reads alike."""
+    match node:
+        case Sequence(parts):
+            return "".join(map(canonical, parts))
+        case Alternatives(options):
+            return f"(?:{'|'.join(map(canonical, options))})"
+        case Repeat(part, least, most):
+            return f"(?:{canonical(part)}){{{least},{'' if most is None else most}}}"
+        case Characters(ranges):
+            return f"[{''.join(map(_spelled, ranges))}]"
+        case _:
+            return ""
+
+
+def _spelled(characters: Range) -> str:
+    first, last = (
+        chr(c) if chr(c).isascii() and chr(c).isalnum() else f"\\x{{{c:x}}}" for c in characters
+    )
+    return first if first == last else f"{first}-{last}"

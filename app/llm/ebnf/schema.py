@@ -1,0 +1,317 @@
+"""JSON Schema as EBNF.
+
+The answers of the grammar are some of those that the schema allows, never others: JSON on one
+line, properties in the order of the schema, and none that it does not list. What cannot be said
+that way is refused, never left out.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from app.llm.ebnf import keywords, numbers, regex, strings
+from app.llm.ebnf.errors import GrammarError
+from app.llm.ebnf.keywords import Schema
+from app.llm.ebnf.writer import EMPTY, Rules, alternatives, literal, optional, repeat, sequence
+
+MAX_ITEMS: Final = 1_000
+"""Largest minItems and maxItems."""
+
+MAX_PARTS: Final = 1_000
+"""Properties and values of enums together."""
+
+MAX_DEPTH: Final = 32
+"""Objects, arrays and alternatives inside each other."""
+
+# Pairs of schemas that oneOf has compared, of which each takes microseconds.
+_MAX_PAIRS = 3_000
+
+_BOOLEAN = alternatives([literal("true"), literal("false")])
+
+
+@dataclass(frozen=True)
+class _Path:
+    """How a part of the schema was reached.
+
+    Attributes:
+        depth: Parts around it.
+        forced: References on the way that every answer has to follow.
+        unwritten: References on the way since when nothing was written.
+    """
+
+    depth: int = 0
+    forced: frozenset[str] = frozenset()
+    unwritten: frozenset[str] = frozenset()
+
+    def inside(self, *, forced: bool) -> "_Path":
+        """A part of an object or an array, and whether it cannot be left out."""
+        return self._deeper(self.forced if forced else frozenset(), frozenset())
+
+    def option(self) -> "_Path":
+        """One of several alternatives."""
+        return self._deeper(frozenset(), self.unwritten)
+
+    def _deeper(self, forced: frozenset[str], unwritten: frozenset[str]) -> "_Path":
+        if self.depth == MAX_DEPTH:
+            raise GrammarError(f"it nests more than {MAX_DEPTH} levels")
+        return _Path(self.depth + 1, forced, unwritten)
+
+    def follow(self, reference: str) -> "_Path":
+        """What a reference names."""
+        if reference in self.forced | self.unwritten:
+            raise GrammarError("a $ref leads to itself, so that no answer could end")
+        one = frozenset((reference,))
+        return _Path(self.depth, self.forced | one, self.unwritten | one)
+
+
+class SchemaCompiler:
+    """Compiles one JSON schema."""
+
+    def __init__(self, schema: Any, rules: Rules) -> None:
+        """Take a schema.
+
+        Args:
+            schema: Parsed JSON; numbers as int and float.
+            rules: Where to define the rules that it needs.
+        """
+        self._root = schema
+        self._rules = rules
+        self._references: dict[str, str] = {}
+        self._comma = rules.name(sequence([literal(","), optional(literal(" "))]))
+        self._colon = rules.name(sequence([literal(":"), optional(literal(" "))]))
+        self._json: str | None = None
+        self._pairs = 0
+        self._parts = 0
+
+    def compile(self) -> str:
+        """The values of the schema, as an expression.
+
+        Raises:
+            GrammarError: It is malformed, too large, cannot be satisfied, or has a keyword that
+                would not be honoured.
+        """
+        return self._value(self._root, _Path())
+
+    def _value(self, schema: Any, path: _Path) -> str:
+        if schema is True:
+            return self._anything()
+        if schema is False:
+            raise GrammarError("a part of it allows no value")
+        if not isinstance(schema, dict):
+            raise GrammarError("a part of it is neither an object nor a boolean")
+        keywords.check(schema)
+        listed = keywords.values(schema)
+        if listed is not None:
+            return self._listed(listed)
+        if "$ref" in schema:
+            self._check_type(schema, [{"$ref": schema["$ref"]}])
+            return self._reference(schema["$ref"], path)
+        for keyword in ("allOf", "anyOf", "oneOf"):
+            if keyword in schema:
+                return self._combined(keyword, schema, path)
+        return self._typed(schema, path)
+
+    def _listed(self, values: list[Any]) -> str:
+        if not values:
+            raise GrammarError("enum or const has no value of its type")
+        self._count(len(values))
+        return self._rules.shared(alternatives(map(strings.as_written, values)))
+
+    def _reference(self, reference: Any, path: _Path) -> str:
+        target = keywords.resolve(self._root, reference)
+        inner = path.follow(reference)
+        if reference not in self._references:
+            self._references[reference] = self._rules.reserve()
+            self._rules.define(self._references[reference], self._value(target, inner))
+        return self._references[reference]
+
+    def _combined(self, keyword: str, schema: Schema, path: _Path) -> str:
+        parts = schema[keyword]
+        if not isinstance(parts, list) or not parts:
+            raise GrammarError(f"{keyword} is not a list of schemas")
+        self._check_type(schema, parts)
+        if len(parts) == 1:
+            return self._value(parts[0], path)
+        if keyword == "allOf":
+            raise GrammarError("allOf of more than one schema is not supported")
+        if keyword == "oneOf":
+            self._check_apart(parts)
+        return self._rules.name(alternatives(self._value(p, path.option()) for p in parts))
+
+    def _check_apart(self, parts: list[Any]) -> None:
+        self._pairs += len(parts) * (len(parts) - 1) // 2
+        if self._pairs > _MAX_PAIRS:
+            raise GrammarError("oneOf has too many schemas")
+        if not all(
+            keywords.apart(self._root, a, b) for i, a in enumerate(parts) for b in parts[:i]
+        ):
+            raise GrammarError("oneOf is not supported where a value could be of two; use anyOf")
+
+    def _check_type(self, schema: Schema, parts: list[Any]) -> None:
+        """A type beside other schemas must be what they say, too."""
+        if (named := keywords.types(schema)) is None:
+            return
+        for part in parts:
+            kinds = keywords.types(keywords.target(self._root, part))
+            if kinds is None or not set(kinds) <= set(named):
+                raise GrammarError("type beside $ref, allOf, anyOf or oneOf is not supported")
+
+    def _typed(self, schema: Schema, path: _Path) -> str:
+        # Without a type, the keywords say which is meant.
+        names = keywords.types(schema) or keywords.meant(schema)
+        if not names:
+            return self._anything()
+        inner = path if len(names) == 1 else path.option()
+        return alternatives(self._of_type(name, schema, inner) for name in names)
+
+    def _of_type(self, name: str, schema: Schema, path: _Path) -> str:
+        if name == "object":
+            return self._object(schema, path)
+        if name == "array":
+            return self._array(schema, path)
+        if name == "string":
+            return _string(self._rules, schema)
+        if name in {"integer", "number"}:
+            write = numbers.integer if name == "integer" else numbers.number
+            return self._rules.shared(write(_bounds(schema)))
+        return _BOOLEAN if name == "boolean" else literal("null")
+
+    def _object(self, schema: Schema, path: _Path) -> str:
+        properties, required = schema.get("properties", {}), schema.get("required", [])
+        others = schema.get("additionalProperties", True)
+        if not isinstance(properties, dict) or not isinstance(required, list):
+            raise GrammarError("properties is not an object, or required is not a list")
+        unlisted = [name for name in required if name not in properties]
+        if not all(isinstance(name, str) for name in unlisted):
+            raise GrammarError("required is not a list of names")
+        if unlisted and others is False:
+            raise GrammarError("a required property is not among the properties")
+        required = set(required)
+        members = {**properties, **dict.fromkeys(unlisted, others)}
+        self._count(len(members))
+        if not members:
+            return self._map(others, path)
+        written = [
+            (self._member(name, part, path.inside(forced=name in required)), name in required)
+            for name, part in members.items()
+            if part is not False or name in required
+        ]
+        return self._rules.name(sequence([literal("{"), self._members(written), literal("}")]))
+
+    def _count(self, parts: int) -> None:
+        self._parts += parts
+        if self._parts > MAX_PARTS:
+            raise GrammarError(f"it has more than {MAX_PARTS} properties and values of enums")
+
+    def _member(self, name: str, schema: Any, path: _Path) -> str:
+        value = self._value(schema, path)
+        return self._rules.name(sequence([strings.as_written(name), self._colon, value]))
+
+    def _members(self, members: list[tuple[str, bool]]) -> str:
+        """Members in order, each with whether it must be there, and commas between them."""
+        first = next((i for i, (_, required) in enumerate(members) if required), None)
+        if first is None:
+            return self._optional_members([member for member, _ in members])
+        parts = [optional(sequence([member, self._comma])) for member, _ in members[:first]]
+        parts.append(members[first][0])
+        for member, required in members[first + 1 :]:
+            following = sequence([self._comma, member])
+            parts.append(following if required else optional(following))
+        return sequence(parts)
+
+    def _optional_members(self, members: list[str]) -> str:
+        """Any of the members: one of them comes first, and the others after a comma."""
+        beginnings, rest = [], EMPTY
+        for member in reversed(members):
+            beginnings.append(sequence([member, rest]))
+            following = optional(sequence([self._comma, member]))
+            rest = self._rules.name(sequence([following, rest]))
+        return alternatives([EMPTY, *reversed(beginnings)])
+
+    def _map(self, others: Any, path: _Path) -> str:
+        """An object of any names."""
+        if others is False:
+            return literal("{}")
+        value = self._value(others, path.inside(forced=False))
+        name = strings.plain(self._rules, 0, None)
+        member = self._rules.name(sequence([name, self._colon, value]))
+        return self._rules.name(
+            sequence([literal("{"), self._list_of(member, 0, None), literal("}")])
+        )
+
+    def _list_of(self, item: str, least: int, most: int | None) -> str:
+        """Items with commas between them."""
+        if most == 0:
+            return EMPTY
+        more = repeat(
+            sequence([self._comma, item]), max(0, least - 1), None if most is None else most - 1
+        )
+        several = sequence([item, more])
+        return several if least else optional(several)
+
+    def _array(self, schema: Schema, path: _Path) -> str:
+        least = keywords.count(schema, "minItems") or 0
+        most = keywords.count(schema, "maxItems")
+        if max(least, most or 0) > MAX_ITEMS:
+            raise GrammarError(f"minItems or maxItems is above {MAX_ITEMS}")
+        leading = schema.get("prefixItems", [])
+        if not isinstance(leading, list):
+            raise GrammarError("prefixItems is not a list of schemas")
+        if most is not None:
+            leading = leading[:most]
+        others = schema.get("items", not leading or least > len(leading))
+        if others is False or (leading and "items" not in schema and least <= len(leading)):
+            most = len(leading)
+        if most is not None and least > most:
+            raise GrammarError("minItems is above the number of items that are allowed")
+        return self._rules.name(self._items(leading, others, least, most, path))
+
+    def _items(
+        self, leading: list[Any], others: Any, least: int, most: int | None, path: _Path
+    ) -> str:
+        items = [self._value(part, path.inside(forced=True)) for part in leading]
+        least, most = max(0, least - len(items)), None if most is None else most - len(items)
+        if most != 0:
+            item = self._value(others, path.inside(forced=least > 0))
+            if items:
+                items[-1] = sequence([items[-1], repeat(f"({self._comma} {item})", least, most)])
+            else:
+                items = [self._list_of(item, least, most)]
+        return sequence([literal("["), f" {self._comma} ".join(items), literal("]")])
+
+    def _anything(self) -> str:
+        """Any JSON value."""
+        if self._json is None:
+            self._json = self._rules.reserve()
+            # Every integer is a number.
+            names = [name for name in keywords.BY_TYPE if name != "integer"]
+            kinds = [self._of_type(name, {}, _Path()) for name in names]
+            self._rules.define(self._json, alternatives(kinds))
+        return self._json
+
+
+def _string(rules: Rules, schema: Schema) -> str:
+    least, most = keywords.count(schema, "minLength") or 0, keywords.count(schema, "maxLength")
+    pattern, name = schema.get("pattern"), schema.get("format")
+    if pattern is None and name is None:
+        return strings.plain(rules, least, most)
+    if pattern is not None and name is not None:
+        raise GrammarError("pattern beside format is not supported")
+    if name is not None and name not in strings.FORMATS:
+        raise GrammarError(f"the format {str(name)[:40]} is not supported")
+    if pattern is not None and not isinstance(pattern, str):
+        raise GrammarError("pattern is not a string")
+    node = (
+        regex.parse(strings.FORMATS[str(name)], whole=True)
+        if pattern is None
+        else regex.parse(pattern, whole=False)
+    )
+    return strings.matching(rules, node, least, most)
+
+
+def _bounds(schema: Schema) -> numbers.Bounds:
+    return numbers.Bounds(
+        minimum=keywords.bound(schema, "minimum"),
+        maximum=keywords.bound(schema, "maximum"),
+        above=keywords.bound(schema, "exclusiveMinimum"),
+        below=keywords.bound(schema, "exclusiveMaximum"),
+    )

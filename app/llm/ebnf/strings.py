@@ -1,0 +1,113 @@
+"""JSON strings: plain, of some length, of a pattern, of a format."""
+
+import json
+from typing import Final
+
+from app.llm.ebnf import regex, writer
+from app.llm.ebnf.errors import GrammarError
+from app.llm.ebnf.writer import Range, Rules, alternatives, literal, one_of, repeat, sequence
+
+MAX_LENGTH: Final = 128
+"""Largest minLength and maxLength. More the library counts at run time, a second for a token."""
+
+_QUOTE = literal('"')
+_MUST_BE_ESCAPED: list[Range] = [(0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C)]
+_PLAIN: list[Range] = writer.complement(_MUST_BE_ESCAPED)
+_SHORT_ESCAPES = {'"': '"', "\\": "\\", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
+# Without \uXXXX, with which a small model writes half characters: all can be said without.
+_ESCAPE = sequence([literal("\\"), one_of(writer.union((ord(c), ord(c)) for c in '"\\/bfnrt'))])
+
+_YEAR = "(000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
+_DATE = "|".join(
+    f"{_YEAR}-{month_and_day}"
+    for month_and_day in (
+        "(0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])",
+        "(0[469]|11)-(0[1-9]|[12][0-9]|30)",
+        "02-(0[1-9]|1[0-9]|2[0-8])",
+    )
+)
+_HOUR = "([01][0-9]|2[0-3])"
+_TIME = rf"{_HOUR}:[0-5][0-9]:[0-5][0-9](\.[0-9]{{1,6}})?(Z|[+-]{_HOUR}:[0-5][0-9])"
+_BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,14}[A-Za-z0-9])?"
+_HOST = rf"{_LABEL}(\.{_LABEL}){{0,4}}"
+FORMATS: Final = {
+    "date": _DATE,
+    "time": _TIME,
+    "date-time": f"({_DATE})T{_TIME}",
+    "duration": "P([0-9]{1,4}W|[0-9]{1,4}D(T[0-9]{1,4}[HMS])?|T[0-9]{1,4}[HMS])",
+    "email": rf"[A-Za-z0-9_]+([.+-][A-Za-z0-9_]+){{0,4}}@{_HOST}",
+    "hostname": _HOST,
+    "ipv4": rf"({_BYTE}\.){{3}}{_BYTE}",
+    "uuid": "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
+    "uri": rf"https?://{_HOST}(:[0-9]{{1,4}})?(/[A-Za-z0-9._~-]*){{0,8}}(\?[A-Za-z0-9._~=&-]*)?",
+}
+"""Formats that are honoured, as regular expressions; some leave out rare spellings."""
+
+
+def plain(rules: Rules, least: int, most: int | None) -> str:
+    """A string of so many characters; if they are counted, of such as need no escape.
+
+    Raises:
+        GrammarError: There is none, or a number is too large.
+    """
+    if max(least, most or 0) > MAX_LENGTH:
+        raise GrammarError(f"minLength or maxLength is above {MAX_LENGTH}")
+    if most is not None and least > most:
+        raise GrammarError("minLength is above maxLength")
+    cost = writer.cost_of(_PLAIN) * (least if most is None else most)
+    counted = repeat(one_of(_PLAIN), least, least if most is None else most)
+    end = _QUOTE if most is not None else rules.recursive(_open_end)
+    return rules.shared(sequence([_QUOTE, counted, end]), cost)
+
+
+def _open_end(name: str) -> str:
+    """The rest of a string that may go on, by a rule of this name; the fastest form at run time."""
+    going_on = [sequence([one_of(_PLAIN), name]), sequence([_ESCAPE, name])]
+    return alternatives([_QUOTE, *going_on])
+
+
+def matching(rules: Rules, node: regex.Node, least: int, most: int | None) -> str:
+    """A string that matches a parsed regular expression, and has so many characters.
+
+    Raises:
+        GrammarError: The lengths do not follow from the expression.
+    """
+    shortest, longest = regex.lengths(node)
+    if shortest < least or (most is not None and (longest is None or longest > most)):
+        raise GrammarError(
+            "minLength and maxLength beside pattern or format are only supported where every "
+            "match has such a length"
+        )
+    text = sequence([_QUOTE, regex.expression(node, _in_string), _QUOTE])
+    return rules.shared(text, regex.cost(node))
+
+
+def _in_string(ranges: tuple[Range, ...]) -> str:
+    """One character of these ranges as it is written in a JSON string.
+
+    What needs an escape is left out where many other characters are allowed.
+    """
+    plain_ranges = writer.complement([*writer.complement(ranges), *_MUST_BE_ESCAPED])
+    found = [one_of(plain_ranges)] if plain_ranges else []
+    if sum(last - first + 1 for first, last in ranges) <= 128:
+        for character, escape in _SHORT_ESCAPES.items():
+            if any(first <= ord(character) <= last for first, last in ranges):
+                found.append(literal(f"\\{escape}"))
+    if not found:
+        raise GrammarError("a regular expression wants a control character")
+    return alternatives(found)
+
+
+def as_written(value: object) -> str:
+    """The one JSON text of a value.
+
+    Raises:
+        GrammarError: It has none.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except ValueError as error:
+        raise GrammarError("a value in it is not JSON") from error
+    return literal(text)

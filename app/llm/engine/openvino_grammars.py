@@ -1,0 +1,117 @@
+"""Grammars for the openvino backend: translated here, compiled where a failure harms nobody.
+
+The library compiles a request's grammar in the middle of the step that chooses its first token,
+and an error there leaves the whole batch in doubt. It keeps what it has compiled by the tokenizer,
+however, for ever. So each new grammar is compiled before its request goes into the batch, by a
+second pipeline that shares the tokenizer and runs a model of nothing; the step then finds it done.
+A third, of another vocabulary, makes the library begin anew when it has kept enough.
+"""
+
+import contextlib
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import numpy as np
+import openvino
+import openvino_genai
+from openvino import opset13 as ops
+from openvino_genai import GenerationConfig, StructuredOutputConfig
+
+from app.llm.ebnf.grammars import to_ebnf
+from app.llm.engine.base import Grammar
+
+KEPT_GRAMMARS: Final = 256
+"""Compiled grammars the library may keep; each takes about a megabyte."""
+
+
+class GrammarCompiler:
+    """Compiles grammars for one pipeline; used by the thread that steps it."""
+
+    def __init__(
+        self, tokenizer: openvino_genai.Tokenizer, vocabulary_size: int, eos: frozenset[int]
+    ) -> None:
+        """Take a pipeline's tokenizer.
+
+        Args:
+            tokenizer: The pipeline's own, not another of the same model.
+            vocabulary_size: Of the model.
+            eos: Tokens that end an answer.
+        """
+        self._tokenizer = tokenizer
+        self._vocabulary_size = vocabulary_size
+        self._eos = eos
+        self._compiled: set[str] = set()
+        self._stand_in: openvino_genai.LLMPipeline | None = None
+
+    def compile(self, grammar: Grammar) -> StructuredOutputConfig:
+        """A grammar for a request's configuration.
+
+        Raises:
+            GrammarError: It cannot be translated.
+            RuntimeError: The library refuses it.
+        """
+        text = to_ebnf(grammar, self._vocabulary_size)
+        config = StructuredOutputConfig(grammar=text)
+        if text not in self._compiled:
+            if len(self._compiled) >= KEPT_GRAMMARS:
+                self._forget()
+            if self._stand_in is None:
+                self._stand_in = _stand_in(self._tokenizer, self._vocabulary_size)
+            self._generate(self._stand_in, config)
+            self._compiled.add(text)
+        return config
+
+    def _forget(self) -> None:
+        """Have the library keep nothing: it does so for a vocabulary of another size.
+
+        Requests that run hold what they need themselves.
+        """
+        other = _stand_in(self._tokenizer, self._vocabulary_size + 1)
+        # The vocabulary may have no such token, which only the generation that follows minds.
+        with contextlib.suppress(RuntimeError):
+            self._generate(other, StructuredOutputConfig(regex="a"))
+        self._compiled.clear()
+
+    def _generate(
+        self, pipeline: openvino_genai.LLMPipeline, structure: StructuredOutputConfig
+    ) -> None:
+        config = GenerationConfig()
+        config.apply_chat_template = False
+        config.max_new_tokens = 1
+        if self._eos:
+            config.eos_token_id = min(self._eos)
+            config.stop_token_ids = set(self._eos)
+        config.structured_output_config = structure
+        pipeline.generate(openvino.Tensor(np.zeros((1, 1), dtype=np.int64)), config)
+
+
+def _stand_in(tokenizer: openvino_genai.Tokenizer, vocabulary_size: int) -> Any:
+    """A pipeline whose model finds every token equally likely."""
+    ids = ops.parameter([-1, -1], np.int64, name="input_ids")
+    mask = ops.parameter([-1, -1], np.int64, name="attention_mask")
+    beams = ops.parameter([-1], np.int32, name="beam_idx")
+    # The pipeline wants these inputs, and the library drops those that nothing depends on.
+    used = [ops.convert(ops.reduce_sum(p, axes), "f32") for p, axes in _axes(ids, mask, beams)]
+    nothing = ops.multiply(ops.add(ops.add(*used[:2]), used[2]), ops.constant(np.float32(0)))
+    shape = ops.concat([ops.shape_of(ids), ops.constant(np.array([vocabulary_size]))], 0)
+    logits = ops.broadcast(nothing, shape)
+    logits.output(0).set_names({"logits"})
+    for parameter in (ids, mask, beams):
+        parameter.output(0).set_names({parameter.friendly_name})
+    model = openvino.Model([ops.result(logits)], [ids, mask, beams], "stand_in")
+    xml, weights = _serialised(model)
+    return openvino_genai.LLMPipeline(xml, weights, tokenizer, "CPU", ATTENTION_BACKEND="SDPA")
+
+
+def _axes(*parameters: Any) -> list[tuple[Any, Any]]:
+    return [(p, ops.constant(np.arange(len(p.partial_shape)))) for p in parameters]
+
+
+def _serialised(model: openvino.Model) -> tuple[str, openvino.Tensor]:
+    """A model as the pipelines take it; the library writes files only."""
+    with TemporaryDirectory() as directory:
+        xml = Path(directory, "model.xml")
+        openvino.save_model(model, xml, compress_to_fp16=False)
+        weights = np.frombuffer(xml.with_suffix(".bin").read_bytes(), dtype=np.uint8)
+        return xml.read_text(encoding="utf-8"), openvino.Tensor(weights)

@@ -1,0 +1,59 @@
+"""Refusing a grammar before the engine sees it, in the API process."""
+
+import asyncio
+from typing import Final
+
+from app.llm.ebnf.errors import GrammarError
+from app.llm.ebnf.grammars import to_ebnf
+from app.llm.engine.base import (
+    EngineInfo,
+    Grammar,
+    JsonSchemaGrammar,
+    RegexGrammar,
+    TagsGrammar,
+)
+from app.utils.errors import InvalidGrammarError
+
+MAX_CHARACTERS: Final = 64 * 1024
+"""Of a grammar's schemas and texts together. Reading one of these takes tens of milliseconds."""
+
+
+async def check_grammar(grammar: Grammar, info: EngineInfo) -> None:
+    """Refuse a grammar that cannot be compiled, or that would not be honoured in full.
+
+    The engine's own translation is tried, whatever the backend, so that all refuse the same. Its
+    time is bounded by the limits it sets, and it runs off the event loop.
+
+    Raises:
+        InvalidGrammarError: Saying why.
+    """
+    if _size(grammar) > MAX_CHARACTERS:
+        raise InvalidGrammarError(
+            f"The {_name(grammar)} has more than {MAX_CHARACTERS} characters.",
+            param=grammar_param(grammar),
+        )
+    try:
+        await asyncio.to_thread(to_ebnf, grammar, info.vocabulary_size)
+    except GrammarError as error:
+        raise InvalidGrammarError(
+            f"The {_name(grammar)} cannot be used: {error}.", param=grammar_param(grammar)
+        ) from error
+
+
+def grammar_param(grammar: Grammar) -> str:
+    """The request field that a grammar comes from."""
+    return "tools" if isinstance(grammar, TagsGrammar) else "response_format"
+
+
+def _size(grammar: Grammar) -> int:
+    if isinstance(grammar, JsonSchemaGrammar):
+        return len(grammar.schema)
+    if isinstance(grammar, RegexGrammar):
+        return len(grammar.pattern)
+    return sum(len(t.begin) + len(t.schema) + len(t.end) for t in grammar.tags)
+
+
+def _name(grammar: Grammar) -> str:
+    if isinstance(grammar, JsonSchemaGrammar):
+        return "JSON schema"
+    return "regular expression" if isinstance(grammar, RegexGrammar) else "tools' JSON schema"
