@@ -6,9 +6,9 @@ from typing import Any
 from app.core.config import ModelSettings
 from app.llm.description import DescriptionProcess, ModelShape, read_gguf_shape
 from app.llm.engine.base import Backend, EngineInfo
-from app.llm.engine.cores import compute_threads
 from app.llm.engine.cpu_sizing import cache_tokens
 from app.llm.engine.prefix_index import BLOCK_SIZE
+from app.llm.engine.resources import compute_threads
 from app.llm.hub import Progress, Snapshot
 from app.llm.load_errors import one_line
 
