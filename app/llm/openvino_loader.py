@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from app.core.config import ModelSettings
-from app.llm.description import DescriptionProcess, ModelShape, read_gguf_shape
+from app.llm.description import DescriptionProcess, ModelShape, UnknownShapeError, read_gguf_shape
 from app.llm.engine.base import Backend, EngineInfo
 from app.llm.engine.cpu_sizing import cache_tokens
 from app.llm.engine.prefix_index import BLOCK_SIZE
@@ -46,7 +46,10 @@ def load_openvino(
         ModelLoadError: Its files are not whole, or its tokenizer cannot be read.
     """
     progress(f"loading {settings.label} with OpenVINO")
-    shape = read_gguf_shape(settings, snapshot) if snapshot.gguf else None
+    try:
+        shape = read_gguf_shape(settings, snapshot) if snapshot.gguf else None
+    except UnknownShapeError as error:
+        raise OpenVinoUnsupportedError(str(error)) from error
     with DescriptionProcess(settings, snapshot) as description:
         try:
             # Imported while the other process reads.
