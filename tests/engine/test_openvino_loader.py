@@ -10,32 +10,8 @@ import pytest
 
 from app.core.config import ModelSettings
 from app.llm import bundled
-from app.llm.engine.base import Backend
-from app.llm.loader import load_backend
-from app.utils.errors import ModelLoadError
-from tests.support.backends import request, run, tokens
+from tests.support.backends import load, load_local, refusal, request, run, tokens
 from tests.support.tiny_gguf import make_tiny_gguf
-
-
-def load(path: Path, said: list[str] | None = None, **settings: Any) -> Backend:
-    """Load a local model as the engine process does."""
-    values = {"source": "local", "name": str(path), "dtype": "float32"} | settings
-    return load_backend(
-        ModelSettings(**values),
-        max_running=2,
-        echo_step_seconds=0,
-        token=None,
-        progress=(said if said is not None else []).append,
-    )
-
-
-def refusal(path: Path, **settings: Any) -> str:
-    """The line with which a model is refused."""
-    with pytest.raises(ModelLoadError) as caught:
-        load(path, **settings)
-    line = str(caught.value)
-    assert "\n" not in line
-    return line
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +45,7 @@ def copy(openvino_dir: Path, tmp_path: Path) -> Path:
 def test_auto_takes_openvino_for_a_gguf_file(gguf: Path) -> None:
     """On a CPU a GGUF file that OpenVINO can read is run by it, and /status can say why."""
     said: list[str] = []
-    backend = load(gguf, said)
+    backend = load_local(gguf, said)
     assert backend.info.backend == "openvino"
     assert (
         backend.info.backend_reason == "model.engine is auto, and OpenVINO is the fastest on a CPU"
@@ -81,28 +57,28 @@ def test_auto_takes_openvino_for_a_gguf_file(gguf: Path) -> None:
 
 def test_a_gguf_file_can_be_given_to_transformers(gguf: Path) -> None:
     """The engine that is named runs it."""
-    assert load(gguf, engine="transformers").info.backend == "transformers"
+    assert load_local(gguf, engine="transformers").info.backend == "transformers"
 
 
 def test_a_folder_in_openvinos_format(openvino_dir: Path, gguf: Path) -> None:
     """It is run without transformers' weights, and says what the GGUF file says."""
-    backend = load(openvino_dir)
+    backend = load_local(openvino_dir)
     assert backend.info.backend == "openvino"
     assert backend.info.dtype == "uncompressed"
-    expected = tokens(run(load(gguf), request("r"))["r"])
+    expected = tokens(run(load_local(gguf), request("r"))["r"])
     assert tokens(run(backend, request("r"))["r"]) == expected
 
 
 def test_openvinos_format_is_preferred_on_a_cpu(copy: Path, tiny_model_dir: Path) -> None:
     """A folder with both kinds of weights is run by the engine that is asked for."""
     shutil.copy(tiny_model_dir / "model.safetensors", copy)
-    assert load(copy).info.backend == "openvino"
-    assert load(copy, engine="transformers").info.backend == "transformers"
+    assert load_local(copy).info.backend == "openvino"
+    assert load_local(copy, engine="transformers").info.backend == "transformers"
 
 
 def test_safetensors_go_to_transformers(tiny_model_dir: Path) -> None:
     """Auto says why OpenVINO does not run them."""
-    info = load(tiny_model_dir).info
+    info = load_local(tiny_model_dir).info
     assert info.backend == "transformers"
     assert info.backend_reason == (
         "model.engine is auto, and OpenVINO reads GGUF and its own format, and these weights are "
@@ -126,7 +102,7 @@ def test_what_openvino_cannot_read_falls_back(
     unreadable: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Before readiness, with a warning that says what was wrong."""
-    backend = load(unreadable)
+    backend = load_local(unreadable)
     assert backend.info.backend == "transformers"
     assert backend.info.backend_reason == (
         f"model.engine is auto, but OpenVINO cannot run {unreadable}: Unsupported quantization type"
@@ -144,6 +120,19 @@ def test_what_openvino_cannot_read_is_refused_where_it_is_named(unreadable: Path
         f"OpenVINO cannot run {unreadable}: Unsupported quantization type; choose another model, "
         "or set MODEL__ENGINE=auto"
     )
+
+
+def test_a_shape_that_is_not_understood_falls_back(gguf: Path, tmp_path: Path) -> None:
+    """A whole file without a key that OpenVINO's cache is sized by; transformers has defaults."""
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(gguf.read_bytes().replace(b"llama.context_length", b"llama.contexts_other"))
+    reason = f"OpenVINO cannot run {path}: its metadata have no number llama.context_length"
+    info = load_local(path).info
+    assert (info.backend, info.backend_reason) == (
+        "transformers",
+        f"model.engine is auto, but {reason}",
+    )
+    assert refusal(path, engine="openvino").startswith(reason)
 
 
 def test_a_truncated_gguf_file(gguf: Path, tmp_path: Path) -> None:
@@ -213,12 +202,6 @@ def test_the_bundled_model_is_run_by_openvino() -> None:
     """With its own context length and kind of weights."""
     if not bundled.is_fetched():
         pytest.skip("the bundled model is not here: make model")
-    backend = load_backend(
-        ModelSettings(source="bundled"),
-        max_running=2,
-        echo_step_seconds=0,
-        token=None,
-        progress=lambda _: None,
-    )
+    backend = load(ModelSettings(source="bundled"))
     assert backend.info.dtype == "q4_1"
     assert backend.info.context_length == 8192

@@ -10,10 +10,10 @@ from torch import Tensor
 from app.core.config import ModelSettings
 from app.llm import bundled
 from app.llm.engine import cpu_linear
-from app.llm.engine.base import GenerationRequest, SamplingParams
 from app.llm.engine.cpu_linear import Quantization, replace_linears
-from app.llm.loader import find_model, load_backend
+from app.llm.loader import find_model
 from app.llm.transformers_loader import load_pipeline
+from tests.support.backends import load, request, run, tokens
 
 pytestmark = [
     pytest.mark.model,
@@ -131,20 +131,13 @@ def test_int8_in_every_layer_stays_within_bounds(
 
 def test_the_backend_takes_tokens_the_plain_model_takes(reference: Reference) -> None:
     """All requests in one batch: no greedy token is more than 0.25 nats from the plain best."""
-    backend = load_backend(
-        SETTINGS, max_running=32, echo_step_seconds=0, token=None, progress=lambda _: None
-    )
-    answers: dict[str, list[int]] = {}
-    for i, prompt in enumerate(reference.prompts):
-        answers[str(i)] = []
-        backend.add(GenerationRequest(str(i), prompt, ANSWER_TOKENS, SamplingParams(temperature=0)))
-    while backend.has_work():
-        for event in backend.step():
-            answers[event.request_id] += event.token_ids
+    requests = [request(str(i), p, ANSWER_TOKENS) for i, p in enumerate(reference.prompts)]
+    events = run(load(SETTINGS), *requests)
     plain = pipeline().model
     worst = 0.0
     for i, prompt in enumerate(reference.prompts):
-        scores = log_probs(plain, prompt, answers[str(i)])
-        taken = scores.gather(-1, torch.tensor(answers[str(i)]).unsqueeze(-1)).squeeze(-1)
+        answer = tokens(events[str(i)])
+        scores = log_probs(plain, prompt, answer)
+        taken = scores.gather(-1, torch.tensor(answer).unsqueeze(-1)).squeeze(-1)
         worst = max(worst, float((scores.max(-1).values - taken).max()))
     assert worst <= 0.25
