@@ -1,6 +1,7 @@
 """Loading a model with OpenVINO, without torch in this process."""
 
 import os
+import sys
 from typing import Any
 
 from app.core.config import ModelSettings
@@ -51,6 +52,7 @@ def load_openvino(
     except UnknownShapeError as error:
         raise OpenVinoUnsupportedError(str(error)) from error
     with DescriptionProcess(settings, snapshot) as description:
+        keep_telemetry_out()
         try:
             # Imported while the other process reads.
             from app.llm.engine.openvino_backend import SUPPORTED, OpenVinoBackend, start_pipeline
@@ -85,6 +87,15 @@ def load_openvino(
     return OpenVinoBackend(
         pipeline, info, eos_token_ids=tokenizer.eos_token_ids, cache_blocks=blocks
     )
+
+
+def keep_telemetry_out() -> None:
+    """Have ``import openvino`` find no ``openvino_telemetry``, which it does without.
+
+    It would report every start to Google Analytics, by a process forked from this one, and keep an
+    id for that in the home directory.
+    """
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
 def _properties(settings: ModelSettings) -> dict[str, Any]:

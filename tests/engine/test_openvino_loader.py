@@ -5,11 +5,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import openvino_genai
 import pytest
 
 from app.core.config import ModelSettings
 from app.llm import bundled
+from app.llm.engine.base import Backend
+from app.llm.openvino_loader import keep_telemetry_out
 from tests.support.backends import load, load_local, refusal, request, run, tokens
 from tests.support.tiny_gguf import make_tiny_gguf
 
@@ -23,6 +24,9 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def openvino_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in OpenVINO's own format; copy it before changing anything."""
+    keep_telemetry_out()
+    import openvino_genai
+
     folder = tmp_path_factory.mktemp("ir")
     path = make_tiny_gguf(folder / "tiny.gguf")
     # The library writes what it made of a GGUF file beside it.
@@ -42,17 +46,32 @@ def copy(openvino_dir: Path, tmp_path: Path) -> Path:
     return shutil.copytree(openvino_dir, tmp_path / "model")
 
 
-def test_auto_takes_openvino_for_a_gguf_file(gguf: Path) -> None:
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    """What was said while the GGUF file was loaded."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def loaded(gguf: Path, said: list[str]) -> Backend:
+    """The GGUF file, loaded."""
+    return load_local(gguf, said)
+
+
+def test_auto_takes_openvino_for_a_gguf_file(loaded: Backend, gguf: Path, said: list[str]) -> None:
     """On a CPU a GGUF file that OpenVINO can read is run by it, and /status can say why."""
-    said: list[str] = []
-    backend = load_local(gguf, said)
-    assert backend.info.backend == "openvino"
-    assert (
-        backend.info.backend_reason == "model.engine is auto, and OpenVINO is the fastest on a CPU"
-    )
-    assert backend.info.dtype == "f16"
-    assert backend.info.context_length == 512
+    info = loaded.info
+    assert (info.backend, info.dtype, info.context_length) == ("openvino", "f16", 512)
+    assert info.backend_reason == "model.engine is auto, and OpenVINO is the fastest on a CPU"
     assert said == [f"loading {gguf} with OpenVINO"]
+
+
+def test_a_start_is_reported_to_nobody(loaded: Backend) -> None:
+    """OpenVINO sends Google Analytics an event when it is imported, unless it is kept from it."""
+    import openvino
+
+    sender = openvino.tools.ovc.telemetry_utils.tm
+    assert sender.__name__ == "openvino.tools.ovc.telemetry_stub"
 
 
 def test_a_gguf_file_can_be_given_to_transformers(gguf: Path) -> None:
@@ -60,12 +79,12 @@ def test_a_gguf_file_can_be_given_to_transformers(gguf: Path) -> None:
     assert load_local(gguf, engine="transformers").info.backend == "transformers"
 
 
-def test_a_folder_in_openvinos_format(openvino_dir: Path, gguf: Path) -> None:
+def test_a_folder_in_openvinos_format(openvino_dir: Path, loaded: Backend) -> None:
     """It is run without transformers' weights, and says what the GGUF file says."""
     backend = load_local(openvino_dir)
     assert backend.info.backend == "openvino"
     assert backend.info.dtype == "uncompressed"
-    expected = tokens(run(load_local(gguf), request("r"))["r"])
+    expected = tokens(run(loaded, request("r"))["r"])
     assert tokens(run(backend, request("r"))["r"]) == expected
 
 
