@@ -2,16 +2,16 @@
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from app.core.config import ModelSettings
 from app.llm import bundled
 from app.llm.engine.base import Backend
 from app.llm.openvino_loader import keep_telemetry_out
-from tests.support.backends import load, load_local, refusal, request, run, tokens
+from tests.support.backends import load_local, refusal, request, run, tokens
 from tests.support.tiny_gguf import make_tiny_gguf
 
 
@@ -217,10 +217,9 @@ def test_the_reading_process_dies(gguf: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.model
-def test_the_bundled_model_is_run_by_openvino() -> None:
+def test_the_bundled_model_is_run_by_openvino(bundled_backend: Callable[[str], Backend]) -> None:
     """With its own context length and kind of weights."""
     if not bundled.is_fetched():
         pytest.skip("the bundled model is not here: make model")
-    backend = load(ModelSettings(source="bundled"))
-    assert backend.info.dtype == "q4_1"
-    assert backend.info.context_length == 8192
+    info = bundled_backend("auto").info
+    assert (info.backend, info.dtype, info.context_length) == ("openvino", "q4_1", 8192)
