@@ -190,8 +190,9 @@ def test_requests_get_their_turn_in_the_order_they_came(narrow: Service) -> None
 def test_a_request_past_its_deadline_is_504() -> None:
     """The deadline ends a request while it runs or waits, and frees its place."""
     with running_service(
-        ENGINE__ECHO_STEP_SECONDS=str(STEP),
-        ENGINE__REQUEST_TIMEOUT_SECONDS="1",
+        # The long answer takes six times the limit, the short one a tenth of it.
+        ENGINE__ECHO_STEP_SECONDS="0.008",
+        ENGINE__REQUEST_TIMEOUT_SECONDS="0.5",
         ENGINE__MAX_RUNNING="1",
     ) as service:
         response = ask(service, generate(LONG))
