@@ -38,6 +38,10 @@ endef
 unexport PIP_TARGET PIP_PREFIX PIP_ROOT PIP_USER PIP_PYTHON PIP_CONSTRAINT PIP_REQUIREMENT
 unexport PIP_NO_DEPS PIP_DRY_RUN PYTHONHOME VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV
 
+# Container images like to set it. Without bytecode every process compiles its half of torch and
+# transformers anew, which doubles the start of the engine.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Poetry reads the JSON pages that only some package indexes have. The plugin sends it to the
 # simple API that pip uses, which all have; so whatever pip is configured for, Poetry follows, its
 # certificate authority included. pip's own parser is asked, as `pip config get` reads one file only.

@@ -15,6 +15,8 @@ from pathlib import Path
 from app.core.config import PROJECT_ROOT
 
 TOOLS = PROJECT_ROOT / ".tools" / "optimum"
+# It reports each use to Google Analytics, and openvino and nncf do without it.
+UNWANTED = "openvino-telemetry"
 REQUIREMENTS = ("optimum-intel==2.2.0", "openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0")
 WEIGHTS = ("int8", "int4")
 
@@ -26,12 +28,19 @@ def make_tools(folder: Path = TOOLS) -> Path:
         subprocess.CalledProcessError: It cannot be installed.
     """
     program = folder / "bin" / "optimum-cli"
-    stamp = folder / f".{'-'.join(REQUIREMENTS)}"
+    stamp = folder / f".{'-'.join(REQUIREMENTS)}-without-{UNWANTED}"
     if not stamp.exists():
         print(f"Installing {REQUIREMENTS[0]} into {folder} (several GB, once)", flush=True)
         venv.create(folder, clear=True, with_pip=True)
-        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, "--disable-pip-version-check", *REQUIREMENTS], check=True)
+        pip = [
+            str(folder / "bin" / "python"),
+            "-m",
+            "pip",
+            "--quiet",
+            "--disable-pip-version-check",
+        ]
+        subprocess.run([*pip, "install", *REQUIREMENTS], check=True)
+        subprocess.run([*pip, "uninstall", "--yes", UNWANTED], check=True)
         stamp.touch()
     return program
 

@@ -12,10 +12,15 @@ from starlette.testclient import TestClient
 
 from app.core.config import Settings, load_settings
 from app.llm import bundled
+from app.llm.engine.process import engine_environment
 from app.main import create_app
 from tests.support.live import STEP
 from tests.support.service import API_KEY, OTHER_KEY, Service, is_setting, running_service
 from tests.support.settings import Load
+
+# As in an engine process: otherwise torch's threads here, which spin for each other, all but stop
+# when a service under test wants a core (docs/adr/0010). Read once, when torch is imported.
+os.environ["GOMP_SPINCOUNT"] = engine_environment(os.environ)["GOMP_SPINCOUNT"]
 
 RunApp = Callable[..., TestClient]
 

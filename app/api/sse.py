@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any, Protocol
 
 import anyio
@@ -55,6 +56,38 @@ def has_error_event(chunk: bytes) -> bool:
     return chunk.startswith(_ERROR) or b"\n" + _ERROR in chunk
 
 
+class _SendLimit:
+    """Ends a stream when a message of it is not taken in time.
+
+    An event and a ping may be on their way at once. Each has its own time, so that neither
+    prolongs the other's: the one that has waited longest decides.
+
+    Attributes:
+        timeout: Spans the stream.
+    """
+
+    def __init__(self) -> None:
+        self.timeout = asyncio.timeout(None)
+        self._pending: list[float] = []
+
+    async def send(self, send: Send, message: Message) -> None:
+        """Send a message of the stream."""
+        started = asyncio.get_running_loop().time()
+        self._pending.append(started)
+        self._move()
+        try:
+            await send(message)
+        finally:
+            self._pending.remove(started)
+            self._move()
+
+    def _move(self) -> None:
+        if not self.timeout.expired():
+            self.timeout.reschedule(
+                self._pending[0] + SEND_TIMEOUT_SECONDS if self._pending else None
+            )
+
+
 class EventStream(EventSourceResponse):  # type: ignore[misc]
     """An answer as a response of events; see docs/api.md, "Streams"."""
 
@@ -66,7 +99,6 @@ class EventStream(EventSourceResponse):  # type: ignore[misc]
             frames: The events, without those that end every stream.
         """
         self._source = source
-        self._limit = asyncio.timeout(None)
         super().__init__(
             _to_the_end(frames),
             ping=PING_SECONDS,
@@ -75,21 +107,20 @@ class EventStream(EventSourceResponse):  # type: ignore[misc]
         )
 
     async def _send_with_timeout(self, send: Send, message: Message) -> None:
-        """Send, and end the stream if its reader does not take the message in time.
+        """Send; the time of ``send`` is limited where it comes from.
 
         The parent opens a cancel scope around each message, which costs a sixth of the way from
-        engine to socket; here one timeout spans the stream and is moved.
+        engine to socket, and none around the last one; here one timeout spans the stream and is
+        moved.
         """
-        loop = asyncio.get_running_loop()
-        self._limit.reschedule(loop.time() + SEND_TIMEOUT_SECONDS)
         await send(message)
-        self._limit.reschedule(None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until they end or the reader is gone."""
+        limit = _SendLimit()
         try:
-            async with asyncio.timeout(None) as self._limit:
-                await super().__call__(scope, receive, send)
+            async with limit.timeout:
+                await super().__call__(scope, receive, partial(limit.send, send))
         except TimeoutError:
             log.warning("a stream's reader stopped reading and was dropped")
         finally:

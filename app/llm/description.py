@@ -17,10 +17,14 @@ from typing import IO, Any, Self, TypeVar
 import msgspec
 
 from app.core.config import ModelSettings
-from app.llm.gguf_header import read_header
+from app.llm.gguf_header import GgufHeader, read_header
 from app.llm.hub import OPENVINO_MODEL, Snapshot
 from app.llm.load_errors import explaining
 from app.utils.errors import ModelLoadError
+
+
+class UnknownShapeError(Exception):
+    """A model's files are whole, but do not say in a known way what shape it has."""
 
 
 class ModelShape(msgspec.Struct, frozen=True):
@@ -133,10 +137,12 @@ def read_gguf_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
     """What a GGUF file says of itself; it takes no library, and so no process of its own.
 
     Raises:
-        ModelLoadError: It is cut off, or says too little.
+        ModelLoadError: It is no GGUF file, or cut off.
+        UnknownShapeError: It is whole, but does not say enough.
     """
     with explaining("file", settings, snapshot):
-        return _gguf_shape(snapshot.directory / str(snapshot.gguf))
+        header = read_header(snapshot.directory / str(snapshot.gguf))
+    return gguf_shape(header)
 
 
 def read_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
@@ -157,24 +163,48 @@ def read_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
         )
 
 
-def _gguf_shape(path: Path) -> ModelShape:
-    """What a GGUF file says of itself, by the names its specification gives."""
+def gguf_shape(header: GgufHeader) -> ModelShape:
+    """What the keys of a GGUF file's header mean, by the names its specification gives.
+
+    Raises:
+        UnknownShapeError: One is missing, or is no number, such as a list with one for each layer.
+    """
+    architecture = header.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise UnknownShapeError("its metadata have no general.architecture")
+
+    def number(name: str, default: int | None = None) -> int:
+        key = f"{architecture}.{name}"
+        value = header.metadata.get(key, 0)
+        if value == 0 and default:
+            return default
+        if type(value) is not int or value < 1:
+            raise UnknownShapeError(f"its metadata have no number {key}")
+        return value
+
+    embeddings = header.shapes.get("token_embd.weight")
+    if not embeddings:
+        raise UnknownShapeError("it has no tensor token_embd.weight")
+    heads = number("attention.head_count")
+    shared = number("attention.head_count_kv", heads)
+    head_dim = number("attention.key_length", number("embedding_length") // heads)
+    return ModelShape(
+        context_length=number("context_length"),
+        vocabulary_size=embeddings[0],
+        cache_values_per_token=2 * number("block_count") * shared * head_dim,
+        weights=_gguf_weights(header.metadata.get("general.file_type")),
+    )
+
+
+def _gguf_weights(kind: Any) -> str:
+    """How the weights are stored; kinds newer than the library have no name yet."""
     import gguf
 
-    header = read_header(path)
-    architecture = header.metadata["general.architecture"]
-    keys = {k.removeprefix(f"{architecture}."): v for k, v in header.metadata.items()}
-    heads = keys["attention.head_count"]
-    head_dim = keys.get("attention.key_length") or keys["embedding_length"] // heads
-    shared = keys.get("attention.head_count_kv") or heads
-    kind = keys.get("general.file_type")
-    name = "gguf" if kind is None else gguf.LlamaFileType(kind).name
-    return ModelShape(
-        context_length=keys["context_length"],
-        vocabulary_size=header.shapes["token_embd.weight"][0],
-        cache_values_per_token=2 * keys["block_count"] * shared * head_dim,
-        weights=name.removeprefix("MOSTLY_").removeprefix("ALL_").lower(),
-    )
+    try:
+        name = gguf.LlamaFileType(kind).name
+    except ValueError:
+        return "gguf"
+    return str(name).removeprefix("MOSTLY_").removeprefix("ALL_").lower()
 
 
 def read_tokenizer(settings: ModelSettings, snapshot: Snapshot) -> ModelTokenizer:

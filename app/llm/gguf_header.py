@@ -34,11 +34,18 @@ _DEFAULT_ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
+class GgufArray:
+    """An array in the metadata; what is in it nobody needs."""
+
+    length: int
+
+
+@dataclass(frozen=True)
 class GgufHeader:
     """What a GGUF file says of itself.
 
     Attributes:
-        metadata: Keys and their values; of an array only its length.
+        metadata: Keys and their values.
         shapes: Of each tensor, slowest dimension first.
         end: Bytes that the file must have.
     """
@@ -128,4 +135,4 @@ class _Reader:
                     self._skip(self._numbers("Q")[0])
                 else:
                     self._value(element)
-        return count
+        return GgufArray(count)

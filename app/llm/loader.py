@@ -21,7 +21,7 @@ from app.llm.engine.base import (
 )
 from app.llm.engine.echo import EchoBackend
 from app.llm.hub import Progress, Snapshot
-from app.llm.load_errors import one_line
+from app.llm.load_errors import explaining, one_line
 from app.llm.openvino_loader import OpenVinoUnsupportedError, load_openvino
 from app.llm.transformers_loader import check_device, load_transformers
 from app.utils.errors import ModelLoadError
@@ -70,9 +70,11 @@ def load_backend(
             raise ModelLoadError(f"{reason}; choose another model, or set MODEL__ENGINE=auto")
         log.warning("%s; transformers will", reason)
         reason = f"model.engine is auto, but {reason}"
-    return _warm_up(
-        load_transformers(settings, snapshot, reason, max_running=max_running, progress=progress)
+    backend = load_transformers(
+        settings, snapshot, reason, max_running=max_running, progress=progress
     )
+    with explaining("model", settings, snapshot):
+        return _warm_up(backend)
 
 
 def _warm_up(backend: Backend) -> Backend:

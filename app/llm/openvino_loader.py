@@ -1,14 +1,15 @@
 """Loading a model with OpenVINO, without torch in this process."""
 
 import os
+import sys
 from typing import Any
 
 from app.core.config import ModelSettings
-from app.llm.description import DescriptionProcess, ModelShape, read_gguf_shape
+from app.llm.description import DescriptionProcess, ModelShape, UnknownShapeError, read_gguf_shape
 from app.llm.engine.base import Backend, EngineInfo
-from app.llm.engine.cores import compute_threads
 from app.llm.engine.cpu_sizing import cache_tokens
 from app.llm.engine.prefix_index import BLOCK_SIZE
+from app.llm.engine.resources import compute_threads
 from app.llm.hub import Progress, Snapshot
 from app.llm.load_errors import one_line
 
@@ -46,8 +47,12 @@ def load_openvino(
         ModelLoadError: Its files are not whole, or its tokenizer cannot be read.
     """
     progress(f"loading {settings.label} with OpenVINO")
-    shape = read_gguf_shape(settings, snapshot) if snapshot.gguf else None
+    try:
+        shape = read_gguf_shape(settings, snapshot) if snapshot.gguf else None
+    except UnknownShapeError as error:
+        raise OpenVinoUnsupportedError(str(error)) from error
     with DescriptionProcess(settings, snapshot) as description:
+        keep_telemetry_out()
         try:
             # Imported while the other process reads.
             from app.llm.engine.openvino_backend import SUPPORTED, OpenVinoBackend, start_pipeline
@@ -82,6 +87,15 @@ def load_openvino(
     return OpenVinoBackend(
         pipeline, info, eos_token_ids=tokenizer.eos_token_ids, cache_blocks=blocks
     )
+
+
+def keep_telemetry_out() -> None:
+    """Have ``import openvino`` find no ``openvino_telemetry``, which it does without.
+
+    It would report every start to Google Analytics, by a process forked from this one, and keep an
+    id for that in the home directory.
+    """
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
 def _properties(settings: ModelSettings) -> dict[str, Any]:

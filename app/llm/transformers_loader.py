@@ -123,8 +123,8 @@ def _from_pretrained(
 def _reading_gguf_once() -> Iterator[None]:
     """Parse a GGUF file once, which halves the time to load a small model.
 
-    transformers opens the file for the tokenizer, for the configuration and for the weights, and
-    looks all its names up again for every module of the model.
+    transformers opens the file for the configuration and for the weights, and looks all its names
+    up again for every module of the model.
     """
     import gguf
 

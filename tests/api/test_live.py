@@ -113,20 +113,20 @@ def test_leaving_a_whole_answer_frees_its_slot(slow_service: Service) -> None:
 
 def test_leaving_the_queue_frees_the_place(narrow: Service) -> None:
     """A client that leaves while it waits frees its place, and the running one is not disturbed."""
-    with open_stream(narrow, generate("x" * 60)) as found:
+    with open_stream(narrow, generate("x" * 30)) as found:
         with socket.create_connection(_address(narrow)) as waiting:
             waiting.sendall(_raw_request(generate(LONG)))
             narrow.wait_for_metric("llm_requests_waiting", 1)
         narrow.wait_for_metric("llm_requests_waiting", 0)
         assert narrow.metric("llm_requests_running") == 1
         rest = rest_of(found)
-    assert rest[-1]["tokens_generated"] == 61
+    assert rest[-1]["tokens_generated"] == 31
     narrow.wait_for_metric("llm_requests_running", 0)
 
 
 def test_leaving_a_queued_stream_frees_the_place(narrow: Service) -> None:
     """The same holds for a stream that has been admitted and waits for its turn."""
-    with open_stream(narrow, generate("x" * 60)) as found:
+    with open_stream(narrow, generate("x" * 30)) as found:
         with socket.create_connection(_address(narrow)) as waiting:
             waiting.sendall(_raw_request(generate(LONG, stream=True)))
             narrow.wait_for_metric("llm_requests_waiting", 1)
@@ -190,8 +190,9 @@ def test_requests_get_their_turn_in_the_order_they_came(narrow: Service) -> None
 def test_a_request_past_its_deadline_is_504() -> None:
     """The deadline ends a request while it runs or waits, and frees its place."""
     with running_service(
-        ENGINE__ECHO_STEP_SECONDS=str(STEP),
-        ENGINE__REQUEST_TIMEOUT_SECONDS="1",
+        # The long answer takes six times the limit, the short one a tenth of it.
+        ENGINE__ECHO_STEP_SECONDS="0.008",
+        ENGINE__REQUEST_TIMEOUT_SECONDS="0.5",
         ENGINE__MAX_RUNNING="1",
     ) as service:
         response = ask(service, generate(LONG))

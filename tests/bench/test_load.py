@@ -91,7 +91,7 @@ async def test_an_open_loop_does_not_wait_for_answers(slow_service: Service) -> 
 async def test_refusals_of_a_full_queue_are_counted() -> None:
     """With one running and one waiting, the others are refused at once, and each is counted."""
     with running_service(
-        ENGINE__ECHO_STEP_SECONDS="0.05", ENGINE__MAX_RUNNING="1", ENGINE__MAX_WAITING="1"
+        ENGINE__ECHO_STEP_SECONDS="0.02", ENGINE__MAX_RUNNING="1", ENGINE__MAX_WAITING="1"
     ) as service:
         results = await run_round(
             target_of(service), Workload(), name="full", requests=12, clients=12
@@ -127,7 +127,7 @@ async def test_a_killed_service_is_an_error() -> None:
         running = asyncio.ensure_future(
             run_round(target_of(service), workload, name="a", requests=6, clients=3)
         )
-        await asyncio.sleep(1.0)
+        await asyncio.to_thread(service.wait_for_metric, "llm_requests_running", 3)
         service.process.kill()
         async with asyncio.timeout(20):
             results = await running

@@ -157,9 +157,9 @@ def test_the_dashboard_shows_every_metric() -> None:
 
 @contextmanager
 def running_prometheus(folder: Path, target: str) -> Iterator[httpx.Client]:
-    """A real Prometheus with deploy/'s configuration, but scraping `target` twice a second."""
+    """A real Prometheus with deploy/'s configuration, but scraping `target` five times a second."""
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
-    config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms"}
+    config["global"] = {"scrape_interval": "200ms", "evaluation_interval": "200ms"}
     config["rule_files"] = [str(RULES)]
     config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config), encoding="utf-8")

@@ -142,7 +142,7 @@ def test_python_blocks_run(block: Block, bundled_service: Service) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code.replace("your-api-key-here", API_KEY)],
         cwd=PROJECT_ROOT,
-        env=isolated_environment({"MODEL__SOURCE": "bundled", "MODEL__ENGINE": "transformers"}),
+        env=isolated_environment({"MODEL__SOURCE": "bundled", "MODEL__ENGINE": "auto"}),
         capture_output=True,
         text=True,
         check=False,

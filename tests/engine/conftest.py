@@ -1,10 +1,14 @@
 """What the engine's tests share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from app.core.config import ModelSettings
+from app.llm.engine.base import Backend
+from tests.support.backends import load
 from tests.support.fake_hub import FakeHub, Faults, running_hub
 from tests.support.hub_processes import (
     DEFAULT_MODEL,
@@ -20,6 +24,12 @@ from tests.support.tiny_model import make_tiny_model
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model's folder; copy it before changing anything."""
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def bundled_backend() -> Callable[[str], Backend]:
+    """Loads the bundled model with an engine, in the precision it is served in, once for all."""
+    return cache(lambda engine: load(ModelSettings(source="bundled", engine=engine)))
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,13 @@
 """What sharing a batch may cost in exactness, where a model runs in less than float32."""
 
+from collections.abc import Callable
+
 import pytest
 
-from app.core.config import ModelSettings
 from app.llm import bundled
 from app.llm.engine.base import Backend
 from app.llm.tokenizer import PromptTokenizer
-from tests.support.backends import MAX_RUNNING, load, logprobs, request, run, tokens
+from tests.support.backends import MAX_RUNNING, logprobs, request, run, tokens
 
 pytestmark = [
     pytest.mark.model,
@@ -21,18 +22,16 @@ Measured with AVX-512: 0.18 with OpenVINO on the Q4_1 file, 0.12 with transforme
 """
 
 
-@pytest.fixture(scope="module", params=["openvino", "transformers"])
-def backend(request: pytest.FixtureRequest) -> Backend:
-    """The bundled model, in the precision it is served in."""
-    return load(ModelSettings(source="bundled", engine=request.param))
-
-
-def test_a_batch_changes_log_probabilities_little(backend: Backend) -> None:
+@pytest.mark.parametrize("engine", ["auto", "transformers"], ids=["openvino", "transformers"])
+def test_a_batch_changes_log_probabilities_little(
+    bundled_backend: Callable[[str], Backend], engine: str
+) -> None:
     """A chat's greedy tokens alone and among 31 others, as far as they are the same tokens.
 
     Sums of 16-bit numbers depend on their order, and that on the batch. A different token is only
     taken where two are about as likely.
     """
+    backend = bundled_backend(engine)
     tokenizer = PromptTokenizer(backend.info)
     prompts = {
         f"r{i}": tokenizer.encode_rendered(

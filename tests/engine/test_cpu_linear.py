@@ -7,8 +7,8 @@ from torch import nn
 from app.core.config import ModelSettings
 from app.llm.engine import cpu_linear
 from app.llm.engine.cpu_linear import Int8Linear, PackedLinear, RowQuantizer, replace_linears
-from app.llm.loader import load_backend
 from app.utils.errors import ModelLoadError
+from tests.support.backends import load
 
 needs_bf16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 kernels"
@@ -107,13 +107,7 @@ def test_only_large_layers_go_over_to_int8() -> None:
 def test_int8_is_refused_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that says what to do: on CUDA, without the instructions, in half precision."""
     with pytest.raises(ModelLoadError, match="only a CPU runs: set MODEL__QUANTIZATION=none"):
-        load_backend(
-            ModelSettings(device="cuda", quantization="int8", engine="transformers"),
-            max_running=1,
-            echo_step_seconds=0,
-            token=None,
-            progress=lambda _: None,
-        )
+        load(ModelSettings(device="cuda", quantization="int8", engine="transformers"))
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     assert "MODEL__DTYPE=auto" in (cpu_linear.why_no_int8(torch.float16) or "")
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)

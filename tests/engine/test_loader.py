@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from safetensors.numpy import save_file
 
 from app.core.config import ModelSettings
 from app.llm import bundled
-from app.llm.engine.base import Backend, GenerationRequest, SamplingParams
+from app.llm.engine.base import Backend
 from app.llm.engine.echo import EchoBackend
-from app.llm.loader import find_model, load_backend
+from app.llm.loader import find_model
 from app.utils.errors import ModelLoadError
+from tests.support import backends
+from tests.support.backends import load_local, request, run, tokens
 from tests.support.tiny_model import (
     CHAT_TEMPLATE,
     CONFIG,
@@ -24,41 +27,13 @@ from tests.support.tiny_model import (
     tiny_weights,
 )
 
-
-def load(path: Path, said: list[str] | None = None, **settings: Any) -> Backend:
-    """Load a local model as the engine process does."""
-    values = {"source": "local", "engine": "transformers", "dtype": "float32"} | settings
-    return load_backend(
-        ModelSettings(name=str(path), **values),
-        max_running=2,
-        echo_step_seconds=0,
-        token=None,
-        progress=(said if said is not None else []).append,
-    )
-
-
-def refusal(path: Path, **settings: Any) -> str:
-    """The line with which a model is refused; it must be one line and tell what to do."""
-    with pytest.raises(ModelLoadError) as caught:
-        load(path, **settings)
-    line = str(caught.value)
-    assert "\n" not in line
-    assert len(line) < 600
-    assert any(hint in line for hint in ("set MODEL__", "MODEL__NAME=", "download it", "choose a"))
-    return line
+load = partial(load_local, engine="transformers")
+refusal = partial(backends.refusal, engine="transformers")
 
 
 def generate(backend: Backend) -> list[int]:
     """Four greedy tokens."""
-    request = GenerationRequest(
-        id="r", prompt_token_ids=[5, 6, 7], max_tokens=4, sampling=SamplingParams(temperature=0)
-    )
-    backend.add(request)
-    tokens: list[int] = []
-    while backend.has_work():
-        for event in backend.step():
-            tokens += event.token_ids
-    return tokens
+    return tokens(run(backend, request("r", max_tokens=4))["r"])
 
 
 @pytest.fixture
@@ -81,9 +56,9 @@ def test_a_local_folder_is_served(tiny_model_dir: Path) -> None:
     assert info.chat_template == CHAT_TEMPLATE
     assert info.special_tokens["eos_token"] == "<|im_end|>"
     assert said == [f"loading {tiny_model_dir} with transformers", "starting continuous batching"]
-    tokens = generate(backend)
-    assert len(tokens) == 4
-    assert tokens == generate(load(tiny_model_dir))
+    answer = generate(backend)
+    assert len(answer) == 4
+    assert answer == generate(load(tiny_model_dir))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -2,40 +2,17 @@
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import openvino_genai
 import pytest
 
-from app.core.config import ModelSettings
 from app.llm import bundled
 from app.llm.engine.base import Backend
-from app.llm.loader import load_backend
-from app.utils.errors import ModelLoadError
-from tests.support.backends import request, run, tokens
+from app.llm.openvino_loader import keep_telemetry_out
+from tests.support.backends import load_local, refusal, request, run, tokens
 from tests.support.tiny_gguf import make_tiny_gguf
-
-
-def load(path: Path, said: list[str] | None = None, **settings: Any) -> Backend:
-    """Load a local model as the engine process does."""
-    values = {"source": "local", "name": str(path), "dtype": "float32"} | settings
-    return load_backend(
-        ModelSettings(**values),
-        max_running=2,
-        echo_step_seconds=0,
-        token=None,
-        progress=(said if said is not None else []).append,
-    )
-
-
-def refusal(path: Path, **settings: Any) -> str:
-    """The line with which a model is refused."""
-    with pytest.raises(ModelLoadError) as caught:
-        load(path, **settings)
-    line = str(caught.value)
-    assert "\n" not in line
-    return line
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +24,9 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def openvino_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in OpenVINO's own format; copy it before changing anything."""
+    keep_telemetry_out()
+    import openvino_genai
+
     folder = tmp_path_factory.mktemp("ir")
     path = make_tiny_gguf(folder / "tiny.gguf")
     # The library writes what it made of a GGUF file beside it.
@@ -66,43 +46,58 @@ def copy(openvino_dir: Path, tmp_path: Path) -> Path:
     return shutil.copytree(openvino_dir, tmp_path / "model")
 
 
-def test_auto_takes_openvino_for_a_gguf_file(gguf: Path) -> None:
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    """What was said while the GGUF file was loaded."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def loaded(gguf: Path, said: list[str]) -> Backend:
+    """The GGUF file, loaded."""
+    return load_local(gguf, said)
+
+
+def test_auto_takes_openvino_for_a_gguf_file(loaded: Backend, gguf: Path, said: list[str]) -> None:
     """On a CPU a GGUF file that OpenVINO can read is run by it, and /status can say why."""
-    said: list[str] = []
-    backend = load(gguf, said)
-    assert backend.info.backend == "openvino"
-    assert (
-        backend.info.backend_reason == "model.engine is auto, and OpenVINO is the fastest on a CPU"
-    )
-    assert backend.info.dtype == "f16"
-    assert backend.info.context_length == 512
+    info = loaded.info
+    assert (info.backend, info.dtype, info.context_length) == ("openvino", "f16", 512)
+    assert info.backend_reason == "model.engine is auto, and OpenVINO is the fastest on a CPU"
     assert said == [f"loading {gguf} with OpenVINO"]
+
+
+def test_a_start_is_reported_to_nobody(loaded: Backend) -> None:
+    """OpenVINO sends Google Analytics an event when it is imported, unless it is kept from it."""
+    import openvino
+
+    sender = openvino.tools.ovc.telemetry_utils.tm
+    assert sender.__name__ == "openvino.tools.ovc.telemetry_stub"
 
 
 def test_a_gguf_file_can_be_given_to_transformers(gguf: Path) -> None:
     """The engine that is named runs it."""
-    assert load(gguf, engine="transformers").info.backend == "transformers"
+    assert load_local(gguf, engine="transformers").info.backend == "transformers"
 
 
-def test_a_folder_in_openvinos_format(openvino_dir: Path, gguf: Path) -> None:
+def test_a_folder_in_openvinos_format(openvino_dir: Path, loaded: Backend) -> None:
     """It is run without transformers' weights, and says what the GGUF file says."""
-    backend = load(openvino_dir)
+    backend = load_local(openvino_dir)
     assert backend.info.backend == "openvino"
     assert backend.info.dtype == "uncompressed"
-    expected = tokens(run(load(gguf), request("r"))["r"])
+    expected = tokens(run(loaded, request("r"))["r"])
     assert tokens(run(backend, request("r"))["r"]) == expected
 
 
 def test_openvinos_format_is_preferred_on_a_cpu(copy: Path, tiny_model_dir: Path) -> None:
     """A folder with both kinds of weights is run by the engine that is asked for."""
     shutil.copy(tiny_model_dir / "model.safetensors", copy)
-    assert load(copy).info.backend == "openvino"
-    assert load(copy, engine="transformers").info.backend == "transformers"
+    assert load_local(copy).info.backend == "openvino"
+    assert load_local(copy, engine="transformers").info.backend == "transformers"
 
 
 def test_safetensors_go_to_transformers(tiny_model_dir: Path) -> None:
     """Auto says why OpenVINO does not run them."""
-    info = load(tiny_model_dir).info
+    info = load_local(tiny_model_dir).info
     assert info.backend == "transformers"
     assert info.backend_reason == (
         "model.engine is auto, and OpenVINO reads GGUF and its own format, and these weights are "
@@ -126,7 +121,7 @@ def test_what_openvino_cannot_read_falls_back(
     unreadable: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Before readiness, with a warning that says what was wrong."""
-    backend = load(unreadable)
+    backend = load_local(unreadable)
     assert backend.info.backend == "transformers"
     assert backend.info.backend_reason == (
         f"model.engine is auto, but OpenVINO cannot run {unreadable}: Unsupported quantization type"
@@ -144,6 +139,19 @@ def test_what_openvino_cannot_read_is_refused_where_it_is_named(unreadable: Path
         f"OpenVINO cannot run {unreadable}: Unsupported quantization type; choose another model, "
         "or set MODEL__ENGINE=auto"
     )
+
+
+def test_a_shape_that_is_not_understood_falls_back(gguf: Path, tmp_path: Path) -> None:
+    """A whole file without a key that OpenVINO's cache is sized by; transformers has defaults."""
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(gguf.read_bytes().replace(b"llama.context_length", b"llama.contexts_other"))
+    reason = f"OpenVINO cannot run {path}: its metadata have no number llama.context_length"
+    info = load_local(path).info
+    assert (info.backend, info.backend_reason) == (
+        "transformers",
+        f"model.engine is auto, but {reason}",
+    )
+    assert refusal(path, engine="openvino").startswith(reason)
 
 
 def test_a_truncated_gguf_file(gguf: Path, tmp_path: Path) -> None:
@@ -209,16 +217,9 @@ def test_the_reading_process_dies(gguf: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.model
-def test_the_bundled_model_is_run_by_openvino() -> None:
+def test_the_bundled_model_is_run_by_openvino(bundled_backend: Callable[[str], Backend]) -> None:
     """With its own context length and kind of weights."""
     if not bundled.is_fetched():
         pytest.skip("the bundled model is not here: make model")
-    backend = load_backend(
-        ModelSettings(source="bundled"),
-        max_running=2,
-        echo_step_seconds=0,
-        token=None,
-        progress=lambda _: None,
-    )
-    assert backend.info.dtype == "q4_1"
-    assert backend.info.context_length == 8192
+    info = bundled_backend("auto").info
+    assert (info.backend, info.dtype, info.context_length) == ("openvino", "q4_1", 8192)

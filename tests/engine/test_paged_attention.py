@@ -3,6 +3,7 @@
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,12 @@ from transformers import (
 )
 from transformers.generation import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
 
-from app.core.config import ModelSettings
-from app.llm.engine.base import GenerationRequest, SamplingParams
+from app.llm.engine import paged_attention
 from app.llm.engine.paged_attention import NAME, attend, make_plan
 from app.llm.engine.transformers_backend import attend_per_request, plan_attention
-from app.llm.loader import load_backend
+from tests.support.backends import load_local, refusal, request, run, tokens
 
 HEAD = 8
 NOTHING_CACHED = torch.empty(0, dtype=torch.int64)
@@ -192,21 +193,37 @@ def test_a_model_that_caps_its_scores_is_served(tiny_model_dir: Path, tmp_path: 
     torch.manual_seed(1)
     model = kind(config).eval()
     model.save_pretrained(folder)
-    backend = load_backend(
-        ModelSettings(source="local", name=str(folder), engine="transformers", dtype="float32"),
-        max_running=4,
-        echo_step_seconds=0,
-        token=None,
-        progress=lambda _: None,
-    )
     prompt = list(range(40, 80))
-    backend.add(GenerationRequest("r", prompt, 8, SamplingParams(temperature=0)))
-    tokens: list[int] = []
-    while backend.has_work():
-        tokens += [token for event in backend.step() for token in event.token_ids]
+    backend = load_local(folder, engine="transformers")
+    answer = tokens(run(backend, request("r", prompt))["r"])
     model.set_attn_implementation("eager")
-    assert tokens == _greedy(model, prompt, len(tokens))
-    assert len(tokens) >= 4
+    assert answer == _greedy(model, prompt, len(answer))
+    assert len(answer) >= 4
+
+
+@pytest.mark.parametrize("feature", ["s_aux", "position_bias"])
+def test_what_the_attention_lacks_is_refused(feature: str) -> None:
+    """Left out in silence, it would change every answer."""
+    row = torch.zeros(1, 4, 3, HEAD)
+    asked: dict[str, Any] = {feature: row}
+    with pytest.raises(NotImplementedError, match=f"{feature} is not supported"):
+        paged_attention._forward(torch.nn.Module(), row, row, row, None, **asked)
+
+
+def test_a_model_whose_attention_is_refused_never_gets_ready(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first forward pass is before the first request, and its error is the one line."""
+    forward = LlamaAttention.forward
+
+    def with_sinks(self: LlamaAttention, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs, s_aux=torch.zeros(4))
+
+    monkeypatch.setattr(LlamaAttention, "forward", with_sinks)
+    assert refusal(tiny_model_dir, engine="transformers") == (
+        f"{tiny_model_dir} is of a kind that transformers cannot serve (attention with s_aux is "
+        "not supported): choose another model"
+    )
 
 
 def _greedy(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:

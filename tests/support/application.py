@@ -34,6 +34,7 @@ class Client:
     """Talks to an application that runs on this event loop."""
 
     def __init__(self, app: FastAPI) -> None:
+        self.app = app
         self.services: Services = app.state.services
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(app), base_url="http://test", headers={"X-API-Key": KEY}

@@ -10,6 +10,7 @@ import torch
 from app.core.config import ModelSettings
 from app.llm.engine.base import Backend, GenerationRequest, SamplingParams, TokenEvent
 from app.llm.loader import load_backend
+from app.utils.errors import ModelLoadError
 from tests.support.tiny_gguf import make_tiny_gguf
 
 MAX_RUNNING = 32
@@ -62,11 +63,34 @@ def settings_of(name: str, tiny: Path) -> ModelSettings:
     return settings
 
 
-def load(settings: ModelSettings) -> Backend:
-    """Load a backend in this process."""
+def load(
+    settings: ModelSettings, said: list[str] | None = None, *, max_running: int = MAX_RUNNING
+) -> Backend:
+    """Load a backend in this process; what the loading says of its progress goes to ``said``."""
     return load_backend(
-        settings, max_running=MAX_RUNNING, echo_step_seconds=0, token=None, progress=lambda _: None
+        settings,
+        max_running=max_running,
+        echo_step_seconds=0,
+        token=None,
+        progress=(said if said is not None else []).append,
     )
+
+
+def load_local(path: Path, said: list[str] | None = None, **settings: Any) -> Backend:
+    """Load a model of this machine as :func:`load` does, in float32 by default."""
+    values = {"source": "local", "name": str(path), "dtype": "float32"} | settings
+    return load(ModelSettings(**values), said, max_running=2)
+
+
+def refusal(path: Path, **settings: Any) -> str:
+    """The line with which a local model is refused; it must be one line and tell what to do."""
+    with pytest.raises(ModelLoadError) as caught:
+        load_local(path, **settings)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert len(line) < 600
+    assert any(hint in line for hint in ("set MODEL__", "MODEL__NAME=", "download ", "choose a"))
+    return line
 
 
 def request(

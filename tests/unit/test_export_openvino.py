@@ -29,6 +29,33 @@ def exporter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
     return commands
 
 
+def test_the_exporter_is_installed_once_and_reports_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What tells Google Analytics of each use is removed; half an installation is begun anew."""
+    commands: list[list[str]] = []
+    faults = [subprocess.CalledProcessError(1, "pip")]
+
+    def run(command: list[str], **_: Any) -> None:
+        commands.append(command[command.index("--disable-pip-version-check") + 1 :])
+        if "uninstall" in command and faults:
+            raise faults.pop()
+
+    def create(folder: Path, **_: Any) -> None:
+        folder.mkdir(exist_ok=True)
+
+    monkeypatch.setattr("scripts.export_openvino.subprocess.run", run)
+    monkeypatch.setattr("scripts.export_openvino.venv.create", create)
+    install = ["install", *export_openvino.REQUIREMENTS]
+    uninstall = ["uninstall", "--yes", "openvino-telemetry"]
+    folder = tmp_path / "tools"
+    with pytest.raises(subprocess.CalledProcessError):
+        export_openvino.make_tools(folder)
+    assert export_openvino.make_tools(folder) == folder / "bin" / "optimum-cli"
+    export_openvino.make_tools(folder)
+    assert commands == [install, uninstall] * 2
+
+
 def test_a_model_is_exported(
     exporter: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

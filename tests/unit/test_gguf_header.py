@@ -1,6 +1,6 @@
 """Reading the header of a GGUF file: right, and never further than the file goes."""
 
-import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,9 @@ from gguf import GGUFReader
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.llm.gguf_header import read_header
+from app.llm.description import ModelShape, UnknownShapeError, gguf_shape
+from app.llm.gguf_header import GgufArray, GgufHeader, read_header
+from tests.support import tiny_model
 from tests.support.tiny_gguf import make_tiny_gguf
 
 
@@ -24,7 +26,7 @@ def test_it_says_what_the_reference_reader_says(path: Path) -> None:
     reference = GGUFReader(path)
     values = {k: f.contents() for k, f in reference.fields.items() if not k.startswith("GGUF.")}
     assert {
-        key: len(value) if isinstance(value, list) else value for key, value in values.items()
+        k: GgufArray(len(v)) if isinstance(v, list) else v for k, v in values.items()
     } == pytest.approx(dict(header.metadata))
     assert {t.name: tuple(map(int, reversed(t.shape))) for t in reference.tensors} == header.shapes
     assert header.end == max(t.data_offset + t.n_bytes for t in reference.tensors)
@@ -49,5 +51,85 @@ def test_any_bytes_are_an_error_of_one_kind(
     file = tmp_path_factory.getbasetemp() / "any.gguf"
     for content in (data, b"GGUF\x03\0\0\0" + data):
         file.write_bytes(content)
-        with contextlib.suppress(ValueError):
-            read_header(file)
+        try:
+            header = read_header(file)
+        except ValueError:
+            continue
+        # A header can be so short that these bytes are one.
+        assert content.startswith(b"GGUF")
+        assert header.end <= len(content)
+
+
+# --- The model's shape ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def header(path: Path) -> GgufHeader:
+    """The header of the whole file."""
+    return read_header(path)
+
+
+def changed(header: GgufHeader, key: str, value: object) -> GgufHeader:
+    """The header with another value, or without one."""
+    metadata = {k: v for k, v in header.metadata.items() if k != key}
+    return replace(header, metadata=metadata if value is None else {**metadata, key: value})
+
+
+def test_the_shape_is_the_models(header: GgufHeader) -> None:
+    """As tests.support.tiny_model has it."""
+    assert gguf_shape(header) == ModelShape(
+        context_length=tiny_model.CONTEXT_LENGTH,
+        vocabulary_size=tiny_model.VOCABULARY,
+        cache_values_per_token=2
+        * tiny_model.LAYERS
+        * tiny_model.KEY_VALUE_HEADS
+        * (tiny_model.HIDDEN // tiny_model.HEADS),
+        weights="f16",
+    )
+
+
+@pytest.mark.parametrize("value", [None, GgufArray(4), "4", 4.0, True, -4, 0])
+@pytest.mark.parametrize(
+    "key", ["context_length", "block_count", "embedding_length", "attention.head_count"]
+)
+def test_a_number_that_is_missing_or_none(header: GgufHeader, key: str, value: object) -> None:
+    """A list's length, say, is not taken for the number that one would expect there."""
+    broken = changed(header, f"llama.{key}", value)
+    with pytest.raises(UnknownShapeError, match=f"no number llama.{key}$"):
+        gguf_shape(broken)
+
+
+def test_the_heads_of_keys_may_be_left_out_but_not_be_a_list(header: GgufHeader) -> None:
+    """There are as many as of queries then; with a list each layer has its own number."""
+    key = "llama.attention.head_count_kv"
+    values = gguf_shape(header).cache_values_per_token
+    shared = tiny_model.HEADS // tiny_model.KEY_VALUE_HEADS
+    for nothing in (None, 0):
+        alike = changed(header, key, nothing)
+        assert gguf_shape(alike).cache_values_per_token == values * shared
+    with pytest.raises(UnknownShapeError, match=key):
+        gguf_shape(changed(header, key, GgufArray(2)))
+
+
+@pytest.mark.parametrize("name", [None, 3, "other"])
+def test_an_architecture_that_is_missing_or_not_that_of_the_keys(
+    header: GgufHeader, name: object
+) -> None:
+    """The keys are found by its name."""
+    with pytest.raises(UnknownShapeError):
+        gguf_shape(changed(header, "general.architecture", name))
+
+
+@pytest.mark.parametrize("shapes", [{}, {"token_embd.weight": ()}])
+def test_embeddings_that_are_missing(
+    header: GgufHeader, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """The vocabulary's size is theirs."""
+    with pytest.raises(UnknownShapeError, match="token_embd"):
+        gguf_shape(replace(header, shapes=shapes))
+
+
+@pytest.mark.parametrize("kind", [None, 9999, -1, "q4", GgufArray(1)])
+def test_weights_of_an_unknown_kind(header: GgufHeader, kind: object) -> None:
+    """They are only a label, and no reason to refuse a model."""
+    assert gguf_shape(changed(header, "general.file_type", kind)).weights == "gguf"

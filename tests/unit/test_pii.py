@@ -208,25 +208,25 @@ def test_surrogates_do_no_harm() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scanner", "texts", "each", "seed"),
+    ("scanner", "texts", "seed"),
     [
-        pytest.param(SCANNER, 2600, 25, 1, id="built-in"),
-        pytest.param(CUSTOM, 1300, 25, 2, id="custom"),
-        pytest.param(OPAQUE, 300, 25, 3, id="opaque"),
+        pytest.param(SCANNER, 2600, 1, id="built-in"),
+        pytest.param(CUSTOM, 1300, 2, id="custom"),
+        pytest.param(OPAQUE, 300, 3, id="opaque"),
     ],
 )
-def test_a_stream_equals_the_whole(scanner: PiiScanner, texts: int, each: int, seed: int) -> None:
-    """For 105,000 random chunkings, 1 character at a time among them, the pieces joined equal
-    the redacted whole, counts included, and no more than the bound is ever held back.
+def test_a_stream_equals_the_whole(scanner: PiiScanner, texts: int, seed: int) -> None:
+    """For 4,200 texts, each in 5 random chunkings and 1 character at a time, the pieces joined
+    equal the redacted whole, counts included, and no more than the bound is ever held back.
     """  # noqa: D205
     rng = random.Random(seed)
     for _ in range(texts):
         text = "".join(rng.choices(PIECES, k=rng.randint(1, 6)))
         whole, counts = scanner.redact(text)
         assert whole == at_once(scanner, text), text
-        for _ in range(each):
+        for pieces in (list(text), *(chunks(text, rng) for _ in range(5))):
             redactor = scanner.stream()
-            assert stream(redactor, chunks(text, rng)) == whole, text
+            assert stream(redactor, pieces) == whole, text
             assert redactor.counts == counts
 
 

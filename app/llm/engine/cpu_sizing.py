@@ -5,7 +5,7 @@ The cache takes the memory that everything else needs, so it is not simply as la
 
 from typing import Final
 
-from app.llm.engine.cores import available_memory
+from app.llm.engine.resources import available_memory
 
 PROMPT_TOKENS_PER_STEP: Final = 256
 """Prompt tokens that a step takes in beside the running requests.

@@ -26,9 +26,6 @@ from app.llm.engine.cpu_sizing import PROMPT_TOKENS_PER_STEP
 from app.llm.engine.openvino_grammars import GrammarCompiler
 from app.llm.engine.prefix_index import PrefixIndex
 
-BLOCK_SIZE: Final = 32
-"""Tokens in a block of the CPU plugin's KV cache."""
-
 SUPPORTED: Final = frozenset((*SAMPLING_FIELDS, "logprobs", "grammar")) - {"logit_bias"}
 """What is honoured: all that the library has. It tells the chosen token's logprob and no other."""
 

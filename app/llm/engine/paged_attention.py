@@ -218,7 +218,7 @@ def _forward(
     """Attention as transformers calls it: a batch of one row, [1, heads, tokens, head size]."""
     for feature in ("s_aux", "position_bias"):
         if kwargs.get(feature) is not None:
-            raise NotImplementedError(f"this model's attention needs {feature}")
+            raise NotImplementedError(f"attention with {feature} is not supported")
     layer: Any = module.layer_idx
     plan: Plan = kwargs[PLAN][cache.layer_to_allocator[layer].layer_type]
     key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=kwargs)

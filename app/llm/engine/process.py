@@ -18,7 +18,7 @@ from app.llm.engine.base import (
     pack,
     unpack_report,
 )
-from app.llm.engine.cores import THREADS_VARIABLE, compute_threads
+from app.llm.engine.resources import THREADS_VARIABLE, compute_threads
 
 # The engine ends within a step of being told to; past this it is not coming back.
 _STOP_SECONDS = 3.0

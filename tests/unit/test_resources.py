@@ -1,4 +1,4 @@
-"""The engine uses the cores it has: affinity, hardware threads and CPU quotas, v1 and v2."""
+"""The engine uses the cores and memory it has: affinity, hardware threads, limits, v1 and v2."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.llm.engine import process
-from app.llm.engine.cores import (
+from app.llm.engine.resources import (
     THREADS_VARIABLE,
     available_cores,
     available_memory,
@@ -133,7 +133,7 @@ def test_torch_in_the_engine_process_has_that_many_threads(
 ) -> None:
     """The environment of the engine process decides before torch starts its pool."""
     monkeypatch.delenv(THREADS_VARIABLE, raising=False)
-    monkeypatch.setattr("app.llm.engine.cores.available_cores", lambda: 1)
+    monkeypatch.setattr("app.llm.engine.resources.available_cores", lambda: 1)
     done = subprocess.run(
         [sys.executable, "-c", "import torch; print(torch.get_num_threads())"],
         env=process.engine_environment(os.environ),
