@@ -1,0 +1,118 @@
+"""Structured output through the routes, with the real model: the answer has the form asked for."""
+
+import json
+import re
+import time
+from typing import Any
+
+import httpx
+import pytest
+from jsonschema import validate
+
+from tests.support.openai import CHAT, COMPLETIONS, refused, user
+from tests.support.service import Service
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+
+CITY = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "population": {"type": "integer", "minimum": 0, "maximum": 99_999_999},
+        "river": {"anyOf": [{"type": "string", "maxLength": 20}, {"type": "null"}]},
+    },
+    "required": ["name", "population", "river"],
+    "additionalProperties": False,
+}
+OBJECT = {"type": "json_object"}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": CITY}}
+DATE = {"type": "regex", "regex": r"[12]\d{3}-(0[1-9]|1[0-2])-[0-3]\d"}
+CHOICE = {"type": "choice", "choice": ["C++ (yes?)", "a|b", "none"]}
+
+
+def post(service: Service, path: str, **fields: Any) -> httpx.Response:
+    """One greedy request, with enough room for the forms above."""
+    with service.client(timeout=200) as client:
+        return client.post(path, json={"temperature": 0, "max_tokens": 150, **fields})
+
+
+def chat(service: Service, **fields: Any) -> httpx.Response:
+    """A chat about a city."""
+    messages = user("Describe Paris as JSON.")
+    return post(service, CHAT, **{"model": "default", "messages": messages, **fields})
+
+
+def text_of(response: httpx.Response) -> str:
+    """The text of an answer that ended by itself, from any of the routes."""
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    choice = answer.get("choices", [answer])[0]
+    assert choice["finish_reason"] == "stop", answer
+    text: str = choice.get("text") or choice.get("generated_text") or choice["message"]["content"]
+    return text
+
+
+def test_response_formats(bundled_service: Service) -> None:
+    """Each kind of form is kept by a chat."""
+    validate(json.loads(text_of(chat(bundled_service, response_format=SCHEMA))), CITY)
+    assert re.fullmatch(DATE["regex"], text_of(chat(bundled_service, response_format=DATE)))
+    assert text_of(chat(bundled_service, response_format=CHOICE)) in CHOICE["choice"]
+    formats: list[Any] = [{"type": "text"}, None]
+    texts = [chat(bundled_service, response_format=f, max_tokens=16, cache=False) for f in formats]
+    assert texts[0].json()["choices"] == texts[1].json()["choices"]
+    # Any object may be longer than the room there is; what there is begins one.
+    answer = chat(bundled_service, response_format=OBJECT).json()["choices"][0]
+    assert answer["message"]["content"].startswith("{")
+    if answer["finish_reason"] == "stop":
+        assert isinstance(json.loads(answer["message"]["content"]), dict)
+
+
+def test_every_generating_route_has_them(bundled_service: Service) -> None:
+    """The native routes and completions keep a form, too; a stream's pieces join to it."""
+    form = {"response_format": DATE}
+    date = re.compile(DATE["regex"])
+    assert date.fullmatch(text_of(post(bundled_service, "/v1/generate", prompt="On ", **form)))
+    assert date.fullmatch(
+        text_of(post(bundled_service, "/v1/chat", messages=user("When?"), **form))
+    )
+    completion = post(bundled_service, COMPLETIONS, model="default", prompt="On ", **form)
+    assert date.fullmatch(text_of(completion))
+    streamed = chat(bundled_service, stream=True, cache=False, **form).text.splitlines()
+    chunks = [json.loads(line[6:]) for line in streamed if line.startswith("data: {")]
+    deltas = [c["choices"][0]["delta"].get("content", "") for c in chunks]
+    assert date.fullmatch("".join(deltas))
+
+
+@pytest.mark.parametrize(
+    ("form", "param"),
+    [
+        ({"type": "object", "patternProperties": {"a": {}}}, "response_format"),
+        ({"type": "string", "pattern": "(?=x)y"}, "response_format"),
+        ({"type": "string", "pattern": "(((a{1000}){1000}){1000})"}, "response_format"),
+        ({"type": "array", "items": {"type": "null"}, "minItems": 10**9}, "response_format"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "response_format"),
+        ({"enum": ["x" * 70_000]}, "response_format"),
+        ({"type": "object", "properties": {"a": {"type": "wizard"}}}, "response_format"),
+    ],
+    ids=["keyword", "lookahead", "regex", "array", "loop", "size", "type"],
+)
+def test_a_schema_that_cannot_be_honoured_is_refused(
+    bundled_service: Service, form: dict[str, Any], param: str
+) -> None:
+    """It is a 400 that says why, at once, from a schema as from a tool."""
+    named = {"type": "json_schema", "json_schema": {"name": "x", "schema": form}}
+    began = time.monotonic()
+    response = chat(bundled_service, response_format=named)
+    assert refused(response) == (400, "invalid_grammar", param)
+    # The bound is 200 ms; a test's margin is tenfold.
+    assert time.monotonic() - began < 2
+    tool = {"type": "function", "function": {"name": "f", "parameters": form}}
+    if form.get("type") == "object":
+        response = chat(bundled_service, tools=[tool], tool_choice="required")
+        assert refused(response) == (400, "invalid_grammar", "tools")
+
+
+def test_a_bad_pattern_is_refused(bundled_service: Service) -> None:
+    """A regular expression that cannot be honoured is named, too."""
+    response = chat(bundled_service, response_format={"type": "regex", "regex": "(a"})
+    assert refused(response) == (400, "invalid_grammar", "response_format")
