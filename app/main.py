@@ -6,11 +6,9 @@ module reads no settings.
 
 import asyncio
 import os
-import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from types import FrameType
 from typing import Any
 
 from fastapi import FastAPI
@@ -39,6 +37,7 @@ from app.core.metrics import Metrics
 from app.core.rate_limit import CallerLimits, ClientAddress
 from app.core.security import KeyRing
 from app.core.sessions import SessionStore
+from app.core.shutdown import GracefulShutdown
 from app.llm.chain import Chains, ServedPipeline
 from app.llm.engine.client import EngineClient
 from app.llm.generator import GenerationOptions, TextGenerator
@@ -58,7 +57,7 @@ def exit_process(message: str) -> None:
     """End the process because the model cannot be served; one line on standard error."""
     log.critical(message)
     sys.stderr.flush()
-    # There is nothing to finish: no request was ever accepted, or the engine is beyond repair.
+    # There is nothing to finish: no request was ever accepted, or every one has had its error.
     os._exit(EXIT_STARTUP_FAILED)
 
 
@@ -141,7 +140,9 @@ def _build(settings: Settings, services: Services, pipeline: ServedPipeline) -> 
         app.include_router(module.router)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.security.max_body_bytes)
     # Added last, so that it is outermost.
-    app.add_middleware(RequestContextMiddleware, metrics=services.metrics)
+    app.add_middleware(
+        RequestContextMiddleware, metrics=services.metrics, leaving=services.engine.is_draining
+    )
     return app
 
 
@@ -155,54 +156,14 @@ def _lifespan(
         AppStatus.disable_automatic_graceful_drain()
         pipeline.loop = asyncio.get_running_loop()
         await services.engine.start()
-        grace = settings.app.shutdown_grace_seconds
         async with EventLoopMonitor(services.metrics):
-            with _draining_on_signal(services.engine, grace):
+            with GracefulShutdown(services.engine, settings.app):
                 try:
                     yield
                 finally:
                     await services.engine.stop()
 
     return lifespan
-
-
-class _draining_on_signal:  # noqa: N801 - a context manager, used like a function
-    """Stops taking work at SIGTERM or SIGINT, and ends what still runs after the grace.
-
-    uvicorn has installed its handlers before the lifespan begins; they run after ours. Without a
-    main thread (tests) or without uvicorn there is nothing to wrap.
-    """
-
-    def __init__(self, engine: EngineClient, grace_seconds: float) -> None:
-        self._engine = engine
-        self._grace = grace_seconds
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous = signal.getsignal(number)
-            try:
-                signal.signal(number, self._on_signal)
-            except ValueError:
-                # Not the main thread.
-                return
-            self._previous[number] = previous
-
-    def __exit__(self, *_: object) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._loop.call_soon_threadsafe(self._drain)
-        previous = self._previous[signal.Signals(number)]
-        if callable(previous):
-            previous(number, frame)
-
-    def _drain(self) -> None:
-        log.info("draining: no new requests; running ones have %.0f s", self._grace)
-        self._engine.drain()
-        self._loop.call_later(self._grace, self._engine.abort_running)
 
 
 def __getattr__(name: str) -> Any:

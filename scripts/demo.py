@@ -133,8 +133,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             _kill_group(process)
             raise DemoError(f"the service did not stop within {STOP_SECONDS:.0f} s; it was killed")
         time.sleep(0.05)
-    # uvicorn finishes its shutdown and then ends by the signal it was sent, as the shell expects.
-    if process.returncode not in (0, -signal.SIGTERM):
+    if process.returncode != 0:
         print(flush=True)
         raise DemoError(f"the service stopped with status {process.returncode}")
     print(f": done in {time.monotonic() - started:.1f} s, no process left.", flush=True)

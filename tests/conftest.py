@@ -93,7 +93,9 @@ def echo_service() -> Iterator[Service]:
 @pytest.fixture(scope="session")
 def slow_service() -> Iterator[Service]:
     """The service under uvicorn, with an echo engine that takes 50 ms for a token."""
-    with running_service(ENGINE__ECHO_STEP_SECONDS=str(STEP)) as service:
+    with running_service(
+        ENGINE__ECHO_STEP_SECONDS=str(STEP), ENGINE__MAX_RESTARTS="1000"
+    ) as service:
         yield service
 
 

@@ -2,6 +2,7 @@
 
 import re
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -28,9 +29,10 @@ class RequestContextMiddleware:
     the headers every response has.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, leaving: Callable[[], bool]) -> None:
         self._app = app
         self._metrics = metrics
+        self._leaving = leaving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -49,6 +51,9 @@ class RequestContextMiddleware:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
                 headers["X-Process-Time"] = f"{watch.seconds:.6f}"
+                if self._leaving():
+                    # A request sent down this connection later would cross with its end.
+                    headers["Connection"] = "close"
             await send(message)
 
         try:

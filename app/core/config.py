@@ -55,6 +55,13 @@ class AppSettings(Section):
     shutdown_grace_seconds: float = Field(
         20.0, ge=0, le=3600, description="How long running requests may go on after SIGTERM."
     )
+    shutdown_notice_seconds: float = Field(
+        1.0,
+        ge=0,
+        le=3600,
+        description="How long, within the grace, an idle service still answers after SIGTERM, with "
+        "503; longer than a balancer takes to see that it is not ready.",
+    )
 
 
 class ModelSettings(Section):
@@ -125,8 +132,22 @@ class EngineSettings(Section):
     request_timeout_seconds: float = Field(
         300.0, gt=0, le=86_400, description="Longest a request may take, waiting included."
     )
+    step_timeout_seconds: float = Field(
+        120.0,
+        gt=0,
+        le=86_400,
+        description="Longest that one step may take; past that, the engine process is hung and "
+        "is started again.",
+    )
+    max_restarts: int = Field(
+        5,
+        ge=0,
+        le=1_000_000,
+        description="Restarts of the engine process within ten minutes; at the next death the "
+        "service ends.",
+    )
     echo_step_seconds: float = Field(
-        0.0, ge=0, le=60, description="Time the echo engine takes for a token; for load tests."
+        0.0, ge=0, le=2, description="Time the echo engine takes for a token; for load tests."
     )
 
 

@@ -38,6 +38,7 @@ def load_backend(
     echo_step_seconds: float,
     token: str | None,
     progress: Progress,
+    fetch_progress: Progress | None = None,
 ) -> Backend:
     """Load the configured model and start the backend that runs it.
 
@@ -47,6 +48,7 @@ def load_backend(
         echo_step_seconds: Time the echo backend takes for a step.
         token: Hub token, for gated models.
         progress: Told what is being done, for the log.
+        fetch_progress: Told instead of ``progress`` while the model's files are being fetched.
 
     Raises:
         ModelLoadError: It cannot be loaded; one line that says what to do.
@@ -54,7 +56,7 @@ def load_backend(
     if settings.engine == "echo":
         return EchoBackend(step_seconds=echo_step_seconds)
     check_device(settings)
-    snapshot = find_model(settings, token=token, progress=progress)
+    snapshot = find_model(settings, token=token, progress=fetch_progress or progress)
     check_weights(snapshot)
     reason = _why_not_openvino(settings, snapshot)
     if reason is None:

@@ -176,6 +176,60 @@ async def test_a_dead_engine_is_told_and_replaced(how: str) -> None:
         assert engine.fatal == []
 
 
+@pytest.mark.parametrize("how", ["hang", "spin"])
+async def test_a_step_that_never_returns_is_noticed(how: str) -> None:
+    """One that waits is by its stillness, one that computes by engine.step_timeout_seconds."""
+    seconds = 60 if how == "hang" else 1
+    async with echo_engine(echo_step_seconds=0.01, step_timeout_seconds=seconds) as engine:
+        running = asyncio.create_task(collect(engine.client, f"[echo:{how}]"))
+        with pytest.raises(EngineUnavailableError):
+            async with asyncio.timeout(10):
+                await running
+        await engine.until(EngineState.READY)
+        assert (await collect(engine.client))[-1].finish_reason == "stop"
+        assert engine.client.restarts == 1
+
+
+async def test_what_nobody_has_seen_a_token_of_is_tried_once_more() -> None:
+    """Requests that wait, or have brought nothing yet, outlive the engine process."""
+    async with echo_engine(max_running=1, echo_step_seconds=0.5) as engine:
+        answers = [asyncio.create_task(collect(engine.client, text)) for text in ("a", "b")]
+        await asyncio.sleep(0.05)
+        os.kill(pid(engine.client), signal.SIGKILL)
+        assert [len(events) for events in await asyncio.gather(*answers)] == [2, 2]
+        assert engine.client.restarts == 1
+
+
+async def test_only_the_request_that_kills_the_engine_twice_is_given_up() -> None:
+    """Those that died with it once are not tried beside it, and get their whole answers."""
+    async with echo_engine(echo_step_seconds=0.2) as engine:
+        # While the first one's first step goes on, the others are submitted.
+        texts = ["the first", "[echo:poison]", "b", "c"]
+        answers = await asyncio.gather(
+            *(collect(engine.client, text) for text in texts), return_exceptions=True
+        )
+        assert [type(answer) for answer in answers[:2]] == [EngineUnavailableError] * 2
+        assert [len(answer) for answer in answers[2:] if isinstance(answer, list)] == [2, 2]
+        assert engine.client.restarts == 2
+
+
+async def test_waiting_for_the_engine_has_an_end() -> None:
+    """A request that would be tried again fails when that takes longer than the queue may."""
+    async with echo_engine(queue_timeout_seconds=0.3, echo_step_seconds=0.5) as engine:
+        running = asyncio.create_task(collect(engine.client))
+        await asyncio.sleep(0.05)
+        before = pid(engine.client)
+        os.kill(before, signal.SIGKILL)
+        await engine.until(EngineState.RESTARTING)
+        while engine.client._process is None or pid(engine.client) == before:  # noqa: ASYNC110 - polls another process
+            await asyncio.sleep(0.01)
+        # It does not become ready in time.
+        os.kill(pid(engine.client), signal.SIGSTOP)
+        with pytest.raises(EngineUnavailableError):
+            await running
+        await idle(engine)
+
+
 async def test_requests_meet_an_honest_error_while_the_engine_restarts() -> None:
     """Between death and readiness a request is refused as engine_unavailable."""
     async with echo_engine() as engine:

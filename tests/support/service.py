@@ -71,6 +71,8 @@ def isolated_environment(settings: Mapping[str, str]) -> dict[str, str]:
         "SECURITY__API_KEY": API_KEY,
         "SECURITY__API_KEYS": json.dumps([{"name": "other", "key": OTHER_KEY}]),
         "RATE_LIMIT__ENABLED": "false",
+        # No balancer needs to notice anything.
+        "APP__SHUTDOWN_NOTICE_SECONDS": "0",
         **settings,
     }
     chosen.setdefault("RATE_LIMIT__BURST_SIZE", chosen["RATE_LIMIT__REQUESTS_PER_MINUTE"])
@@ -238,7 +240,7 @@ def running_service(*, until: str = "ready", **settings: str) -> Iterator[Servic
             yield service
             if process.poll() is None:
                 status = service.terminate()
-                assert status in (0, -signal.SIGTERM), service.raw_log()
+                assert status == 0, service.raw_log()
             service.wait_for(lambda: not service.survivors(), "the end of all processes", 5.0)
         except BaseException as error:
             error.add_note(f"--- the service's log ---\n{service.raw_log()[-4000:]}")

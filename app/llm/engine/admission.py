@@ -354,6 +354,11 @@ class RequestQueue:
         for admission in list(self._admissions):
             admission.fail(error())
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no place is taken."""
+        return not self._admissions
+
     def snapshot(self) -> QueueSnapshot:
         """How full the engine is."""
         return QueueSnapshot(

@@ -238,9 +238,16 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
-    """Progress of loading, for the log and /status."""
+    """Progress of loading, for the log and /status.
+
+    Attributes:
+        message: What is being done.
+        fetching: Whether it waits for the network, or for another process that downloads the
+            same; then standing still is no sign of a fault.
+    """
 
     message: str
+    fetching: bool = False
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -256,7 +263,7 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
-    """All events of one step, and the figures after it."""
+    """All events of one step, and the figures after it; long steps without events are told, too."""
 
     events: list[TokenEvent]
     stats: EngineStats

@@ -25,7 +25,10 @@ from app.llm.engine.base import (
     Step,
     Submit,
 )
+from app.llm.engine.in_flight import InFlight
 from app.llm.engine.process import EngineProcess
+from app.llm.engine.restarts import Restarts
+from app.llm.engine.watchdog import LOOK_SECONDS, Duty, Watchdog, observe
 from app.llm.tokenizer import PromptTokenizer
 from app.utils.errors import (
     DrainingError,
@@ -36,10 +39,9 @@ from app.utils.errors import (
 
 log = get_logger("engine")
 
-# An engine that dies this often without ever having been ready is not going to be.
-_MAX_FAILED_STARTS = 3
-_RESTART_DELAYS = (0.0, 1.0, 5.0)
 _LOADING_RETRY_AFTER = 5.0
+# So long do requests have to tell their callers of the end, before it comes.
+_LAST_WORDS_SECONDS = 0.5
 
 
 class EngineState(StrEnum):
@@ -96,9 +98,13 @@ class EngineClient:
             log_level=logging.level,
             log_format=logging.format,
         )
+        self._limits = engine
+        self._restarts = Restarts(engine.max_restarts)
         self._process: EngineProcess | None = None
+        self._phase = Duty.LOADING
         self._supervisor: asyncio.Task[None] | None = None
-        self._by_request: dict[str, Admission] = {}
+        self._in_flight = InFlight(self._submit)
+        self._patience: asyncio.TimerHandle | None = None
 
     # --- life ------------------------------------------------------------------------------
 
@@ -109,6 +115,7 @@ class EngineClient:
     async def stop(self) -> None:
         """End the engine process; running requests end with an error."""
         self.state = EngineState.STOPPED
+        self._stop_waiting()
         self._end_requests(DrainingError)
         if self._process is not None:
             await self._process.stop()
@@ -126,69 +133,97 @@ class EngineClient:
         """End every admitted request with an error."""
         self._end_requests(DrainingError)
 
+    def is_draining(self) -> bool:
+        """Whether the service is about to leave."""
+        return self.state is EngineState.DRAINING
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request holds a place."""
+        return self.queue.is_empty
+
+    def kill(self) -> None:
+        """End the engine process at once, whatever it does; nothing is told to anybody."""
+        if self._process is not None:
+            self._process.kill()
+
     async def _supervise(self) -> None:
-        failed_starts = 0
         while True:
             try:
                 was_ready, ending = await self._run_once()
-            except asyncio.CancelledError:
-                if self._process is not None:
-                    self._process.kill()
-                raise
             except Exception:
                 log.exception("the engine process could not be served")
                 was_ready, ending = False, "an unexpected error"
-                if self._process is not None:
-                    self._process.kill()
             if self.state in (EngineState.STOPPED, EngineState.FAILED):
                 return
-            self._end_requests(EngineUnavailableError)
-            failed_starts = 0 if was_ready else failed_starts + 1
             log.error("the engine process ended: %s", ending, extra={"ready": was_ready})
-            if failed_starts >= _MAX_FAILED_STARTS:
-                self._give_up(
-                    f"the engine process died {failed_starts} times while loading: {ending}"
-                )
+            if hopeless := self._restarts.died(was_ready=was_ready):
+                await self._give_up(f"{hopeless}: {ending}")
                 return
-            if self.state is not EngineState.DRAINING:
-                self.state = EngineState.RESTARTING
             self.restarts += 1
             self._metrics.engine_restarts.inc()
-            await asyncio.sleep(_RESTART_DELAYS[min(failed_starts, len(_RESTART_DELAYS) - 1)])
+            await asyncio.sleep(self._restarts.delay)
 
     async def _run_once(self) -> tuple[bool, str]:
         """One life of the engine process: whether it became ready, and how it ended."""
         process = self._process = await EngineProcess.start()
         log.info("engine process started", extra={"pid": process.pid})
+        self._phase = Duty.LOADING
         process.send(self._configure)
         ready = False
-        async for report in process.reports():
-            ready = ready or isinstance(report, Ready)
-            await self._handle(report)
-        ending = await process.wait()
-        self._process = None
+        watchdog = Watchdog(self._limits.step_timeout_seconds)
+        watching = asyncio.create_task(self._watch(process, watchdog), name="engine-watchdog")
+        try:
+            async for report in process.reports():
+                watchdog.heard()
+                ready = ready or isinstance(report, Ready)
+                await self._handle(report)
+            self._lose_running()
+            ending = await process.wait()
+        except BaseException:
+            process.kill()
+            self._lose_running()
+            raise
+        finally:
+            watching.cancel()
+            self._process = None
         return ready, ending
+
+    async def _watch(self, process: EngineProcess, watchdog: Watchdog) -> None:
+        """Kill an engine process that no longer moves; the rest follows from its end."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            activity = await asyncio.to_thread(observe, process.pid)
+            if fault := watchdog.look(self._duty, activity):
+                process.kill(f"killed, since {fault}")
+                return
+
+    @property
+    def _duty(self) -> Duty:
+        """What the engine process is expected to do now."""
+        return Duty.GENERATING if self._in_flight.engine_is_asked else self._phase
 
     async def _handle(self, report: Report) -> None:
         if isinstance(report, Step):
             self._dispatch(report)
         elif isinstance(report, Loading):
+            self._phase = Duty.FETCHING if report.fetching else Duty.LOADING
             self.loading_message = report.message
             log.info(report.message)
         elif isinstance(report, Ready):
+            self._phase = Duty.NOTHING
             await self._become_ready(report.info)
         else:
-            self._give_up(report.message)
+            await self._give_up(report.message)
 
     async def _become_ready(self, info: EngineInfo) -> None:
         if self.tokenizer is None or info != self.info:
             # A large vocabulary takes seconds to parse.
             self.tokenizer = await asyncio.to_thread(PromptTokenizer, info)
         self.info = info
+        self._serve()
         self._metrics.model_info.clear()
         self._metrics.model_info.labels(info.model, info.backend, info.device, info.dtype).set(1)
-        if self.state is not EngineState.DRAINING:
-            self.state = EngineState.READY
         log.info(
             "model ready",
             extra={
@@ -201,9 +236,33 @@ class EngineClient:
             },
         )
 
-    def _give_up(self, message: str) -> None:
+    def _serve(self) -> None:
+        """Take requests, after those that outlived the last engine process."""
+        self._stop_waiting()
+        if self.state is not EngineState.DRAINING:
+            self.state = EngineState.READY
+        self._in_flight.engine_started()
+
+    def _lose_running(self) -> None:
+        """The engine process is gone; what waits for the next one does not wait for ever."""
+        if self.state is EngineState.READY:
+            self.state = EngineState.RESTARTING
+        self._in_flight.engine_died()
+        if self._patience is None and not self.queue.is_empty:
+            self._patience = asyncio.get_running_loop().call_later(
+                self._limits.queue_timeout_seconds, self._end_requests, EngineUnavailableError
+            )
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+    async def _give_up(self, message: str) -> None:
         self.state = EngineState.FAILED
-        self._end_requests(EngineUnavailableError)
+        if not self.queue.is_empty:
+            self._end_requests(EngineUnavailableError)
+            await asyncio.sleep(_LAST_WORDS_SECONDS)
         self._on_fatal(message)
 
     @property
@@ -253,36 +312,29 @@ class EngineClient:
     def submit(self, request: GenerationRequest, admission: Admission) -> None:
         """Start a request in the engine process; its events go to ``admission``.
 
+        While the engine process is being started again, the request waits for it.
+
         Raises:
-            EngineUnavailableError: There is no engine process to start it in.
+            EngineUnavailableError: There will be no engine process to start it in.
         """
-        if self._process is None or self.state not in (EngineState.READY, EngineState.DRAINING):
+        if self.state in (EngineState.FAILED, EngineState.STOPPED):
             raise EngineUnavailableError(retry_after=_LOADING_RETRY_AFTER)
-        self._by_request[request.id] = admission
-        self._process.send(Submit(request=request))
+        self._in_flight.add(request, admission)
 
     def cancel(self, request_id: str) -> None:
         """Stop a request that has not ended; the engine frees its place before its next step."""
-        if self._by_request.pop(request_id, None) is not None and self._process is not None:
+        if self._in_flight.remove(request_id) and self._process is not None:
             self._process.send(Cancel(request_id=request_id))
+
+    def _submit(self, request: GenerationRequest) -> None:
+        if self._process is not None:
+            self._process.send(Submit(request=request))
 
     def _dispatch(self, step: Step) -> None:
         self.stats = step.stats
         self._metrics.kv_cache_usage.set(step.stats.kv_cache_usage)
-        for event in step.events:
-            admission = self._by_request.get(event.request_id)
-            if admission is None:
-                # It has left, and the engine had not heard of it when this step began.
-                continue
-            if event.finish_reason is not None:
-                del self._by_request[event.request_id]
-            if event.error:
-                log.error(
-                    "a request failed in the engine",
-                    extra={"engine_request": event.request_id, "reason": event.error},
-                )
-            admission.deliver(event)
+        self._in_flight.dispatch(step.events)
 
     def _end_requests(self, error: Callable[[], ServiceError]) -> None:
         self.queue.fail_all(error)
-        self._by_request.clear()
+        self._in_flight.clear()

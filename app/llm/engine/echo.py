@@ -8,7 +8,9 @@ are asked for in the prompt, which makes them deterministic and keeps them out o
 ``[echo:fault]``   this request fails, its neighbours go on
 ``[echo:raise]``   the step raises, as a broken backend would
 ``[echo:crash]``   the engine process dies of a signal, as in a segmentation fault
-``[echo:hang]``    the step never returns
+``[echo:poison]``  the same, before this request has brought any token
+``[echo:hang]``    the step never returns, and waits
+``[echo:spin]``    the step never returns, and computes
 =================  ==============================================================
 """
 
@@ -123,7 +125,9 @@ class EchoBackend:
         if running.fault == "fault":
             del self._running[request.id]
             return TokenEvent(request_id=request.id, finish_reason="error", error="asked for")
-        if running.fault in ("raise", "crash", "hang") and running.said >= 3:
+        if running.fault == "poison":
+            _break("crash")
+        if running.fault in ("raise", "crash", "hang", "spin") and running.said >= 3:
             _break(running.fault)
         token = running.answer[running.said]
         running.said += 1
@@ -162,5 +166,6 @@ def _break(fault: str) -> None:
         raise RuntimeError("the prompt asked for it")
     if fault == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
-    while True:
-        time.sleep(3600)
+    while fault == "spin":
+        pass
+    time.sleep(1_000_000)

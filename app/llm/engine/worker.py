@@ -7,11 +7,14 @@ known before the next step begins, and so that this process ends when its parent
 """
 
 import argparse
+import ctypes
 import os
 import queue
 import signal
 import socket
+import sys
 import threading
+import time
 
 from app.core.config import LoggingSettings, ModelSettings
 from app.core.logging import configure_logging, get_logger
@@ -40,6 +43,10 @@ from app.utils.errors import ModelLoadError
 
 log = get_logger("engine")
 
+# A long prompt is read in many steps that bring nothing: the service is told that they pass.
+_REPORT_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1
+
 
 class Channel:
     """The worker's end of the socket.
@@ -57,11 +64,18 @@ class Channel:
         threading.Thread(target=self._read_commands, name="commands", daemon=True).start()
 
     def _read_commands(self) -> None:
-        while (command := self.receive()) is not None:
-            self.commands.put(command)
-        # The service is gone. The main thread may be deep in native code, or in a download, so
-        # nothing gentler than this ends the process for certain.
-        os._exit(0)
+        status = 1
+        try:
+            while (command := self.receive()) is not None and not isinstance(command, Stop):
+                self.commands.put(command)
+            status = 0
+        except Exception:
+            # Out of memory, say. An engine that hears nothing any more is of no use.
+            log.exception("commands can no longer be read")
+        finally:
+            # The service is gone, or tells to leave. The main thread may be deep in native code,
+            # or in a download, so nothing gentler than this ends the process for certain.
+            os._exit(status)
 
     def send(self, message: Message) -> None:
         """Send one message; blocks while the peer is slow to read."""
@@ -96,32 +110,30 @@ class Worker:
         self._backend = backend
         self._in_flight: set[str] = set()
         self._reported_stats = EngineStats()
+        self._reported_at = time.monotonic()
 
     def run(self) -> None:
-        """Serve until told to stop."""
+        """Serve; the thread that reads commands ends the process when it is time."""
         while True:
             events: list[TokenEvent] = []
-            if not self._take_commands(events):
-                return
+            self._take_commands(events)
             if self._backend.has_work():
                 events += self._backend.step()
             self._report(events)
 
-    def _take_commands(self, events: list[TokenEvent]) -> bool:
+    def _take_commands(self, events: list[TokenEvent]) -> None:
         """Apply every command that has come; wait for one if there is nothing to do."""
         block = not self._backend.has_work()
         while True:
             try:
                 command = self._channel.commands.get(block=block)
             except queue.Empty:
-                return True
+                return
             block = False
             if isinstance(command, Submit):
                 self._submit(command, events)
             elif isinstance(command, Cancel):
                 self._cancel(command.request_id, events)
-            elif isinstance(command, Stop):
-                return False
 
     def _submit(self, command: Submit, events: list[TokenEvent]) -> None:
         request = command.request
@@ -150,9 +162,11 @@ class Worker:
             if event.finish_reason is not None:
                 self._in_flight.discard(event.request_id)
         stats = self._backend.stats()
+        now = time.monotonic()
         # A cancelled request's pages are freed in a step that has no events of its own.
-        if events or stats != self._reported_stats:
+        if events or stats != self._reported_stats or now - self._reported_at >= _REPORT_SECONDS:
             self._reported_stats = stats
+            self._reported_at = now
             self._channel.send(Step(events=events, stats=stats))
 
 
@@ -168,6 +182,7 @@ def _load(channel: Channel, configure: Configure) -> Backend | None:
             echo_step_seconds=configure.echo_step_seconds,
             token=configure.huggingface_token,
             progress=lambda message: channel.send(Loading(message=message)),
+            fetch_progress=lambda message: channel.send(Loading(message=message, fetching=True)),
         )
     except ModelLoadError as error:
         channel.send(LoadFailed(message=str(error)))
@@ -178,13 +193,26 @@ def _load(channel: Channel, configure: Configure) -> Backend | None:
     return None
 
 
+def _live_and_die_with_the_service() -> None:
+    """End by the service's decision, and never outlive it.
+
+    Ctrl-C reaches the whole process group, and a service manager may send SIGTERM to every
+    process there is: what runs must be allowed to finish. A service that was killed closes the
+    socket, which a thread of this process notices, unless this process is stopped or stuck: the
+    kernel ends it then.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> int:
     """Entry point: ``python -m app.llm.engine.worker FD``; the parent holds the other end."""
+    _live_and_die_with_the_service()
     parser = argparse.ArgumentParser(description="The engine process; started by the service.")
     parser.add_argument("fd", type=int, help="file descriptor of the socket to the service")
     channel = Channel(socket.socket(fileno=parser.parse_args().fd))
-    # Ctrl-C reaches the whole process group; the service decides when the engine ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     configure = channel.receive()
     if not isinstance(configure, Configure):
         return 1
@@ -204,8 +232,7 @@ def main() -> int:
         # The backend isolates what belongs to one request; what gets here leaves the model or
         # its cache in doubt. Ending is the one state the client can mend.
         log.exception("an engine step failed")
-        return 1
-    return 0
+    return 1
 
 
 if __name__ == "__main__":

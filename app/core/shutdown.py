@@ -1,0 +1,118 @@
+"""The end of the service: what happens between the first signal and the exit.
+
+uvicorn would close its listener at the first signal, wait for its connections without a limit,
+and then die of the signal again. Here the listener stays open until the work is done, so that a
+balancer meets an honest 503 and not a closed port; then uvicorn is told to leave, and ends with 0.
+"""
+
+import asyncio
+import math
+import os
+import signal
+from types import FrameType
+from typing import Any, Protocol, Self
+
+import uvicorn
+
+from app.core.config import AppSettings
+from app.core.logging import get_logger
+
+log = get_logger()
+
+_POLL_SECONDS = 0.05
+# What a reader that is still there needs to take the last event.
+_LAST_BYTES_SECONDS = 1.0
+
+
+class Drainable(Protocol):
+    """What is to finish its work before the end."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no work is left."""
+
+    def drain(self) -> None:
+        """Take no new work."""
+
+    def abort_running(self) -> None:
+        """End the work that is left with an error."""
+
+    def kill(self) -> None:
+        """End everything that would outlive this process, at once."""
+
+
+class GracefulShutdown:
+    """Drains at SIGTERM or SIGINT, and ends at once at a second one.
+
+    A context that is entered inside the lifespan: uvicorn has installed its handlers by then.
+    Without a main thread, as in tests, there are no signals to handle.
+    """
+
+    def __init__(self, work: Drainable, settings: AppSettings) -> None:
+        """Nothing is handled before the context is entered.
+
+        Args:
+            work: What is drained.
+            settings: How long it may take.
+        """
+        self._work = work
+        self._grace = settings.shutdown_grace_seconds
+        self._notice = min(settings.shutdown_notice_seconds, self._grace)
+        self._previous: dict[signal.Signals, Any] = {}
+        self._draining: asyncio.Task[None] | None = None
+        self._signalled = False
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous = signal.getsignal(number)
+            try:
+                signal.signal(number, self._on_signal)
+            except ValueError:
+                # Not the main thread.
+                break
+            self._previous[number] = previous
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._signalled:
+            self._work.kill()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._signalled = True
+        self._loop.call_soon_threadsafe(self._begin, signal.Signals(number))
+
+    def _begin(self, number: signal.Signals) -> None:
+        log.info("draining: no new requests; running ones have %.0f s", self._grace)
+        self._work.drain()
+        self._draining = self._loop.create_task(self._drain(number), name="drain")
+
+    async def _drain(self, number: signal.Signals) -> None:
+        began = self._loop.time()
+        passed = 0.0
+        while self._goes_on(passed):
+            await asyncio.sleep(_POLL_SECONDS)
+            passed = self._loop.time() - began
+        self._work.abort_running()
+        self._leave(number, self._grace - passed)
+
+    def _goes_on(self, passed: float) -> bool:
+        return passed < self._notice or (passed < self._grace and not self._work.is_idle)
+
+    def _leave(self, number: signal.Signals, seconds_left: float) -> None:
+        """Have the server close what is left of its connections, and return."""
+        previous = self._previous[number]
+        server = getattr(previous, "__self__", None)
+        if isinstance(server, uvicorn.Server):
+            # Its own handler would have it die of the signal when all is done.
+            server.should_exit = True
+            if server.config.timeout_graceful_shutdown is None:
+                seconds = math.ceil(max(seconds_left, 0.0) + _LAST_BYTES_SECONDS)
+                server.config.timeout_graceful_shutdown = seconds
+        else:
+            signal.signal(number, previous)
+            signal.raise_signal(number)

@@ -1,0 +1,57 @@
+"""How often, and after how long, a dead engine process is started again."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+WINDOW_SECONDS = 600.0
+"""Deaths longer ago than this are forgotten; ``engine.max_restarts`` counts within it."""
+
+# An engine that dies this often in a row without ever having been ready is not going to be.
+_MAX_FAILED_STARTS = 3
+_LONGEST_DELAY = 30.0
+
+
+class Restarts:
+    """Remembers the deaths of engine processes."""
+
+    def __init__(self, max_restarts: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """Nothing has died yet.
+
+        Args:
+            max_restarts: Restarts allowed within :data:`WINDOW_SECONDS`.
+            clock: Tells the time of a death.
+        """
+        self._max_restarts = max_restarts
+        self._clock = clock
+        self._deaths: deque[float] = deque()
+        self._failed_starts = 0
+
+    def died(self, *, was_ready: bool) -> str | None:
+        """A process has died.
+
+        Args:
+            was_ready: Whether it had loaded the model.
+
+        Returns:
+            Why it must not be started again, for the log; ``None`` where it may.
+        """
+        now = self._clock()
+        self._deaths.append(now)
+        while self._deaths[0] < now - WINDOW_SECONDS:
+            self._deaths.popleft()
+        self._failed_starts = 0 if was_ready else self._failed_starts + 1
+        if self._failed_starts >= _MAX_FAILED_STARTS:
+            return f"the engine process died {self._failed_starts} times while loading"
+        if len(self._deaths) > self._max_restarts:
+            return (
+                f"the engine process died {len(self._deaths)} times within "
+                f"{WINDOW_SECONDS / 60:.0f} minutes (engine.max_restarts is {self._max_restarts})"
+            )
+        return None
+
+    @property
+    def delay(self) -> float:
+        """Seconds to wait before the next start: none the first time, then doubling."""
+        deaths = max(len(self._deaths), self._failed_starts)
+        return 0.0 if deaths <= 1 else min(2.0 ** (deaths - 2), _LONGEST_DELAY)

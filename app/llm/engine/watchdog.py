@@ -1,0 +1,139 @@
+"""Says when the engine process no longer moves: stopped, deadlocked, or lost in a step.
+
+The kernel counts what a process does, whatever its threads wait for and whoever holds its
+interpreter, so nothing has to run inside the engine to be watched: docs/adr/0016. Time is counted
+in looks, not in seconds: a machine that sleeps, a container that is paused and an event loop that
+is late all look less often, and so accuse nobody.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+LOOK_SECONDS = 0.5
+"""Time between two looks."""
+
+STALLED_LOOKS = 6
+"""So many looks in a row without any movement are a stall: noticed within 3.5 seconds."""
+
+# A process whose threads merely wake and sleep again uses less than this in that time: 20 ms.
+_LEAST_TICKS = 2
+# Waiting for a disk, where no signal reaches it anyway; or held by a debugger, which is meant.
+_EXCUSED_STATES = frozenset("Dt")
+_STOPPED = "T"
+
+
+class Duty(StrEnum):
+    """What is expected of the engine process."""
+
+    NOTHING = "nothing"
+    FETCHING = "fetching the model"
+    LOADING = "loading the model"
+    GENERATING = "generating"
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What the kernel has counted of a process and its children.
+
+    Attributes:
+        state: The process' state, by proc(5)'s letters.
+        ticks: Processor time used, in clock ticks (10 ms on Linux).
+        reads: Bytes read and pages faulted in from disk; only changes mean anything.
+    """
+
+    state: str
+    ticks: int
+    reads: int
+
+
+def observe(pid: int) -> Activity | None:
+    """Read what the kernel has counted; ``None`` where it does not tell, as outside Linux."""
+    own = _read(pid)
+    if own is None:
+        return None
+    children = [_read(child) for child in _children(pid)]
+    family = [own, *(child for child in children if child is not None)]
+    return Activity(own.state, sum(one.ticks for one in family), sum(one.reads for one in family))
+
+
+def _read(pid: int) -> Activity | None:
+    folder = Path("/proc") / str(pid)
+    try:
+        # "pid (name) state ...", where the name may hold anything; numbered as in proc(5).
+        fields = (folder / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    state, page_faults, user, system = fields[0], *map(int, (fields[9], *fields[11:13]))
+    return Activity(state, user + system, page_faults + _bytes_read(folder))
+
+
+def _bytes_read(folder: Path) -> int:
+    try:
+        # Hardened kernels keep this from everybody.
+        return int((folder / "io").read_text().split()[1])
+    except OSError:
+        return 0
+
+
+def _children(pid: int) -> list[int]:
+    """Processes that the main thread started; loading a model starts one to read its tokenizer."""
+    try:
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
+    except OSError:
+        return []
+
+
+class Watchdog:
+    """Judges one engine process by what is seen of it."""
+
+    def __init__(self, step_timeout_seconds: float) -> None:
+        self._step_timeout = step_timeout_seconds
+        self._duty = Duty.NOTHING
+        self._seen: Activity | None = None
+        self._still = 0
+        self._silent = 0
+
+    def heard(self) -> None:
+        """The process has sent something."""
+        self._still = self._silent = 0
+
+    def look(self, duty: Duty, activity: Activity | None) -> str | None:
+        """Take a look, every :data:`LOOK_SECONDS`.
+
+        Args:
+            duty: What is expected of the process now.
+            activity: From :func:`observe`.
+
+        Returns:
+            What is wrong with the process, for the log; ``None`` while nothing is.
+        """
+        if duty is not self._duty:
+            # An idle process has been still for as long as it was idle.
+            self._duty = duty
+            self.heard()
+        self._silent += 1
+        self._still = 0 if activity is None or self._has_moved(activity) else self._still + 1
+        if activity is not None and self._still >= STALLED_LOOKS:
+            seconds = f"for {self._still * LOOK_SECONDS:.0f} s"
+            if activity.state == _STOPPED:
+                return f"it has been stopped {seconds}"
+            if duty in (Duty.LOADING, Duty.GENERATING):
+                return f"{duty}, it has used no processor and read nothing {seconds}"
+        if duty is Duty.GENERATING and self._silent * LOOK_SECONDS > self._step_timeout:
+            return f"one step has taken more than {self._step_timeout:g} s"
+        return None
+
+    def _has_moved(self, activity: Activity) -> bool:
+        seen = self._seen
+        moved = (
+            seen is None
+            or activity.state in _EXCUSED_STATES
+            or activity.ticks - seen.ticks >= _LEAST_TICKS
+            or activity.reads != seen.reads
+        )
+        if moved:
+            self._seen = activity
+        return moved

@@ -1,0 +1,142 @@
+"""What happens when the service is told to stop, or is killed."""
+
+import os
+import signal
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+
+from tests.support.live import (
+    LONG,
+    SOON,
+    STEP,
+    ask,
+    background,
+    generate,
+    open_stream,
+    rest_of,
+)
+from tests.support.service import API_KEY, Service, running_service
+from tests.support.sse import piece_of
+
+
+def test_sigterm_lets_streams_finish() -> None:
+    """New work is refused with 503 on an open port, and what runs is finished to its last token.
+
+    The engine process gets the signal, too, as from a service manager that sends it to all.
+    """
+    with running_service(ENGINE__ECHO_STEP_SECONDS=str(STEP)) as service:
+        with (
+            open_stream(service, generate("x" * 40)) as found,
+            background(ask, service, generate("w" * 40)) as whole,
+        ):
+            service.wait_for_metric("llm_requests_running", 2)
+            os.killpg(service.process.pid, signal.SIGTERM)
+            service.wait_for(lambda: service.get("/readyz").status_code == 503, "not ready")
+            assert service.get("/health").json()["status"] == "draining"
+            assert service.get("/livez").status_code == 200
+            refused = ask(service, generate("x"))
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+            assert int(refused.headers["retry-after"]) >= 1
+            # A pooled connection that goes on would meet its end in mid-request.
+            assert refused.headers["connection"] == "close"
+            rest = rest_of(found)
+            assert whole.result().json()["generated_text"] == "w" * 40
+        assert "".join(piece_of(event) or "" for event in rest) == "x" * 39
+        assert rest[-1]["finish_reason"] == "stop"
+        assert service.wait() == 0
+        assert not service.survivors()
+
+
+def test_what_is_left_after_the_grace_ends_with_an_error() -> None:
+    """When the grace is over a stream ends with an error event, and a whole answer with 503."""
+    with running_service(
+        ENGINE__ECHO_STEP_SECONDS=str(STEP), APP__SHUTDOWN_GRACE_SECONDS="0.3"
+    ) as service:
+        with (
+            open_stream(service, generate(LONG)) as found,
+            background(ask, service, generate(LONG)) as whole,
+        ):
+            service.wait_for_metric("llm_requests_running", 2)
+            started = time.monotonic()
+            service.process.terminate()
+            rest = rest_of(found)
+            assert rest[-1]["error"]["code"] == "draining"
+            response = whole.result()
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "draining"
+        assert service.wait() == 0
+        # 20 seconds of work were left.
+        assert time.monotonic() - started < 5
+
+
+def test_an_idle_service_stops_at_once() -> None:
+    """Ctrl-C ends an idle service in order; an idle connection does not hold it up."""
+    with running_service() as service, service.client() as client:
+        client.get("/livez")
+        service.process.send_signal(signal.SIGINT)
+        assert service.wait() == 0
+        assert not service.survivors()
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    """It cuts what runs short, and leaves no process."""
+    with running_service(ENGINE__ECHO_STEP_SECONDS=str(STEP)) as service:
+        with background(_ignored, service, LONG):
+            service.wait_for_metric("llm_requests_running", 1)
+            service.process.send_signal(signal.SIGINT)
+            service.wait_for(lambda: service.get("/readyz").status_code == 503, "not ready")
+            started = time.monotonic()
+            service.process.send_signal(signal.SIGTERM)
+            assert service.wait() == -signal.SIGTERM
+        service.wait_for(lambda: not service.survivors(), "the end of the engine", 5)
+        # 20 seconds of work were left.
+        assert time.monotonic() - started < SOON
+
+
+def test_a_half_sent_request_does_not_hold_up_the_end() -> None:
+    """It is waited for as long as the grace, and no longer."""
+    with running_service(APP__SHUTDOWN_GRACE_SECONDS="0.3") as service:
+        host, port = service.base_url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as half:
+            half.sendall(
+                f"POST /v1/generate HTTP/1.1\r\nHost: {host}\r\nX-API-Key: {API_KEY}\r\n"
+                "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{".encode()
+            )
+            service.wait_for(lambda: service.get("/livez").status_code == 200, "an answer")
+            started = time.monotonic()
+            assert service.terminate() == 0
+            assert time.monotonic() - started < 20
+
+
+def test_an_idle_service_answers_for_the_time_of_notice() -> None:
+    """Until a balancer can have noticed, an idle service says that it is not ready."""
+    with running_service(APP__SHUTDOWN_NOTICE_SECONDS="1") as service:
+        service.process.terminate()
+        service.wait_for(lambda: service.get("/readyz").status_code == 503, "not ready", 5)
+        assert service.wait() == 0
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["stopped", "at work"])
+def test_the_engine_does_not_outlive_a_killed_service(busy: bool) -> None:
+    """When the service is killed with -9 its engine process ends, at work or stopped."""
+    with running_service(ENGINE__ECHO_STEP_SECONDS=str(STEP)) as service:
+        if busy:
+            threading.Thread(target=_ignored, args=(service, LONG), daemon=True).start()
+            service.wait_for_metric("llm_requests_running", 1)
+        else:
+            os.kill(service.engine_pid, signal.SIGSTOP)
+        assert any(str(service.engine_pid) in line for line in service.survivors())
+        service.process.kill()
+        service.wait()
+        service.wait_for(lambda: not service.survivors(), "the end of the engine", 5)
+
+
+def _ignored(service: Service, prompt: str) -> None:
+    try:
+        ask(service, generate(prompt))
+    except httpx.TransportError:
+        return

@@ -1,0 +1,140 @@
+"""What the watchdog makes of processes, real ones where the kernel is asked."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.llm.engine.watchdog import LOOK_SECONDS, STALLED_LOOKS, Activity, Duty, Watchdog, observe
+
+BUSY = "while True: pass"
+IDLE = "import sys; print(flush=True); sys.stdin.read()"
+BUSY_CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {BUSY!r}])"
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="the kernel does not say what a process does"
+)
+
+
+def looks(number: int, duty: Duty, activity: Activity | None) -> str | None:
+    """The verdict of a new watchdog after a first look and so many more that see the same."""
+    watchdog = Watchdog(60)
+    for _ in range(number):
+        assert watchdog.look(duty, activity) is None
+    return watchdog.look(duty, activity)
+
+
+def still(state: str = "S") -> Activity:
+    """A process that does nothing."""
+    return Activity(state, ticks=100, reads=1000)
+
+
+@pytest.fixture
+def idle() -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that waits."""
+    with subprocess.Popen(
+        [sys.executable, "-c", IDLE], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("program", [BUSY, BUSY_CHILD])
+def test_a_process_that_computes_moves(program: str) -> None:
+    """So does one whose child computes, as while a tokenizer is read beside the weights."""
+    with subprocess.Popen([sys.executable, "-c", program], start_new_session=True) as process:
+        try:
+            first = observe(process.pid)
+            assert first is not None
+            deadline = time.monotonic() + 30
+            while (seen := observe(process.pid)) is None or seen.ticks < first.ticks + 50:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_process_that_waits_does_not_move(idle: "subprocess.Popen[bytes]") -> None:
+    """Nothing is counted while nothing is done."""
+    first = observe(idle.pid)
+    time.sleep(0.2)
+    assert observe(idle.pid) == first
+
+
+def test_a_stopped_process_is_seen_to_be(idle: "subprocess.Popen[bytes]") -> None:
+    """By the letter that the kernel gives it."""
+    idle.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, idle.pid, os.WSTOPPED | os.WNOWAIT)
+    seen = observe(idle.pid)
+    assert seen is not None
+    assert "stopped for 3 s" in str(looks(STALLED_LOOKS, Duty.NOTHING, seen))
+
+
+def test_a_process_that_is_gone_is_not_judged(idle: "subprocess.Popen[bytes]") -> None:
+    """Its end is noticed otherwise."""
+    idle.kill()
+    idle.wait()
+    assert observe(idle.pid) is None
+    assert looks(100, Duty.LOADING, None) is None
+
+
+@pytest.mark.parametrize("duty", [Duty.LOADING, Duty.GENERATING])
+def test_stillness_at_work_is_a_stall(duty: Duty) -> None:
+    """It is told what the process should have been doing."""
+    assert f"{duty}, it has used no processor" in str(looks(STALLED_LOOKS, duty, still()))
+
+
+@pytest.mark.parametrize("duty", [Duty.NOTHING, Duty.FETCHING])
+def test_stillness_without_work_is_none(duty: Duty) -> None:
+    """An idle engine waits for requests, a download for the network."""
+    assert looks(1000, duty, still()) is None
+
+
+@pytest.mark.parametrize("state", ["D", "t"])
+def test_a_disk_and_a_debugger_may_take_their_time(state: str) -> None:
+    """Killing would not end the one, and is not meant by the other."""
+    assert looks(100, Duty.LOADING, still(state)) is None
+
+
+@pytest.mark.parametrize("more", [Activity("S", 2, 0), Activity("S", 0, 1)])
+def test_any_movement_is_progress(more: Activity) -> None:
+    """Processor time or bytes read; looks begin to count anew."""
+    watchdog = Watchdog(60)
+    for i in range(100):
+        seen = Activity("S", 100 + i // 4 * more.ticks, i // 4 * more.reads)
+        assert watchdog.look(Duty.LOADING, seen) is None
+
+
+def test_a_process_that_has_been_idle_for_long_is_not_blamed_for_it() -> None:
+    """A request that comes after an hour begins with a clean slate."""
+    watchdog = Watchdog(60)
+    for _ in range(100):
+        assert watchdog.look(Duty.NOTHING, still()) is None
+    for _ in range(STALLED_LOOKS - 1):
+        assert watchdog.look(Duty.GENERATING, still()) is None
+    watchdog.heard()
+    for _ in range(STALLED_LOOKS - 1):
+        assert watchdog.look(Duty.GENERATING, still()) is None
+
+
+def test_a_step_may_compute_for_as_long_as_is_set_and_no_longer() -> None:
+    """However busy the process is, or where nobody can tell."""
+    watchdog = Watchdog(10)
+    for i in range(int(10 / LOOK_SECONDS)):
+        assert watchdog.look(Duty.GENERATING, Activity("R", 100 * i, 0)) is None
+    assert watchdog.look(Duty.GENERATING, None) == "one step has taken more than 10 s"
+
+
+def test_a_machine_that_slept_accuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time is counted in looks: of the hours between two of them nothing is known."""
+    watchdog = Watchdog(10)
+    assert watchdog.look(Duty.GENERATING, still()) is None
+    monkeypatch.setattr(time, "monotonic", lambda: 1e9)
+    assert watchdog.look(Duty.GENERATING, still()) is None
