@@ -128,6 +128,10 @@ lock-check: install ## Check that poetry.lock fits pyproject.toml
 .PHONY: check-all
 check-all: format-check lint type-check imports deps lock-check test ## Run all of the checks
 
+.PHONY: restarts
+restarts: install ## Restart the service again and again under load, losing nothing (COUNT=50)
+	$(RUN) pytest tests/api/test_restarts.py --restarts $(or $(COUNT),50)
+
 ##@ Benchmarks
 
 .PHONY: bench

@@ -25,6 +25,11 @@ os.environ["GOMP_SPINCOUNT"] = engine_environment(os.environ)["GOMP_SPINCOUNT"]
 RunApp = Callable[..., TestClient]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--restarts 50``: what `make restarts` asks for."""
+    parser.addoption("--restarts", type=int, default=2, help="rolling restarts under load")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _environment_without_settings() -> Iterator[None]:
     """The environment's settings are a developer's own; tests say what they need."""

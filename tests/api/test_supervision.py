@@ -46,6 +46,18 @@ def test_a_stopped_engine_is_noticed_and_replaced(slow_service: Service, busy: b
     assert ask(slow_service, generate("after")).json()["generated_text"] == "after"
 
 
+def test_a_service_that_was_suspended_goes_on(slow_service: Service) -> None:
+    """A container that is paused, or a machine that sleeps, costs no engine its life."""
+    restarts = slow_service.metric("llm_engine_restarts_total")
+    with open_stream(slow_service, generate("x" * 20)) as found:
+        os.killpg(slow_service.process.pid, signal.SIGSTOP)
+        # Longer than a stopped engine alone is left in peace.
+        time.sleep(5)
+        os.killpg(slow_service.process.pid, signal.SIGCONT)
+        assert rest_of(found)[-1]["finish_reason"] == "stop"
+    assert slow_service.metric("llm_engine_restarts_total") == restarts
+
+
 def test_a_request_that_kills_the_engine_twice_is_given_up_and_named(
     slow_service: Service,
 ) -> None:

@@ -188,6 +188,17 @@ class Service:
         return session_members(self.process.pid)
 
 
+def open_client(service: Service) -> httpx.AsyncClient:
+    """A client for asynchronous tests; the caller closes it."""
+    return httpx.AsyncClient(
+        base_url=service.base_url,
+        headers={"X-API-Key": API_KEY},
+        timeout=60.0,
+        trust_env=False,
+        limits=httpx.Limits(max_connections=None),
+    )
+
+
 def session_members(session: int) -> list[str]:
     """Processes of a session that still run; the dead that nobody has reaped do not count."""
     proc = Path("/proc")

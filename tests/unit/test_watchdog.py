@@ -63,7 +63,8 @@ def test_a_process_that_computes_moves(program: str) -> None:
 
 def test_a_process_that_waits_does_not_move(idle: "subprocess.Popen[bytes]") -> None:
     """Nothing is counted while nothing is done."""
-    first = observe(idle.pid)
+    while (first := observe(idle.pid)) is None or first.state != "S":
+        time.sleep(0.01)
     time.sleep(0.2)
     assert observe(idle.pid) == first
 
@@ -130,11 +131,3 @@ def test_a_step_may_compute_for_as_long_as_is_set_and_no_longer() -> None:
     for i in range(int(10 / LOOK_SECONDS)):
         assert watchdog.look(Duty.GENERATING, Activity("R", 100 * i, 0)) is None
     assert watchdog.look(Duty.GENERATING, None) == "one step has taken more than 10 s"
-
-
-def test_a_machine_that_slept_accuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time is counted in looks: of the hours between two of them nothing is known."""
-    watchdog = Watchdog(10)
-    assert watchdog.look(Duty.GENERATING, still()) is None
-    monkeypatch.setattr(time, "monotonic", lambda: 1e9)
-    assert watchdog.look(Duty.GENERATING, still()) is None
