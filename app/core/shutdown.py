@@ -83,6 +83,8 @@ class GracefulShutdown:
             self._work.kill()
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+            # As a container's first process it is spared by the signal's default.
+            os._exit(128 + number)
         self._signalled = True
         self._loop.call_soon_threadsafe(self._begin, signal.Signals(number))
 
