@@ -11,9 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
@@ -27,6 +25,8 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from app.core.config_base import Section
+from app.core.config_engine import EngineSettings
 from app.core.config_errors import Origins, one_line, yaml_fault
 from app.utils.errors import ConfigurationError
 
@@ -34,12 +34,6 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_API_KEY = "change-me-in-env"
 PRODUCTION_KEY_MIN_CHARS = 32
-
-
-class Section(BaseModel):
-    """One section of the settings; frozen, and strict about unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class AppSettings(Section):
@@ -111,44 +105,6 @@ class ModelSettings(Section):
         if self.engine == "echo":
             return "echo"
         return BUNDLED_NAME if self.source == "bundled" else self.name
-
-
-class EngineSettings(Section):
-    """Limits of the engine process."""
-
-    max_running: int = Field(
-        32, ge=1, le=1024, description="Requests generated at once, in one batch."
-    )
-    max_waiting: int = Field(
-        128,
-        ge=0,
-        le=100_000,
-        description="Requests that may wait, the last eighth for callers that hold no place; "
-        "past that, 503 at once.",
-    )
-    queue_timeout_seconds: float = Field(
-        60.0, gt=0, le=86_400, description="Longest a request may wait to begin; past that, 503."
-    )
-    request_timeout_seconds: float = Field(
-        300.0, gt=0, le=86_400, description="Longest a request may take, waiting included."
-    )
-    step_timeout_seconds: float = Field(
-        120.0,
-        gt=0,
-        le=86_400,
-        description="Longest that one step may take; past that, the engine process is hung and "
-        "is started again.",
-    )
-    max_restarts: int = Field(
-        5,
-        ge=0,
-        le=1_000_000,
-        description="Restarts of the engine process within ten minutes; at the next death the "
-        "service ends.",
-    )
-    echo_step_seconds: float = Field(
-        0.0, ge=0, le=2, description="Time the echo engine takes for a token; for load tests."
-    )
 
 
 class NamedKey(Section):

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from app.core.config import EngineSettings
+from app.core.config_engine import EngineSettings
 from app.core.metrics import Metrics
 from app.llm.engine.base import FinishReason, GenerationRequest, TokenEvent
 from app.llm.engine.departures import Departures

@@ -9,7 +9,8 @@ import asyncio
 from collections.abc import Callable
 from enum import StrEnum
 
-from app.core.config import EngineSettings, LoggingSettings, ModelSettings
+from app.core.config import LoggingSettings, ModelSettings
+from app.core.config_engine import EngineSettings
 from app.core.logging import get_logger
 from app.core.metrics import Metrics
 from app.llm.engine.admission import Admission, RequestQueue

@@ -1,0 +1,43 @@
+"""Settings of the engine process."""
+
+from pydantic import Field
+
+from app.core.config_base import Section
+
+
+class EngineSettings(Section):
+    """Limits of the engine process."""
+
+    max_running: int = Field(
+        32, ge=1, le=1024, description="Requests generated at once, in one batch."
+    )
+    max_waiting: int = Field(
+        128,
+        ge=0,
+        le=100_000,
+        description="Requests that may wait, the last eighth for callers that hold no place; "
+        "past that, 503 at once.",
+    )
+    queue_timeout_seconds: float = Field(
+        60.0, gt=0, le=86_400, description="Longest a request may wait to begin; past that, 503."
+    )
+    request_timeout_seconds: float = Field(
+        300.0, gt=0, le=86_400, description="Longest a request may take, waiting included."
+    )
+    step_timeout_seconds: float = Field(
+        120.0,
+        gt=0,
+        le=86_400,
+        description="Longest that one step may take; past that, the engine process is hung and "
+        "is started again.",
+    )
+    max_restarts: int = Field(
+        5,
+        ge=0,
+        le=1_000_000,
+        description="Restarts of the engine process within ten minutes; at the next death the "
+        "service ends.",
+    )
+    echo_step_seconds: float = Field(
+        0.0, ge=0, le=2, description="Time the echo engine takes for a token; for load tests."
+    )
