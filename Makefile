@@ -96,6 +96,11 @@ run: install ## Start the service (HOST=0.0.0.0 PORT=8000)
 test: model ## Run the tests; the coverage report is htmlcov/index.html
 	$(RUN) pytest tests/ -v --cov=app --cov-report=term-missing --cov-report=html
 
+.PHONY: test-isolation
+test-isolation: install ## Two keys, 100,000 random operations: neither may notice the other (OPERATIONS=, SEED=)
+	ISOLATION_OPERATIONS=$(or $(OPERATIONS),100000) ISOLATION_SEED=$(or $(SEED),7) \
+		$(RUN) pytest tests/api/test_isolation.py -v --timeout=3600
+
 .PHONY: format
 format: install ## Format the code and sort the imports
 	$(RUN) ruff check --select I --fix-only .

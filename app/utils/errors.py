@@ -297,7 +297,6 @@ GENERATION_ERRORS: tuple[type[ServiceError], ...] = (
     ChatTemplateError,
     PiiDetectedError,
     InvalidAPIKeyError,
-    InsufficientScopeError,
     BodyTooLargeError,
     ValidationFailedError,
     PromptTooLongError,
