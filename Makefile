@@ -114,6 +114,14 @@ format-check: install ## Check the format without changing anything
 lint: install ## Look for mistakes and bad style
 	$(RUN) ruff check .
 
+.PHONY: scan
+scan: install ## Look for insecure code (bandit)
+	$(RUN) bandit --configfile pyproject.toml --quiet --recursive app deploy
+
+.PHONY: audit
+audit: install ## Look the locked packages up in the database of known vulnerabilities (network)
+	$(RUN) python -m scripts.audit $(AUDIT_OPTIONS)
+
 .PHONY: type-check
 type-check: install ## Check the types
 	$(RUN) mypy app benchmarks scripts tests
@@ -131,7 +139,8 @@ lock-check: install ## Check that poetry.lock fits pyproject.toml
 	$(POETRY) check --lock
 
 .PHONY: check-all
-check-all: format-check lint type-check imports deps lock-check test ## Run all of the checks
+check-all: AUDIT_OPTIONS = --where-reachable
+check-all: format-check lint scan type-check imports deps lock-check audit test ## Run all of the checks
 
 ##@ Benchmarks
 

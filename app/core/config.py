@@ -36,7 +36,7 @@ class AppSettings(Section):
     """What the service calls itself and where it listens."""
 
     name: str = Field("LLM FastAPI Service", description="Title in the OpenAPI document.")
-    host: str = Field("0.0.0.0", description="Address that `llm-service serve` binds.")  # noqa: S104 - a container must listen on all interfaces
+    host: str = Field("0.0.0.0", description="Address that `llm-service serve` binds.")  # noqa: S104 - a container must listen on all interfaces  # nosec B104
     port: int = Field(8000, ge=0, le=65535, description="Port that `llm-service serve` binds.")
     environment: Literal["development", "production"] = Field(
         "development",
