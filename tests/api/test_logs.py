@@ -158,6 +158,24 @@ def _provoke(client: httpx.Client) -> None:
         {"X-Request-Timeout": CANARY},
     ):
         client.post("/v1/generate", json=generate, headers=headers)
+    completion = {"model": "echo", **chat, "user": CANARY}
+    for path, body in (
+        ("/v1/chat/completions", completion),
+        ("/v1/chat/completions", {**completion, "stream": True}),
+        ("/v1/completions", {"model": "echo", "prompt": CANARY}),
+        ("/v1/tokenize", {"text": CANARY}),
+    ):
+        assert client.post(path, json=body, headers={"X-Session-ID": CANARY}).status_code == 200
+    function = {"name": CANARY, "parameters": {"type": CANARY}}
+    schema = {"name": CANARY, "schema": {"type": "object", CANARY: CANARY}}
+    for odd in (
+        {"tools": [{"type": "function", "function": function}], "tool_choice": "required"},
+        {"response_format": {"type": "json_schema", "json_schema": schema}},
+        {"model": CANARY},
+        {"stop": CANARY, "logit_bias": {CANARY: 1}},
+        {"messages": [{"role": CANARY, "content": [{"type": CANARY}]}]},
+    ):
+        assert client.post("/v1/chat/completions", json={**completion, **odd}).status_code >= 400
     session = {**chat, "session_id": CANARY}
     assert client.post("/v1/chat", json=session).status_code == 200
     for method in ("GET", "DELETE", "DELETE"):
