@@ -96,6 +96,11 @@ run: install ## Start the service (HOST=0.0.0.0 PORT=8000)
 test: model ## Run the tests; the coverage report is htmlcov/index.html
 	$(RUN) pytest tests/ -v --cov=app --cov-report=term-missing --cov-report=html
 
+.PHONY: test-isolation
+test-isolation: install ## Two keys, 100,000 random operations: neither may notice the other (OPERATIONS=, SEED=)
+	ISOLATION_OPERATIONS=$(or $(OPERATIONS),100000) ISOLATION_SEED=$(or $(SEED),7) \
+		$(RUN) pytest tests/api/test_isolation.py -v --timeout=3600
+
 .PHONY: format
 format: install ## Format the code and sort the imports
 	$(RUN) ruff check --select I --fix-only .
@@ -108,6 +113,14 @@ format-check: install ## Check the format without changing anything
 .PHONY: lint
 lint: install ## Look for mistakes and bad style
 	$(RUN) ruff check .
+
+.PHONY: scan
+scan: install ## Look for insecure code (bandit)
+	$(RUN) bandit --configfile pyproject.toml --quiet --recursive app deploy
+
+.PHONY: audit
+audit: install ## Look the locked packages up in the database of known vulnerabilities (network)
+	$(RUN) python -m scripts.audit $(AUDIT_OPTIONS)
 
 .PHONY: type-check
 type-check: install ## Check the types
@@ -126,7 +139,8 @@ lock-check: install ## Check that poetry.lock fits pyproject.toml
 	$(POETRY) check --lock
 
 .PHONY: check-all
-check-all: format-check lint type-check imports deps lock-check test ## Run all of the checks
+check-all: AUDIT_OPTIONS = --where-reachable
+check-all: format-check lint scan type-check imports deps lock-check audit test ## Run all of the checks
 
 .PHONY: restarts
 restarts: install ## Restart the service again and again under load, losing nothing (COUNT=50)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -28,16 +29,20 @@ from app.api.routers import (
     sessions,
     status,
     tokenize,
+    usage,
 )
 from app.core.config import Settings, load_settings
+from app.core.config_security import SecuritySettings
 from app.core.event_loop import EventLoopMonitor
 from app.core.idempotency import IdempotencyStore
 from app.core.logging import configure_logging, get_logger
 from app.core.metrics import Metrics
 from app.core.rate_limit import CallerLimits, ClientAddress
+from app.core.reload import reloading_on_hangup
 from app.core.security import KeyRing
 from app.core.sessions import SessionStore
 from app.core.shutdown import GracefulShutdown
+from app.core.usage import UsageLedger
 from app.llm.chain import Chains, ServedPipeline
 from app.llm.engine.client import EngineClient
 from app.llm.generator import GenerationOptions, TextGenerator
@@ -76,16 +81,9 @@ def create_app(
     settings = settings or load_settings()
     configure_logging(settings.logging)
     metrics = Metrics()
-    token = settings.huggingface_token
-    engine = EngineClient(
-        model=settings.model,
-        model_label=settings.model.label,
-        engine=settings.engine,
-        logging=settings.logging,
-        huggingface_token=token.get_secret_value() if token else None,
-        metrics=metrics,
-        on_fatal=on_fatal,
-    )
+    keys = KeyRing(settings.security)
+    ledger = UsageLedger(keys, metrics)
+    engine = _make_engine(settings, metrics, on_fatal)
     generator = TextGenerator(engine)
     pipeline = ServedPipeline(
         model_id=engine.model_label,
@@ -98,16 +96,18 @@ def create_app(
         cache=ResponseCache(settings.cache, metrics),
         screening=Screening(settings.pii, settings.output, metrics),
         model=settings.model,
+        usage=ledger,
         security=settings.security,
     )
     services = Services(
         settings=settings,
         uptime=Stopwatch(),
         metrics=metrics,
-        keys=KeyRing(settings.security),
+        keys=keys,
         limits=CallerLimits(settings.rate_limit, metrics),
         addresses=ClientAddress(settings.security.trusted_proxies),
         idempotency=IdempotencyStore(settings.idempotency, metrics),
+        usage=ledger,
         engine=engine,
         generation=generation,
         conversation=ConversationService(
@@ -119,6 +119,21 @@ def create_app(
         ),
     )
     return _build(settings, services, pipeline)
+
+
+def _make_engine(
+    settings: Settings, metrics: Metrics, on_fatal: Callable[[str], None]
+) -> EngineClient:
+    token = settings.huggingface_token
+    return EngineClient(
+        model=settings.model,
+        model_label=settings.model.label,
+        engine=settings.engine,
+        logging=settings.logging,
+        huggingface_token=token.get_secret_value() if token else None,
+        metrics=metrics,
+        on_fatal=on_fatal,
+    )
 
 
 def _build(settings: Settings, services: Services, pipeline: ServedPipeline) -> FastAPI:
@@ -135,7 +150,7 @@ def _build(settings: Settings, services: Services, pipeline: ServedPipeline) -> 
     register_error_handlers(app)
     for module in (
         *(health, status, inference, chat, sessions),
-        *(chat_completions, completions, models, tokenize),
+        *(chat_completions, completions, models, tokenize, usage),
     ):
         app.include_router(module.router)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.security.max_body_bytes)
@@ -157,13 +172,21 @@ def _lifespan(
         pipeline.loop = asyncio.get_running_loop()
         await services.engine.start()
         async with EventLoopMonitor(services.metrics):
-            with GracefulShutdown(services.engine, settings.app):
+            with (
+                GracefulShutdown(services.engine, settings.app),
+                reloading_on_hangup(partial(_replace_keys, services)),
+            ):
                 try:
                     yield
                 finally:
                     await services.engine.stop()
 
     return lifespan
+
+
+def _replace_keys(services: Services, security: SecuritySettings) -> None:
+    services.keys.replace(security)
+    services.idempotency.keep_only({caller.key_id for caller in services.keys.principals})
 
 
 def __getattr__(name: str) -> Any:

@@ -52,7 +52,8 @@ Three sources, each stronger than the one before it:
 
 In `.env` and in the environment two underscores join section and key: `MODEL__NAME` sets
 `model.name`. Lists and objects are JSON there:
-`SECURITY__API_KEYS='[{"name": "ci", "key": "..."}]'`. Settings are read once, at the start.
+`SECURITY__API_KEYS='[{"name": "ci", "key": "..."}]'`. Settings are read once, at the start;
+only the API keys are read again, on SIGHUP.
 
 A setting that does not exist, or a value that is not allowed, ends the start with one line that
 names the key, the value, where it came from and what is allowed. With

@@ -54,15 +54,22 @@ def make_settings(**sections: dict[str, Any]) -> Settings:
 @contextmanager
 def running_app(**sections: dict[str, Any]) -> Iterator[TestClient]:
     """The application inside this process, with its engine process, once it is ready."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
     fatal: list[str] = []
-    app = create_app(make_settings(**sections), on_fatal=fatal.append)
-    try:
+    with restored_logging():
+        app = create_app(make_settings(**sections), on_fatal=fatal.append)
         with TestClient(app, headers={"X-API-Key": API_KEY}) as client:
             while client.get("/readyz").status_code != 200:
                 assert not fatal, fatal
             yield client
+
+
+@contextmanager
+def restored_logging() -> Iterator[None]:
+    """Puts the root logger back to what it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
     finally:
         root.handlers[:], root.level = handlers, level
 

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from app.core.config import PROJECT_ROOT, Settings, load_settings
+from app.core.config_security import digest_of
 from app.main import create_app
 from app.utils.errors import ConfigurationError
 from tests.support.service import isolated_environment, setting_names
@@ -133,7 +134,7 @@ def test_lists_are_json_in_the_environment(load: Load) -> None:
     )
     assert settings.security.trusted_proxies == ["10.0.0.0/8"]
     (key,) = settings.security.api_keys
-    assert (key.name, key.key.get_secret_value()) == ("team", "k1")
+    assert (key.name, key.sha256) == ("team", digest_of("k1"))
 
 
 def test_config_file_names_another_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 from fastapi import Depends, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -18,16 +18,19 @@ from app.api.errors import validation_error, with_errors
 from app.api.idempotency import PARAMETER as IDEMPOTENCY_KEY
 from app.api.idempotency import answer_once
 from app.core.config import Settings
+from app.core.config_security import Scope as KeyScope
 from app.core.idempotency import IdempotencyStore
 from app.core.metrics import Metrics
 from app.core.rate_limit import CallerLimits, ClientAddress
 from app.core.security import KeyRing, Principal
+from app.core.usage import UsageLedger
 from app.llm.engine.client import EngineClient
 from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
 from app.utils.errors import (
     IdempotencyKeyInUseError,
     IdempotencyKeyReusedError,
+    InsufficientScopeError,
     InvalidAPIKeyError,
     InvalidJSONError,
     ServiceError,
@@ -50,6 +53,7 @@ class Services:
     limits: CallerLimits
     addresses: ClientAddress
     idempotency: IdempotencyStore
+    usage: UsageLedger
     engine: EngineClient
     generation: GenerationService
     conversation: ConversationService
@@ -166,9 +170,16 @@ class GuardedRoute(APIRoute):
 
     FastAPI reads and parses the body before any dependency runs; a caller without a key must
     not cost that much. What takes a body takes an idempotency key too.
+
+    Attributes:
+        scope: What the caller's key must be for; ``None`` takes any key.
     """
 
+    scope: ClassVar[KeyScope | None] = "infer"
+
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        if self.scope is not None:
+            options["responses"] = with_errors(options.get("responses"), InsufficientScopeError)
         if "POST" in (options.get("methods") or ()):
             options["responses"] = with_errors(
                 options.get("responses"), IdempotencyKeyInUseError, IdempotencyKeyReusedError
@@ -203,6 +214,8 @@ class GuardedRoute(APIRoute):
         async def guarded(request: Request) -> Response:
             limit_headers = await _admit_caller(request)
             try:
+                if self.scope is not None:
+                    request.state.principal.require(self.scope)
                 response = await answer(request)
             except RequestValidationError as error:
                 refusal = self.refusal(error.errors())
@@ -219,6 +232,12 @@ class GuardedRoute(APIRoute):
         return guarded
 
 
+class AnyKeyRoute(GuardedRoute):
+    """A route for every key, whatever it is for."""
+
+    scope = None
+
+
 async def _admit_caller(request: Request) -> dict[str, str]:
     """Find out who calls and take a token from that caller's bucket.
 
@@ -226,19 +245,28 @@ async def _admit_caller(request: Request) -> dict[str, str]:
         The X-RateLimit headers of the answer.
 
     Raises:
-        InvalidAPIKeyError: No key, or an unknown one; each costs the address a token.
+        InvalidAPIKeyError: See :func:`identify`.
         RateLimitExceededError: The bucket is empty.
+    """
+    request.state.principal = principal = await identify(request)
+    return await services_of(request).limits.take(request, f"key:{principal.key_id}", reason="key")
+
+
+async def identify(request: Request) -> Principal:
+    """Who calls.
+
+    Raises:
+        InvalidAPIKeyError: No key, or an unknown one; each costs the address a token.
+        RateLimitExceededError: The address has none left.
     """
     services = services_of(request)
     try:
-        principal = services.keys.authenticate(request.headers)
+        return services.keys.authenticate(request.headers)
     except InvalidAPIKeyError as error:
         address = services.addresses.of(request.scope.get("client"), request.headers)
         headers = await services.limits.take(request, f"ip:{address}", reason="ip")
         error.headers.update(headers)
         raise
-    request.state.principal = principal
-    return await services.limits.take(request, f"key:{principal.key_id}", reason="key")
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:

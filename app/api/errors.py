@@ -73,17 +73,17 @@ def _describe(fault: Mapping[str, Any]) -> tuple[str | None, str]:
 
 
 async def _on_service_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ServiceError)  # noqa: S101 - registered for nothing else
+    assert isinstance(error, ServiceError)  # noqa: S101 - registered for nothing else  # nosec B101
     return error_response(error)
 
 
 async def _on_validation_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for nothing else
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for nothing else  # nosec B101
     return error_response(validation_error(error.errors()))
 
 
 async def _on_http_exception(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # noqa: S101 - registered for nothing else
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for nothing else  # nosec B101
     known: dict[int, ServiceError] = {404: NotFoundError(), 405: MethodNotAllowedError()}
     fallback = InternalError() if error.status_code >= 500 else InvalidRequestError()
     translated = known.get(error.status_code, fallback)

@@ -18,6 +18,14 @@ log = get_logger()
 UNMATCHED = "unmatched"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_SECURITY_HEADERS = (
+    ("Cache-Control", "no-store"),
+    ("Referrer-Policy", "no-referrer"),
+    ("X-Content-Type-Options", "nosniff"),
+)
+# What is no page needs nothing; a page, such as /docs, brings its scripts, but nobody's frame.
+_DATA_POLICY = "default-src 'none'; frame-ancestors 'none'"
+_PAGE_POLICY = "base-uri 'none'; frame-ancestors 'none'; object-src 'none'"
 # Called every few seconds by machines; they would drown what people want to read.
 _QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 
@@ -54,6 +62,7 @@ class RequestContextMiddleware:
                 if self._leaving():
                     # A request sent down this connection later would cross with its end.
                     headers["Connection"] = "close"
+                _secure(headers)
             await send(message)
 
         try:
@@ -118,6 +127,14 @@ class BodyLimitMiddleware:
             return message
 
         await self._app(scope, limited_receive, send)
+
+
+def _secure(headers: MutableHeaders) -> None:
+    """Tell browsers and proxies what they may do with a response; its own headers go first."""
+    for name, value in _SECURITY_HEADERS:
+        headers.setdefault(name, value)
+    is_page = headers.get("content-type", "").startswith("text/html")
+    headers.setdefault("Content-Security-Policy", _PAGE_POLICY if is_page else _DATA_POLICY)
 
 
 def route_template(scope: Scope) -> str:

@@ -1,5 +1,6 @@
 """Responses of the native routes, and the error shape of all routes."""
 
+from datetime import date
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -166,6 +167,34 @@ class StatusResponse(BaseModel):
     cache: CacheStatus
     sessions: SessionsStatus
     limits: LimitsStatus
+
+
+class UsageCount(BaseModel):
+    """What was used in some time."""
+
+    requests: int = Field(description="Answers begun, those from the response cache included.")
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class KeyUsage(BaseModel):
+    """What one key has used."""
+
+    name: str
+    today: UsageCount = Field(description="Since midnight UTC.")
+    total: UsageCount = Field(description="Since the service started.")
+    daily_tokens: int | None = Field(description="The key's budget for a day.")
+    remaining_tokens: int | None = Field(description="What is left of it today.")
+
+
+class UsageResponse(BaseModel):
+    """Answer of GET /v1/usage."""
+
+    day: date = Field(description="Today, in UTC.")
+    seconds_left: int = Field(description="Until the day ends.")
+    since: float = Field(description="When the service started; Unix time.")
+    keys: list[KeyUsage]
 
 
 class ProbeResponse(BaseModel):

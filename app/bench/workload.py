@@ -61,7 +61,8 @@ class Lengths:
 
     def draw(self, random: Random) -> int:
         """One length."""
-        return random.randint(*self.values) if self.uniform else random.choice(self.values)
+        # Here and further down: repeatable on purpose, and no secret.
+        return random.randint(*self.values) if self.uniform else random.choice(self.values)  # nosec B311
 
     def __str__(self) -> str:
         return ("-" if self.uniform else ",").join(map(str, self.values))
@@ -109,7 +110,7 @@ class Workload:
         Raises:
             WorkloadError: There are not that many different prompts of that length.
         """
-        random = Random(f"{self.seed}/{round_name}")  # noqa: S311 - repeatable, not secret
+        random = Random(f"{self.seed}/{round_name}")  # noqa: S311 - repeatable, not secret  # nosec B311
         prompts = _distinct_prompts(random, self.prompt_words)
         at = 0.0
         planned = []
@@ -135,5 +136,5 @@ def _distinct_prompts(random: Random, lengths: Lengths) -> Iterator[str]:
 
 
 def _prompt(random: Random, words: int) -> str:
-    chosen = " ".join(random.choices(WORDS, k=max(1, words - _TASK_WORDS)))
-    return f"{chosen}. {_TASK}" if words > _TASK_WORDS else " ".join(random.choices(WORDS, k=words))
+    chosen = " ".join(random.choices(WORDS, k=max(1, words - _TASK_WORDS)))  # nosec B311
+    return f"{chosen}. {_TASK}" if words > _TASK_WORDS else " ".join(random.choices(WORDS, k=words))  # nosec B311

@@ -4,7 +4,6 @@ Nested keys join with two underscores in .env and the environment: ``MODEL__NAME
 ``model.name``. An unknown key or a bad value is a :class:`ConfigurationError` of one line.
 """
 
-import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -15,7 +14,6 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
-    field_validator,
     model_validator,
 )
 from pydantic_settings import (
@@ -28,19 +26,18 @@ from pydantic_settings import (
 from app.core.config_base import Section
 from app.core.config_engine import EngineSettings
 from app.core.config_errors import Origins, one_line, yaml_fault
+from app.core.config_security import PRODUCTION_KEY_MIN_CHARS, SecuritySettings
 from app.utils.errors import ConfigurationError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
-DEFAULT_API_KEY = "change-me-in-env"
-PRODUCTION_KEY_MIN_CHARS = 32
 
 
 class AppSettings(Section):
     """What the service calls itself and where it listens."""
 
     name: str = Field("LLM FastAPI Service", description="Title in the OpenAPI document.")
-    host: str = Field("0.0.0.0", description="Address that `llm-service serve` binds.")  # noqa: S104 - a container must listen on all interfaces
+    host: str = Field("0.0.0.0", description="Address that `llm-service serve` binds.")  # noqa: S104 - a container must listen on all interfaces  # nosec B104
     port: int = Field(8000, ge=0, le=65535, description="Port that `llm-service serve` binds.")
     environment: Literal["development", "production"] = Field(
         "development",
@@ -105,44 +102,6 @@ class ModelSettings(Section):
         if self.engine == "echo":
             return "echo"
         return BUNDLED_NAME if self.source == "bundled" else self.name
-
-
-class NamedKey(Section):
-    """A key of a named caller."""
-
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$")
-    key: SecretStr = Field(min_length=1)
-
-
-class SecuritySettings(Section):
-    """Who may call, and how much may be sent."""
-
-    api_key: SecretStr = Field(
-        SecretStr(DEFAULT_API_KEY),
-        min_length=1,
-        description="The key callers send; set it in the environment.",
-    )
-    api_keys: list[NamedKey] = Field(
-        default_factory=list,
-        description="More keys, each {name, key}; in the environment as JSON.",
-    )
-    max_prompt_chars: int = Field(
-        4000, ge=1, le=10_000_000, description="Most characters in a prompt or in all messages."
-    )
-    max_body_bytes: int = Field(
-        1_048_576, ge=1024, le=1_073_741_824, description="Largest request body."
-    )
-    trusted_proxies: list[str] = Field(
-        default_factory=list,
-        description="Addresses or networks whose X-Forwarded-For is believed.",
-    )
-
-    @field_validator("trusted_proxies")
-    @classmethod
-    def _are_networks(cls, networks: list[str]) -> list[str]:
-        for network in networks:
-            ipaddress.ip_network(network, strict=False)
-        return networks
 
 
 class RateLimitSettings(Section):
@@ -285,9 +244,7 @@ class Settings(BaseSettings):
     def _refuse_weak_keys_in_production(self) -> "Settings":
         if self.app.environment != "production":
             return self
-        keys = [self.security.api_key, *(named.key for named in self.security.api_keys)]
-        secrets = [key.get_secret_value() for key in keys]
-        if any(key == DEFAULT_API_KEY or len(key) < PRODUCTION_KEY_MIN_CHARS for key in secrets):
+        if any(key.is_weak for key in self.security.accepted_keys):
             raise ValueError(
                 "app.environment is production: set SECURITY__API_KEY, and every key of "
                 f"SECURITY__API_KEYS, to a key of your own of at least {PRODUCTION_KEY_MIN_CHARS} "

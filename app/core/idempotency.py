@@ -5,7 +5,7 @@ request, its fingerprint tells that request from any other.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from app.core.cache import BoundedCache
@@ -123,6 +123,11 @@ class IdempotencyStore:
         # More than a quarter of the bytes is not kept, see BoundedCache.
         limit = self._settings.max_bytes // 4 - _ENTRY_OVERHEAD_BYTES
         return Claim(end, max_body_bytes=limit)
+
+    def keep_only(self, callers: Collection[str]) -> None:
+        """Forget the answers of all other callers, whose keys are gone."""
+        for caller in self._answers.keys() - set(callers):
+            del self._answers[caller]
 
     def _keep(self, caller: str, key: str, entry: _Entry) -> None:
         if caller not in self._answers:

@@ -1,12 +1,16 @@
 """Structured logging on standard error: one JSON object a line, or text for a terminal.
 
 Prompts, answers and keys are never logged. What an event carries beyond its message goes into
-``extra=``, so that it becomes a JSON member of its own and cannot break the line.
+``extra=``, so that it becomes a JSON member of its own and cannot break the line. A traceback shows
+where and what kind of exception, not its message: a library may have put the text it stumbled over
+into it. Who logs an exception that cannot hold such a text says its message in the event's.
 """
 
 import logging
 import sys
 import time
+import traceback
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -31,7 +35,31 @@ def get_logger(name: str | None = None) -> logging.Logger:
     return logging.getLogger(f"{LOGGER_NAME}.{name}" if name else LOGGER_NAME)
 
 
-class ServiceJsonFormatter(JsonFormatter):
+class _WithoutMessages(logging.Formatter):
+    """Renders exceptions without their messages."""
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - the interface
+        """Where an exception was raised, and those that led to it."""
+        return "\n".join(_traceback_lines(ei[1], set()))
+
+
+def _traceback_lines(error: BaseException | None, seen: set[int]) -> Iterator[str]:
+    if error is None or id(error) in seen:
+        return
+    seen.add(id(error))
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if before is not None:
+        yield from _traceback_lines(before, seen)
+        yield "which led to"
+    yield "Traceback (most recent call last):"
+    yield from (line.rstrip() for line in traceback.format_tb(error.__traceback__))
+    yield f"{type(error).__module__}.{type(error).__qualname__}"
+    for inner in getattr(error, "exceptions", ()):
+        yield "of which one is"
+        yield from _traceback_lines(inner, seen)
+
+
+class ServiceJsonFormatter(_WithoutMessages, JsonFormatter):
     """README.md's shape: timestamp, level, logger, message, then the event's own members."""
 
     def add_fields(
@@ -52,7 +80,7 @@ class ServiceJsonFormatter(JsonFormatter):
         log_data.pop("color_message", None)
 
 
-class TextFormatter(logging.Formatter):
+class TextFormatter(_WithoutMessages):
     """One readable line an event; control characters in it are escaped."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -54,7 +54,7 @@ class Metrics:
             registry=r,
         )
         self.rate_limited = Counter(
-            "rate_limited_total", "Requests refused by the rate limit.", ("reason",), registry=r
+            "rate_limited_total", "Requests refused by a caller's limits.", ("reason",), registry=r
         )
 
     def _add_engine(self) -> None:

@@ -1,12 +1,11 @@
-"""API keys: who a request comes from."""
+"""API keys: who a request comes from, and what that caller may do."""
 
-import hashlib
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from app.core.config import SecuritySettings
-from app.utils.errors import InvalidAPIKeyError
+from app.core.config_security import Scope, SecuritySettings, digest_of
+from app.utils.errors import InsufficientScopeError, InvalidAPIKeyError
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,22 +16,52 @@ class Principal:
         name: The key's name in the configuration; ``default`` for ``security.api_key``.
         key_id: First 16 hexadecimal digits of the key's SHA-256. Owns sessions, cached answers
             and rate-limit buckets, so that these survive a rename of the key.
+        scopes: What the key is for.
+        daily_tokens: Most tokens in a day, or ``None``.
     """
 
     name: str
     key_id: str
+    scopes: frozenset[Scope]
+    daily_tokens: int | None = None
+
+    def require(self, scope: Scope) -> None:
+        """Refuse a key that is not for this.
+
+        Raises:
+            InsufficientScopeError: It is not.
+        """
+        if scope not in self.scopes:
+            raise InsufficientScopeError(scope)
 
 
 class KeyRing:
     """The keys this service accepts, kept as SHA-256 digests."""
 
     def __init__(self, settings: SecuritySettings) -> None:
-        keys = {"default": settings.api_key, **{k.name: k.key for k in settings.api_keys}}
+        self.replace(settings)
+
+    def replace(self, settings: SecuritySettings) -> None:
+        """Accept these keys from now on, and no others."""
         self._principals = {
-            digest: Principal(name=name, key_id=digest.hex()[:16])
-            for name, key in keys.items()
-            for digest in [_digest(key.get_secret_value())]
+            key.sha256: Principal(
+                name=key.name,
+                key_id=key.sha256.hex()[:16],
+                scopes=frozenset(key.scopes),
+                daily_tokens=key.daily_tokens,
+            )
+            for key in settings.accepted_keys
         }
+        self._by_id = {caller.key_id: caller for caller in self._principals.values()}
+
+    @property
+    def principals(self) -> list[Principal]:
+        """Everybody who is let in, in the order of the configuration."""
+        return list(self._principals.values())
+
+    def find(self, key_id: str) -> Principal | None:
+        """The caller of an id, while its key is accepted."""
+        return self._by_id.get(key_id)
 
     def authenticate(self, headers: Mapping[str, str]) -> Principal:
         """The caller behind a request's headers.
@@ -46,7 +75,7 @@ class KeyRing:
         presented = _presented_key(headers)
         if presented is None:
             raise InvalidAPIKeyError
-        digest = _digest(presented)
+        digest = digest_of(presented)
         found: Principal | None = None
         for known, principal in self._principals.items():
             if hmac.compare_digest(known, digest):
@@ -54,10 +83,6 @@ class KeyRing:
         if found is None:
             raise InvalidAPIKeyError
         return found
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def _presented_key(headers: Mapping[str, str]) -> str | None:

@@ -154,7 +154,8 @@ def read_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
     from transformers import AutoConfig
 
     with explaining("configuration", settings, snapshot):
-        config = AutoConfig.from_pretrained(snapshot.directory, **pretrained_source(snapshot))
+        # A folder is read that is here already, see pretrained_source.
+        config = AutoConfig.from_pretrained(snapshot.directory, **pretrained_source(snapshot))  # nosec B615
         return ModelShape(
             context_length=context_length(config),
             vocabulary_size=int(config.get_text_config().vocab_size),
@@ -219,7 +220,7 @@ def read_tokenizer(settings: ModelSettings, snapshot: Snapshot) -> ModelTokenize
     generation = GenerationConfig()
     if (snapshot.directory / "generation_config.json").is_file() and not snapshot.gguf:
         with explaining("configuration", settings, snapshot):
-            generation = GenerationConfig.from_pretrained(snapshot.directory)
+            generation = GenerationConfig.from_pretrained(snapshot.directory)  # nosec B615
     return ModelTokenizer(
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         chat_template=chat_template(tokenizer),

@@ -102,7 +102,8 @@ def _from_pretrained(
 
     tokenizer = load_tokenizer(settings, snapshot)
     with explaining("model", settings, snapshot):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        # A folder is read that is here already, see pretrained_source.
+        model, report = AutoModelForCausalLM.from_pretrained(  # nosec B615
             snapshot.directory,
             dtype=_dtype(settings, torch),
             output_loading_info=True,

@@ -6,7 +6,9 @@ from dataclasses import replace
 from functools import partial
 
 from app.core.cache import CacheStatistics
-from app.core.config import ModelSettings, SecuritySettings
+from app.core.config import ModelSettings
+from app.core.config_security import SecuritySettings
+from app.core.usage import UsageLedger
 from app.llm.chain import Chains
 from app.llm.engine.base import Grammar, SamplingParams
 from app.llm.engine.client import EngineClient
@@ -35,6 +37,7 @@ class GenerationService:
         cache: ResponseCache,
         screening: Screening,
         model: ModelSettings,
+        usage: UsageLedger,
         security: SecuritySettings,
     ) -> None:
         self._engine = engine
@@ -42,6 +45,7 @@ class GenerationService:
         self._cache = cache
         self._screening = screening
         self._model = model
+        self._usage = usage
         self._max_prompt_chars = security.max_prompt_chars
 
     async def complete(self, job: Job) -> Completion:
@@ -71,6 +75,7 @@ class GenerationService:
         model = self._engine.model_label
         parser = self._parser(job.tools)
         if stored := self._cache.lookup(key):
+            self._usage.add_request(job.caller)
             pieces = _all_at_once(stored.text)
             return Answer(model, stored.report, pieces, cached=True, parser=parser)
         report, pieces = self._cache.generate(key, partial(self._generate, job, options))
@@ -80,6 +85,7 @@ class GenerationService:
         except BaseException:
             await pieces.aclose()
             raise
+        self._usage.add_request(job.caller)
         return Answer(model, report, pieces, deadline=job.deadline, parser=parser)
 
     def _parser(self, use: ToolUse | None) -> ToolCallParser | None:
@@ -109,6 +115,7 @@ class GenerationService:
     async def _generate(
         self, job: Job, options: GenerationOptions, report: GenerationReport
     ) -> AsyncGenerator[str, None]:
+        self._usage.check(job.caller)
         admission = self._engine.admit(job.caller)
         try:
             if job.prompt is not None:
@@ -127,6 +134,9 @@ class GenerationService:
         finally:
             # LangChain closes its inner generators when it gets to it; the place is freed now.
             admission.release()
+            if report.completion_tokens:
+                # From its first token on it is paid for, also by a caller that left before its end.
+                self._usage.add_tokens(job.caller, report.prompt_tokens, report.completion_tokens)
 
     def cache_statistics(self) -> CacheStatistics:
         """How the response cache is doing."""
@@ -143,8 +153,9 @@ class GenerationService:
             caller: Whose request it would be.
 
         Raises:
-            ServiceError: See :meth:`EngineClient.admit`.
+            ServiceError: See :meth:`EngineClient.admit` and :meth:`UsageLedger.check`.
         """
+        self._usage.check(caller)
         self._engine.check(caller)
 
     async def tokenize(self, job: Job) -> tuple[list[int], int]:

@@ -206,6 +206,22 @@ class InvalidAPIKeyError(ServiceError):
         super().__init__(headers={"WWW-Authenticate": 'Bearer realm="llm-service"'})
 
 
+class InsufficientScopeError(ServiceError):
+    """A valid key that is not for this."""
+
+    status = 403
+    code = "insufficient_scope"
+    type = "permission_error"
+
+    def __init__(self, scope: str) -> None:
+        # RFC 6750 names the scope in the challenge.
+        challenge = f'Bearer realm="llm-service", error="insufficient_scope", scope="{scope}"'
+        super().__init__(
+            f"This API key does not have the scope {scope}.",
+            headers={"WWW-Authenticate": challenge},
+        )
+
+
 class RetryableError(ServiceError):
     """Base of the refusals that pass with time; always says when to come back."""
 
@@ -222,6 +238,15 @@ class RateLimitExceededError(RetryableError):
     code = "rate_limit_exceeded"
     type = "rate_limit_error"
     default_message = "Too many requests; see Retry-After."
+
+
+class TokenBudgetExceededError(RetryableError):
+    """The key has used the tokens of its day, ``daily_tokens``."""
+
+    status = 429
+    code = "token_budget_exceeded"
+    type = "rate_limit_error"
+    default_message = "This API key has used its tokens of the day; see Retry-After."
 
 
 class OverloadedError(RetryableError):
@@ -276,6 +301,7 @@ GENERATION_ERRORS: tuple[type[ServiceError], ...] = (
     ValidationFailedError,
     PromptTooLongError,
     RateLimitExceededError,
+    TokenBudgetExceededError,
     InternalError,
     OverloadedError,
     ModelLoadingError,

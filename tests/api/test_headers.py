@@ -3,8 +3,11 @@
 import re
 
 import pytest
+from starlette.responses import Response
 from starlette.testclient import TestClient
 
+from app.main import create_app
+from tests.conftest import make_settings
 from tests.support.sse import parse
 
 PROMPT = {"prompt": "hello", "max_tokens": 3}
@@ -66,6 +69,37 @@ def test_streams_are_not_stored_or_buffered(client: TestClient) -> None:
     assert response.headers["cache-control"] == "no-store"
     assert response.headers["x-accel-buffering"] == "no"
     assert parse(response.text, response.headers).text == "hel"  # type: ignore[arg-type]
+
+
+def test_every_response_tells_browsers_what_they_may_do(client: TestClient) -> None:
+    """Answers, errors and streams are kept by nobody, sniffed by nobody and framed by nobody."""
+    for response in (
+        client.get("/health"),
+        client.get("/nothing"),
+        client.post("/v1/generate", json=PROMPT),
+        client.post("/v1/generate", json={**PROMPT, "stream": True}),
+        client.post("/v1/generate", json=PROMPT, headers={"X-API-Key": "wrong"}),
+        client.post("/v1/generate", content=b"x" * 2_000_000),
+        client.get("/docs"),
+    ):
+        assert response.headers.get_list("cache-control") == ["no-store"]
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["referrer-policy"] == "no-referrer"
+        policy = response.headers["content-security-policy"]
+        assert "frame-ancestors 'none'" in policy
+        assert ("default-src 'none'" in policy) is ("html" not in response.headers["content-type"])
+
+
+def test_a_response_may_be_stricter_or_looser_itself() -> None:
+    """A header that a route sets stays as it is, so that a page can bring its own policy."""
+    app = create_app(make_settings())
+
+    @app.get("/page")
+    async def page() -> Response:
+        return Response("x", headers={"Content-Security-Policy": "script-src 'self'"})
+
+    response = TestClient(app).get("/page")
+    assert response.headers.get_list("content-security-policy") == ["script-src 'self'"]
 
 
 def test_no_limit_headers_while_limits_are_off(client: TestClient) -> None:

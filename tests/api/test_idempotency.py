@@ -19,10 +19,9 @@ from tests.contract.test_openapi import OPERATIONS, WITH_BODY, declared
 from tests.support.asgi import Leaving, Sent, http_scope
 from tests.support.live import LONG, SOON, generate
 from tests.support.service import API_KEY, OTHER_KEY, Service
-from tests.support.sse import parse
 
 HEADER = "Idempotency-Key"
-ROUTES = ["/v1/generate", "/v1/chat"]
+ROUTES = ["/v1/generate", "/v1/chat", "/v1/chat/completions", "/v1/completions"]
 
 
 def once(key: str | None = None, **headers: str) -> dict[str, Any]:
@@ -31,13 +30,11 @@ def once(key: str | None = None, **headers: str) -> dict[str, Any]:
 
 
 def body_of(route: str, text: str = "hello", **fields: Any) -> dict[str, Any]:
-    """A request that says ``text``, and is not answered from the response cache."""
-    content = (
-        {"prompt": text}
-        if route == "/v1/generate"
-        else {"messages": [{"role": "user", "content": text}]}
-    )
-    return {**content, "cache": False, **fields}
+    """A request that says ``text``; a native one is not answered from the response cache."""
+    chat = {"messages": [{"role": "user", "content": text}]}
+    content: dict[str, Any] = chat if "chat" in route else {"prompt": text}
+    own: dict[str, Any] = {"model": "echo"} if "completions" in route else {"cache": False}
+    return {**content, **own, **fields}
 
 
 # --- On the service's own routes ------------------------------------------------------------------
@@ -48,7 +45,7 @@ def body_of(route: str, text: str = "hello", **fields: Any) -> dict[str, Any]:
 def test_the_same_request_gets_the_same_bytes(client: TestClient, route: str, stream: bool) -> None:
     """A repeated request is answered with the first one's bytes, and generates nothing."""
     metrics = client.app.state.services.metrics.registry  # type: ignore[attr-defined]
-    body, key = body_of(route, stream=stream), once()
+    body, key = body_of(route, stream=stream), once(**{"Cache-Control": "no-cache"})
     first = client.post(route, json=body, **key)
     generated = metrics.get_sample_value("tokens_generated_total", {"model": "echo"})
     second = client.post(route, json=body, **key)
@@ -60,8 +57,9 @@ def test_the_same_request_gets_the_same_bytes(client: TestClient, route: str, st
         assert second.headers.get(header) == first.headers.get(header)
     assert second.headers["x-request-id"] != first.headers["x-request-id"]
     assert metrics.get_sample_value("tokens_generated_total", {"model": "echo"}) == generated
-    if stream:
-        assert parse(second.text, httpx.Headers(first.headers.raw)).text == "hello"
+    assert ("data: [DONE]" in second.text) is stream
+    other = client.post(route, json=body_of(route, "other", stream=stream), **key)
+    check_error(other, 422, "idempotency_key_reused", HEADER)
 
 
 def test_a_repeated_turn_is_in_the_session_once(client: TestClient) -> None:

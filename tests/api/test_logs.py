@@ -1,13 +1,17 @@
 """The log: the user's shape, one line an event, and never a prompt, an answer or a key."""
 
+import io
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import pytest
+from fastapi import Body
 
+from app.main import create_app
+from tests.conftest import make_settings, restored_logging
 from tests.support.service import API_KEY, OTHER_KEY, Service, running_service
 from tests.support.sse import read_stream
 
@@ -147,8 +151,63 @@ def _provoke(client: httpx.Client) -> None:
         {"X-API-Key": "", "Authorization": f"Basic {CANARY}"},
     ):
         assert client.post("/v1/chat", json=chat, headers=headers).status_code == 401
+    for headers in (
+        {"Idempotency-Key": CANARY},
+        {"Idempotency-Key": CANARY * 50},
+        {"X-Session-ID": CANARY},
+        {"X-Request-Timeout": CANARY},
+    ):
+        client.post("/v1/generate", json=generate, headers=headers)
+    completion = {"model": "echo", **chat, "user": CANARY}
+    for path, body in (
+        ("/v1/chat/completions", completion),
+        ("/v1/chat/completions", {**completion, "stream": True}),
+        ("/v1/completions", {"model": "echo", "prompt": CANARY}),
+        ("/v1/tokenize", {"text": CANARY}),
+    ):
+        assert client.post(path, json=body, headers={"X-Session-ID": CANARY}).status_code == 200
+    function = {"name": CANARY, "parameters": {"type": CANARY}}
+    schema = {"name": CANARY, "schema": {"type": "object", CANARY: CANARY}}
+    for odd in (
+        {"tools": [{"type": "function", "function": function}], "tool_choice": "required"},
+        {"response_format": {"type": "json_schema", "json_schema": schema}},
+        {"model": CANARY},
+        {"stop": CANARY, "logit_bias": {CANARY: 1}},
+        {"messages": [{"role": CANARY, "content": [{"type": CANARY}]}]},
+    ):
+        assert client.post("/v1/chat/completions", json={**completion, **odd}).status_code >= 400
+    session = {**chat, "session_id": CANARY}
+    assert client.post("/v1/chat", json=session).status_code == 200
+    for method in ("GET", "DELETE", "DELETE"):
+        client.request(method, f"/v1/sessions/{CANARY}")
     headers = {"User-Agent": CANARY, "Cookie": CANARY, "X-Request-ID": f'"{CANARY}"'}
     assert client.get(f"/{CANARY}?q={CANARY}", headers=headers).status_code == 404
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+async def test_a_fault_of_the_service_does_not_show_what_it_stumbled_over(
+    log_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception that repeats the prompt is logged with its traceback, and without the prompt."""
+    written = io.StringIO()
+    monkeypatch.setattr("sys.stderr", written)
+    with restored_logging():
+        app = create_app(make_settings(logging={"level": "DEBUG", "format": log_format}))
+
+        @app.post("/stumble")
+        async def stumble(body: Annotated[dict[str, Any], Body()]) -> None:
+            try:
+                raise KeyError(body["prompt"])
+            except KeyError as error:
+                raise ValueError(f"cannot do {body}") from error
+
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            response = await client.post("/stumble", json={"prompt": CANARY})
+    assert (response.status_code, CANARY in response.text) == (500, False)
+    for part in ("unhandled exception", "builtins.KeyError", "builtins.ValueError", "in stumble"):
+        assert part in written.getvalue()
+    assert CANARY not in written.getvalue()
 
 
 def test_nobody_can_forge_a_line(debug_service: Service) -> None:

@@ -65,6 +65,27 @@ def test_paths_exist(page: Path) -> None:
 
 
 @every_page
+def test_tests_exist(page: Path) -> None:
+    """Every test that a page names, as pytest takes it, is one."""
+    named = {c for c in codes(page) if c.startswith("tests/") and "::" in c}
+    missing = [
+        name
+        for name in sorted(named)
+        for path, _, function in [name.partition("::")]
+        if not (PROJECT_ROOT / path).is_file()
+        or f"def {function}(" not in (PROJECT_ROOT / path).read_text(encoding="utf-8")
+    ]
+    assert missing == []
+
+
+def test_every_risk_has_its_row() -> None:
+    """docs/security.md has a row for each of OWASP's ten risks of both lists."""
+    text = (PROJECT_ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:API|LLM)\d+) ", text, re.MULTILINE)
+    assert rows == [f"API{i}" for i in range(1, 11)] + [f"LLM{i:02}" for i in range(1, 11)]
+
+
+@every_page
 def test_settings_exist(page: Path) -> None:
     """Every setting that a page names, as a key or as a variable, is one."""
     variables = set(setting_names())

@@ -52,8 +52,10 @@ def is_setting(variable: str) -> bool:
     return section in Settings.model_fields or variable.upper() == "CONFIG_FILE"
 
 
-def isolated_environment(settings: Mapping[str, str]) -> dict[str, str]:
+def isolated_environment(settings: Mapping[str, str | None]) -> dict[str, str]:
     """This process's environment with every setting in it: the given ones, else the defaults.
+
+    One that is given as ``None`` is left to the other sources.
 
     The environment wins over .env, so a developer's .env decides nothing here.
     """
@@ -63,7 +65,7 @@ def isolated_environment(settings: Mapping[str, str]) -> dict[str, str]:
     defaults = {
         name: _as_variable(value) for name, value in setting_names().items() if value is not None
     }
-    chosen = {
+    chosen: dict[str, str | None] = {
         **defaults,
         **absent,
         "CONFIG_FILE": str(PROJECT_ROOT / "config.yml"),
@@ -76,7 +78,7 @@ def isolated_environment(settings: Mapping[str, str]) -> dict[str, str]:
         **settings,
     }
     chosen.setdefault("RATE_LIMIT__BURST_SIZE", chosen["RATE_LIMIT__REQUESTS_PER_MINUTE"])
-    return {**inherited, **chosen}
+    return {**inherited, **{name: value for name, value in chosen.items() if value is not None}}
 
 
 def _as_variable(value: Any) -> str:
@@ -219,7 +221,7 @@ def session_members(session: int) -> list[str]:
 
 
 @contextmanager
-def running_service(*, until: str = "ready", **settings: str) -> Iterator[Service]:
+def running_service(*, until: str = "ready", **settings: str | None) -> Iterator[Service]:
     """Run the service on a free port of this machine, and stop it at the end.
 
     Args:

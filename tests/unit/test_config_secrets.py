@@ -1,10 +1,12 @@
 """Keys and tokens in the settings: never shown, and strong in production."""
 
+import hashlib
 import json
+from typing import Any
 
 import pytest
 
-from app.core.config import DEFAULT_API_KEY
+from app.core.config_security import DEFAULT_API_KEY
 from tests.support.settings import Load, check_refused
 
 STRONG_KEY = "0123456789abcdef" * 2
@@ -62,7 +64,7 @@ def test_a_mistake_in_the_environment_does_not_show_a_secret(
 def test_settings_do_not_show_secrets_when_printed(load: Load) -> None:
     """Printed settings hide keys and the token."""
     settings = load(
-        f"security: {{api_key: {SECRET}, api_keys: [{{name: a, key: {SECRET}}}]}}\n"
+        f"security: {{api_key: {SECRET}, api_keys: [{{name: a, key: {SECRET}x}}]}}\n"
         f"huggingface_token: {SECRET}"
     )
     assert SECRET not in repr(settings) + str(settings) + str(settings.model_dump())
@@ -99,3 +101,54 @@ def test_production_starts_with_strong_keys(load: Load) -> None:
 def test_development_takes_the_default_key(load: Load) -> None:
     """Outside production the user's default key is accepted, so that a first start works."""
     assert load().security.api_key.get_secret_value() == DEFAULT_API_KEY
+
+
+@pytest.mark.parametrize("key", [DEFAULT_API_KEY, ""])
+def test_production_refuses_a_weak_digest(load: Load, key: str) -> None:
+    """The digest of a key that everybody knows is as weak as the key."""
+    keys = [{"name": "a", "digest": f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"}]
+    config = json.dumps({"app": {"environment": "production"}, "security": {"api_keys": keys}})
+    check_refused(load, "production", config=config)
+
+
+def test_production_starts_with_digests_alone(load: Load) -> None:
+    """With api_keys the default api_key lets nobody in, so production needs no other one."""
+    keys = [{"name": "a", "digest": f"sha256:{'0' * 64}", "scopes": ["infer", "metrics"]}]
+    config = json.dumps({"app": {"environment": "production"}, "security": {"api_keys": keys}})
+    assert [key.name for key in load(config).security.accepted_keys] == ["a"]
+
+
+# --- Named keys -----------------------------------------------------------------------------------
+
+DIGEST = f"sha256:{hashlib.sha256(SECRET.encode()).hexdigest()}"
+
+
+@pytest.mark.parametrize(
+    ("keys", "fault"),
+    [
+        ([{"name": "a"}], "either key or digest"),
+        ([{"name": "a", "key": SECRET, "digest": DIGEST}], "either key or digest"),
+        ([{"name": "a", "digest": SECRET}], "digest"),
+        ([{"name": "a", "digest": DIGEST.upper()}], "digest"),
+        ([{"name": "a", "digest": DIGEST[7:]}], "digest"),
+        ([{"name": "a", "key": SECRET, "scopes": []}], "scopes"),
+        ([{"name": "a", "key": SECRET, "scopes": ["root"]}], "'infer', 'metrics' or 'admin'"),
+        ([{"name": "a", "key": SECRET, "daily_tokens": 0}], "daily_tokens"),
+        ([{"name": "a", "key": SECRET, "budget": 1}], "budget"),
+        ([{"name": "default", "key": SECRET}], "the name default"),
+        ([{"name": "a", "key": SECRET}, {"name": "a", "key": "other"}], "the name a"),
+        ([{"name": "a", "key": SECRET}, {"name": "b", "digest": DIGEST}], "the same key"),
+    ],
+)
+def test_a_key_that_cannot_be_meant_is_refused(load: Load, keys: Any, fault: str) -> None:
+    """Keys of one name, names of one key, unknown scopes and the like: one line without secrets."""
+    line = check_refused(load, fault, config=json.dumps({"security": {"api_keys": keys}}))
+    assert SECRET not in line
+    assert DIGEST[7:] not in line.lower()
+
+
+def test_a_key_is_for_generating_unless_it_says_more(load: Load) -> None:
+    """A named key without scopes may generate and no more; api_key may do everything."""
+    settings = load(f"security: {{api_key: {STRONG_KEY}, api_keys: [{{name: a, key: b}}]}}")
+    scopes = {key.name: key.scopes for key in settings.security.accepted_keys}
+    assert scopes == {"default": ["infer", "metrics", "admin"], "a": ["infer"]}

@@ -84,6 +84,42 @@ def test_a_traceback_is_one_member() -> None:
     assert "ValueError" in json.loads(line)["exc_info"]
 
 
+def raise_in_many_ways() -> None:
+    """An exception with a cause, a context, a group and notes, each of which holds NASTY."""
+    try:
+        try:
+            raise KeyError(NASTY)
+        except KeyError as error:
+            error.add_note(NASTY)
+            raise TypeError(NASTY) from error
+    except TypeError:
+        raise ExceptionGroup(NASTY, [ValueError(NASTY), OSError(2, NASTY, NASTY)])  # noqa: B904 - its context is the point
+
+
+@pytest.mark.parametrize("formatter", [ServiceJsonFormatter(), TextFormatter()])
+def test_a_traceback_has_no_messages(formatter: logging.Formatter) -> None:
+    """What an exception says may be a prompt: kinds and places are shown, of those before too."""
+    made = record("failed")
+    try:
+        raise_in_many_ways()
+    except ExceptionGroup:
+        made.exc_info = sys.exc_info()
+    text = formatter.format(made)
+    for kind in ("KeyError", "TypeError", "ExceptionGroup", "ValueError", "FileNotFoundError"):
+        assert f"builtins.{kind}" in text
+    assert "raise_in_many_ways" in text
+    assert "CRITICAL" not in text
+
+
+def test_a_ring_of_exceptions_ends() -> None:
+    """An exception that is its own cause is shown once."""
+    error = ValueError("x")
+    error.__cause__ = error
+    made = record("failed")
+    made.exc_info = (ValueError, error, None)
+    assert TextFormatter().format(made).count("builtins.ValueError") == 1
+
+
 def test_json_has_no_colours() -> None:
     """The server's second, coloured copy of a message is left out."""
     event = json.loads(ServiceJsonFormatter().format(record("x", color_message="\x1b[36mx")))

@@ -5,9 +5,9 @@ import hashlib
 import pytest
 from pydantic import SecretStr
 
-from app.core.config import NamedKey, SecuritySettings
+from app.core.config_security import DEFAULT_API_KEY, NamedKey, SecuritySettings
 from app.core.security import KeyRing, Principal
-from app.utils.errors import InvalidAPIKeyError
+from app.utils.errors import InsufficientScopeError, InvalidAPIKeyError
 
 KEYS = SecuritySettings(
     api_key=SecretStr("first-key"),
@@ -30,14 +30,15 @@ def key_id(key: str) -> str:
 def test_each_key_is_its_own_caller(name: str, key: str) -> None:
     """Every configured key is accepted, under its name and with an id made from the key alone."""
     principal = KeyRing(KEYS).authenticate({"x-api-key": key})
-    assert principal == Principal(name=name, key_id=key_id(key))
+    scopes = {"infer", "metrics", "admin"} if name == "default" else {"infer"}
+    assert principal == Principal(name=name, key_id=key_id(key), scopes=frozenset(scopes))  # type: ignore[arg-type]
 
 
 def test_the_id_survives_a_rename() -> None:
     """A key that gets another name keeps its id, and so its sessions."""
     renamed = SecuritySettings(api_keys=[NamedKey(name="new", key=SecretStr("second-key"))])
     principal = KeyRing(renamed).authenticate({"x-api-key": "second-key"})
-    assert principal == Principal(name="new", key_id=key_id("second-key"))
+    assert (principal.name, principal.key_id) == ("new", key_id("second-key"))
 
 
 def test_the_id_does_not_show_the_key() -> None:
@@ -110,3 +111,54 @@ def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch)
 def test_the_ring_keeps_no_key() -> None:
     """Only digests are kept in memory, so that a dump of the ring shows no key."""
     assert "first-key" not in repr(vars(KeyRing(KEYS)))
+
+
+# --- Digests, scopes, and keys that change --------------------------------------------------------
+
+
+def ring(*keys: NamedKey) -> KeyRing:
+    """A ring of these keys alone."""
+    return KeyRing(SecuritySettings(api_keys=list(keys)))
+
+
+def test_a_digest_stands_for_its_key() -> None:
+    """A key that is configured as its digest is the same caller as the key itself."""
+    as_key = NamedKey(name="a", key=SecretStr("a key"))
+    as_digest = NamedKey(name="a", digest=f"sha256:{hashlib.sha256(b'a key').hexdigest()}")
+    headers = {"x-api-key": "a key"}
+    assert ring(as_digest).authenticate(headers) == ring(as_key).authenticate(headers)
+    with pytest.raises(InvalidAPIKeyError):
+        # Whoever reads the configuration has no key.
+        ring(as_digest).authenticate({"x-api-key": str(as_digest.digest)})
+
+
+def test_the_default_key_counts_only_while_it_is_alone() -> None:
+    """The key that everybody knows is let in until there is another, and then no longer."""
+    default = {"x-api-key": DEFAULT_API_KEY}
+    assert KeyRing(SecuritySettings()).authenticate(default).name == "default"
+    with pytest.raises(InvalidAPIKeyError):
+        ring(NamedKey(name="a", key=SecretStr("a key"))).authenticate(default)
+
+
+def test_a_scope_is_required_by_name() -> None:
+    """A key is for its own scopes only; none of them implies another."""
+    admin = ring(NamedKey(name="a", key=SecretStr("k"), scopes=["admin"])).principals[0]
+    admin.require("admin")
+    for scope in ("infer", "metrics"):
+        with pytest.raises(InsufficientScopeError, match=scope):
+            admin.require(scope)
+
+
+def test_replaced_keys_are_out_at_once() -> None:
+    """After a replacement the new keys are let in, those that stayed keep their id, no others."""
+    stays = NamedKey(name="stays", key=SecretStr("stays"))
+    goes = NamedKey(name="goes", key=SecretStr("goes"))
+    keys = ring(stays, goes)
+    before = keys.authenticate({"x-api-key": "stays"})
+    limited = stays.model_copy(update={"daily_tokens": 5})
+    keys.replace(SecuritySettings(api_keys=[limited]))
+    assert keys.authenticate({"x-api-key": "stays"}).key_id == before.key_id
+    assert [p.daily_tokens for p in keys.principals] == [5]
+    assert keys.find(key_id("goes")) is None
+    with pytest.raises(InvalidAPIKeyError):
+        keys.authenticate({"x-api-key": "goes"})

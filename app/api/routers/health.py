@@ -4,9 +4,11 @@ from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 
-from app.api.dependencies import AppServices
+from app.api.dependencies import AppServices, identify
+from app.api.errors import responses
 from app.api.schemas import HealthResponse, ProbeResponse
 from app.llm.engine.client import EngineState
+from app.utils.errors import InsufficientScopeError, InvalidAPIKeyError, RateLimitExceededError
 
 router = APIRouter(tags=["health"])
 
@@ -51,9 +53,13 @@ async def readyz(services: AppServices, response: Response) -> ProbeResponse:
     return ProbeResponse(status=_STATUS[services.engine.state])
 
 
-@router.get("/metrics", response_class=Response)
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses=responses(InvalidAPIKeyError, InsufficientScopeError, RateLimitExceededError),
+)
 async def metrics(services: AppServices, request: Request) -> Response:
-    """Metrics in Prometheus' text format; keyed where `metrics.require_key` is set."""
+    """Metrics in Prometheus' text format; with `metrics.require_key`, for keys of that scope."""
     if services.settings.metrics.require_key:
-        services.keys.authenticate(request.headers)
+        (await identify(request)).require("metrics")
     return Response(services.metrics.render(), media_type=services.metrics.content_type)

@@ -133,7 +133,7 @@ class OpenVinoBackend:
             config.min_p = min(sampling.min_p, _LARGEST_MIN_P)
             config.top_k = sampling.top_k or sys.maxsize
             # The library's generator takes 32 bits, and starts the same way if it is given none.
-            seed = random.getrandbits(32) if sampling.seed is None else sampling.seed
+            seed = random.getrandbits(32) if sampling.seed is None else sampling.seed  # nosec B311
             config.rng_seed = seed % 2**32
         if request.grammar is not None:
             config.structured_output_config = self._grammars.compile(request.grammar)

@@ -47,7 +47,7 @@ class RequestSampler:
 
     def __post_init__(self) -> None:
         # An unseeded generator takes its state from the operating system.
-        self._random = random.Random(self.params.seed)  # noqa: S311 - sampling, not secrecy
+        self._random = random.Random(self.params.seed)  # noqa: S311 - sampling, not secrecy  # nosec B311
 
     @property
     def is_greedy(self) -> bool:

@@ -38,6 +38,7 @@ from app.llm.engine.base import (
     pack,
     unpack_command,
 )
+from app.llm.load_errors import one_line
 from app.llm.loader import load_backend
 from app.utils.errors import ModelLoadError
 
@@ -46,6 +47,8 @@ log = get_logger("engine")
 # A long prompt is read in many steps that bring nothing: the service is told that they pass.
 _REPORT_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
+# Longest piece of an exception's message in the log.
+_MAX_MESSAGE = 300
 
 
 class Channel:
@@ -171,7 +174,9 @@ class Worker:
 
 
 def _failure(request_id: str, error: Exception) -> TokenEvent:
-    return TokenEvent(request_id=request_id, finish_reason="error", error=repr(error))
+    # The message may hold what the caller sent, a grammar for example.
+    name = type(error).__name__
+    return TokenEvent(request_id=request_id, finish_reason="error", error=name)
 
 
 def _load(channel: Channel, configure: Configure) -> Backend | None:
@@ -188,7 +193,7 @@ def _load(channel: Channel, configure: Configure) -> Backend | None:
         channel.send(LoadFailed(message=str(error)))
     except Exception as error:
         log.exception("loading the model failed")
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:_MAX_MESSAGE]
         channel.send(LoadFailed(message=f"the model cannot be loaded: {reason or repr(error)}"))
     return None
 
@@ -228,10 +233,11 @@ def main() -> int:
     try:
         channel.send(Ready(info=backend.info))
         Worker(channel, backend).run()
-    except Exception:
+    except Exception as error:
         # The backend isolates what belongs to one request; what gets here leaves the model or
-        # its cache in doubt. Ending is the one state the client can mend.
-        log.exception("an engine step failed")
+        # its cache in doubt. Ending is the one state the client can mend. Its message is about
+        # memory or a device, not about a request; the log's tracebacks have none.
+        log.exception("an engine step failed: %s", one_line(error)[:_MAX_MESSAGE])  # noqa: TRY401 - see above
     return 1
 
 

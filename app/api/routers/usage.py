@@ -1,0 +1,46 @@
+"""GET /v1/usage: what the caller's key has used; with the scope admin, what every key has."""
+
+from fastapi import APIRouter
+
+from app.api.dependencies import KEY_SCHEMES, AnyKeyRoute, AppServices, Caller
+from app.api.errors import responses
+from app.api.schemas import KeyUsage, UsageCount, UsageResponse
+from app.core.security import Principal
+from app.core.usage import Usage, UsageLedger
+from app.utils.errors import InvalidAPIKeyError, RateLimitExceededError
+
+router = APIRouter(route_class=AnyKeyRoute, dependencies=KEY_SCHEMES, tags=["usage"])
+
+
+@router.get("/v1/usage", responses=responses(InvalidAPIKeyError, RateLimitExceededError))
+async def get_usage(services: AppServices, caller: Caller) -> UsageResponse:
+    """Requests and tokens of the caller's key, or of every key for one with the scope admin."""
+    ledger = services.usage
+    shown = services.keys.principals if "admin" in caller.scopes else [caller]
+    return UsageResponse(
+        day=ledger.today,
+        seconds_left=ledger.seconds_left,
+        since=ledger.since,
+        keys=[_usage_of(principal, ledger) for principal in shown],
+    )
+
+
+def _usage_of(principal: Principal, ledger: UsageLedger) -> KeyUsage:
+    account = ledger.of(principal.key_id)
+    budget = principal.daily_tokens
+    return KeyUsage(
+        name=principal.name,
+        today=_count(account.today),
+        total=_count(account.total),
+        daily_tokens=budget,
+        remaining_tokens=None if budget is None else max(budget - account.today.tokens, 0),
+    )
+
+
+def _count(usage: Usage) -> UsageCount:
+    return UsageCount(
+        requests=usage.requests,
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.tokens,
+    )

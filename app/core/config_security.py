@@ -1,0 +1,113 @@
+"""The section ``security`` of the settings: who may call, what for, and how much may be sent."""
+
+import hashlib
+import ipaddress
+from collections import Counter
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import Field, SecretStr, StringConstraints, field_validator, model_validator
+
+from app.core.config_base import Section
+
+DEFAULT_API_KEY = "change-me-in-env"
+DEFAULT_KEY_NAME = "default"
+PRODUCTION_KEY_MIN_CHARS = 32
+
+Scope = Literal["infer", "metrics", "admin"]
+"""What a key is for: generating, scraping /metrics, and seeing the usage of all keys."""
+
+_DIGEST_PREFIX = "sha256:"
+
+
+class NamedKey(Section):
+    """A key of a named caller, as itself or as its digest."""
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$")
+    key: Annotated[SecretStr, Field(min_length=1)] | None = None
+    digest: Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    scopes: list[Scope] = Field(default=["infer"], min_length=1)
+    daily_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _has_one_form(self) -> Self:
+        if (self.key is None) == (self.digest is None):
+            raise ValueError("needs either key or digest (sha256: and 64 hexadecimal digits)")
+        return self
+
+    @property
+    def sha256(self) -> bytes:
+        """The key's digest."""
+        if self.key is not None:
+            return digest_of(self.key.get_secret_value())
+        return bytes.fromhex(str(self.digest).removeprefix(_DIGEST_PREFIX))
+
+    @property
+    def is_weak(self) -> bool:
+        """Whether it is the default key, or too short; a digest does not tell how short."""
+        if self.sha256 in (digest_of(DEFAULT_API_KEY), digest_of("")):
+            return True
+        return self.key is not None and len(self.key) < PRODUCTION_KEY_MIN_CHARS
+
+
+class SecuritySettings(Section):
+    """Who may call, what for, and how much may be sent."""
+
+    api_key: SecretStr = Field(
+        SecretStr(DEFAULT_API_KEY),
+        min_length=1,
+        description="The key callers send, for everything; set it in the environment. Its default "
+        "is accepted only while api_keys is empty.",
+    )
+    api_keys: list[NamedKey] = Field(
+        default_factory=list,
+        description="More keys, each {name, key}, or {name, digest} with sha256: and the key's "
+        "SHA-256 in hexadecimal; scopes (infer, metrics, admin; default: infer) says what it is "
+        "for, daily_tokens how many prompt and completion tokens it may use in a day (UTC). In the "
+        "environment as JSON. Read again on SIGHUP.",
+    )
+    max_prompt_chars: int = Field(
+        4000, ge=1, le=10_000_000, description="Most characters in a prompt or in all messages."
+    )
+    max_body_bytes: int = Field(
+        1_048_576, ge=1024, le=1_073_741_824, description="Largest request body."
+    )
+    trusted_proxies: list[str] = Field(
+        default_factory=list,
+        description="Addresses or networks whose X-Forwarded-For is believed.",
+    )
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, networks: list[str]) -> list[str]:
+        for network in networks:
+            ipaddress.ip_network(network, strict=False)
+        return networks
+
+    @model_validator(mode="after")
+    def _keys_are_distinct(self) -> Self:
+        names = Counter([DEFAULT_KEY_NAME, *(key.name for key in self.api_keys)])
+        if repeated := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"api_keys: two keys have the name {repeated[0]}")
+        keys = Counter(key.sha256 for key in self.accepted_keys)
+        if any(count > 1 for count in keys.values()):
+            raise ValueError("api_keys: two names have the same key")
+        return self
+
+    @property
+    def accepted_keys(self) -> list[NamedKey]:
+        """Every key that is let in, ``api_key`` first.
+
+        The default ``api_key`` is known to everybody: it counts only until there is another.
+        """
+        if self.api_keys and self.api_key.get_secret_value() == DEFAULT_API_KEY:
+            return self.api_keys
+        everything = list(get_args(Scope))
+        return [
+            NamedKey(name=DEFAULT_KEY_NAME, key=self.api_key, scopes=everything),
+            *self.api_keys,
+        ]
+
+
+def digest_of(key: str) -> bytes:
+    """A key's SHA-256, of its UTF-8."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
