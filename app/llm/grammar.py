@@ -21,8 +21,9 @@ MAX_CHARACTERS: Final = 64 * 1024
 async def check_grammar(grammar: Grammar, info: EngineInfo) -> None:
     """Refuse a grammar that cannot be compiled, or that would not be honoured in full.
 
-    The engine's own translation is tried, whatever the backend, so that all refuse the same. Its
-    time is bounded by the limits it sets, and it runs off the event loop.
+    It is translated as for the openvino backend, whatever runs, so that all refuse the same; only
+    how many characters may be counted depends on the backend. The time of that is bounded by the
+    limits it sets, and it is spent off the event loop.
 
     Raises:
         InvalidGrammarError: Saying why.
@@ -32,8 +33,9 @@ async def check_grammar(grammar: Grammar, info: EngineInfo) -> None:
             f"The {_name(grammar)} has more than {MAX_CHARACTERS} characters.",
             param=grammar_param(grammar),
         )
+    vocabulary_size = info.vocabulary_size if info.backend == "openvino" else None
     try:
-        await asyncio.to_thread(to_ebnf, grammar, info.vocabulary_size)
+        await asyncio.to_thread(to_ebnf, grammar, vocabulary_size)
     except GrammarError as error:
         raise InvalidGrammarError(
             f"The {_name(grammar)} cannot be used: {error}.", param=grammar_param(grammar)

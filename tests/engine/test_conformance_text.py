@@ -4,6 +4,7 @@ The same tests on a real engine process for each row of tests/support/backends.p
 """
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -13,11 +14,14 @@ import pytest
 import pytest_asyncio
 
 from app.llm.detokenizer import Detokenizer
+from app.llm.engine.base import JsonSchemaGrammar
 from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
 from app.utils.errors import (
     ContextLengthExceededError,
     DeadlineExceededError,
     InternalError,
+    InvalidGrammarError,
+    UnsupportedParameterError,
     ValidationFailedError,
 )
 from tests.support.backends import GREEDY, request, rows, settings_of
@@ -137,6 +141,25 @@ async def test_a_deadline_ends_a_request(engine: EchoEngine) -> None:
         async for _ in place.generate(request("late", max_tokens=400)):
             pass
     assert (await pieces(engine, options()))[1].finish_reason is not None
+
+
+async def test_an_answer_of_a_schema(engine: EchoEngine) -> None:
+    """Its text is JSON of the schema; what cannot be honoured never reaches the engine."""
+    assert engine.client.info is not None
+    if "grammar" not in engine.client.info.supported:
+        with pytest.raises(UnsupportedParameterError):
+            await pieces(engine, options(grammar=JsonSchemaGrammar("{}")))
+        return
+    said, report = await pieces(
+        engine, options(max_tokens=60, grammar=JsonSchemaGrammar('{"enum": [["ß", null], "日本"]}'))
+    )
+    assert json.loads("".join(said)) in (["ß", None], "日本")
+    assert report.finish_reason == "stop"
+    for bad in (JsonSchemaGrammar('{"not": {}}'), JsonSchemaGrammar("[" * 70_000)):
+        with pytest.raises(InvalidGrammarError) as refusal:
+            await pieces(engine, options(grammar=bad))
+        assert len(str(refusal.value)) < 200
+    assert engine.client.restarts == 0
 
 
 async def test_a_token_the_model_does_not_have_fails_alone(engine: EchoEngine) -> None:

@@ -3,5 +3,5 @@
 The library's own translation of JSON Schema leaves keywords out without a word, allows white space
 without an end, and mistakes some letters; so the translation is here, and what it cannot honour it
 refuses. It needs no engine, so that the API process refuses a grammar with the same code with
-which the engine process translates it. docs/adr/0015 has the measurements.
+which the engine process translates it. docs/adr/0017 has the measurements.
 """

@@ -1,6 +1,7 @@
 """The grammars of a request as EBNF."""
 
 import json
+import math
 from typing import Any
 
 from app.llm.ebnf import regex
@@ -9,28 +10,37 @@ from app.llm.ebnf.schema import SchemaCompiler
 from app.llm.ebnf.writer import Rules, alternatives, literal, one_of, optional, sequence
 from app.llm.engine.base import Grammar, JsonSchemaGrammar, RegexGrammar, TagsGrammar
 
+# Compiling these takes 0.4 s on two cores, in which the engine does nothing else. Measured with
+# vocabularies of 49,152 and 256,000: five times the tokens take about ten times as long.
 _COUNTED_CHARACTERS = 100
 _VOCABULARY = 50_000
 
 
-def to_ebnf(grammar: Grammar, vocabulary_size: int) -> str:
+def to_ebnf(grammar: Grammar, vocabulary_size: int | None) -> str:
     """A grammar in xgrammar's dialect; its first rule is ``root``.
 
     Args:
         grammar: What the answer must look like.
-        vocabulary_size: Of the model. Compiling takes time in proportion to it, and so the more
-            tokens there are, the fewer characters may be counted.
+        vocabulary_size: Of the model. The more tokens there are, the longer the library takes to
+            compile counted characters, and the fewer may be counted. ``None`` asks whether the
+            grammar can be honoured by an engine to which they cost nothing.
 
     Raises:
         GrammarError: It cannot be compiled, or says more than would be honoured.
     """
-    rules = Rules(_COUNTED_CHARACTERS * _VOCABULARY / vocabulary_size)
+    rules = Rules(_budget(vocabulary_size))
     if isinstance(grammar, JsonSchemaGrammar):
         return rules.text(SchemaCompiler(parse_schema(grammar.schema), rules).compile())
     if isinstance(grammar, RegexGrammar):
         node = regex.parse(grammar.pattern, whole=True)
         return rules.text(rules.name(regex.expression(node, one_of), regex.cost(node)))
     return _tags(grammar, rules)
+
+
+def _budget(vocabulary_size: int | None) -> float:
+    if vocabulary_size is None:
+        return math.inf
+    return _COUNTED_CHARACTERS * math.pow(_VOCABULARY / vocabulary_size, 1.5)
 
 
 def parse_schema(text: str) -> Any:

@@ -81,7 +81,8 @@ def number(bounds: Bounds) -> str:
             [optional(literal("-")), _digits(0, 10 ** (_WHOLE_DIGITS + _DECIMALS) - 1, _DECIMALS)]
         )
     places = [-int(bound.as_tuple().exponent) for bound in bounds.given]
-    decimals = max([2, *places])
+    # One place more than the bounds have lies between any two of them.
+    decimals = max(1, *places) + 1
     whole, fine = bounds.scaled(0), bounds.scaled(decimals)
     ranges = [(r, n) for r, n in ((whole, 0), (fine, decimals)) if r[0] <= r[1]]
     if not ranges:

@@ -19,6 +19,9 @@ MAX_ITEMS: Final = 1_000
 MAX_PARTS: Final = 1_000
 """Properties and values of enums together."""
 
+MAX_OPTIONAL: Final = 100
+"""Properties of one object that may be left out: each token has all those that follow to choose."""
+
 MAX_DEPTH: Final = 32
 """Objects, arrays and alternatives inside each other."""
 
@@ -188,6 +191,8 @@ class SchemaCompiler:
         required = set(required)
         members = {**properties, **dict.fromkeys(unlisted, others)}
         self._count(len(members))
+        if len(members) - len(required) > MAX_OPTIONAL:
+            raise GrammarError(f"an object has more than {MAX_OPTIONAL} optional properties")
         if not members:
             return self._map(others, path)
         written = [

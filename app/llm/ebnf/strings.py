@@ -7,8 +7,11 @@ from app.llm.ebnf import regex, writer
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.writer import Range, Rules, alternatives, literal, one_of, repeat, sequence
 
-MAX_LENGTH: Final = 128
-"""Largest minLength and maxLength. More the library counts at run time, a second for a token."""
+MAX_LENGTH: Final = 10_000
+"""Largest minLength and maxLength; no answer is longer."""
+
+# More characters xgrammar counts at run time, at a second for each token.
+_MAX_COMPILED_LENGTH = 128
 
 _QUOTE = literal('"')
 _MUST_BE_ESCAPED: list[Range] = [(0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C)]
@@ -30,17 +33,17 @@ _HOUR = "([01][0-9]|2[0-3])"
 _TIME = rf"{_HOUR}:[0-5][0-9]:[0-5][0-9](\.[0-9]{{1,6}})?(Z|[+-]{_HOUR}:[0-5][0-9])"
 _BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,14}[A-Za-z0-9])?"
-_HOST = rf"{_LABEL}(\.{_LABEL}){{0,4}}"
+_HOST = r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*(\.[A-Za-z0-9]+(-[A-Za-z0-9]+)*)*"
 FORMATS: Final = {
     "date": _DATE,
     "time": _TIME,
     "date-time": f"({_DATE})T{_TIME}",
     "duration": "P([0-9]{1,4}W|[0-9]{1,4}D(T[0-9]{1,4}[HMS])?|T[0-9]{1,4}[HMS])",
-    "email": rf"[A-Za-z0-9_]+([.+-][A-Za-z0-9_]+){{0,4}}@{_HOST}",
-    "hostname": _HOST,
+    "email": rf"[A-Za-z0-9_]+([.+-][A-Za-z0-9_]+)*@{_HOST}",
+    "hostname": rf"{_LABEL}(\.{_LABEL}){{0,3}}",
     "ipv4": rf"({_BYTE}\.){{3}}{_BYTE}",
     "uuid": "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
-    "uri": rf"https?://{_HOST}(:[0-9]{{1,4}})?(/[A-Za-z0-9._~-]*){{0,8}}(\?[A-Za-z0-9._~=&-]*)?",
+    "uri": rf"https?://{_HOST}(:[0-9]{{1,4}})?(/[A-Za-z0-9._~-]*)*(\?[A-Za-z0-9._~=&-]*)?",
 }
 """Formats that are honoured, as regular expressions; some leave out rare spellings."""
 
@@ -51,8 +54,9 @@ def plain(rules: Rules, least: int, most: int | None) -> str:
     Raises:
         GrammarError: There is none, or a number is too large.
     """
-    if max(least, most or 0) > MAX_LENGTH:
-        raise GrammarError(f"minLength or maxLength is above {MAX_LENGTH}")
+    longest = _MAX_COMPILED_LENGTH if rules.is_compiled else MAX_LENGTH
+    if max(least, most or 0) > longest:
+        raise GrammarError(f"minLength or maxLength is above {longest}")
     if most is not None and least > most:
         raise GrammarError("minLength is above maxLength")
     cost = writer.cost_of(_PLAIN) * (least if most is None else most)

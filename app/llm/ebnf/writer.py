@@ -3,6 +3,7 @@
 An expression is its text. Every function here returns one that can stand in a sequence as it is.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
@@ -137,14 +138,20 @@ def _is_atom(expression: str) -> bool:
 
 
 class Rules:
-    """The rules of one grammar."""
+    """The rules of one grammar.
+
+    Attributes:
+        is_compiled: Whether the library is to compile them.
+    """
 
     def __init__(self, budget: float) -> None:
         """Begin.
 
         Args:
-            budget: What compiling may cost, in the unit of :func:`cost_of`.
+            budget: What compiling may cost, in the unit of :func:`cost_of`; infinite where
+                nothing has to be compiled.
         """
+        self.is_compiled = math.isfinite(budget)
         self._bodies: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._size = 0

@@ -52,8 +52,12 @@ class TokenMask:
             logits: Of one row, [vocabulary]; changed in place.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        allowed = np.unpackbits(bits, bitorder="little", count=logits.shape[-1])
-        logits.masked_fill_(torch.from_numpy(allowed == 0).to(logits.device), -torch.inf)
+        forbidden = np.unpackbits(bits, bitorder="little", count=logits.shape[-1]) == 0
+        if logits.device.type == "cpu":
+            # torch would wake all of its threads for this.
+            np.putmask(logits.numpy(), forbidden, -np.inf)
+        else:
+            logits.masked_fill_(torch.from_numpy(forbidden).to(logits.device), -torch.inf)
 
     def accept(self, token_ids: Collection[int]) -> None:
         """Go on by tokens that were chosen."""

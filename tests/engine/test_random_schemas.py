@@ -1,0 +1,34 @@
+"""Random schemas and a real model: every complete answer is of its schema.
+
+`make schemas` asks for 200 on each engine, and prints how many answers were complete.
+"""
+
+import os
+import sys
+
+import pytest
+
+from app.core.config import ModelSettings
+from app.llm import bundled
+from tests.support.backends import load
+from tests.support.structured import ask_for_schemas
+
+_COUNT = int(os.environ.get("SCHEMAS", "0"))
+# A few say enough in the suite: on a CPU transformers takes about ten times as long.
+_FEW = {"openvino": (20, 96), "transformers": (4, 48)}
+_MANY_TOKENS = 200
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("engine", _FEW)
+def test_complete_answers_are_of_their_schemas(engine: str) -> None:
+    """Half of them greedy, half sampled, 32 at once, their schemas all different."""
+    if not bundled.is_fetched():
+        pytest.skip("the bundled model is not here; `make model` fetches it")
+    backend = load(ModelSettings(source="bundled", engine=engine))
+    count, max_tokens = (_COUNT, _MANY_TOKENS) if _COUNT else _FEW[engine]
+    reasons = ask_for_schemas(backend, count, max_tokens=max_tokens)
+    sys.stdout.write(
+        f"{engine}: {reasons['stop']} of {count} answers complete in {max_tokens} tokens\n"
+    )
+    assert reasons["stop"] > count // 4, reasons

@@ -1,0 +1,67 @@
+"""Asking a backend for JSON of random schemas, and checking what it says."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from tokenizers import Tokenizer
+
+from app.llm.engine.base import Backend, GenerationRequest, JsonSchemaGrammar, SamplingParams
+from tests.support.backends import run, tokens
+from tests.support.random_schemas import RandomSchemas
+
+
+def ask_for_schemas(
+    backend: Backend, count: int, *, max_tokens: int, batch: int = 32
+) -> Counter[str]:
+    """Ask the model for a value of each of so many random schemas, many at once.
+
+    Half of the answers are greedy, half are sampled.
+
+    Returns:
+        How many ended for which reason.
+
+    Raises:
+        AssertionError: A complete answer is not of its schema, or a request failed.
+    """
+    random = RandomSchemas(seed=1)
+    schemas = [random.one() for _ in range(count)]
+    tokenizer = Tokenizer.from_str(backend.info.tokenizer_json)
+    reasons: Counter[str] = Counter()
+    for start in range(0, count, batch):
+        numbers = range(start, min(count, start + batch))
+        requests = [_request(tokenizer, i, schemas[i], max_tokens) for i in numbers]
+        answers = run(backend, *requests)
+        for i in numbers:
+            events = answers[str(i)]
+            reason = events[-1].finish_reason
+            assert reason in {"stop", "length"}, (schemas[i], events[-1].error)
+            reasons[reason] += 1
+            if reason == "stop":
+                _check(schemas[i], tokenizer.decode(tokens(events)))
+    return reasons
+
+
+def _request(
+    tokenizer: Tokenizer, number: int, schema: dict[str, Any], max_tokens: int
+) -> GenerationRequest:
+    text = json.dumps(schema, ensure_ascii=False)
+    prompt = (
+        f"<|im_start|>user\nGive an example of JSON of this schema: {text}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    return GenerationRequest(
+        id=str(number),
+        prompt_token_ids=tokenizer.encode(prompt).ids,
+        max_tokens=max_tokens,
+        sampling=SamplingParams(temperature=number % 2, seed=number),
+        grammar=JsonSchemaGrammar(schema=text),
+    )
+
+
+def _check(schema: dict[str, Any], answer: str) -> None:
+    validator = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
+    faults: Sequence[Any] = list(validator.iter_errors(json.loads(answer)))
+    assert not faults, f"{answer} is not of {schema}: {faults[0].message}"

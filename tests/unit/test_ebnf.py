@@ -1,0 +1,298 @@
+"""Grammars as EBNF: what is refused and why, what is taken, and that numbers are exact.
+
+That answers are of their schemas is shown with engines, in tests/engine.
+"""
+
+import ast
+import contextlib
+import json
+import re
+import string
+import time
+from decimal import Decimal
+from enum import Enum
+from itertools import pairwise
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, Field
+
+from app.llm.ebnf import numbers, regex, writer
+from app.llm.ebnf.errors import GrammarError
+from app.llm.ebnf.grammars import to_ebnf
+from app.llm.engine.base import JsonSchemaGrammar, RegexGrammar, Tag, TagsGrammar
+
+VOCABULARY = 49_152
+
+
+def ebnf(schema: Any) -> str:
+    """A schema as EBNF."""
+    return to_ebnf(JsonSchemaGrammar(schema=json.dumps(schema)), VOCABULARY)
+
+
+def as_pattern(expression: str) -> re.Pattern[str]:
+    """An expression without rules as Python's regular expression."""
+    # Outside of strings and classes, blanks only part what stands there.
+    parts = re.findall(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|\S', expression)
+    return re.compile(
+        "".join(
+            re.escape(ast.literal_eval(p)) if p[0] == '"' else "(?:" if p == "(" else p
+            for p in parts
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "integer", "multipleOf": 3}, "multipleOf"),
+        ({"not": {"type": "string"}}, "not"),
+        ({"if": {}, "then": {}}, "if"),
+        ({"type": "object", "patternProperties": {}}, "patternProperties"),
+        ({"type": "object", "minProperties": 1}, "minProperties"),
+        ({"type": "array", "contains": {}}, "contains"),
+        ({"type": "string", "contentEncoding": "base64"}, "contentEncoding"),
+        ({"type": "string", "nullable": True}, "nullable"),
+        ({"type": "string", "format": "iban"}, "iban"),
+        ({"allOf": [{"type": "object"}, {"type": "object"}]}, "allOf"),
+        ({"oneOf": [{"type": "object"}, {"type": "object"}]}, "oneOf"),
+        ({"anyOf": [{"type": "string"}], "minLength": 2}, "anyOf beside minLength"),
+        ({"$ref": "#/$defs/gone"}, "names no part"),
+        ({"$ref": "https://example.com/schema"}, "leads out"),
+        ({"$ref": "#"}, "leads to itself"),
+        ({"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "leads to itself"),
+        ({"properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "leads to itself"),
+        ({"type": "object", "required": ["a"], "additionalProperties": False}, "required"),
+        ({"type": "frog"}, "type"),
+        ({"type": "integer", "minimum": 3, "maximum": 2}, "no number"),
+        ({"type": "number", "exclusiveMinimum": 2, "exclusiveMaximum": 2.001}, None),
+        ({"type": "number", "minimum": 10**40}, "digits"),
+        ({"type": "integer", "minimum": 0.2, "maximum": 0.8}, "no number"),
+        ({"type": "string", "minLength": 3, "maxLength": 2}, "minLength"),
+        ({"type": "string", "minLength": -1}, "minLength"),
+        ({"type": "string", "maxLength": 1000}, "maxLength"),
+        ({"type": "string", "pattern": "a+", "maxLength": 3}, "maxLength beside pattern"),
+        ({"type": "string", "pattern": "^a{1,3}$", "maxLength": 3}, None),
+        ({"type": "array", "minItems": 10**9}, "minItems"),
+        ({"type": "array", "minItems": 3, "maxItems": 2}, "minItems"),
+        ({"enum": []}, "no value"),
+        ({"enum": ["a"], "type": "integer"}, "no value"),
+        ({"enum": 3}, "not a list"),
+        (False, "allows no value"),
+        (7, "neither an object nor a boolean"),
+    ],
+)
+def test_a_schema_is_honoured_in_full_or_refused(schema: Any, reason: str | None) -> None:
+    """A keyword that would be ignored is named; what nothing can satisfy is refused."""
+    if reason is None:
+        assert ebnf(schema).startswith("root ::= ")
+        return
+    with pytest.raises(GrammarError, match=re.escape(reason)):
+        ebnf(schema)
+
+
+class Colour(Enum):
+    RED = "red"
+    GREEN = "green"
+
+
+class Cat(BaseModel):
+    kind: Literal["cat"]
+    lives: int = Field(ge=0, le=9)
+
+
+class Dog(BaseModel):
+    kind: Literal["dog"]
+    name: str = Field(min_length=1)
+
+
+class Tree(BaseModel):
+    value: float | None = Field(description="Its value", examples=[1.5])
+    children: list["Tree"] = []
+
+
+class Everything(BaseModel):
+    colour: Colour
+    pet: Cat | Dog = Field(discriminator="kind")
+    tree: Tree
+    pair: tuple[int, str]
+    names: dict[str, int]
+    code: str = Field(pattern="^[A-Z]{3}-[0-9]+$")
+    anything: Any = None
+    nested: list[list[bool]] | None = None
+
+
+def test_what_pydantic_makes_of_a_model_is_taken() -> None:
+    """That is what the OpenAI client's parse() and LangChain's with_structured_output send."""
+    schema = Everything.model_json_schema()
+    assert "root ::= " in ebnf(schema)
+    # The client's strict mode: all properties are required, none may be added.
+    for part in (schema, *schema["$defs"].values()):
+        if part["type"] == "object":
+            part |= {"additionalProperties": False, "required": list(part["properties"])}
+    assert "root ::= " in ebnf(schema)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("(a{1000}){1000}", "more than 128 times"),
+        ("((a{100}){100}){100}", "repeats too much"),
+        ("(" * 100 + ")" * 100, "nests"),
+        ("(a", "open"),
+        ("a)", "not open"),
+        ("a**", "cannot be repeated"),
+        ("*a", "cannot be repeated"),
+        ("[z-a]", "range"),
+        ("[a", "ends too early"),
+        ("[]", "empty"),
+        ("a{2,1}", "quantifier"),
+        (r"\bword", r"\b"),
+        (r"\p{L}", r"\p"),
+        (r"(a)\1", r"\1"),
+        ("(?=a)b", "looks around"),
+        ("(?i)a", "looks around"),
+        ("a^b", "anchor"),
+        (r"\ud83d", "half a character"),
+        ("a" * 2001, "2000 characters"),
+    ],
+)
+def test_a_regular_expression_that_cannot_be_honoured_is_refused(pattern: str, reason: str) -> None:
+    """Saying why."""
+    with pytest.raises(GrammarError, match=re.escape(reason)):
+        to_ebnf(RegexGrammar(pattern), VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches", "others"),
+    [
+        ("yes|no", ["yes", "no"], ["yesno", ""]),
+        ("^(a|b)+?$", ["a", "abba"], ["", "c"]),
+        (r"(?:\d{2,3}|x)\.(?P<rest>[^0-9a-]*)", ["12.é!", "x."], ["1.", "x.-", "x.a"]),
+        (r"[\]\-^]{2}", ["]-", "^^"], ["a-", "]"]),
+        (r"\w\W\s\S\D", ["a- -x", "_!\tab"], ["a- -1", "é- -x"]),
+        (r"\x41\u00df\/", ["Aß/"], ["A/"]),
+        ("a.c", ["abc", "a😀c"], ["a\nc", "ac"]),
+        ("", [""], ["a"]),
+    ],
+)
+def test_a_regular_expression_keeps_its_meaning(
+    pattern: str, matches: list[str], others: list[str]
+) -> None:
+    """In EBNF, and in the spelling that every engine reads alike."""
+    node = regex.parse(pattern, whole=True)
+    canonical = re.sub(r"\\x\{(\w+)\}", lambda m: f"\\U{int(m[1], 16):08x}", regex.canonical(node))
+    expression = as_pattern(regex.expression(node, writer.one_of))
+    for text in matches:
+        assert re.fullmatch(canonical, text)
+        assert expression.fullmatch(text)
+    for text in others:
+        assert not re.fullmatch(canonical, text)
+        assert not expression.fullmatch(text)
+
+
+_BOUND = st.none() | st.decimals(-2000, 2000, places=2) | st.integers(-300, 300).map(Decimal)
+
+
+@settings(deadline=None, max_examples=60)
+@given(_BOUND, _BOUND, st.integers(-2500, 2500), st.data())
+def test_whole_numbers_are_those_between_the_bounds(
+    minimum: Decimal | None, maximum: Decimal | None, number: int, data: st.DataObject
+) -> None:
+    """All of them and no other, each in one spelling."""
+    bounds = numbers.Bounds(minimum=minimum, above=None, below=maximum)
+    inside = (minimum is None or number >= minimum) and (maximum is None or number < maximum)
+    try:
+        pattern = as_pattern(numbers.integer(bounds))
+    except GrammarError:
+        assert not inside
+        return
+    assert bool(pattern.fullmatch(str(number))) == inside
+    assert not pattern.fullmatch(f"0{abs(number)}")
+    said = data.draw(st.from_regex(pattern, fullmatch=True, alphabet="-0123456789"))
+    assert minimum is None or int(said) >= minimum
+    assert maximum is None or int(said) < maximum
+
+
+@settings(deadline=None, max_examples=60)
+@given(_BOUND, _BOUND, st.data())
+def test_numbers_are_between_the_bounds(
+    minimum: Decimal | None, maximum: Decimal | None, data: st.DataObject
+) -> None:
+    """Whatever their decimals, and as JSON spells them."""
+    try:
+        expression = numbers.number(numbers.Bounds(above=minimum, maximum=maximum))
+    except GrammarError:
+        assert minimum is not None
+        assert maximum is not None
+        assert minimum >= maximum
+        return
+    said = data.draw(st.from_regex(as_pattern(expression), fullmatch=True, alphabet="-.0123456789"))
+    value = json.loads(said, parse_float=Decimal, parse_int=Decimal)
+    assert minimum is None or value > minimum
+    assert maximum is None or value <= maximum
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sets(st.characters(exclude_categories=["Cs"]), min_size=1), st.booleans())
+def test_a_class_holds_its_characters(characters: set[str], negated: bool) -> None:
+    """And no other, also where the library would print them as something else."""
+    ranges = writer.union((ord(c), ord(c)) for c in characters)
+    printed = writer.none_of(ranges) if negated else writer.one_of(ranges)
+    pattern = as_pattern(printed)
+    for character in (*characters, "a", "ß", "\x01", "^", "]", "😀"):
+        assert bool(pattern.fullmatch(character)) == ((character in characters) != negated)
+    # The library prints some as \xN, and reads hexadecimal digits after that as part of it.
+    members = [
+        ast.literal_eval(f'"{m}"') if m[0] == "\\" else m
+        for m in re.findall(r"\\U[0-9a-f]{8}|.", printed)
+    ]
+    for first, second in pairwise(members):
+        if ord(first) < 0x20 or 0x7F <= ord(first) < 0x100:
+            assert second not in string.hexdigits
+
+
+def test_a_grammar_is_read_in_time() -> None:
+    """The largest that are taken or refused: milliseconds, with room for a busy machine."""
+    tree: Any = {"type": "string"}
+    for i in range(9):
+        branches = [{"type": "object", "properties": {f"{side}{i}": tree}} for side in "ab"]
+        tree = {"anyOf": branches}
+    kinds = [{"properties": {"k": {"const": i}}, "required": ["k"]} for i in range(77)]
+    required = [f"p{i}" for i in range(1000)]
+    largest: list[Any] = [
+        tree,
+        {"enum": [f"value {i}" for i in range(100_000)]},
+        {"enum": ["x" * 60 + str(i) for i in range(1000)]},
+        {"oneOf": [{"type": "object", **kind} for kind in kinds]},
+        {"properties": {name: {"type": "integer"} for name in required}, "required": required},
+        {"properties": {name: {"type": "string"} for name in required}},
+        {"allOf": [{"anyOf": [{"required": [str(j)]} for j in range(6)]} for _ in range(9)]},
+    ]
+    texts = [json.dumps(schema) for schema in largest]
+    texts += ['{"items":' * 6_000 + "{}" + "}" * 6_000, '{"anyOf":[' * 5_000, "[" * 60_000]
+    for text in texts:
+        start = time.perf_counter()
+        with contextlib.suppress(GrammarError):
+            assert len(to_ebnf(JsonSchemaGrammar(schema=text), VOCABULARY)) < 2 * writer.MAX_TEXT
+        assert time.perf_counter() - start < 2
+
+
+def test_a_larger_vocabulary_counts_fewer_characters() -> None:
+    """Compiling takes longer the larger it is; an engine that compiles nothing counts them all."""
+    grammar = JsonSchemaGrammar(schema='{"type": "string", "maxLength": 40}')
+    assert to_ebnf(grammar, VOCABULARY)
+    with pytest.raises(GrammarError, match="too many counted characters"):
+        to_ebnf(grammar, 5 * VOCABULARY)
+    assert to_ebnf(JsonSchemaGrammar(schema='{"type": "string", "maxLength": 9999}'), None)
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_tag_has_to_begin_with_the_trigger(required: bool) -> None:
+    """Otherwise it could never be reached."""
+    grammar = TagsGrammar(tags=[Tag("<b>", "{}", "</b>")], trigger="<a", required=required)
+    with pytest.raises(GrammarError, match="trigger"):
+        to_ebnf(grammar, VOCABULARY)
