@@ -14,11 +14,18 @@ from tests.support.random_schemas import RandomSchemas
 
 
 def ask_for_schemas(
-    backend: Backend, count: int, *, max_tokens: int, batch: int = 32
+    backend: Backend, count: int, *, max_tokens: int, described: bool, batch: int = 32
 ) -> Counter[str]:
     """Ask the model for a value of each of so many random schemas, many at once.
 
     Half of the answers are greedy, half are sampled.
+
+    Args:
+        backend: Runs the model.
+        count: How many schemas.
+        max_tokens: Of each answer.
+        described: Whether the prompts hold the schemas, which takes longer to read than to answer.
+        batch: How many are asked for at once.
 
     Returns:
         How many ended for which reason.
@@ -32,7 +39,7 @@ def ask_for_schemas(
     reasons: Counter[str] = Counter()
     for start in range(0, count, batch):
         numbers = range(start, min(count, start + batch))
-        requests = [_request(tokenizer, i, schemas[i], max_tokens) for i in numbers]
+        requests = [_request(tokenizer, i, schemas[i], max_tokens, described) for i in numbers]
         answers = run(backend, *requests)
         for i in numbers:
             events = answers[str(i)]
@@ -45,13 +52,11 @@ def ask_for_schemas(
 
 
 def _request(
-    tokenizer: Tokenizer, number: int, schema: dict[str, Any], max_tokens: int
+    tokenizer: Tokenizer, number: int, schema: dict[str, Any], max_tokens: int, described: bool
 ) -> GenerationRequest:
     text = json.dumps(schema, ensure_ascii=False)
-    prompt = (
-        f"<|im_start|>user\nGive an example of JSON of this schema: {text}<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
+    question = "Give an example of JSON" + (f" of this schema: {text}" if described else "")
+    prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
     return GenerationRequest(
         id=str(number),
         prompt_token_ids=tokenizer.encode(prompt).ids,

@@ -13,14 +13,14 @@ from app.llm.ebnf import writer
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.writer import EMPTY, Range
 
-MAX_LENGTH: Final = 2_000
+MAX_LENGTH: Final = 10_000
 """Characters of a regular expression."""
 
 _MAX_DEPTH = 32
 # More than 128 the library counts at run time, which takes a second for a token.
 _MAX_COUNT = 128
 # Positions of the expression written out, which is what compiling it costs.
-_MAX_POSITIONS = 1_000
+_MAX_POSITIONS = 10_000
 
 _DIGITS: list[Range] = [(0x30, 0x39)]
 _WORD: list[Range] = [(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)]

@@ -219,7 +219,11 @@ def cost_of(ranges: Sequence[Range]) -> float:
     """What compiling one place of these characters costs; 1 is a place of almost all characters.
 
     Measured: the library looks up every token that may stand there and goes on with whatever
-    follows. A letter costs a quarter of any character, a digit next to nothing.
+    follows. A letter costs a quarter of any character, a digit and one character next to nothing.
     """
     characters = sum(last - first + 1 for first, last in ranges)
-    return 1.0 if characters > 128 else characters / 104 if characters > 12 else 0.02
+    if characters > 128:
+        return 1.0
+    if characters > 12:
+        return characters / 104
+    return 0.02 if characters > 1 else 0.002
