@@ -31,6 +31,8 @@ from app.api.routers import (
     tokenize,
     usage,
 )
+from app.api.server.connections import Connections
+from app.api.server.guard import GuardedApplication
 from app.core.config import Settings, load_settings
 from app.core.config_security import SecuritySettings
 from app.core.event_loop import EventLoopMonitor
@@ -138,7 +140,8 @@ def _make_engine(
 
 def _build(settings: Settings, services: Services, pipeline: ServedPipeline) -> FastAPI:
     interactive = settings.app.environment != "production"
-    app = FastAPI(
+    app = GuardedApplication(
+        connections=Connections(settings.server, services.addresses, services.metrics),
         title=settings.app.name,
         version=__version__,
         lifespan=_lifespan(settings, services, pipeline),

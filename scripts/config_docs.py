@@ -37,6 +37,7 @@ _SAMPLES = {
     "SECURITY__API_KEY": "your-secure-api-key-here",
     "MODEL__REVISION": "main",
     "RATE_LIMIT__BURST_SIZE": "10",
+    "SERVER__MAX_CONNECTIONS_PER_IP": "100",
 }
 
 _TABLE_HEAD = """\

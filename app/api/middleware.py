@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import error_response
@@ -62,11 +63,14 @@ class RequestContextMiddleware:
                 if self._leaving():
                     # A request sent down this connection later would cross with its end.
                     headers["Connection"] = "close"
-                _secure(headers)
+                secure(headers)
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            # It left while its body was being read: nobody is there to be answered.
+            pass
         except Exception:
             log.exception("unhandled exception")
             if status:
@@ -129,7 +133,7 @@ class BodyLimitMiddleware:
         await self._app(scope, limited_receive, send)
 
 
-def _secure(headers: MutableHeaders) -> None:
+def secure(headers: MutableHeaders) -> None:
     """Tell browsers and proxies what they may do with a response; its own headers go first."""
     for name, value in _SECURITY_HEADERS:
         headers.setdefault(name, value)

@@ -6,9 +6,8 @@ Nested keys join with two underscores in .env and the environment: ``MODEL__NAME
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
-import yaml
 from pydantic import (
     BeforeValidator,
     Field,
@@ -25,8 +24,10 @@ from pydantic_settings import (
 
 from app.core.config_base import Section
 from app.core.config_engine import EngineSettings
-from app.core.config_errors import Origins, one_line, yaml_fault
+from app.core.config_errors import Origins
 from app.core.config_security import PRODUCTION_KEY_MIN_CHARS, SecuritySettings
+from app.core.config_server import ServerSettings
+from app.core.config_yaml import read_yaml
 from app.utils.errors import ConfigurationError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -227,6 +228,7 @@ class Settings(BaseSettings):
     app: AppSettings = AppSettings()
     model: ModelSettings = ModelSettings()
     engine: EngineSettings = EngineSettings()
+    server: ServerSettings = ServerSettings()
     security: SecuritySettings = SecuritySettings()
     rate_limit: RateLimitSettings = RateLimitSettings()
     cache: CacheSettings = CacheSettings()
@@ -283,7 +285,7 @@ def load_settings(*, config_file: Path | None = None, env_file: Path | None = No
         Path(os.environ["CONFIG_FILE"]) if "CONFIG_FILE" in os.environ else None
     )
     yaml_path = named or PROJECT_ROOT / "config.yml"
-    values = _read_yaml(yaml_path, required=named is not None)
+    values = read_yaml(yaml_path, Settings.model_fields, required=named is not None)
     try:
         return Settings(_env_file=env_path, **values)
     except ValidationError as error:
@@ -297,34 +299,3 @@ def load_settings(*, config_file: Path | None = None, env_file: Path | None = No
             f"configuration error: {variable} is not JSON; lists and objects in the environment "
             "are JSON, such as '[\"10.0.0.0/8\"]'"
         ) from None
-
-
-def _read_yaml(path: Path, *, required: bool) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        if required:
-            raise ConfigurationError(f"configuration error: {path} does not exist") from None
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            f"configuration error: cannot read {path}: {one_line(error)}"
-        ) from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigurationError(
-            f"configuration error: {path} is not YAML: {yaml_fault(error)}"
-        ) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigurationError(f"configuration error: {path} must hold sections, such as model:")
-    unknown = sorted(set(values) - set(Settings.model_fields))
-    if unknown:
-        # pydantic-settings takes keyword arguments that start with an underscore for its own.
-        raise ConfigurationError(
-            f"configuration error: {unknown[0]} (in {path}) is not a setting; "
-            f"known: {', '.join(Settings.model_fields)}"
-        )
-    return values

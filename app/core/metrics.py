@@ -53,6 +53,15 @@ class Metrics:
             buckets=_REQUEST_BUCKETS,
             registry=r,
         )
+        self.connections_open = Gauge(
+            "http_connections_open", "Open connections of clients.", registry=r
+        )
+        self.connections_dropped = Counter(
+            "http_connections_dropped_total",
+            "Connections ended by the service for being slow, malformed or too many.",
+            ("reason",),
+            registry=r,
+        )
         self.rate_limited = Counter(
             "rate_limited_total", "Requests refused by a caller's limits.", ("reason",), registry=r
         )

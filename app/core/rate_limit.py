@@ -218,11 +218,12 @@ class ClientAddress:
         if port == 0 and not self._uvicorn_configured:
             peer = "127.0.0.1"
         forwarded = [a.strip() for a in headers.get("x-forwarded-for", "").split(",") if a.strip()]
-        while forwarded and self._is_trusted(peer):
+        while forwarded and self.is_trusted(peer):
             peer = forwarded.pop()
         return peer if _parse(peer) else "unknown"
 
-    def _is_trusted(self, address: str) -> bool:
+    def is_trusted(self, address: str) -> bool:
+        """Whether this is the address of a trusted proxy."""
         parsed = _parse(address)
         return parsed is not None and any(parsed in network for network in self._trusted)
 

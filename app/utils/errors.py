@@ -54,6 +54,29 @@ class InvalidRequestError(ServiceError):
     default_message = "The request is not valid."
 
 
+class MalformedHTTPError(InvalidRequestError):
+    """What came is not HTTP/1.1, or is more than one kind of request at once."""
+
+    code = "malformed_http"
+    default_message = "This is not a well-formed HTTP/1.1 request."
+
+
+class RequestTimeoutError(InvalidRequestError):
+    """The head or the body of a request did not come in time."""
+
+    status = 408
+    code = "request_timeout"
+    default_message = "The request did not arrive in time."
+
+
+class HeadersTooLargeError(InvalidRequestError):
+    """The request line and the headers are larger than any request needs."""
+
+    status = 431
+    code = "headers_too_large"
+    default_message = "The request line and headers are too large."
+
+
 class InvalidJSONError(InvalidRequestError):
     """The body is not JSON: malformed, not UTF-8, a lone surrogate, NaN or an infinity."""
 
@@ -255,6 +278,14 @@ class OverloadedError(RetryableError):
     status = 503
     code = "overloaded"
     default_message = "The service is at capacity; see Retry-After."
+
+
+class TooManyConnectionsError(RetryableError):
+    """Every connection is taken, or every one that an address may have."""
+
+    status = 503
+    code = "too_many_connections"
+    default_message = "There are too many connections; see Retry-After."
 
 
 class ModelLoadingError(RetryableError):

@@ -16,13 +16,31 @@ import pytest
 from starlette.testclient import TestClient
 
 from app.main import create_app
-from app.utils.errors import InternalError, MethodNotAllowedError, NotFoundError, ServiceError
+from app.utils.errors import (
+    HeadersTooLargeError,
+    InternalError,
+    MalformedHTTPError,
+    MethodNotAllowedError,
+    NotFoundError,
+    RequestTimeoutError,
+    ServiceError,
+    TooManyConnectionsError,
+)
 from tests.conftest import make_settings
 
 SNAPSHOT = Path(__file__).with_name("openapi.json")
 ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorResponse"}
 # What any address may answer, and no route declares.
-EVERYWHERE = {InternalError.code, NotFoundError.code, MethodNotAllowedError.code}
+EVERYWHERE = {
+    InternalError.code,
+    NotFoundError.code,
+    MethodNotAllowedError.code,
+    # These come from the connection, before there is a route.
+    MalformedHTTPError.code,
+    RequestTimeoutError.code,
+    HeadersTooLargeError.code,
+    TooManyConnectionsError.code,
+}
 # Bases of the errors that are raised.
 ABSTRACT = {"invalid_request"}
 

@@ -24,6 +24,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from app.core.config import PROJECT_ROOT
 from app.core.metrics import Metrics
+from tests.support.raw import RawClient
 from tests.support.service import Service, running_service
 
 DEPLOY = PROJECT_ROOT / "deploy"
@@ -203,6 +204,8 @@ def use(service: Service) -> None:
             headers = {"Idempotency-Key": "the same"} if body is kept else {}
             return client.post(path, json=body, headers=headers).status_code
 
+    with RawClient(service) as client:
+        assert client.ask(b"no HTTP\r\n\r\n").status == 400
     with ThreadPoolExecutor(3) as pool:
         requests = [("/v1/chat", once), ("/v1/chat", once), ("/v1/generate", kept)]
         list(pool.map(lambda request: post(*request), requests))

@@ -24,6 +24,7 @@ _STATUS: dict[EngineState, Status] = {
 }
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", responses={503: {"description": "Not healthy", "model": HealthResponse}})
 async def health(services: AppServices, response: Response) -> HealthResponse:
     """Service health and model status; 503 while loading, draining or unhealthy."""
@@ -38,12 +39,14 @@ async def health(services: AppServices, response: Response) -> HealthResponse:
     )
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez")
 async def livez() -> ProbeResponse:
     """Whether the process answers at all."""
     return ProbeResponse(status="alive")
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", responses={503: {"description": "Not ready", "model": ProbeResponse}})
 async def readyz(services: AppServices, response: Response) -> ProbeResponse:
     """Whether requests would be taken; a full queue is no reason to send them elsewhere."""

@@ -1,0 +1,74 @@
+"""A transport that can stop sending before it stops listening."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+
+class GentleTransport(asyncio.Transport):
+    """Wraps a connection's transport, and lets its owner decide how closing is done.
+
+    A socket that is closed while the client still sends is reset, and the client loses the answer
+    it has not read yet. So ``close()`` asks the owner, who calls :meth:`end` where more may come,
+    and :meth:`shut` otherwise.
+
+    Attributes:
+        written: Bytes that have been handed over for sending.
+    """
+
+    def __init__(self, transport: asyncio.Transport, on_close: Callable[[], None]) -> None:
+        super().__init__()
+        self._transport = transport
+        self._on_close = on_close
+        self._ended = False
+        self.written = 0
+
+    def close(self) -> None:
+        """Ask the owner to close the connection."""
+        if not self.is_closing():
+            self._on_close()
+
+    def end(self) -> None:
+        """Send what is left and then the end of the stream; what comes is still received."""
+        self._ended = True
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        self._transport.resume_reading()
+
+    def shut(self) -> None:
+        """Send what is left, and close the connection."""
+        self._ended = True
+        self._transport.close()
+
+    def abort(self) -> None:
+        """Close the connection without sending what is left."""
+        self._ended = True
+        self._transport.abort()
+
+    def is_closing(self) -> bool:
+        """Whether nothing more can be sent."""
+        return self._ended or self._transport.is_closing()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send, unless the end has been sent already."""
+        if not self.is_closing():
+            self.written += len(data)
+            self._transport.write(data)
+
+    def get_write_buffer_size(self) -> int:
+        """Bytes that the system has not taken yet."""
+        return self._transport.get_write_buffer_size()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """What is known of the socket."""
+        return self._transport.get_extra_info(name, default)
+
+    def pause_reading(self) -> None:
+        """Receive nothing for a while."""
+        if not self.is_closing():
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Receive again."""
+        if not self.is_closing():
+            self._transport.resume_reading()

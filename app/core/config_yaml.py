@@ -1,0 +1,51 @@
+"""Reads config.yml."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from app.core.config_errors import one_line, yaml_fault
+from app.utils.errors import ConfigurationError
+
+
+def read_yaml(path: Path, known: Iterable[str], *, required: bool) -> dict[str, Any]:
+    """The sections in a YAML file; none where there is no such file.
+
+    Args:
+        path: The file.
+        known: The names that sections may have.
+        required: Whether the file has to exist.
+
+    Raises:
+        ConfigurationError: With one line that says what is wrong with the file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if required:
+            raise ConfigurationError(f"configuration error: {path} does not exist") from None
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"configuration error: cannot read {path}: {one_line(error)}"
+        ) from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(
+            f"configuration error: {path} is not YAML: {yaml_fault(error)}"
+        ) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigurationError(f"configuration error: {path} must hold sections, such as model:")
+    unknown = sorted(set(values).difference(known))
+    if unknown:
+        # pydantic-settings takes keyword arguments that start with an underscore for its own.
+        raise ConfigurationError(
+            f"configuration error: {unknown[0]} (in {path}) is not a setting; "
+            f"known: {', '.join(known)}"
+        )
+    return values

@@ -1,0 +1,290 @@
+"""Nobody holds a connection for nothing, and however many there are, the probes are answered."""
+
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import msgspec
+import pytest
+
+from tests.support.live import LONG, STEP, generate, open_stream
+from tests.support.raw import KEY, LIVEZ, RawClient, generate_request, post, request
+from tests.support.service import Service, running_service
+from tests.support.sse import piece_of
+
+# Seconds that the impatient service waits for anything.
+SHORT = 0.5
+# What it has not ended by then, which is ten times and more, it would not have ended at all.
+LATE = 10.0
+
+_STREAM = msgspec.json.encode(
+    {
+        "model": "echo",
+        "messages": [{"role": "user", "content": "\1" * 3900}],
+        "max_tokens": 3900,
+        "stream": True,
+        "logprobs": True,
+        "top_logprobs": 1,
+    }
+)
+# More than all buffers between the service and its client hold: about 20 and 12 megabytes.
+FILLINGS = {
+    "answers": request("GET", "/openapi.json") * 400,
+    "streams": post(
+        KEY, f"Content-Length: {len(_STREAM)}", body=_STREAM, path="/v1/chat/completions"
+    )
+    * 30,
+}
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[Service]:
+    """A service with short times for everything."""
+    with running_service(
+        SERVER__HEADER_TIMEOUT_SECONDS=str(SHORT),
+        SERVER__BODY_TIMEOUT_SECONDS=str(SHORT),
+        SERVER__KEEP_ALIVE_SECONDS=str(SHORT),
+        SERVER__SEND_TIMEOUT_SECONDS=str(SHORT),
+        SECURITY__MAX_PROMPT_CHARS="8000",
+        MODEL__MAX_TOKENS="8000",
+    ) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def narrow_door() -> Iterator[Service]:
+    """A service with four connections, three for an address, and time for all of them."""
+    hour = "3600"
+    with running_service(
+        ENGINE__ECHO_STEP_SECONDS=str(STEP),
+        SERVER__HEADER_TIMEOUT_SECONDS=hour,
+        SERVER__KEEP_ALIVE_SECONDS=hour,
+        SERVER__MAX_CONNECTIONS="4",
+        SERVER__MAX_CONNECTIONS_PER_IP="3",
+        SECURITY__TRUSTED_PROXIES='["127.0.0.9", "127.0.0.1"]',
+    ) as service:
+        yield service
+
+
+def dropped(service: Service, reason: str) -> float:
+    """Connections that the service has ended for this reason."""
+    return service.metric("http_connections_dropped_total", reason=reason)
+
+
+# --- Time -----------------------------------------------------------------------------------------
+
+
+def test_a_silent_connection_is_closed(impatient: Service) -> None:
+    """A client that connects and says nothing is closed, without an answer to nothing."""
+    with RawClient(impatient) as client:
+        assert client.rest() == b""
+
+
+@pytest.mark.parametrize("piece", [b"a", b"\r\nX-B: c", b"a: b\r\n"])
+def test_a_head_that_drips_is_ended(impatient: Service, piece: bytes) -> None:
+    """A head that never ends is 408, however steadily its bytes come (slowloris)."""
+    count = dropped(impatient, "header_timeout")
+    with RawClient(impatient) as client:
+        client.send(b"GET /livez HTTP/1.1\r\nHost: a\r\nX-A: ")
+        answer = client.answer()
+        assert (answer.status, answer.code) == (408, "request_timeout")
+        assert answer.headers["connection"] == "close"
+        assert answer.headers["x-request-id"].startswith("req-")
+        client.drip(piece)
+    assert dropped(impatient, "header_timeout") == count + 1
+
+
+def test_line_breaks_are_no_request(impatient: Service) -> None:
+    """Empty lines, which may stand before a request, keep no connection open."""
+    with RawClient(impatient) as client:
+        client.ask(LIVEZ)
+        client.drip(b"\r\n")
+
+
+@pytest.mark.parametrize(
+    ("framing", "piece"),
+    [("Content-Length: 9999", b" "), ("Transfer-Encoding: chunked", b"1\r\n \r\n")],
+)
+def test_a_body_that_drips_is_ended(impatient: Service, framing: str, piece: bytes) -> None:
+    """A body that never ends is 408, and the handler that waits for it is let go."""
+    count = dropped(impatient, "body_timeout")
+    left = impatient.metric("http_requests_total", status="499")
+    with RawClient(impatient) as client:
+        client.send(post(KEY, framing), piece)
+        answer = client.answer()
+        assert (answer.status, answer.code) == (408, "request_timeout")
+        client.drip(piece)
+    assert dropped(impatient, "body_timeout") == count + 1
+    assert impatient.metric("http_requests_total", status="499") == left + 1
+
+
+def test_a_large_body_has_the_time_it_takes(impatient: Service) -> None:
+    """A body that comes steadily may take longer than the time for a small one."""
+    body = b" " * 200_000
+    with RawClient(impatient) as client:
+        # By now it has earned twelve seconds.
+        client.send(post(KEY, f"Content-Length: {len(body)}"), body[:-2])
+        time.sleep(2 * SHORT)
+        client.send(body[-2:])
+        assert client.answer().code == "invalid_json"
+
+
+@pytest.mark.parametrize("late_body", [b"", b"x" * 1000])
+def test_an_idle_connection_is_closed(impatient: Service, late_body: bytes) -> None:
+    """A connection without a next request is closed; also where a refused body came late."""
+    with RawClient(impatient) as client:
+        answer = client.ask(post(f"Content-Length: {len(late_body)}"))
+        assert answer.status == 401
+        assert "connection" not in answer.headers
+        client.send(late_body)
+        assert client.rest() == b""
+
+
+def test_time_in_which_the_service_stands_still_does_not_count(impatient: Service) -> None:
+    """What comes while the process is stopped is answered, though its time has passed by then."""
+    with RawClient(impatient) as idle, RawClient(impatient) as begun:
+        assert idle.ask(LIVEZ).status == 200
+        begun.send(LIVEZ[:9])
+        impatient.process.send_signal(signal.SIGSTOP)
+        try:
+            idle.send(LIVEZ)
+            begun.send(LIVEZ[9:])
+            time.sleep(3 * SHORT)
+        finally:
+            impatient.process.send_signal(signal.SIGCONT)
+        assert idle.answer().status == 200
+        assert begun.answer().status == 200
+
+
+def test_a_refused_body_that_drips_is_ended(impatient: Service) -> None:
+    """A refusal is no licence to send the rest of the body for ever."""
+    with RawClient(impatient) as client:
+        assert client.ask(post("Content-Length: 9999")).status == 401
+        client.drip(b"x")
+
+
+@pytest.mark.parametrize("filling", FILLINGS.values(), ids=FILLINGS)
+def test_a_reader_that_takes_nothing_is_dropped(impatient: Service, filling: bytes) -> None:
+    """A client that does not read is dropped, be it in a stream or in an answer."""
+    count = dropped(impatient, "send_timeout")
+    with RawClient(impatient, receive_buffer=4096) as client:
+        client.send(filling)
+        impatient.wait_for(lambda: dropped(impatient, "send_timeout") > count, "the drop")
+        # The one that asks.
+        impatient.wait_for_metric("http_connections_open", 1)
+    impatient.wait_for_metric("llm_requests_running", 0)
+
+
+def test_a_reader_that_takes_nothing_does_not_hold_up_the_end() -> None:
+    """SIGTERM ends the service after its grace, whatever its clients do not read."""
+    hour = "3600"
+    with (
+        running_service(
+            APP__SHUTDOWN_GRACE_SECONDS="0.2",
+            SERVER__SEND_TIMEOUT_SECONDS=hour,
+            SERVER__KEEP_ALIVE_SECONDS="1",
+        ) as service,
+        RawClient(service, receive_buffer=4096) as client,
+    ):
+        client.send(FILLINGS["answers"])
+        # The answers have stopped coming out.
+        answered = -1.0
+        while answered < (answered := service.metric("http_requests_total", endpoint="unmatched")):
+            time.sleep(0.1)
+        started = time.monotonic()
+        service.terminate()
+        assert time.monotonic() - started < LATE
+
+
+def test_two_thousand_idle_connections_hold_up_no_probe(impatient: Service) -> None:
+    """Silent and half-sent connections are all closed; meanwhile every probe is answered."""
+    count = 2000
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        count = min(count, hard - 200)
+    if soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count + 200), hard))
+    try:
+        with ExitStack() as stack:
+            clients = []
+            for number in range(count):
+                client = stack.enter_context(RawClient(impatient))
+                client.send(b"GET /livez HTTP/1.1\r\n" if number % 2 else b"")
+                clients.append(client)
+            for path in ("/livez", "/readyz", "/health") * 5:
+                assert impatient.get(path).status_code == 200
+            impatient.wait_for(lambda: all(c.ended() for c in clients), "the end of all")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    # The one that asks.
+    impatient.wait_for_metric("http_connections_open", 1)
+
+
+# --- Number ---------------------------------------------------------------------------------------
+
+
+def test_the_longest_idle_connection_makes_room(narrow_door: Service) -> None:
+    """With every place taken, a new client is served, and the one that waits longest is closed."""
+    count = dropped(narrow_door, "evicted")
+    with ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(narrow_door)) for _ in range(4)]
+        # The first has been used since, so that the second has waited longest.
+        for client in (*clients[1:], clients[0]):
+            assert client.ask(LIVEZ).status == 200
+        fifth = stack.enter_context(RawClient(narrow_door))
+        assert fifth.ask(LIVEZ).status == 200
+        assert clients[1].rest() == b""
+        for client in (clients[0], *clients[2:]):
+            assert client.ask(LIVEZ).status == 200
+    narrow_door.wait_for_metric("http_connections_open", 1)
+    assert dropped(narrow_door, "evicted") > count
+
+
+def test_with_every_connection_busy_probes_are_answered(narrow_door: Service) -> None:
+    """Where no connection can make room, probes are answered and everything else is 503."""
+    with ExitStack() as stack:
+        streams = [stack.enter_context(open_stream(narrow_door, generate(LONG))) for _ in range(4)]
+        # More silent ones than there are places for probes.
+        silent = [stack.enter_context(RawClient(narrow_door)) for _ in range(50)]
+        for path in ("/livez", "/readyz", "/health"):
+            probe = stack.enter_context(RawClient(narrow_door))
+            answer = probe.ask(request("GET", path))
+            assert answer.status == 200
+            assert answer.headers["connection"] == "close"
+        other = stack.enter_context(RawClient(narrow_door))
+        refused = other.ask(generate_request(generate("y")))
+        assert (refused.status, refused.code) == (503, "too_many_connections")
+        assert refused.headers["retry-after"] == "1"
+        assert refused.headers["x-request-id"].startswith("req-")
+        assert other.rest() == b""
+        assert silent[0].rest() == b""
+        for stream in streams:
+            assert piece_of(next(stream)) is not None
+    with RawClient(narrow_door) as client:
+        assert client.ask(generate_request(generate("z"))).status == 200
+
+
+def test_one_address_has_its_share_only(narrow_door: Service) -> None:
+    """Past its share an address gets no further connection; other addresses do."""
+    with ExitStack() as stack:
+        mine = [stack.enter_context(RawClient(narrow_door, source="127.0.0.2")) for _ in range(4)]
+        assert mine[3].ask(request("GET", "/status", KEY)).code == "too_many_connections"
+        assert mine[0].ask(request("GET", "/status", KEY)).status == 200
+        theirs = stack.enter_context(RawClient(narrow_door, source="127.0.0.3"))
+        assert theirs.ask(request("GET", "/status", KEY)).status == 200
+        mine[1].close()
+        assert mine[0].ask(LIVEZ).status == 200
+        again = stack.enter_context(RawClient(narrow_door, source="127.0.0.2"))
+        assert again.ask(request("GET", "/status", KEY)).status == 200
+
+
+def test_a_trusted_proxy_has_no_share(narrow_door: Service) -> None:
+    """All clients behind a proxy have its address, so the bound is not for it."""
+    with ExitStack() as stack:
+        clients = [
+            stack.enter_context(RawClient(narrow_door, source="127.0.0.9")) for _ in range(4)
+        ]
+        for client in clients:
+            assert client.ask(request("GET", "/status", KEY)).status == 200
