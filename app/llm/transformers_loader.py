@@ -178,4 +178,10 @@ def _start_backend(
         chat_template=chat_template(tokenizer),
         special_tokens=special_tokens(tokenizer),
     )
-    return TransformersBackend(pipe, info, max_running=max_running)
+    return TransformersBackend(
+        pipe,
+        info,
+        max_running=max_running,
+        cuda_graphs=settings.cuda_graphs,
+        cuda_memory_share=settings.cuda_memory_share,
+    )
