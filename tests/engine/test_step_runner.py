@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from transformers.generation.continuous_batching import model_runner
 
 from app.core.config import ModelSettings
 from app.llm.engine import attention_choice, step_runner, transformers_backend
-from app.llm.engine.base import GenerationRequest, SamplingParams, TokenEvent
+from app.llm.engine.base import GenerationRequest, RegexGrammar, SamplingParams, TokenEvent
 from app.llm.engine.transformers_backend import TransformersBackend
 from tests.support import fake_graphs
 from tests.support.backends import BACKENDS, load, logprobs, request, run, settings_of, tokens
@@ -84,10 +85,12 @@ def _mixed() -> list[GenerationRequest]:
         SamplingParams(temperature=0, presence_penalty=1.0, frequency_penalty=1.0),
         SamplingParams(temperature=1.5, seed=3, repetition_penalty=1.3, logit_bias={77: 5.0}),
     ]
-    return [
-        request(f"r{i}", LONG[i : i + 1 + i * 53 % 211], 5 + i * 3, way, logprobs=i % 2 == 0)
+    plain = [
+        request(f"r{i}", LONG[i : i + 1 + i * 53 % 211], 5 + i * 3, way, logprobs=i % 2 == 1)
         for i, way in enumerate(ways * 2)
     ]
+    letters = RegexGrammar("[a-z]{3,9}")
+    return [*plain[:5], replace(plain[5], id="g", grammar=letters, top_logprobs=3), *plain[6:]]
 
 
 def _join_and_leave(backend: TransformersBackend) -> dict[str, list[TokenEvent]]:
@@ -108,11 +111,16 @@ def _join_and_leave(backend: TransformersBackend) -> dict[str, list[TokenEvent]]
     return events
 
 
+def _likeliest(events: list[TokenEvent]) -> list[list[int]]:
+    return [[token for token, _ in place] for event in events for place in event.top_logprobs]
+
+
 def _same(found: dict[str, list[TokenEvent]], expected: dict[str, list[TokenEvent]]) -> None:
     assert {name: tokens(events) for name, events in found.items()} == {
         name: tokens(events) for name, events in expected.items()
     }
     for name, events in expected.items():
+        assert _likeliest(found[name]) == _likeliest(events)
         assert logprobs(found[name]) == pytest.approx(logprobs(events), abs=1e-4)
         assert [e.finish_reason for e in found[name]] == [e.finish_reason for e in events]
 

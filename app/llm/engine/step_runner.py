@@ -6,7 +6,7 @@ it. Here a graph ends with the logits in a buffer of its own, and the choice fol
 On a CPU, and for long prompts, nothing is padded and nothing captured; the halves are the same.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -38,8 +38,18 @@ class StepRunner(model_runner.ModelRunner):  # type: ignore[misc]
         uses_graphs: Whether small steps are captured and replayed.
     """
 
-    def __init__(self, replaced: model_runner.ModelRunner) -> None:
-        """Take the place of the runner that transformers has made."""
+    def __init__(
+        self,
+        replaced: model_runner.ModelRunner,
+        choose: Callable[[Tensor, Sequence[str]], Tensor],
+    ) -> None:
+        """Take the place of the runner that transformers has made.
+
+        Args:
+            replaced: That runner.
+            choose: Gets logits, float32 [rows, vocabulary], which it may change, and the ids of
+                the requests that they are of; gives their next tokens, [rows].
+        """
         super().__init__(
             logit_processor=replaced.logit_processor,
             cb_config=replaced.cb_config,
@@ -48,6 +58,7 @@ class StepRunner(model_runner.ModelRunner):  # type: ignore[misc]
             do_sample=False,
             return_logprobs=False,
         )
+        self._choose = choose
         self.uses_graphs = any(self.cb_config.cuda_graph_booleans)
         self._graphs: dict[tuple[int, ...], Any] = {}
         self._buffer = torch.empty(0)
@@ -100,27 +111,21 @@ class StepRunner(model_runner.ModelRunner):  # type: ignore[misc]
             stream.wait_stream(torch.cuda.current_stream(stream.device))
         with model_runner.stream_context(stream):
             compute = self._replay if self.pad_inputs else self._forward
-            self._choose(compute(model, batch_data), batch_data)
+            self._write(compute(model, batch_data))
 
     def _forward(self, model: Any, batch_data: dict[str, Any]) -> Tensor:
-        """Logits of the places that :meth:`_choose` may need, [places, vocabulary]."""
+        """Logits of the places that :meth:`_write` may need, [places, vocabulary]."""
         logits: Tensor = model(**batch_data).logits[0]
         return logits if "logits_to_keep" in batch_data else logits[batch_data["logits_indices"]]
 
-    def _choose(self, logits: Tensor, batch_data: dict[str, Any]) -> None:
-        """Write the next token of each request that gets one, in their order."""
+    def _write(self, logits: Tensor) -> None:
+        """Choose the next token of each request that gets one, where transformers reads it."""
         io = self.inputs_and_outputs
-        # The places after theirs belong to unfinished prompts and to padding.
-        rows = sum(request.has_new_token for request in io.requests_in_batch)
-        if rows == 0:
-            return
-        places = batch_data["logits_indices"][:rows]
-        scores = self.logit_processor(
-            batch_data["input_ids"][0, places],
-            logits[:rows].float(),
-            batch_data["logits_processor_args"],
-        )
-        self._sample(scores.unsqueeze(0), io.output_ids)
+        names = [r.state.request_id for r in io.requests_in_batch if r.has_new_token]
+        if names:
+            # The rows after theirs belong to unfinished prompts and to padding.
+            rows = len(names)
+            io.output_ids[0, :rows] = self._choose(logits[:rows].float(), names)
 
     def _replay(self, model: Any, batch_data: dict[str, Any]) -> Tensor:
         """As :meth:`_forward`, by the graph of the step's sizes; the first time, capture it."""

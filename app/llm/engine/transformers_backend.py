@@ -8,18 +8,13 @@ is one message, a cancellation takes effect before the next step, and nothing wa
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, Pipeline
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
-)
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
-from transformers.generation.logits_process import LogitsProcessorList
 
 from app.core.logging import get_logger
 from app.llm.description import cache_values_per_token, context_length, eos_token_ids
@@ -38,42 +33,11 @@ from app.llm.engine.base import (
     TokenEvent,
 )
 from app.llm.engine.cpu_sizing import PROMPT_TOKENS_PER_STEP, cache_tokens
-from app.llm.engine.sampling import RequestSampler, select
+from app.llm.engine.sampling import RequestSampler, choose
 from app.llm.engine.step_runner import StepRunner, try_graphs
 from app.llm.engine.token_masks import GrammarCompiler
 
 log = get_logger("engine")
-
-
-class _Selector(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
-    """Runs :func:`select` as a logits processor: the place transformers has for one's own."""
-
-    supported_kwargs: ClassVar[dict[str, type]] = {"sampler": RequestSampler}
-    ignored_kwargs: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self) -> None:
-        self._samplers: list[RequestSampler] = []
-
-    def fill_defaults(self, int32_tensor: Tensor) -> None:
-        """No defaults: every request brings its sampler."""
-        int32_tensor.zero_()
-
-    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
-        """Note whose row is which; the tensor itself is not needed."""
-        self._samplers = [
-            r.state.logit_processor_kwargs["sampler"] for r in requests_with_new_token
-        ]
-        return torch.zeros(len(self._samplers), dtype=torch.int32)
-
-    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:  # noqa: ARG002 - the interface
-        """Choose every row's token, and note its log-probability where that is asked for."""
-        asked = [row for row, sampler in enumerate(self._samplers) if sampler.tells_logprobs]
-        # Before the selection changes the scores.
-        logprobs = scores[asked].float().log_softmax(-1) if asked else scores
-        chosen = select(scores, self._samplers)
-        for row, values in zip(asked, logprobs, strict=False):
-            self._samplers[row].note(values, int(chosen[row].argmax()))
-        return chosen
 
 
 class _Collector:
@@ -140,7 +104,7 @@ class TransformersBackend:
         self._grammars = GrammarCompiler(info.tokenizer_json, info.vocabulary_size, self._eos)
         config = batching_config(pipe.model, max_running, cuda_graphs, cuda_memory_share)
         self._batching = self._start_batching(pipe.model, config)
-        runner = StepRunner(self._batching.model_runner)
+        runner = StepRunner(self._batching.model_runner, self._choose)
         self._batching.model_runner = runner
         if runner.uses_graphs:
             try_graphs(self, runner)
@@ -163,9 +127,6 @@ class TransformersBackend:
             # Flash attention reads the cache where it lies, for requests of any length.
             resolved.page_size = page_size_for(model)
             resolved.max_blocks_per_request = -(-context_length(model.config) // resolved.page_size)
-        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Selector()]))
-        processors.tensors_required = 1
-        self._manager.logit_processor = processors
         self._manager.output_router = self._collector
         batching = self._manager._create_batch_processor()
         self._manager.batch_processor = batching
@@ -205,8 +166,10 @@ class TransformersBackend:
             max_new_tokens=request.max_tokens,
             streaming=True,
             eos_token_id=sorted(self._eos),
-            sampler=sampler,
         )
+
+    def _choose(self, scores: Tensor, request_ids: Sequence[str]) -> Tensor:
+        return choose(scores, [self._running[name].sampler for name in request_ids])
 
     def cancel(self, request_id: str) -> None:
         """Free a request's place and its pages before the next step."""
@@ -277,7 +240,7 @@ def batching_config(
         max_memory_percent=cuda_memory_share if on_gpu else None,
         max_requests_per_batch=max_running,
         use_cuda_graph=on_gpu and cuda_graphs,
-        # The selector reads each request's own parameters in Python, and needs the step before.
+        # Each choice needs the tokens of the step before: penalties and grammars count them.
         use_async_batching=False,
         # prefer_flash_attention() has done so.
         auto_switch_to_flash=False,
