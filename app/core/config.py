@@ -86,7 +86,7 @@ class ModelSettings(Section):
     )
     cuda_graphs: bool = Field(
         True,
-        description="Capture and replay small steps on a CUDA device, where a trial at the start "
+        description="Capture and replay small steps on a CUDA device, if a trial at the start "
         "gives the same answers.",
     )
     cuda_memory_share: float = Field(

@@ -26,8 +26,8 @@ def runs_on_gpu(model: Any) -> bool:
 def prefer_flash_attention(model: Any) -> None:
     """Have a model use flash attention on a GPU, where a package for it is installed.
 
-    transformers would do so for float32 and for models on a CPU too, where it fails, and would
-    rather download compiled code from the hub than take the package.
+    transformers would do so for float32 and for models on a CPU too, where it fails, and with its
+    package ``kernels`` would rather download compiled code from the hub.
     """
     if not (runs_on_gpu(model) and model.dtype.itemsize == 2 and model._supports_flash_attn):
         return
