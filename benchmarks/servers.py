@@ -77,6 +77,8 @@ LLAMA = "llama-server"
 def ours(engine: str, device: str = "cpu", **settings: str) -> Row:
     """A row of this service."""
     environment = {**_OURS, **_ENGINES[engine], "MODEL__DEVICE": device, **settings}
+    if device == "cuda":
+        environment.setdefault("MODEL__CUDA_MEMORY_SHARE", peers.MEMORY_SHARE[device])
     return Row(f"ours, {engine}", _uvicorn, environment)
 
 

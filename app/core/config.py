@@ -85,6 +85,18 @@ class ModelSettings(Section):
         description="int8 computes large linear layers in 8-bit integers: faster, a little less "
         "exact; transformers engine on a CPU.",
     )
+    cuda_graphs: bool = Field(
+        True,
+        description="Capture and replay small steps on a CUDA device, if a trial at the start "
+        "gives the same answers.",
+    )
+    cuda_memory_share: float = Field(
+        0.8,
+        gt=0,
+        le=0.95,
+        description="Share of a CUDA device's free memory that the KV cache and the steps' own "
+        "tensors may take.",
+    )
     engine: Literal["auto", "openvino", "transformers", "echo"] = Field(
         "auto",
         description="Backend that runs the model. auto: openvino on a CPU where it can read the "

@@ -105,7 +105,7 @@ def _from_pretrained(
         # A folder is read that is here already, see pretrained_source.
         model, report = AutoModelForCausalLM.from_pretrained(  # nosec B615
             snapshot.directory,
-            dtype=_dtype(settings, torch),
+            dtype=_dtype(settings, snapshot, torch),
             output_loading_info=True,
             **weights,
             **pretrained_source(snapshot),
@@ -138,12 +138,13 @@ def _reading_gguf_once() -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = originals
 
 
-def _dtype(settings: ModelSettings, torch: Any) -> "torch.dtype | str":
+def _dtype(settings: ModelSettings, snapshot: Snapshot, torch: Any) -> "torch.dtype | str":
     """The precision of the weights, as ``from_pretrained`` takes it."""
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
     if settings.device == "cuda":
-        return "auto"
+        # As stored; what a GGUF file packs would be unpacked to float32.
+        return torch.bfloat16 if snapshot.gguf else "auto"
     # Without bfloat16 instructions a CPU converts at every step, which is slower than float32.
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32  # type: ignore[no-any-return]
@@ -178,4 +179,10 @@ def _start_backend(
         chat_template=chat_template(tokenizer),
         special_tokens=special_tokens(tokenizer),
     )
-    return TransformersBackend(pipe, info, max_running=max_running)
+    return TransformersBackend(
+        pipe,
+        info,
+        max_running=max_running,
+        cuda_graphs=settings.cuda_graphs,
+        cuda_memory_share=settings.cuda_memory_share,
+    )

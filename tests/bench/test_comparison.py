@@ -10,7 +10,7 @@ import pytest
 from app.bench.results import Outcome, Result, summarise
 from app.llm.engine.base import GenerationRequest, SamplingParams
 from app.llm.engine.echo import EchoBackend
-from benchmarks import curve, page, plots
+from benchmarks import curve, page, peers, plots
 from benchmarks.curve import steady_rate
 from benchmarks.engine_alone import drive
 from benchmarks.goals import Ratio, divide, median_of, ratios
@@ -198,3 +198,17 @@ def test_rows_fit_the_device() -> None:
     """On a GPU there are the transformers engine and transformers serve, nothing built for CPUs."""
     assert [row.name for row in all_rows("cuda")] == ["ours, transformers", SERVE]
     assert [row.name for row in all_rows("cpu", ["openvino"])] == ["ours, openvino", SERVE, LLAMA]
+
+
+def test_servers_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU ours and the peer run there, and neither takes the memory that the other needs."""
+    monkeypatch.setattr(peers, "_environment", lambda *_, **__: Path("python"))
+    monkeypatch.setattr(peers, "MODEL", tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    mine, peer = all_rows("cuda")
+    assert mine.environment["MODEL__DEVICE"] == "cuda"
+    assert mine.environment["MODEL__CUDA_MEMORY_SHARE"] == "0.25"
+    command = list(peer.command(8001))
+    assert command[command.index("--device") + 1] == "cuda"
+    assert command[command.index("--cb-max-memory-percent") + 1] == "0.25"
+    assert "MODEL__CUDA_MEMORY_SHARE" not in ours("transformers").environment

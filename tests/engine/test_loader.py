@@ -15,7 +15,9 @@ from app.core.config import ModelSettings
 from app.llm import bundled
 from app.llm.engine.base import Backend
 from app.llm.engine.echo import EchoBackend
+from app.llm.hub import Snapshot
 from app.llm.loader import find_model
+from app.llm.transformers_loader import _dtype
 from app.utils.errors import ModelLoadError
 from tests.support import backends
 from tests.support.backends import load_local, request, run, tokens
@@ -79,6 +81,15 @@ def test_dtype_auto_is_what_the_cpu_is_fast_at(
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: has_instructions)
     assert load(tiny_model_dir, dtype="auto").info.dtype == dtype
+
+
+def test_dtype_auto_on_a_gpu(tmp_path: Path) -> None:
+    """A GPU takes weights as they are stored, and 16 bits for those that a GGUF file packs."""
+    import torch
+
+    settings = ModelSettings(device="cuda")
+    assert _dtype(settings, Snapshot(tmp_path, None), torch) == "auto"
+    assert _dtype(settings, Snapshot(tmp_path, "model.gguf"), torch) is torch.bfloat16
 
 
 def test_shards_are_joined(model: Path, tiny_model_dir: Path) -> None:

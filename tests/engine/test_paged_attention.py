@@ -22,8 +22,8 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from app.llm.engine import paged_attention
+from app.llm.engine.attention_choice import attend_per_request, plan_attention
 from app.llm.engine.paged_attention import NAME, attend, make_plan
-from app.llm.engine.transformers_backend import attend_per_request, plan_attention
 from tests.support.backends import load_local, refusal, request, run, tokens
 
 HEAD = 8

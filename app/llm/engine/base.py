@@ -210,7 +210,7 @@ class EngineStats(msgspec.Struct, frozen=True):
 class Configure(msgspec.Struct, frozen=True, tag=True):
     """First message: what to load. The token travels here so that no environment shows it."""
 
-    model: dict[str, str | int | float | list[str] | None]
+    model: dict[str, str | bool | int | float | list[str] | None]
     max_running: int
     echo_step_seconds: float
     huggingface_token: str | None

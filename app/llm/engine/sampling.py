@@ -89,6 +89,25 @@ class RequestSampler:
             self.top_logprobs.append(list(zip(tokens.tolist(), values.tolist(), strict=True)))
 
 
+def choose(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
+    """The next token of each row, and its log-probability noted where that is asked for.
+
+    Args:
+        scores: Logits, float32 [rows, vocabulary]; changed in place.
+        samplers: One for each row, in order.
+
+    Returns:
+        Token ids, int64 [rows].
+    """
+    asked = [row for row, sampler in enumerate(samplers) if sampler.tells_logprobs]
+    # Before the selection changes the scores.
+    logprobs = [scores[row].log_softmax(-1) for row in asked]
+    chosen = select(scores, samplers).argmax(-1)
+    for row, values in zip(asked, logprobs, strict=True):
+        samplers[row].note(values, int(chosen[row]))
+    return chosen
+
+
 def select(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
     """Mark each sampled row's chosen token, so that an argmax finds it.
 

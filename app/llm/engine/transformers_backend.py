@@ -8,22 +8,24 @@ is one message, a cancellation takes effect before the next step, and nothing wa
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, Pipeline
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
-)
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
-from transformers.generation.logits_process import LogitsProcessorList
-from transformers.utils.generic import is_flash_attention_requested
 
+from app.core.logging import get_logger
 from app.llm.description import cache_values_per_token, context_length, eos_token_ids
-from app.llm.engine import paged_attention
+from app.llm.engine.attention_choice import (
+    PAGE_SIZE,
+    attend_per_request,
+    page_size_for,
+    plan_attention,
+    prefer_flash_attention,
+    runs_on_gpu,
+)
 from app.llm.engine.base import (
     EngineInfo,
     EngineStats,
@@ -31,42 +33,11 @@ from app.llm.engine.base import (
     TokenEvent,
 )
 from app.llm.engine.cpu_sizing import PROMPT_TOKENS_PER_STEP, cache_tokens
-from app.llm.engine.sampling import RequestSampler, select
+from app.llm.engine.sampling import RequestSampler, choose
+from app.llm.engine.step_runner import StepRunner, try_graphs
 from app.llm.engine.token_masks import GrammarCompiler
 
-# Tokens in a page of the KV cache: the grain of prefix sharing, and what a request wastes at most.
-_PAGE_SIZE = 32
-
-
-class _Selector(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
-    """Runs :func:`select` as a logits processor: the place transformers has for one's own."""
-
-    supported_kwargs: ClassVar[dict[str, type]] = {"sampler": RequestSampler}
-    ignored_kwargs: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self) -> None:
-        self._samplers: list[RequestSampler] = []
-
-    def fill_defaults(self, int32_tensor: Tensor) -> None:
-        """No defaults: every request brings its sampler."""
-        int32_tensor.zero_()
-
-    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
-        """Note whose row is which; the tensor itself is not needed."""
-        self._samplers = [
-            r.state.logit_processor_kwargs["sampler"] for r in requests_with_new_token
-        ]
-        return torch.zeros(len(self._samplers), dtype=torch.int32)
-
-    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:  # noqa: ARG002 - the interface
-        """Choose every row's token, and note its log-probability where that is asked for."""
-        asked = [row for row, sampler in enumerate(self._samplers) if sampler.tells_logprobs]
-        # Before the selection changes the scores.
-        logprobs = scores[asked].float().log_softmax(-1) if asked else scores
-        chosen = select(scores, self._samplers)
-        for row, values in zip(asked, logprobs, strict=False):
-            self._samplers[row].note(values, int(chosen[row].argmax()))
-        return chosen
+log = get_logger("engine")
 
 
 class _Collector:
@@ -107,41 +78,55 @@ class _Running:
 class TransformersBackend:
     """Any Hugging Face causal language model, on a CPU or a CUDA device."""
 
-    def __init__(self, pipe: Pipeline, info: EngineInfo, *, max_running: int) -> None:
+    def __init__(
+        self,
+        pipe: Pipeline,
+        info: EngineInfo,
+        *,
+        max_running: int,
+        cuda_graphs: bool = True,
+        cuda_memory_share: float = 0.8,
+    ) -> None:
         """Take over a loaded pipeline.
 
         Args:
             pipe: A text-generation pipeline; its model is moved to paged attention.
             info: What is being served.
             max_running: Requests generated at once.
+            cuda_graphs: Whether a GPU may capture and replay small steps.
+            cuda_memory_share: Share of a GPU's free memory that the KV cache and the steps' own
+                tensors may take.
         """
         self.info = info
         self._eos = eos_token_ids(pipe.model.generation_config, pipe.tokenizer)
         self._collector = _Collector()
         self._running: dict[str, _Running] = {}
         self._grammars = GrammarCompiler(info.tokenizer_json, info.vocabulary_size, self._eos)
-        self._batching = self._start_batching(pipe.model, max_running)
+        config = batching_config(pipe.model, max_running, cuda_graphs, cuda_memory_share)
+        self._batching = self._start_batching(pipe.model, config)
+        runner = StepRunner(self._batching.model_runner, self._choose)
+        self._batching.model_runner = runner
+        if runner.uses_graphs:
+            try_graphs(self, runner)
+        attention = pipe.model.config._attn_implementation
+        graphs = "with" if runner.uses_graphs else "without"
+        log.info("attention is %s, %s CUDA graphs", attention, graphs)
 
-    def _start_batching(self, model: Any, max_running: int) -> Any:
-        on_cpu = model.device.type == "cpu"
-        config = ContinuousBatchingConfig(
-            page_size=_PAGE_SIZE,
-            num_blocks=_cpu_blocks(model, max_running) if on_cpu else None,
-            max_batch_tokens=PROMPT_TOKENS_PER_STEP + max_running if on_cpu else None,
-            max_requests_per_batch=max_running,
-            # The selector reads each request's own parameters in Python, which a captured graph
-            # would not repeat and a second batch in flight would mix up.
-            use_cuda_graph=False,
-            use_async_batching=False,
-        )
+    def _start_batching(self, model: Any, config: ContinuousBatchingConfig) -> Any:
+        prefer_flash_attention(model)
         generation = GenerationConfig(do_sample=False, eos_token_id=sorted(self._eos) or None)
         self._manager = model.init_continuous_batching(
             generation_config=generation, continuous_batching_config=config
         )
         per_request = attend_per_request(model)
-        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Selector()]))
-        processors.tensors_required = 1
-        self._manager.logit_processor = processors
+        resolved = self._manager.continuous_batching_config
+        if per_request:
+            # A plan is made in Python for every step, which a graph would not repeat.
+            resolved.use_cuda_graph = (False, False)
+        if resolved.max_blocks_per_request:
+            # Flash attention reads the cache where it lies, for requests of any length.
+            resolved.page_size = page_size_for(model)
+            resolved.max_blocks_per_request = -(-context_length(model.config) // resolved.page_size)
         self._manager.output_router = self._collector
         batching = self._manager._create_batch_processor()
         self._manager.batch_processor = batching
@@ -181,8 +166,10 @@ class TransformersBackend:
             max_new_tokens=request.max_tokens,
             streaming=True,
             eos_token_id=sorted(self._eos),
-            sampler=sampler,
         )
+
+    def _choose(self, scores: Tensor, request_ids: Sequence[str]) -> Tensor:
+        return choose(scores, [self._running[name].sampler for name in request_ids])
 
     def cancel(self, request_id: str) -> None:
         """Free a request's place and its pages before the next step."""
@@ -241,34 +228,23 @@ class TransformersBackend:
         )
 
 
-def attend_per_request(model: Any) -> bool:
-    """Give a model our attention function where it is the better one; returns whether it was.
-
-    Flash attention, which transformers has chosen by then where it is installed, works request by
-    request itself, and a GPU hides the cost of ``sdpa``'s mask.
-    """
-    chosen = model.config._attn_implementation
-    on_gpu = model.device.type != "cpu"
-    if is_flash_attention_requested(requested_attention_implementation=chosen) or (
-        on_gpu and chosen == "sdpa"
-    ):
-        return False
-    model.set_attn_implementation(paged_attention.NAME)
-    return True
-
-
-def plan_attention(inputs: Any, cache: Any) -> None:
-    """Have each step's inputs say how the attention is cut into requests."""
-    collect = inputs.get_model_kwargs
-
-    def planned(*args: Any, **options: Any) -> dict[str, Any]:
-        kwargs: dict[str, Any] = collect(*args, **options)
-        plans = paged_attention.plans_for(kwargs, cache.cache_allocators)
-        kwargs[paged_attention.PLAN] = plans
-        kwargs["read_index"] = [plans[kind].read_index for kind in cache.cache_allocators]
-        return kwargs
-
-    inputs.get_model_kwargs = planned
+def batching_config(
+    model: Any, max_running: int, cuda_graphs: bool, cuda_memory_share: float
+) -> ContinuousBatchingConfig:
+    """What transformers' continuous batching is told; the rest it finds out by itself."""
+    on_gpu = runs_on_gpu(model)
+    return ContinuousBatchingConfig(
+        page_size=PAGE_SIZE,
+        num_blocks=None if on_gpu else _cpu_blocks(model, max_running),
+        max_batch_tokens=None if on_gpu else PROMPT_TOKENS_PER_STEP + max_running,
+        max_memory_percent=cuda_memory_share if on_gpu else None,
+        max_requests_per_batch=max_running,
+        use_cuda_graph=on_gpu and cuda_graphs,
+        # Each choice needs the tokens of the step before: penalties and grammars count them.
+        use_async_batching=False,
+        # prefer_flash_attention() has done so.
+        auto_switch_to_flash=False,
+    )
 
 
 def _cpu_blocks(model: Any, max_running: int) -> int:
@@ -278,4 +254,4 @@ def _cpu_blocks(model: Any, max_running: int) -> int:
         max_running=max_running,
         bytes_per_token=cache_values_per_token(model.config) * model.dtype.itemsize,
     )
-    return -(-tokens // _PAGE_SIZE) + 1
+    return -(-tokens // PAGE_SIZE) + 1
