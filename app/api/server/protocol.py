@@ -1,6 +1,6 @@
 """One connection, with an end to everything that a client can hold open.
 
-uvicorn has a limit for idle connections alone; docs/adr/0017-connections.md says what was measured
+uvicorn has a limit for idle connections alone; docs/adr/0020-connections.md says what was measured
 and why its protocol is extended rather than replaced.
 """
 

@@ -1,7 +1,7 @@
 """uvicorn's HTTP/1.1 protocol, refusing the little that its parser lets through.
 
 llhttp, which uvicorn uses through httptools, was the strictest of the parsers compared
-(docs/adr/0017-connections.md). What it takes beyond RFC 9112 is refused here.
+(docs/adr/0020-connections.md). What it takes beyond RFC 9112 is refused here.
 """
 
 from typing import Any
