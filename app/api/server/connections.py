@@ -61,21 +61,22 @@ class Connections:
         self._addresses = addresses
         self._most = limits.max_connections
         self._open: set[Connection] = set()
+        # Those that are within the bounds.
+        self._places: set[Connection] = set()
         self._of_address: Counter[str] = Counter()
         # Both in the order in which the waiting began; the values mean nothing.
         self._waiting: dict[Connection, None] = {}
         self._waiting_probes: dict[Connection, None] = {}
 
-    def __len__(self) -> int:
-        return len(self._open)
-
     def add(self, connection: Connection) -> None:
         """Count a new connection, which waits; says so where it may carry nothing but probes."""
-        self._open.add(connection)
         address = connection.address = self._counted(connection.address)
-        if address is not None:
-            self._of_address[address] += 1
         connection.probes_only = self._is_too_many_of(address) or self._is_one_too_many()
+        self._open.add(connection)
+        if not connection.probes_only:
+            self._places.add(connection)
+            if address is not None:
+                self._of_address[address] += 1
         self.waits(connection)
         if len(self._waiting_probes) > PROBE_PLACES:
             _oldest(self._waiting_probes).make_room()
@@ -88,10 +89,12 @@ class Connections:
         self._open.remove(connection)
         self.serves(connection)
         address = connection.address
-        if address is not None:
-            self._of_address[address] -= 1
-            if not self._of_address[address]:
-                del self._of_address[address]
+        if connection in self._places:
+            self._places.remove(connection)
+            if address is not None:
+                self._of_address[address] -= 1
+                if not self._of_address[address]:
+                    del self._of_address[address]
         self.metrics.connections_open.set(len(self._open))
 
     def waits(self, connection: Connection) -> None:
@@ -147,11 +150,11 @@ class Connections:
 
     def _is_too_many_of(self, address: str | None) -> bool:
         most = self.limits.max_connections_per_ip
-        return address is not None and most is not None and self._of_address[address] > most
+        return address is not None and most is not None and self._of_address[address] >= most
 
     def _is_one_too_many(self) -> bool:
         """Whether there is no place left, and none that could be freed."""
-        if len(self._open) <= self._most:
+        if len(self._places) < self._most:
             return False
         if not self._waiting:
             return True
