@@ -129,7 +129,7 @@ class Server:
                 words = (process / "cmdline").read_bytes().split(b"\0")
                 lines = (process / "status").read_text().splitlines()
                 kilobytes = next((int(x.split()[1]) for x in lines if x.startswith("VmRSS")), 0)
-                label = _label(words, is_ours=self.row.is_ours)
+                label = label_of(words) if self.row.is_ours else "server"
                 found[label] = found.get(label, 0.0) + kilobytes / 1024
         return found
 
@@ -144,9 +144,8 @@ class Server:
         self.process.wait()
 
 
-def _label(words: Sequence[bytes], *, is_ours: bool) -> str:
-    if not is_ours:
-        return "server"
+def label_of(words: Sequence[bytes]) -> str:
+    """Which process of this service a command line starts."""
     if b"app.llm.engine.worker" in words:
         return "engine"
     return "API" if b"uvicorn" in words else "other"
