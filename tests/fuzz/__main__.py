@@ -75,9 +75,9 @@ def fuzz_code(options: argparse.Namespace) -> list[str]:
 def _start_guided(name: str, folder: str, options: argparse.Namespace) -> subprocess.Popen[str]:
     limits = [f"-runs={options.code_runs}", f"-max_total_time={options.code_seconds}"]
     shape = ["-max_len=200", "-len_control=0", f"-seed={options.seed % 2**31 or 1}"]
+    safety = [f"-artifact_prefix={folder}/", "-timeout=20", "-rss_limit_mb=2048"]
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.fuzz.guided", name, *limits, *shape]
-        + [f"-artifact_prefix={folder}/", "-timeout=20", "-rss_limit_mb=2048"],
+        [sys.executable, "-m", "tests.fuzz.guided", name, *limits, *shape, *safety],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -28,6 +28,8 @@ from tests.support.service import API_KEY
 # Beside its examples and boundaries, of which there are about 2,800 cases, whatever is asked for.
 _OPERATIONS = 18
 _SETTLE_SECONDS = 5.0
+# sse-starlette starts one for each event loop, with the first stream.
+_MAY_STAY = Counter(["<coroutine object _shutdown_watcher"])
 _CHECKS = {
     # Both are part of a check below, which asks the same but of what a document cannot tell.
     "positive_data_acceptance": {"enabled": False},
@@ -47,6 +49,8 @@ _CODES_OF_STATE = {
 # Refusals whose reason JSON Schema has no words for.
 _UNSPEAKABLE = re.compile(
     r".*Input should be a valid integer"  # To JSON Schema, 1.0 is one.
+    # Validators compute in floating point, which has no word for the last of 63 bits.
+    r"|seed: Input should be (greater than or equal to -|less than )9223372036854775808"
     r"|.*max_tokens and max_completion_tokens differ"
     r"|.*two tools have the same name"
     r"|.*tool_choice names a function that is not in tools"
@@ -136,7 +140,7 @@ def run(cases: int, seed: int, app: Watched | None = None) -> Findings:
             _note(event, found)
         # The last answers may still be on their way out.
         end = time.monotonic() + _SETTLE_SECONDS
-        while (left := app.tasks() - before) and time.monotonic() < end:
+        while (left := app.tasks() - before - _MAY_STAY) and time.monotonic() < end:
             time.sleep(0.05)
         found.tasks = list(left.elements())
     finally:

@@ -16,11 +16,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from app.api.dependencies import parse_json
+from app.api.errors import validation_error
 from app.api.openai_schemas import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 from app.api.requests import ChatRequest, GenerateRequest
 from app.api.sse import ends_stream, frame, has_error_event
 from app.bench.targets import read_stream
-from app.core.config import SecuritySettings
+from app.core.config_security import SecuritySettings
 from app.core.pii import HOLD_BACK
 from app.core.rate_limit import ClientAddress
 from app.core.security import KeyRing
@@ -252,9 +253,11 @@ def requests(data: bytes) -> None:
         try:
             made = model.model_validate(value)
         except ValidationError as error:
-            assert error.errors(include_url=False)
+            faults = error.errors(include_url=False)
+            # FastAPI puts before it where in the request it is.
+            validation_error([{**fault, "loc": ("body", *fault["loc"])} for fault in faults])
         else:
-            assert json.dumps(made.model_dump(mode="json"))
+            json.dumps(made.model_dump(mode="json"))
 
 
 def _same(ours: Any, theirs: Any) -> bool:

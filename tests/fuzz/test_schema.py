@@ -42,7 +42,7 @@ def _broken() -> FastAPI:
 
 
 def test_what_breaks_the_document_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An application that crashes, refuses what it says it takes, and leaves tasks, is found out."""
+    """An application that crashes, refuses what it offers, and leaves tasks, is found out."""
     monkeypatch.setattr(schema, "_SETTLE_SECONDS", 0.1)
     findings = schema.run(18, SEED, schema.Watched(_broken()))
     kinds = {what.split(": ")[1] for what in findings.failures}

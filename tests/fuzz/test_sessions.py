@@ -1,4 +1,4 @@
-"""Sessions as a model: whatever is done to them in whatever order, the histories are what was said."""
+"""Sessions as a model: whatever is done in whatever order, the histories are what was said."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -38,7 +38,7 @@ class Sessions(RuleBasedStateMachine):
 
     def _said(self, owner: tuple[str, str], text: str) -> None:
         answer = {"role": "assistant", "content": text}
-        history = self.histories.get(owner, []) + [*user(text), answer]
+        history = [*self.histories.get(owner, []), *user(text), answer]
         self.histories[owner] = history[-MAX_MESSAGES:]
 
     @rule(owner=owners, text=texts, stream=st.booleans(), cache=st.booleans())
