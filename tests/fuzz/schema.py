@@ -46,11 +46,12 @@ _CODES_OF_STATE = {
     "prompt_too_long",
     "unsupported_parameter",
 }
-# Refusals whose reason JSON Schema has no words for.
+# Refusals whose reason JSON Schema has no words for, or is a limit that the settings have.
 _UNSPEAKABLE = re.compile(
     r".*Input should be a valid integer"  # To JSON Schema, 1.0 is one.
     # Validators compute in floating point, which has no word for the last of 63 bits.
     r"|seed: Input should be (greater than or equal to -|less than )9223372036854775808"
+    r"|max_tokens: at most 8000 \(model\.max_tokens\)\."
     r"|.*max_tokens and max_completion_tokens differ"
     r"|.*two tools have the same name"
     r"|.*tool_choice names a function that is not in tools"

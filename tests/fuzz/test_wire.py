@@ -13,9 +13,7 @@ CASES = 4000
 async def test_no_bytes_break_the_service() -> None:
     """Nothing is answered with a 500, no connection hangs, and nothing is left behind."""
     with running_service(**wire.SETTINGS) as service:
-        # The first requests open what stays open.
-        await wire.run(service.base_url, 100, seed=0)
-        before = wire.vitals_of(service)
+        before = await wire.warm_up(service)
         found = await wire.run(service.base_url, CASES, seed=1)
         assert not found.failures, "\n".join(found.failures)
         # What works was among it, and what does not.
