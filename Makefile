@@ -150,6 +150,14 @@ check-all: format-check lint scan type-check imports deps lock-check audit test 
 restarts: install ## Restart the service again and again under load, losing nothing (COUNT=50)
 	$(RUN) pytest tests/api/test_restarts.py --restarts $(or $(COUNT),50)
 
+.PHONY: fuzz
+fuzz: install ## Fuzz for an hour or more (ARGS="schema wire code --schema-cases 5000 …" for a part)
+	$(RUN) python -m tests.fuzz $(ARGS)
+
+.PHONY: soak
+soak: model ## Mixed traffic, and what it leaves behind (MINUTES=10; take 240 before a release)
+	$(RUN) python -m benchmarks soak --minutes $(or $(MINUTES),10) $(ARGS)
+
 ##@ Benchmarks
 
 .PHONY: bench

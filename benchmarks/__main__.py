@@ -1,4 +1,4 @@
-"""``python -m benchmarks table | curve | page``; ``make bench`` is the first of them."""
+"""``python -m benchmarks table | curve | page | soak``; ``make bench`` is the first of them."""
 
 import argparse
 import asyncio
@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import curve, page, plots, side_by_side
+from benchmarks import curve, page, plots, side_by_side, soak
 from benchmarks.paths import RESULTS
+from benchmarks.servers import ENGINES
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,6 +31,10 @@ def _parser() -> argparse.ArgumentParser:
                 action="append",
                 help="only rows with this in their name, not for the page",
             )
+    command = commands.add_parser("soak", help="mixed traffic for a long time, and what it leaves")
+    command.add_argument("--minutes", type=float, default=10.0)
+    command.add_argument("--clients", type=int, default=8)
+    command.add_argument("--engine", default="openvino", choices=ENGINES)
     commands.add_parser("page", help="write docs/performance.md anew from the kept results")
     return parser
 
@@ -57,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if path.exists():
                 _publish(name, json.loads(path.read_text(encoding="utf-8")))
         return 0
+    if options.command == "soak":
+        report = asyncio.run(soak.measure(options))
+        problems = report.problems()
+        print("\n".join([report.describe(), "", *(problems or ["Nothing was left behind."])]))
+        return 1 if problems else 0
     is_table = options.command == "table"
     data = asyncio.run(side_by_side.measure(options) if is_table else curve.measure(options))
     # A smoke test, a part, or a run on a GPU does not take the place of the page's figures.

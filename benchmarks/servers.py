@@ -65,7 +65,7 @@ _OURS = {
 }
 
 # The name in the tables, and what makes this service that row.
-_ENGINES = {
+ENGINES = {
     "openvino": {"MODEL__ENGINE": "openvino"},
     "transformers": {"MODEL__ENGINE": "transformers"},
     "transformers int8": {"MODEL__ENGINE": "transformers", "MODEL__QUANTIZATION": "int8"},
@@ -76,7 +76,7 @@ LLAMA = "llama-server"
 
 def ours(engine: str, device: str = "cpu", **settings: str) -> Row:
     """A row of this service."""
-    environment = {**_OURS, **_ENGINES[engine], "MODEL__DEVICE": device, **settings}
+    environment = {**_OURS, **ENGINES[engine], "MODEL__DEVICE": device, **settings}
     if device == "cuda":
         environment.setdefault("MODEL__CUDA_MEMORY_SHARE", peers.MEMORY_SHARE[device])
     return Row(f"ours, {engine}", _uvicorn, environment)
@@ -84,7 +84,7 @@ def ours(engine: str, device: str = "cpu", **settings: str) -> Row:
 
 def all_rows(device: str, engines: Sequence[str] | None = None) -> list[Row]:
     """The rows for a device; llama-server's package is built for CPUs only."""
-    possible = ["transformers"] if device == "cuda" else list(_ENGINES)
+    possible = ["transformers"] if device == "cuda" else list(ENGINES)
     rows = [ours(engine, device) for engine in engines or possible]
     rows.append(
         Row(
@@ -129,7 +129,7 @@ class Server:
                 words = (process / "cmdline").read_bytes().split(b"\0")
                 lines = (process / "status").read_text().splitlines()
                 kilobytes = next((int(x.split()[1]) for x in lines if x.startswith("VmRSS")), 0)
-                label = _label(words, is_ours=self.row.is_ours)
+                label = label_of(words) if self.row.is_ours else "server"
                 found[label] = found.get(label, 0.0) + kilobytes / 1024
         return found
 
@@ -144,9 +144,8 @@ class Server:
         self.process.wait()
 
 
-def _label(words: Sequence[bytes], *, is_ours: bool) -> str:
-    if not is_ours:
-        return "server"
+def label_of(words: Sequence[bytes]) -> str:
+    """Which process of this service a command line starts."""
     if b"app.llm.engine.worker" in words:
         return "engine"
     return "API" if b"uvicorn" in words else "other"

@@ -10,7 +10,7 @@ from fastapi import Depends, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, WithJsonSchema
 from pydantic_core import from_json
 from starlette.types import Receive, Scope
 
@@ -87,16 +87,21 @@ async def get_conversation(request: Request) -> ConversationService:
     return services_of(request).conversation
 
 
-def _decimal(text: str) -> float:
-    # Not what float() takes beside this: exponents, infinities, underscores, other digits.
-    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", text):
+# Not what float() takes beside this: exponents, infinities, underscores, other digits. A digit
+# other than 0 is before the point or behind it.
+_POSITIVE_DECIMAL = r"^(0{0,11}[1-9][0-9]{0,11}(\.[0-9]{1,12})?|0{1,12}\.0{0,11}[1-9][0-9]{0,11})$"
+
+
+def _positive_decimal(text: str) -> float:
+    if not re.fullmatch(_POSITIVE_DECIMAL, text):
         raise ValueError("must be a positive decimal number of seconds, such as 2.5")
     return float(text)
 
 
 RequestTimeout = Annotated[
-    Annotated[float, Field(gt=0)] | None,
-    BeforeValidator(_decimal),
+    float | None,
+    BeforeValidator(_positive_decimal),
+    WithJsonSchema({"type": "string", "pattern": _POSITIVE_DECIMAL}),
     Header(
         alias="X-Request-Timeout",
         description="Seconds in which the answer must be complete; past that, 504. At most "

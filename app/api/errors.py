@@ -8,6 +8,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from app.api.schemas import ErrorResponse
 from app.core.logging import get_logger, request_id_var
@@ -22,6 +23,9 @@ from app.utils.errors import (
 )
 
 log = get_logger()
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+"""Methods that an address may answer, and that metrics name."""
 
 # Longest list of faults in a message, and longest name of a field: both come from the caller.
 _MAX_FAULTS = 3
@@ -82,12 +86,27 @@ async def _on_validation_error(_: Request, error: Exception) -> Response:
     return error_response(validation_error(error.errors()))
 
 
-async def _on_http_exception(_: Request, error: Exception) -> Response:
+def _allowed_methods(request: Request) -> str:
+    """What an address answers, as Allow lists it (RFC 9110, 10.2.1).
+
+    Starlette lists only the methods of the first route at the address; each method may have one.
+    """
+
+    def is_answered(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+
+    return ", ".join(filter(is_answered, METHODS))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for nothing else  # nosec B101
     known: dict[int, ServiceError] = {404: NotFoundError(), 405: MethodNotAllowedError()}
     fallback = InternalError() if error.status_code >= 500 else InvalidRequestError()
     translated = known.get(error.status_code, fallback)
     translated.headers.update(error.headers or {})
+    if error.status_code == 405:
+        translated.headers["Allow"] = _allowed_methods(request)
     return error_response(translated)
 
 
@@ -98,8 +117,13 @@ def register_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http_exception)
 
 
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "A JSON object; the last is [DONE]."}},
+    "required": ["data"],
+}
 STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    200: {"content": {"text/event-stream": {"itemSchema": _EVENT}}}
 }
 """What a route that can stream adds to its declared responses."""
 

@@ -8,7 +8,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.errors import error_response
+from app.api.errors import METHODS, error_response
 from app.core.logging import get_logger, request_id_var
 from app.core.metrics import Metrics
 from app.utils.errors import BodyTooLargeError, InternalError
@@ -17,7 +17,6 @@ from app.utils.timing import Stopwatch
 log = get_logger()
 
 UNMATCHED = "unmatched"
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _SECURITY_HEADERS = (
     ("Cache-Control", "no-store"),
@@ -82,7 +81,7 @@ class RequestContextMiddleware:
             request_id_var.reset(token)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        method = scope["method"] if scope["method"] in _METHODS else "other"
+        method = scope["method"] if scope["method"] in METHODS else "other"
         route = route_template(scope)
         # Without a status the client left before there was anything to answer.
         code = status or 499

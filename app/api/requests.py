@@ -8,8 +8,10 @@ import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
 
+from app.api.rules import ABSENT, Schema, both, either, has, or_null, where_present
 from app.core.security import Principal
 from app.llm.engine.base import SAMPLING_FIELDS, Grammar, JsonSchemaGrammar, RegexGrammar
 
@@ -48,6 +50,20 @@ class NeutralFields(RequestModel):
             if not (name in known and (value is None or _is_one_of(value, cls.neutral.get(name))))
         }
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> Schema:
+        """The schema of what is accepted: null, and the values that ask for nothing, included."""
+        schema = handler(core_schema)
+        model = handler.resolve_ref_schema(schema)
+        fields, required = model["properties"], model.get("required", ())
+        for name in fields.keys() - set(required):
+            fields[name] = or_null(fields[name])
+        for name, values in cls.neutral.items():
+            fields[name] = {"description": "Asks for nothing.", "enum": [None, *values]}
+        return schema
+
 
 def _is_one_of(value: Any, neutral: tuple[Any, ...] | None) -> bool:
     # 0 is not False here, nor 1 True.
@@ -63,8 +79,29 @@ class JsonSchemaFormat(NeutralFields):
     strict: bool = Field(False, description="The answer follows the schema either way.")
 
 
+_MEMBER_OF_TYPE: dict[str, Schema] = {
+    "json_schema": {"type": "object"},
+    "regex": {"type": "string"},
+    "choice": {"type": "array"},
+}
+
+
+def _format_of_type(kind: str) -> Schema:
+    others = _MEMBER_OF_TYPE.keys() - {kind}
+    return both(
+        has(type={"const": kind}, **{k: m for k, m in _MEMBER_OF_TYPE.items() if k == kind}),
+        where_present(**dict.fromkeys(sorted(others), ABSENT)),
+    )
+
+
 class ResponseFormat(NeutralFields):
     """What the answer must look like; see docs/api.md, Structured output."""
+
+    model_config = ConfigDict(
+        json_schema_extra=either(
+            *map(_format_of_type, ("text", "json_object", *_MEMBER_OF_TYPE)),
+        )
+    )
 
     type: Literal["text", "json_object", "json_schema", "regex", "choice"]
     json_schema: JsonSchemaFormat | None = None
@@ -164,6 +201,9 @@ class Message(RequestModel):
     content: str = Field(min_length=1)
 
 
+_TALKS = where_present(role={"enum": ["user", "assistant"]})
+
+
 class ChatRequest(SamplingFields):
     """Body of POST /v1/chat."""
 
@@ -179,7 +219,15 @@ class ChatRequest(SamplingFields):
         }
     )
 
-    messages: list[Message] = Field(min_length=1, max_length=1000)
+    messages: list[Message] = Field(
+        min_length=1,
+        max_length=1000,
+        description="Only the first may have the role system, and another must follow it.",
+        # The first of two is free; of one alone it is the one to answer.
+        json_schema_extra=both(
+            {"prefixItems": [{}], "items": _TALKS}, either({"minItems": 2}, {"items": _TALKS})
+        ),
+    )
     session_id: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9._:-]{1,128}$",

@@ -10,7 +10,6 @@ from app.bench.workload import PlannedRequest
 
 _DONE = b"[DONE]"
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder().decode
 
 
 class Route(StrEnum):
@@ -91,6 +90,39 @@ class Target:
         return _encode(fields | self.extra)
 
 
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    text: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int | None = None
+    prompt_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+
+
+class _Event(_Choice):
+    """An event of ours; OpenAI's keep in a list of choices what ours have at the top."""
+
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    tokens_generated: int | None = None
+    error: Any = None
+
+
+_decode = msgspec.json.Decoder(_Event).decode
+
+
 @dataclass(slots=True)
 class Stream:
     """What a stream of server-sent events said.
@@ -141,32 +173,28 @@ def _read_event(data: bytes, stream: Stream) -> str:
     try:
         event = _decode(data)
     except msgspec.DecodeError:
-        event = None
-    if not isinstance(event, dict):
-        stream.error = "an event is not a JSON object"
+        stream.error = "an event is not the JSON object that it should be"
         return ""
-    if event.get("error"):
-        stream.error = error_text(event)
+    if event.error:
+        stream.error = error_text({"error": event.error})
         return ""
-    # OpenAI's events keep in a list of choices what ours have at the top.
-    choices = event.get("choices") or [event]
-    part = choices[0]
-    stream.finish_reason = part.get("finish_reason") or stream.finish_reason
+    part = event.choices[0] if event.choices else event
+    stream.finish_reason = part.finish_reason or stream.finish_reason
     _read_usage(event, stream)
-    delta = part.get("delta") or {}
-    return delta.get("content") or delta.get("text") or part.get("text") or ""
+    delta = part.delta or _Delta()
+    return delta.content or delta.text or part.text or ""
 
 
-def _read_usage(event: dict[str, Any], stream: Stream) -> None:
-    usage = event.get("usage") or {}
-    if "tokens_generated" in event:
-        stream.completion_tokens = event["tokens_generated"]
-    elif "completion_tokens" in usage:
-        stream.completion_tokens = usage["completion_tokens"]
-    if "prompt_tokens" in usage:
-        stream.prompt_tokens = usage["prompt_tokens"]
-        details = usage.get("prompt_tokens_details") or {}
-        stream.cached_tokens = details.get("cached_tokens")
+def _read_usage(event: _Event, stream: Stream) -> None:
+    usage = event.usage or _Usage()
+    for count in (event.tokens_generated, usage.completion_tokens):
+        if count is not None:
+            stream.completion_tokens = count
+            break
+    if usage.prompt_tokens is not None:
+        stream.prompt_tokens = usage.prompt_tokens
+        details = usage.prompt_tokens_details or _Details()
+        stream.cached_tokens = details.cached_tokens
 
 
 def error_text(body: Any) -> str:

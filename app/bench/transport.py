@@ -173,20 +173,21 @@ class HttpClient:
         self, path: str, body: bytes, headers: dict[str, str], planned_at: float | None = None
     ) -> Exchange:
         """Send a request and wait for the end of its response; failures are in the exchange."""
-        lines = {
-            "Host": self._authority,
-            "Content-Type": "application/json",
-            "Content-Length": str(len(body)),
-            **headers,
-        }
-        head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-        message = f"POST {self._path}{path} HTTP/1.1\r\n{head}\r\n".encode() + body
-        return await self._exchange(message, planned_at)
+        sizes = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        return await self._exchange(self._head("POST", path, sizes | headers) + body, planned_at)
 
-    async def get(self, path: str) -> Exchange:
+    async def get(self, path: str, headers: dict[str, str] | None = None) -> Exchange:
         """The same without a body."""
-        head = f"GET {self._path}{path} HTTP/1.1\r\nHost: {self._authority}\r\n\r\n"
-        return await self._exchange(head.encode(), None)
+        return await self._exchange(self._head("GET", path, headers or {}), None)
+
+    async def delete(self, path: str, headers: dict[str, str]) -> Exchange:
+        """The same, to delete something."""
+        return await self._exchange(self._head("DELETE", path, headers), None)
+
+    def _head(self, method: str, path: str, headers: dict[str, str]) -> bytes:
+        lines = {"Host": self._authority, **headers}
+        text = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        return f"{method} {self._path}{path} HTTP/1.1\r\n{text}\r\n".encode()
 
     async def _exchange(self, message: bytes, planned_at: float | None) -> Exchange:
         sent_at = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Measures how late the event loop is: what every request on it waits for something else."""
+"""Measures the event loop: how late it is, which every request on it waits, and how full."""
 
 import asyncio
 from types import TracebackType
@@ -18,7 +18,8 @@ class EventLoopMonitor:
 
     def __init__(self, metrics: Metrics) -> None:
         """Nothing is measured before the context is entered."""
-        self._histogram = metrics.event_loop_lag
+        self._lag = metrics.event_loop_lag
+        self._tasks = metrics.event_loop_tasks
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -44,4 +45,5 @@ class EventLoopMonitor:
             due = loop.time() + SAMPLE_SECONDS
             await asyncio.sleep(SAMPLE_SECONDS)
             # The loop fires a timer early by up to its clock's resolution.
-            self._histogram.observe(max(loop.time() - due, 0.0))
+            self._lag.observe(max(loop.time() - due, 0.0))
+            self._tasks.set(len(asyncio.all_tasks(loop)))

@@ -129,6 +129,11 @@ class Metrics:
             buckets=_LAG_BUCKETS,
             registry=r,
         )
+        self.event_loop_tasks = Gauge(
+            "event_loop_tasks",
+            "Tasks on the event loop of the API process; back where it was once nobody calls.",
+            registry=r,
+        )
         self.request_duration = Histogram(
             "llm_request_duration_seconds",
             "Time from admission to the last token.",

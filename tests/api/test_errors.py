@@ -243,14 +243,21 @@ def test_an_unknown_route_is_404(unstarted: TestClient, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path"),
-    [("GET", "/v1/generate"), ("DELETE", "/v1/chat"), ("POST", "/health"), ("PUT", "/metrics")],
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/generate", "POST"),
+        ("DELETE", "/v1/chat", "POST"),
+        ("POST", "/health", "GET"),
+        ("OPTIONS", "/v1/sessions/s", "GET, DELETE"),
+        ("PUT", "/v1/models/a/b", "GET"),
+        ("POST", "/docs", "GET, HEAD"),
+    ],
 )
-def test_a_wrong_method_is_405(unstarted: TestClient, method: str, path: str) -> None:
-    """A method that an address does not answer is 405 and says which it does."""
+def test_a_wrong_method_is_405(unstarted: TestClient, method: str, path: str, allowed: str) -> None:
+    """A method that an address does not answer is 405 and says all those that it does."""
     response = unstarted.request(method, path)
     check_error(response, 405, "method_not_allowed")
-    assert response.headers["allow"]
+    assert response.headers["allow"] == allowed
 
 
 def test_an_unheard_of_method_is_405(unstarted: TestClient) -> None:

@@ -44,6 +44,7 @@ OPENAI = (
     (10.5, data(choices=[{"delta": {}, "finish_reason": "length"}])),
     (10.6, data(choices=[], usage={"completion_tokens": 2, "prompt_tokens": 5})),
 )
+NO_EVENT = "an event is not the JSON object that it should be"
 COMPLETIONS = ((10.3, data(choices=[{"text": "One", "finish_reason": "stop"}])),)
 
 
@@ -89,7 +90,9 @@ def test_any_division_of_a_stream_reads_the_same() -> None:
         (exchange(*NATIVE[:3]), "failed", "the stream ended without a last event"),
         (exchange(*NATIVE[:3], (10.5, data(error={"code": "boom"}))), "failed", "boom"),
         (exchange(*NATIVE, failure="the connection was lost"), "failed", "the connection was lost"),
-        (exchange((10.1, "data: not JSON\n\n")), "failed", "an event is not a JSON object"),
+        (exchange((10.1, "data: not JSON\n\n")), "failed", NO_EVENT),
+        (exchange((10.1, 'data: {"choices": [null]}\n\n')), "failed", NO_EVENT),
+        (exchange((10.1, 'data: {"usage": 1}\n\n')), "failed", NO_EVENT),
     ],
 )
 def test_what_is_not_whole_is_no_completion(found: Exchange, outcome: str, error: str) -> None:

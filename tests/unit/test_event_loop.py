@@ -1,4 +1,4 @@
-"""The event loop's lag is measured while the application runs, and only then."""
+"""The event loop is measured while the application runs, and only then."""
 
 import asyncio
 import time
@@ -39,6 +39,26 @@ async def test_a_blocked_loop_is_seen() -> None:
     await asyncio.sleep(2 * SAMPLE_SECONDS)
     assert value(metrics, "count") == count
     assert monitors() == []
+
+
+async def test_tasks_are_counted() -> None:
+    """The gauge has every task of the loop, the monitor's own included, and falls again."""
+    metrics = Metrics()
+
+    def counted() -> float | None:
+        return metrics.registry.get_sample_value("event_loop_tasks")
+
+    async with EventLoopMonitor(metrics):
+        await samples(metrics, 1)
+        before = counted()
+        sleepers = [asyncio.create_task(asyncio.sleep(60)) for _ in range(5)]
+        await samples(metrics, 2)
+        assert counted() == len(asyncio.all_tasks()) == (before or 0) + 5
+        for sleeper in sleepers:
+            sleeper.cancel()
+        await asyncio.gather(*sleepers, return_exceptions=True)
+        await samples(metrics, 2)
+        assert counted() == before
 
 
 async def test_the_application_measures_from_start_to_stop() -> None:

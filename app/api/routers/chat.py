@@ -20,6 +20,15 @@ from app.llm.tools import ChatMessage
 from app.services.answers import Completion, Job, collect
 from app.utils.errors import GENERATION_ERRORS, SessionBusyError
 
+# A turn may be read and forgotten under the session's name.
+_LINKS = {
+    name: {"operationId": operation, "parameters": {"session_id": "$response.body#/session_id"}}
+    for name, operation in (
+        ("session", "get_session_v1_sessions__session_id__get"),
+        ("forget", "delete_session_v1_sessions__session_id__delete"),
+    )
+}
+
 router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["chat"])
 
 
@@ -27,7 +36,10 @@ router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["ch
     "/v1/chat",
     response_model=ChatResponse,
     response_model_exclude_none=True,
-    responses=STREAM | responses(*GENERATION_ERRORS, SessionBusyError),
+    responses={
+        200: {**STREAM[200], "links": _LINKS},
+        **responses(*GENERATION_ERRORS, SessionBusyError),
+    },
 )
 async def chat(
     body: ChatRequest,

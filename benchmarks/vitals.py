@@ -1,0 +1,79 @@
+"""What a running service uses, by which a leak is seen: memory, files, threads, tasks, places."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.servers import label_of, session_members
+
+GAUGES = {
+    "tasks": "event_loop_tasks",
+    "running": "llm_requests_running",
+    "waiting": "llm_requests_waiting",
+    "sessions": "chat_sessions_active",
+    "cached answers": "response_cache_entries",
+}
+"""Names of this module, and the service's metrics that they stand for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessVitals:
+    """What a process uses.
+
+    Attributes:
+        pid: Its id.
+        memory: Resident MiB.
+        files: Open file descriptors.
+        threads: Its threads.
+    """
+
+    pid: int
+    memory: float
+    files: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """What a service uses at one moment.
+
+    Attributes:
+        processes: ``API`` and ``engine``; empty where there is no /proc.
+        gauges: See :data:`GAUGES`.
+    """
+
+    processes: Mapping[str, ProcessVitals]
+    gauges: Mapping[str, float]
+
+    def counts(self) -> dict[str, float]:
+        """All but the memory, by name: what must be back where it was once nobody calls."""
+        found = dict(self.gauges)
+        for label, process in self.processes.items():
+            found |= {f"{label}: pid": process.pid, f"{label}: files": process.files}
+            found[f"{label}: threads"] = process.threads
+        return found
+
+
+def read(session: int, metrics: str) -> Vitals:
+    """The vitals of a service.
+
+    Args:
+        session: The session that its processes are in; the API process leads it.
+        metrics: What ``/metrics`` answered.
+    """
+    samples = {s.name: s.value for f in text_string_to_metric_families(metrics) for s in f.samples}
+    processes = {}
+    for folder in session_members(session):
+        with suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            status = (folder / "status").read_text().splitlines()
+            fields = dict(line.split(":", 1) for line in status)
+            processes[label_of(words)] = ProcessVitals(
+                pid=int(folder.name),
+                memory=int(fields["VmRSS"].split()[0]) / 1024,
+                files=len(list((folder / "fd").iterdir())),
+                threads=int(fields["Threads"]),
+            )
+    return Vitals(processes, {name: samples[metric] for name, metric in GAUGES.items()})

@@ -1,0 +1,53 @@
+"""Mixed traffic, and what a service must not keep of it."""
+
+import pytest
+
+from app.bench.targets import Route, Target
+from benchmarks.soak import Report, Tally, slope, soak
+from tests.support.service import API_KEY, running_service
+
+
+async def test_a_soaked_service_is_as_it_was() -> None:
+    """All kinds of requests get the answers they should, and leave nothing behind."""
+    with running_service(LOGGING__LEVEL="ERROR", CHAT_HISTORY__MAX_SESSIONS="64") as service:
+        target = Target(service.base_url, Route.CHAT, API_KEY)
+        report = await soak(target, service.process.pid, seconds=2, warm_up=1, clients=8)
+        assert report.problems() == []
+        assert service.raw_log().count('"ERROR"') == 0
+    assert set(report.tally.requests) == {
+        *("stream", "whole", "turn of a session", "repeated", "personal data", "left", "mistake")
+    }
+    assert report.end["sessions"] == report.end["running"] == 0
+    assert report.memory.keys() == {"API", "engine"}
+    assert "MiB/h" in report.describe()
+
+
+def a_report(**changed: float) -> Report:
+    """A run without problems, but for what was changed at its end."""
+    start = {"tasks": 3.0, "API: files": 20.0}
+    steady = [(float(at), 100.0) for at in range(40)]
+    return Report(Tally(), 40.0, start, start | changed, {"API": steady})
+
+
+def test_what_is_left_is_a_problem() -> None:
+    """A file too many, a wrong answer and memory that grows are each named."""
+    assert a_report().problems() == []
+    leaky = a_report(**{"API: files": 21.0})
+    leaky.tally.surprises["stream, chat: boom"] += 2
+    leaky = Report(leaky.tally, 40.0, leaky.start, leaky.end, {"engine": _growing(1.0)})
+    assert leaky.problems() == [
+        "2 times: stream, chat: boom",
+        "API: files: 20.0 before, 21.0 after",
+        "engine: grew from 114 to 134 MiB",
+    ]
+
+
+def test_memory_may_rise_a_little() -> None:
+    """Below 16 MiB nothing is said; the slope is told in any case."""
+    assert Report(Tally(), 40.0, {}, {}, {"API": _growing(0.5)}).problems() == []
+    assert slope(_growing(0.5)) == pytest.approx(1800)
+    assert slope([(0.0, 1.0)]) == 0.0
+
+
+def _growing(mib: float) -> list[tuple[float, float]]:
+    return [(float(at), 100 + mib * at) for at in range(40)]

@@ -1,0 +1,193 @@
+"""Cases made from the OpenAPI document, against the application in this process.
+
+Everything schemathesis has is on: its examples, every boundary of every field, random data that
+fits the document and data that does not, and chains of requests along the document's links.
+"""
+
+import asyncio
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import schemathesis
+from schemathesis.engine import Status, events, from_schema
+from schemathesis.python.asgi import shutdown_lifespans
+from schemathesis.specs.openapi.checks import (
+    negative_data_rejection,
+    positive_data_acceptance,
+)
+
+from app.main import create_app
+from tests.conftest import make_settings
+from tests.support.service import API_KEY
+
+# Beside its examples and boundaries, of which there are about 2,800 cases, whatever is asked for.
+_OPERATIONS = 18
+_SETTLE_SECONDS = 5.0
+# sse-starlette starts one for each event loop, with the first stream.
+_MAY_STAY = Counter(["<coroutine object _shutdown_watcher"])
+_CHECKS = {
+    # Both are part of a check below, which asks the same but of what a document cannot tell.
+    "positive_data_acceptance": {"enabled": False},
+    "negative_data_rejection": {"enabled": False},
+    # The document allows X-Request-Timeout to be a millionth of a second, which is 504 as it says.
+    "not_a_server_error": {"expected-statuses": ["2xx", "3xx", "4xx", 504]},
+}
+
+# Refusals whose reason depends on something beside the request: the engine, the settings, what was
+# sent before.
+_CODES_OF_STATE = {
+    "context_length_exceeded",
+    "idempotency_key_reused",
+    "prompt_too_long",
+    "unsupported_parameter",
+}
+# Refusals whose reason JSON Schema has no words for, or is a limit that the settings have.
+_UNSPEAKABLE = re.compile(
+    r".*Input should be a valid integer"  # To JSON Schema, 1.0 is one.
+    # Validators compute in floating point, which has no word for the last of 63 bits.
+    r"|seed: Input should be (greater than or equal to -|less than )9223372036854775808"
+    r"|max_tokens: at most 8000 \(model\.max_tokens\)\."
+    r"|.*max_tokens and max_completion_tokens differ"
+    r"|.*two tools have the same name"
+    r"|.*tool_choice names a function that is not in tools"
+    r"|.*prompts times n: at most \d+"
+)
+
+
+@schemathesis.check
+def data_is_judged_as_documented(ctx: Any, response: Any, case: Any) -> bool | None:
+    """What fits the document is taken, and what does not is refused."""
+    if "idempotency-replayed" in response.headers:
+        # The answer of an earlier, equal request: nothing is done again, and nothing judged.
+        return None
+    negative_data_rejection(ctx, response, case)
+    if response.status_code >= 400 and _is_beyond_the_document(response.json()["error"]):
+        return None
+    return positive_data_acceptance(ctx, response, case)
+
+
+def _is_beyond_the_document(error: dict[str, Any]) -> bool:
+    if error["code"] in _CODES_OF_STATE:
+        return True
+    reasons = re.sub(r"; and \d+ more$", "", error["message"]).split("; ")
+    return error["code"] == "validation_error" and all(map(_UNSPEAKABLE.fullmatch, reasons))
+
+
+@dataclass
+class Findings:
+    """What a run found.
+
+    Attributes:
+        cases: Requests that were answered, by phase.
+        failures: What failed and how to send it again, each kind once.
+        tasks: Names of asyncio tasks that were left behind.
+    """
+
+    cases: Counter[str] = field(default_factory=Counter)
+    failures: dict[str, str] = field(default_factory=dict)
+    tasks: list[str] = field(default_factory=list)
+
+
+class Watched:
+    """An application, and the loop it was called on."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.loop = asyncio.get_running_loop()
+        await self.app(scope, receive, send)
+
+    def tasks(self) -> Counter[str]:
+        """What the tasks on that loop run."""
+        assert self.loop is not None
+
+        async def names() -> list[str]:
+            return [str(task.get_coro()).partition(" at 0x")[0] for task in asyncio.all_tasks()]
+
+        return Counter(asyncio.run_coroutine_threadsafe(names(), self.loop).result(30))
+
+
+def application() -> Watched:
+    """The service, with everything on that looks at texts."""
+    settings = make_settings(
+        logging={"level": "ERROR"},
+        model={"max_tokens": 8000},
+        pii={"input": "redact", "output": "redact"},
+    )
+    return Watched(create_app(settings, on_fatal=_fatal))
+
+
+def _fatal(message: str) -> None:
+    raise AssertionError(message)
+
+
+def run(cases: int, seed: int, app: Watched | None = None) -> Findings:
+    """Send about so many cases to the service, at the least the examples and the boundaries."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    app = app or application()
+    found = Findings()
+    try:
+        schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=_config(cases, seed))
+        before = app.tasks()
+        for event in from_schema(schema).execute():
+            _note(event, found)
+        # The last answers may still be on their way out.
+        end = time.monotonic() + _SETTLE_SECONDS
+        while (left := app.tasks() - before - _MAY_STAY) and time.monotonic() < end:
+            time.sleep(0.05)
+        found.tasks = list(left.elements())
+    finally:
+        root.handlers[:], root.level = handlers, level
+        shutdown_lifespans()
+    return found
+
+
+def _config(cases: int, seed: int) -> schemathesis.Config:
+    return schemathesis.Config.from_dict(
+        {
+            "seed": seed,
+            "continue-on-failure": True,
+            "headers": {"X-API-Key": API_KEY},
+            "generation": {
+                "mode": "all",
+                "max-examples": max(1, cases // _OPERATIONS),
+                "database": "none",
+            },
+            # What is written to the report is made up by us.
+            "output": {"sanitization": {"enabled": False}},
+            "checks": _CHECKS,
+        }
+    )
+
+
+def _note(event: Any, found: Findings) -> None:
+    if isinstance(event, events.ScenarioFinished):
+        found.cases[event.phase.value] += len(event.recorder.interactions)
+        for what, how in _failures(event.recorder):
+            found.failures.setdefault(f"{event.label}: {what}", how)
+    elif isinstance(event, events.NonFatalError):
+        found.failures.setdefault(f"{event.label}: {event.value!r}", event.info.format())
+    elif isinstance(event, events.FatalError):
+        raise event.exception
+
+
+def _failures(recorder: Any) -> Iterator[tuple[str, str]]:
+    for case, checks in recorder.checks.items():
+        for check in checks:
+            if check.status is not Status.FAILURE:
+                continue
+            response = recorder.interactions[case].response
+            answer = (
+                f"{response.status_code} {response.content[:500]!r}" if response else "no answer"
+            )
+            failure = check.failure_info
+            message = re.sub(r"req-\w+|gen-\w+|\d+", "", failure.failure.message)[:200]
+            yield f"{check.name}: {message}", f"{failure.code_sample}\n{answer}"

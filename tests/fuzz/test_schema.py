@@ -1,0 +1,50 @@
+"""The service does what its OpenAPI document says, for examples, boundaries and random requests."""
+
+import asyncio
+
+import pytest
+from fastapi import FastAPI, Response
+from pydantic import BaseModel, Field
+
+from tests.fuzz import schema
+
+# The same each time; `make fuzz` takes another each time.
+SEED = 1
+
+
+def test_the_document_is_kept() -> None:
+    """Every example and boundary of the document, and some random and chained requests."""
+    found = schema.run(200, SEED)
+    assert not found.failures, "\n\n".join(f"{k}\n{v}" for k, v in found.failures.items())
+    assert found.tasks == []
+    assert found.cases.keys() == {"examples", "coverage", "fuzzing", "stateful"}
+    assert found.cases["coverage"] > 2000
+
+
+class _Body(BaseModel):
+    number: int = Field(ge=0, le=9)
+
+
+def _broken() -> FastAPI:
+    app = FastAPI()
+
+    @app.post("/crash")
+    async def crash(body: _Body) -> Response:
+        app.state.task = asyncio.create_task(asyncio.sleep(60))
+        return Response(status_code=500)
+
+    @app.post("/refuse")
+    async def refuse(body: _Body) -> Response:
+        content = b'{"error": {"code": "validation_error", "message": "number: no"}}'
+        return Response(content, status_code=422, media_type="application/json")
+
+    return app
+
+
+def test_what_breaks_the_document_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An application that crashes, refuses what it offers, and leaves tasks, is found out."""
+    monkeypatch.setattr(schema, "_SETTLE_SECONDS", 0.1)
+    findings = schema.run(18, SEED, schema.Watched(_broken()))
+    kinds = {what.split(": ")[1] for what in findings.failures}
+    assert {"not_a_server_error", "data_is_judged_as_documented"} <= kinds
+    assert any("sleep" in name for name in findings.tasks)

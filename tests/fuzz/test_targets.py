@@ -1,0 +1,19 @@
+"""What reads text and bytes from outside does what it promises, whatever they are."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz.targets import TARGETS, Target
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
+def test_any_bytes(target: Target) -> None:
+    """A hundred inputs out of bytes; ``make fuzz`` tries millions, guided by coverage."""
+
+    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(st.binary(max_size=200))
+    def holds(data: bytes) -> None:
+        target(data)
+
+    holds()

@@ -1,0 +1,305 @@
+"""Bytes on sockets: what a client may send that is HTTP, nearly HTTP, and no HTTP at all.
+
+Each case is a connection of its own. What is sent are valid requests of every kind, mutated at
+random; what comes back must be HTTP, must not be a 500, and must come to an end.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from random import Random
+from typing import cast
+from urllib.parse import urlsplit
+
+import httptools
+import msgspec
+
+from benchmarks import vitals
+from tests.support.service import API_KEY, Service
+
+# Silence after which a case counts as answered as far as it will be.
+_QUIET_SECONDS = 0.05
+# The longest that the end of a connection may take once the client has said that it is done.
+_END_SECONDS = 30.0
+_MAX_FAILURES = 20
+_MAY_STAY = ("sessions", "cached answers")
+
+SETTINGS = {
+    # A line for each of a million refusals would fill a disk.
+    "LOGGING__LEVEL": "ERROR",
+    "PII__INPUT": "redact",
+    "PII__OUTPUT": "redact",
+}
+"""Settings of the service under fire."""
+
+_KEY = f"X-API-Key: {API_KEY}\r\n".encode()
+_HOST = b"Host: localhost\r\n"
+_BODIES: dict[str, list[object]] = {
+    "/v1/generate": [
+        {"prompt": "hello", "max_tokens": 4},
+        {"prompt": "hello", "max_tokens": 4, "stream": True},
+        {"prompt": "call 415-555-2671 or a@b.co", "stop": ["or"], "cache": False},
+        [],
+    ],
+    "/v1/chat": [
+        {"messages": [{"role": "user", "content": "hi"}], "session_id": "s", "max_tokens": 3},
+        {"messages": [{"role": "user", "content": "\u00e9\U0001f600"}], "stream": True},
+    ],
+    "/v1/chat/completions": [
+        {"model": "default", "messages": [{"role": "user", "content": "hi"}], "n": 2},
+        {"model": "default", "messages": [{"role": "user", "content": "hi"}], "stream": True},
+    ],
+    "/v1/completions": [{"model": "default", "prompt": ["a", "b"], "max_tokens": 2}],
+    "/v1/tokenize": [{"text": "hello"}],
+}
+_GETS = ("/livez", "/readyz", "/health", "/status", "/v1/models", "/v1/sessions/s", "/nothing")
+
+# What HTTP is made of, and what has broken servers.
+_TOKENS = (
+    *(b"\r\n", b"\n", b"\r", b"\r\n\r\n", b"\x00", b"\xff", b"\x80", b" ", b"\t", b":", b",", b";"),
+    *(b"GET ", b"POST ", b"BREW ", b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", b" HTTP/2.0\r\n", b"PRI * "),
+    *(b"Content-Length: 0\r\n", b"Content-Length: 5\r\n", b"Content-Length: -1\r\n"),
+    *(b"Content-Length: 99999999999999999999\r\n", b"Content-Length: 5, 6\r\n", b"+5", b"0x5"),
+    *(b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: gzip\r\n", b"Transfer-Encoding : "),
+    *(
+        b"Connection: close\r\n",
+        b"Connection: upgrade\r\nUpgrade: websocket\r\n",
+        b"Upgrade: h2c\r\n",
+    ),
+    *(
+        b"Expect: 100-continue\r\n",
+        b"Host: a\r\n",
+        b"Cookie: " + b"a" * 300 + b"\r\n",
+        b" folded\r\n",
+    ),
+    *(b"X-Request-Timeout: 0.01\r\n", b"Idempotency-Key: k\r\n", b"X-Session-ID: s\r\n"),
+    *(b"0\r\n\r\n", b"5\r\nhello\r\n", b"fffffffff\r\n", b"1;a=b\r\nx\r\n", b"-1\r\n"),
+    *(
+        b"/",
+        b"//",
+        b"..",
+        b"%2e%2e",
+        b"%00",
+        b"%",
+        b"?a=b",
+        b"#f",
+        b"*",
+        b"http://h/livez",
+        b"h:443",
+    ),
+    *(b'"', b"\\", b"\\ud800", b"{", b"[", b"[" * 64, b"1e999", b"null", b"\xc3", b"\xed\xa0\x80"),
+)
+
+
+def seeds() -> list[bytes]:
+    """Valid requests: every route, whole and in chunks, several on a connection."""
+    found = [b"GET %s HTTP/1.1\r\n%s%s\r\n" % (path.encode(), _HOST, _KEY) for path in _GETS]
+    found.append(b"DELETE /v1/sessions/s HTTP/1.1\r\n" + _HOST + _KEY + b"\r\n")
+    found.append(b"OPTIONS * HTTP/1.1\r\n" + _HOST + b"\r\n")
+    for path, bodies in _BODIES.items():
+        for body in map(msgspec.json.encode, bodies):
+            head = b"POST %s HTTP/1.1\r\n%s%s" % (path.encode(), _HOST, _KEY)
+            found.append(b"%sContent-Length: %d\r\n\r\n%s" % (head, len(body), body))
+            chunks = b"%x\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (
+                *(3, body[:3]),
+                *(max(1, len(body) - 3), body[3:] or b" "),
+            )
+            found.append(b"%sTransfer-Encoding: chunked\r\n\r\n%s" % (head, chunks))
+    return [*found, *(a + b for a, b in pairwise(found[::3])), b""]
+
+
+class Mutator:
+    """Makes cases out of seeds: first the seeds themselves, then what becomes of them."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = Random(seed)
+        self._seeds = seeds()
+        self._unsent = seeds()
+
+    def case(self) -> list[bytes]:
+        """One case: the pieces in which it is sent."""
+        if self._unsent:
+            return [self._unsent.pop()]
+        random = self._random
+        data = bytearray(random.choice(self._seeds))
+        # One in eight stays as it is, so that what works is always mixed with what does not.
+        for _ in range(random.choice((0, 1, 1, 1, 2, 3, 5, 9))):
+            self._mutate(data)
+        cuts = sorted(random.randint(0, len(data)) for _ in range(random.choice((0, 0, 0, 1, 2))))
+        return [bytes(data[a:b]) for a, b in pairwise([0, *cuts, len(data)])]
+
+    def _mutate(self, data: bytearray) -> None:
+        random = self._random
+        at = random.randint(0, len(data))
+        end = min(len(data), at + random.choice((1, 1, 2, 4, 16, 64)))
+        kind = random.randrange(8)
+        if kind == 0 and at < len(data):
+            data[at] ^= 1 << random.randrange(8)
+        elif kind == 1 and at < len(data):
+            data[at] = random.randrange(256)
+        elif kind == 2:
+            del data[at:end]
+        elif kind == 3:
+            data[at:at] = data[at:end] * random.choice((1, 2, 30))
+        elif kind == 4:
+            del data[at:]
+        elif kind == 5:
+            other = random.choice(self._seeds)
+            data[at:] = other[random.randint(0, len(other)) :]
+        else:
+            # Twice as often at the beginning of a line, where headers are.
+            line = data.rfind(b"\n", 0, at) + 1
+            data[random.choice((at, line, line)) : random.choice((at, at, end))] = random.choice(
+                _TOKENS
+            )
+
+
+@dataclass
+class Findings:
+    """What a run found.
+
+    Attributes:
+        cases: How many were sent.
+        statuses: How many responses had which status.
+        failures: What went wrong, and the bytes with which it did.
+        seconds: How long it took.
+    """
+
+    cases: int = 0
+    statuses: Counter[int] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class _Exchange(asyncio.Protocol):
+    """One connection: reads what comes back, which must be HTTP responses one after another.
+
+    asyncio's streams would forget what came before a reset, so this is no stream.
+    """
+
+    def __init__(self) -> None:
+        self.statuses: list[int] = []
+        self.fault: str | None = None
+        self.ended = asyncio.Event()
+        self._news = asyncio.Event()
+        self._body = b""
+        self._parser = httptools.HttpResponseParser(self)
+
+    async def quiet(self) -> None:
+        """Wait until the connection has ended, or nothing has come for a while."""
+        with suppress(TimeoutError):
+            while not self.ended.is_set():
+                self._news.clear()
+                async with asyncio.timeout(_QUIET_SECONDS):
+                    await self._news.wait()
+
+    # --- asyncio.Protocol ---
+
+    def data_received(self, data: bytes) -> None:
+        self._news.set()
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self.fault = "it changed the protocol"
+        except httptools.HttpParserError as error:
+            self.fault = self.fault or f"no HTTP came back ({error}): {data[:200]!r}"
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended.set()
+        self._news.set()
+
+    # --- httptools' callbacks ---
+
+    def on_message_begin(self) -> None:
+        self._body = b""
+
+    def on_headers_complete(self) -> None:
+        self.statuses.append(self._parser.get_status_code())
+
+    def on_body(self, body: bytes) -> None:
+        self._body += body
+
+    def on_message_complete(self) -> None:
+        if self.statuses[-1] == 500:
+            self.fault = f"500: {self._body!r}"
+
+
+def vitals_of(service: Service) -> dict[str, float]:
+    """What the service uses, but for memory, and for the sessions that cases may open."""
+    counts = vitals.read(service.process.pid, service.get("/metrics").text).counts()
+    return {name: count for name, count in counts.items() if name not in _MAY_STAY}
+
+
+def leaks(service: Service, before: dict[str, float]) -> list[str]:
+    """What the service uses more of than before, once it has had time to let go."""
+    end = time.monotonic() + _END_SECONDS
+    while (now := vitals_of(service)) != before and time.monotonic() < end:
+        time.sleep(0.1)
+    return [
+        f"{name}: {before[name]} before, {n} now" for name, n in now.items() if n != before[name]
+    ]
+
+
+def complaints(service: Service) -> list[str]:
+    """Errors in the service's log: nothing that a client sends is one."""
+    return [str(line)[-2000:] for line in service.log() if line["level"] in ("ERROR", "CRITICAL")]
+
+
+async def warm_up(service: Service) -> dict[str, float]:
+    """Send what every run begins with, which opens what stays open; the vitals after it."""
+    found = await run(service.base_url, len(seeds()), 0)
+    assert not found.failures, found.failures
+    time.sleep(1.0)  # noqa: ASYNC251 - nothing else runs here
+    return vitals_of(service)
+
+
+async def run(base_url: str, cases: int, seed: int, connections: int = 48) -> Findings:
+    """Send so many cases over so many connections at a time; ends early after 20 failures."""
+    url = urlsplit(base_url)
+    address = (cast("str", url.hostname), cast("int", url.port))
+    mutator, found = Mutator(seed), Findings()
+    started = time.perf_counter()
+
+    def next_cases() -> Iterator[list[bytes]]:
+        while found.cases < cases and len(found.failures) < _MAX_FAILURES:
+            found.cases += 1
+            yield mutator.case()
+
+    async def client() -> None:
+        for pieces in next_cases():
+            try:
+                exchange = await _send(address, pieces)
+            except OSError as error:
+                found.failures.append(f"no connection: {error!r}\n{pieces!r}")
+                continue
+            found.statuses.update(exchange.statuses)
+            if exchange.fault is not None:
+                found.failures.append(f"{exchange.fault}\n{pieces!r}")
+
+    await asyncio.gather(*(client() for _ in range(connections)))
+    found.seconds = time.perf_counter() - started
+    return found
+
+
+async def _send(address: tuple[str, int], pieces: list[bytes]) -> _Exchange:
+    """Send one case, say that this is all, and wait for the end."""
+    loop = asyncio.get_running_loop()
+    transport, exchange = await loop.create_connection(_Exchange, *address)
+    try:
+        for piece in pieces:
+            transport.write(piece)
+            await asyncio.sleep(0)
+        await exchange.quiet()
+        if not exchange.ended.is_set():
+            transport.write_eof()
+        async with asyncio.timeout(_END_SECONDS):
+            await exchange.ended.wait()
+    except TimeoutError:
+        exchange.fault = exchange.fault or "the connection was not ended"
+    finally:
+        transport.abort()
+    return exchange
