@@ -40,7 +40,7 @@ SETTINGS = {
     "PII__INPUT": "redact",
     "PII__OUTPUT": "redact",
     # Full after the warm-up, so that from then on what is new takes the place of what is old.
-    "CACHE__MAX_ENTRIES": "100",
+    "CACHE__SIZE": "100",
     "CHAT_HISTORY__MAX_SESSIONS": "64",
 }
 

@@ -3,13 +3,13 @@
 import pytest
 
 from app.bench.targets import Route, Target
-from benchmarks.soak import Report, Tally, slope, soak
+from benchmarks.soak import SETTINGS, Report, Tally, slope, soak
 from tests.support.service import API_KEY, running_service
 
 
 async def test_a_soaked_service_is_as_it_was() -> None:
     """All kinds of requests get the answers they should, and leave nothing behind."""
-    with running_service(LOGGING__LEVEL="ERROR", CHAT_HISTORY__MAX_SESSIONS="64") as service:
+    with running_service(LOGGING__LEVEL="ERROR", **SETTINGS) as service:
         target = Target(service.base_url, Route.CHAT, API_KEY)
         report = await soak(target, service.process.pid, seconds=2, warm_up=1, clients=8)
         assert report.problems() == []
