@@ -21,9 +21,10 @@ from schemathesis.specs.openapi.checks import (
     positive_data_acceptance,
 )
 
+from app.llm.engine.client import EngineState
 from app.main import create_app
 from tests.conftest import make_settings
-from tests.support.service import API_KEY
+from tests.support.service import API_KEY, START_SECONDS
 
 # Beside its examples and boundaries, of which there are about 2,800 cases, whatever is asked for.
 _OPERATIONS = 18
@@ -96,8 +97,11 @@ class Findings:
 class Watched:
     """An application, and the loop it was called on."""
 
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+    def __init__(
+        self, app: Callable[..., Awaitable[None]], is_ready: Callable[[], bool] = lambda: True
+    ) -> None:
         self.app = app
+        self.is_ready = is_ready
         self.loop: asyncio.AbstractEventLoop | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -121,7 +125,9 @@ def application() -> Watched:
         model={"max_tokens": 8000},
         pii={"input": "redact", "output": "redact"},
     )
-    return Watched(create_app(settings, on_fatal=_fatal))
+    app = create_app(settings, on_fatal=_fatal)
+    engine = app.state.services.engine
+    return Watched(app, lambda: engine.state is EngineState.READY)
 
 
 def _fatal(message: str) -> None:
@@ -136,18 +142,23 @@ def run(cases: int, seed: int, app: Watched | None = None) -> Findings:
     found = Findings()
     try:
         schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=_config(cases, seed))
+        _wait_for(app.is_ready, START_SECONDS)
         before = app.tasks()
         for event in from_schema(schema).execute():
             _note(event, found)
         # The last answers may still be on their way out.
-        end = time.monotonic() + _SETTLE_SECONDS
-        while (left := app.tasks() - before - _MAY_STAY) and time.monotonic() < end:
-            time.sleep(0.05)
-        found.tasks = list(left.elements())
+        _wait_for(lambda: not app.tasks() - before - _MAY_STAY, _SETTLE_SECONDS)
+        found.tasks = list((app.tasks() - before - _MAY_STAY).elements())
     finally:
         root.handlers[:], root.level = handlers, level
         shutdown_lifespans()
     return found
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
 
 
 def _config(cases: int, seed: int) -> schemathesis.Config:
