@@ -93,8 +93,9 @@ run: install ## Start the service (HOST=0.0.0.0 PORT=8000)
 ##@ Checks
 
 .PHONY: test
-test: model ## Run the tests; the coverage report is htmlcov/index.html
-	$(RUN) pytest tests/ -v --cov=app --cov-report=term-missing --cov-report=html
+test: model ## Run the tests in two processes (JOBS=2); the coverage report is htmlcov/index.html
+	$(RUN) pytest tests/ -v --cov=app --cov-report=term-missing --cov-report=html \
+		--numprocesses $(or $(JOBS),2) --dist loadfile
 
 .PHONY: test-isolation
 test-isolation: install ## Two keys, 100,000 random operations: neither may notice the other (OPERATIONS=, SEED=)
