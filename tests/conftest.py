@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from starlette.testclient import TestClient
 
@@ -21,6 +22,10 @@ from tests.support.settings import Load
 # As in an engine process: otherwise torch's threads here, which spin for each other, all but stop
 # when a service under test wants a core (docs/adr/0010). Read once, when torch is imported.
 os.environ["GOMP_SPINCOUNT"] = engine_environment(os.environ)["GOMP_SPINCOUNT"]
+
+# How long an example takes is the machine's affair; pytest's own time limit holds.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 RunApp = Callable[..., TestClient]
 

@@ -93,7 +93,6 @@ def test_sessions_follow_their_model(client: TestClient) -> None:
     few = settings(
         max_examples=12,
         stateful_step_count=12,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.explicit, Phase.reuse, Phase.generate],
     )

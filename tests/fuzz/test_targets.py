@@ -11,7 +11,7 @@ from tests.fuzz.targets import TARGETS, Target
 def test_any_bytes(target: Target) -> None:
     """A hundred inputs out of bytes; ``make fuzz`` tries millions, guided by coverage."""
 
-    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
     @given(st.binary(max_size=200))
     def holds(data: bytes) -> None:
         target(data)

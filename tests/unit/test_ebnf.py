@@ -197,7 +197,7 @@ def test_a_regular_expression_keeps_its_meaning(
 _BOUND = st.none() | st.decimals(-2000, 2000, places=2) | st.integers(-300, 300).map(Decimal)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(_BOUND, _BOUND, st.integers(-2500, 2500), st.data())
 def test_whole_numbers_are_those_between_the_bounds(
     minimum: Decimal | None, maximum: Decimal | None, number: int, data: st.DataObject
@@ -217,7 +217,7 @@ def test_whole_numbers_are_those_between_the_bounds(
     assert maximum is None or int(said) < maximum
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(_BOUND, _BOUND, st.data())
 def test_numbers_are_between_the_bounds(
     minimum: Decimal | None, maximum: Decimal | None, data: st.DataObject
@@ -236,7 +236,7 @@ def test_numbers_are_between_the_bounds(
     assert maximum is None or value <= maximum
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.sets(st.characters(exclude_categories=["Cs"]), min_size=1), st.booleans())
 def test_a_class_holds_its_characters(characters: set[str], negated: bool) -> None:
     """And no other, also where the library would print them as something else."""

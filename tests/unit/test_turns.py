@@ -162,7 +162,7 @@ async def happen(engine: ManualEngine, what: str, which: int) -> None:
         await engine.settle()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(max_running=st.integers(1, 3), events=EVENTS)
 def test_in_any_order_of_events_no_caller_is_starved_and_nothing_is_left(
     max_running: int, events: list[tuple[str, int]]
