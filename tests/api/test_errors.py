@@ -247,7 +247,7 @@ def test_an_unknown_route_is_404(unstarted: TestClient, path: str) -> None:
     [
         ("GET", "/v1/generate", "POST"),
         ("DELETE", "/v1/chat", "POST"),
-        ("POST", "/health", "GET"),
+        ("POST", "/health", "GET, HEAD"),
         ("OPTIONS", "/v1/sessions/s", "GET, DELETE"),
         ("PUT", "/v1/models/a/b", "GET"),
         ("POST", "/docs", "GET, HEAD"),

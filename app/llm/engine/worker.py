@@ -144,6 +144,9 @@ class Worker:
         try:
             self._check(request)
             self._backend.add(request)
+        except MemoryError:
+            # Not this request's fault, nor is the next one likely to fare better.
+            raise
         except Exception as error:
             log.exception("a request could not be added", extra={"engine_request": request.id})
             events.append(_failure(request.id, error))
