@@ -7,8 +7,9 @@ from benchmarks.soak import SETTINGS, Report, Tally, slope, soak
 from tests.support.service import API_KEY, running_service
 
 
-async def test_a_soaked_service_is_as_it_was() -> None:
+async def test_a_soaked_service_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """All kinds of requests get the answers they should, and leave nothing behind."""
+    monkeypatch.setattr("benchmarks.soak._STILL_SECONDS", 1.0)
     with running_service(LOGGING__LEVEL="ERROR", **SETTINGS) as service:
         target = Target(service.base_url, Route.CHAT, API_KEY)
         report = await soak(target, service.process.pid, seconds=2, warm_up=1, clients=8)
