@@ -7,13 +7,15 @@ match may begin with; where that one matches the end of what has come, the text 
 
 import warnings
 from collections.abc import Iterable, Sequence
-
-# The parser of the standard library. It is not public: where it changes or fails, the caller
-# falls back to holding back a whole window, which is slower to stream and just as right.
-from re import _parser  # type: ignore[attr-defined]
+from importlib import import_module
 from typing import Any
 
 import re2  # type: ignore[import-untyped]
+
+# The parser of the standard library. It is not public: where it changes or fails, the caller
+# falls back to holding back a whole window, which is slower to stream and just as right. Imported
+# by its name, since whether type checkers know the module depends on what else they have read.
+_parser: Any = import_module("re._parser")
 
 WINDOW = 256
 """Most characters a configured pattern sees, from where its match begins."""
