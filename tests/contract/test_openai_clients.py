@@ -17,8 +17,10 @@ from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, Field, SecretStr
 
+from tests.support.curl import run_curl
 from tests.support.live import LONG, background
 from tests.support.service import API_KEY, Service, running_service
+from tests.support.user_commands import CHAT, GENERATE
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 
@@ -55,6 +57,16 @@ def test_chat(sdk: OpenAI) -> None:
     assert completion.choices[0].finish_reason == "stop"
     assert completion.usage is not None
     assert completion.usage.total_tokens > completion.usage.completion_tokens > 0
+
+
+def test_both_apis_on_one_service(bundled_service: Service, sdk: OpenAI) -> None:
+    """The document's own commands and a script for OpenAI, side by side on one service."""
+    for command, member in ((GENERATE, "generated_text"), (CHAT, "message")):
+        answered = run_curl(bundled_service, command, seconds=200)
+        assert answered.status == 200, answered.body
+        assert json.loads(answered.body)[member] is not None
+    completion = sdk.chat.completions.create(model="default", messages=QUESTION, temperature=0)
+    assert completion.choices[0].message.content == ANSWER
 
 
 def test_stream(sdk: OpenAI) -> None:
