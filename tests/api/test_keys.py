@@ -235,7 +235,8 @@ def test_a_closed_terminal_still_ends_the_service() -> None:
             assert time.monotonic() < deadline, heard
             heard += os.read(leader, 65536)
         os.close(leader)
-        assert process.wait(30) in (0, -signal.SIGTERM)
+        # 120: Python could not write what was left to say, since nobody listens any more.
+        assert process.wait(30) in (0, -signal.SIGTERM, 120)
     finally:
         process.kill()
         process.wait()

@@ -1,5 +1,6 @@
 """Which attention a model gets, on machines that this one is not."""
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,6 +75,7 @@ def test_a_flash_attention_that_refuses_gives_way(
     _installed(monkeypatch, 2, 3)
     model = _Model("cuda")
     model.refused.add("flash_attention_3")
-    prefer_flash_attention(model)
+    with caplog.at_level(logging.WARNING, logger="llm_service"):
+        prefer_flash_attention(model)
     assert model.config._attn_implementation == "flash_attention_2"
     assert "flash attention 3 cannot be used: flash_attention_3 needs another GPU" in caplog.text

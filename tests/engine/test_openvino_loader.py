@@ -121,7 +121,8 @@ def test_what_openvino_cannot_read_falls_back(
     unreadable: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Before readiness, with a warning that says what was wrong."""
-    backend = load_local(unreadable)
+    with caplog.at_level("WARNING", logger="llm_service"):
+        backend = load_local(unreadable)
     assert backend.info.backend == "transformers"
     assert backend.info.backend_reason == (
         f"model.engine is auto, but OpenVINO cannot run {unreadable}: Unsupported quantization type"
