@@ -18,6 +18,7 @@ from sse_starlette.sse import AppStatus
 from app import __version__
 from app.api.dependencies import Services
 from app.api.errors import register_error_handlers
+from app.api.load_shedding import LoadShedding
 from app.api.middleware import BodyLimitMiddleware, RequestContextMiddleware
 from app.api.routers import (
     chat,
@@ -109,6 +110,7 @@ def create_app(
         limits=CallerLimits(settings.rate_limit, metrics),
         addresses=ClientAddress(settings.security.trusted_proxies),
         idempotency=IdempotencyStore(settings.idempotency, metrics),
+        shedding=LoadShedding(generation.check_room, remembered=2 * settings.cache.size),
         usage=ledger,
         engine=engine,
         generation=generation,

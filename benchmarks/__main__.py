@@ -1,13 +1,13 @@
-"""``python -m benchmarks table | curve | page | soak``; ``make bench`` is the first of them."""
+"""``python -m benchmarks table | curve | overload | soak | page``; ``make bench`` is the first."""
 
 import argparse
-import asyncio
 import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import curve, page, plots, side_by_side, soak
+from app.bench.load import run
+from benchmarks import curve, overload, page, plots, side_by_side, soak
 from benchmarks.paths import RESULTS
 from benchmarks.servers import ENGINES
 
@@ -35,6 +35,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--minutes", type=float, default=10.0)
     command.add_argument("--clients", type=int, default=8)
     command.add_argument("--engine", default="openvino", choices=ENGINES)
+    command = commands.add_parser("overload", help="many times what it can answer")
+    command.add_argument("--factor", type=float, default=10.0)
+    command.add_argument("--seconds", type=float, default=120.0)
+    command.add_argument("--rounds", type=int, default=1)
+    command.add_argument("--engine", default="openvino", choices=ENGINES)
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     commands.add_parser("page", help="write docs/performance.md anew from the kept results")
     return parser
 
@@ -63,12 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _publish(name, json.loads(path.read_text(encoding="utf-8")))
         return 0
     if options.command == "soak":
-        report = asyncio.run(soak.measure(options))
+        report = run(soak.measure(options))
         problems = report.problems()
         print("\n".join([report.describe(), "", *(problems or ["Nothing was left behind."])]))
         return 1 if problems else 0
+    if options.command == "overload":
+        print(run(overload.measure(options)))
+        return 0
     is_table = options.command == "table"
-    data = asyncio.run(side_by_side.measure(options) if is_table else curve.measure(options))
+    data = run(side_by_side.measure(options) if is_table else curve.measure(options))
     # A smoke test, a part, or a run on a GPU does not take the place of the page's figures.
     kept = options.command + ("-quick" if options.quick else "")
     kept += "-part" if is_table and options.only else ""

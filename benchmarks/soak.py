@@ -32,9 +32,6 @@ _REPEATED = 20
 _SETTLE_SECONDS = 30.0
 _STILL_SECONDS = 3.0
 _TIME_LIMIT = 120.0
-# What memory may grow by from the second quarter of the run to the last: a share, and MiB.
-_GROWTH_SHARE = 0.05
-_GROWTH_MIB = 16.0
 
 SETTINGS = {
     "PII__INPUT": "redact",
@@ -255,7 +252,7 @@ class Report:
         found += [f"{name}: {old} before, {new} after" for name, old, new in pairs if old != new]
         for label, samples in self.memory.items():
             before, after = _quarter(samples, 1), _quarter(samples, 3)
-            if after - before > max(_GROWTH_MIB, _GROWTH_SHARE * before):
+            if vitals.has_grown(before, after):
                 found.append(f"{label}: grew from {before:.0f} to {after:.0f} MiB")
         return found
 

@@ -17,6 +17,15 @@ GAUGES = {
 }
 """Names of this module, and the service's metrics that they stand for."""
 
+# What memory may grow by: a share of it, and MiB, whichever is more.
+_GROWTH_SHARE = 0.05
+_GROWTH_MIB = 16.0
+
+
+def has_grown(before: float, after: float) -> bool:
+    """Whether a process's memory, in MiB, is larger than an allocator's moods explain."""
+    return after - before > max(_GROWTH_MIB, _GROWTH_SHARE * before)
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessVitals:

@@ -14,9 +14,10 @@ from pydantic import BeforeValidator, WithJsonSchema
 from pydantic_core import from_json
 from starlette.types import Receive, Scope
 
-from app.api.errors import validation_error, with_errors
+from app.api.errors import error_response, validation_error, with_errors
 from app.api.idempotency import PARAMETER as IDEMPOTENCY_KEY
 from app.api.idempotency import answer_once
+from app.api.load_shedding import LoadShedding
 from app.core.config import Settings
 from app.core.config_security import Scope as KeyScope
 from app.core.idempotency import IdempotencyStore
@@ -53,6 +54,7 @@ class Services:
     limits: CallerLimits
     addresses: ClientAddress
     idempotency: IdempotencyStore
+    shedding: LoadShedding
     usage: UsageLedger
     engine: EngineClient
     generation: GenerationService
@@ -178,9 +180,11 @@ class GuardedRoute(APIRoute):
 
     Attributes:
         scope: What the caller's key must be for; ``None`` takes any key.
+        generates: Whether what has a body needs a place in the engine.
     """
 
     scope: ClassVar[KeyScope | None] = "infer"
+    generates: ClassVar[bool] = False
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         if self.scope is not None:
@@ -213,8 +217,10 @@ class GuardedRoute(APIRoute):
             async def answer_now() -> Response:
                 return await handle(_ParsedRequest(request.scope, request.receive, body))
 
-            store = services_of(request).idempotency
-            return await answer_once(store, request, body, answer_now)
+            services = services_of(request)
+            if self.generates:
+                services.shedding.check(request, body)
+            return await answer_once(services.idempotency, request, body, answer_now)
 
         async def guarded(request: Request) -> Response:
             limit_headers = await _admit_caller(request)
@@ -226,15 +232,21 @@ class GuardedRoute(APIRoute):
                 refusal = self.refusal(error.errors())
                 refusal.status = self.status_of(refusal)
                 refusal.headers.update(limit_headers)
-                raise refusal from None
+                return error_response(refusal)
             except ServiceError as error:
                 error.status = self.status_of(error)
                 error.headers.update(limit_headers)
-                raise
+                return error_response(error)
             response.headers.update(limit_headers)
             return response
 
         return guarded
+
+
+class GeneratingRoute(GuardedRoute):
+    """A route whose requests need a place in the engine, unless their answers are kept."""
+
+    generates = True
 
 
 class AnyKeyRoute(GuardedRoute):

@@ -9,7 +9,7 @@ from fastapi import Request, Response
 
 from app.api.dependencies import (
     CLIENT_CLOSED_REQUEST,
-    GuardedRoute,
+    GeneratingRoute,
     Services,
     unless_disconnected,
 )
@@ -27,7 +27,7 @@ from app.utils.errors import ModelNotFoundError, ServiceError, UnsupportedParame
 _UNSUPPORTED = {"extra_forbidden", "unsupported_parameter"}
 
 
-class OpenAIRoute(GuardedRoute):
+class OpenAIRoute(GeneratingRoute):
     """A route whose refusals have OpenAI's status codes: 400 for whatever is wrong with a body."""
 
     def refusal(self, faults: Sequence[Mapping[str, Any]]) -> ServiceError:

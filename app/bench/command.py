@@ -13,17 +13,11 @@ from typing import Any
 
 import msgspec
 
-from app.bench.load import run_round
+from app.bench.load import run, run_round
 from app.bench.report import describe
 from app.bench.results import LatencyTarget, Summary, median_figures, summarise
 from app.bench.targets import Route, Target
 from app.bench.workload import Lengths, Workload, WorkloadError
-
-# uvloop takes a third of the time for each event, but there is none for Windows.
-if sys.platform == "win32":
-    from asyncio import run
-else:
-    from uvloop import run
 
 
 def _lengths(text: str) -> Lengths:

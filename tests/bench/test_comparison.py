@@ -10,10 +10,10 @@ import pytest
 from app.bench.results import Outcome, Result, summarise
 from app.llm.engine.base import GenerationRequest, SamplingParams
 from app.llm.engine.echo import EchoBackend
-from benchmarks import curve, page, peers, plots
-from benchmarks.curve import steady_rate
+from benchmarks import curve, overload, page, peers, plots
 from benchmarks.engine_alone import drive
 from benchmarks.goals import Ratio, divide, median_of, ratios
+from benchmarks.overload import steady_rate
 from benchmarks.page import replace_section
 from benchmarks.paths import PAGE
 from benchmarks.servers import LLAMA, SERVE, StartError, all_rows, ours, start
@@ -121,6 +121,28 @@ def test_the_page_has_every_section() -> None:
         assert replace_section(text, name, "x") != text
 
 
+def overload_data(**changed: Any) -> dict[str, Any]:
+    """Two rounds of overload; the second one with what is changed."""
+    one = {
+        "rate": 9.0,
+        "peak": 100.0,
+        "steady": 96.0,
+        "ratio": 0.96,
+        "refusal_p99": 0.04,
+        "livez_p99": 0.01,
+        "lag_share": 1.0,
+        "sent": 10,
+        "completed": 2,
+        "refused": 8,
+        "failed": 0,
+        "counted": 10.0,
+        "counted_completed": 2.0,
+        "counted_refused": 8.0,
+        "memory": {"API": (100.0, 101.0)},
+    }
+    return {"factor": 4.0, "duration": 20.0, "rounds": [one, one | changed]}
+
+
 def curve_data() -> dict[str, Any]:
     """A small curve of one engine, and another one that did not start."""
     one = msgspec.to_builtins(
@@ -129,14 +151,7 @@ def curve_data() -> dict[str, Any]:
     found = {
         "clients": [{"clients": c, "steady": 10.0 * c, **one} for c in (1, 8)],
         "lengths": [{"words": 16, **one}],
-        "overload": {
-            "rate": 9.0,
-            "peak": 100.0,
-            "steady": 96.0,
-            "ratio": 0.96,
-            "refusal_p99": 0.06,
-            **one,
-        },
+        "overload": overload_data(),
     }
     return {"machine": {}, "engines": {"openvino": found}, "absent": {"other": "no such engine"}}
 
@@ -146,8 +161,25 @@ def test_the_curve_is_told_and_judged() -> None:
     text = curve.render(curve_data())["curve"]
     assert "other: not started, no such engine" in text
     assert re.search(r"\| 8 +\| 0 +\| 80 ", text)
-    assert "≥ 0.95: met" in text
-    assert "≤ 50 ms: missed" in text
+    assert "missed" not in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "missed"),
+    [
+        ({"ratio": 0.9}, "≥ 0.95"),
+        ({"refusal_p99": 0.06}, "≤ 50 ms"),
+        ({"livez_p99": 0.3}, "≤ 250 ms"),
+        ({"lag_share": 0.98}, "≥ 99 %"),
+        ({"failed": 1, "refused": 7}, "as the service counted"),
+        ({"counted_completed": 3.0}, "as the service counted"),
+        ({"memory": {"API": (100.0, 117.0)}}, "flat"),
+    ],
+)
+def test_an_overload_is_judged(changed: dict[str, Any], missed: str) -> None:
+    """Each bound is told apart; of the ratios the median counts, of the others the worst."""
+    text = overload.render(overload_data(**changed))
+    assert re.findall(r"([^|\s][^|]*): missed", text) == [missed]
 
 
 def test_plots_are_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

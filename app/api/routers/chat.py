@@ -8,8 +8,8 @@ from app.api.dependencies import (
     Caller,
     Conversation,
     Deadline,
+    GeneratingRoute,
     Generation,
-    GuardedRoute,
     unless_disconnected,
 )
 from app.api.errors import STREAM, responses
@@ -29,7 +29,7 @@ _LINKS = {
     )
 }
 
-router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["chat"])
+router = APIRouter(route_class=GeneratingRoute, dependencies=KEY_SCHEMES, tags=["chat"])
 
 
 @router.post(

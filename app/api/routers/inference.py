@@ -7,8 +7,8 @@ from app.api.dependencies import (
     KEY_SCHEMES,
     Caller,
     Deadline,
+    GeneratingRoute,
     Generation,
-    GuardedRoute,
     unless_disconnected,
 )
 from app.api.errors import STREAM, responses
@@ -18,7 +18,7 @@ from app.api.sse import native_stream
 from app.services.answers import Job
 from app.utils.errors import GENERATION_ERRORS
 
-router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["inference"])
+router = APIRouter(route_class=GeneratingRoute, dependencies=KEY_SCHEMES, tags=["inference"])
 
 
 @router.post(

@@ -287,8 +287,15 @@ class GuardedProtocol(StrictProtocol):
         """Let the application answer; decide when it begins whether the connection stays."""
 
         async def deciding(message: Message) -> None:
-            if message["type"] == "http.response.start" and not self._stays(cycle):
+            if message["type"] != "http.response.start":
+                await send(message)
+                self._gentle.let_go()
+                return
+            if not self._stays(cycle):
                 cycle.keep_alive = False
+            if any(name == b"content-length" for name, _ in message["headers"]):
+                # The body follows at once; one packet costs both sides half of two.
+                self._gentle.hold()
             await send(message)
 
         await app(scope, receive, deciding)

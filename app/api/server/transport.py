@@ -21,7 +21,19 @@ class GentleTransport(asyncio.Transport):
         self._transport = transport
         self._on_close = on_close
         self._ended = False
+        self._holding = False
+        self._held = b""
         self.written = 0
+
+    def hold(self) -> None:
+        """Keep what is written next until the write after that, or :meth:`let_go`."""
+        self._holding = True
+
+    def let_go(self) -> None:
+        """Send what was kept."""
+        self._holding = False
+        if self._held:
+            self.write(b"")
 
     def close(self) -> None:
         """Ask the owner to close the connection."""
@@ -30,6 +42,7 @@ class GentleTransport(asyncio.Transport):
 
     def end(self) -> None:
         """Send what is left and then the end of the stream; what comes is still received."""
+        self.let_go()
         self._ended = True
         if self._transport.can_write_eof():
             self._transport.write_eof()
@@ -37,6 +50,7 @@ class GentleTransport(asyncio.Transport):
 
     def shut(self) -> None:
         """Send what is left, and close the connection."""
+        self.let_go()
         self._ended = True
         self._transport.close()
 
@@ -51,9 +65,15 @@ class GentleTransport(asyncio.Transport):
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send, unless the end has been sent already."""
-        if not self.is_closing():
-            self.written += len(data)
-            self._transport.write(data)
+        if self.is_closing():
+            return
+        if self._holding:
+            self._held, self._holding = bytes(data), False
+            return
+        if self._held:
+            data, self._held = self._held + data, b""
+        self.written += len(data)
+        self._transport.write(data)
 
     def get_write_buffer_size(self) -> int:
         """Bytes that the system has not taken yet."""

@@ -1,0 +1,280 @@
+"""``python -m benchmarks overload``: far more requests than the service can answer.
+
+A closed loop that keeps the batch full says what the service can do. Then requests arrive in an
+open loop at a multiple of that, whether or not they are answered. The machine's speed drifts by as
+much as the overload may cost, so the two take turns, and each overload is compared with the peaks
+before and after it.
+"""
+
+import argparse
+import asyncio
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from prometheus_client.parser import text_string_to_metric_families
+
+from app.bench.load import run_round
+from app.bench.report import number, seconds, table
+from app.bench.results import Outcome, Result, percentile, summarise
+from app.bench.transport import HttpClient
+from app.bench.workload import Workload
+from benchmarks import vitals
+from benchmarks.servers import Row, Server, ours, start
+
+# Waiting requests that the overloaded service accepts: enough to keep the batch full.
+_WAITING = "32"
+# More than the 32 that run at once, and fewer than running and waiting together: none is refused.
+_PEAK_CLIENTS = 48
+PEAK_REQUESTS = 480
+# What comes first fills the batch and what comes last drains it; neither is the steady state.
+_SETTLING = 0.25
+_PROBE_SECONDS = 0.1
+_MEMORY_SAMPLES = 24
+# A bucket of event_loop_lag_seconds.
+_LAG_BOUND = 0.02
+
+
+def steady_rate(results: Sequence[Result], begin: float, end: float) -> float:
+    """Tokens a second between two times, from when each piece of text came.
+
+    A stream's pieces share its tokens evenly, where a piece holds more than one.
+    """
+    tokens = 0.0
+    for result in results:
+        if result.outcome is not Outcome.COMPLETED or result.ttft is None:
+            continue
+        at = result.sent_at + result.ttft
+        inside = int(begin <= at < end)
+        for gap in result.gaps:
+            at += gap
+            inside += begin <= at < end
+        tokens += inside * result.tokens / (len(result.gaps) + 1)
+    return tokens / (end - begin)
+
+
+def window(results: Sequence[Result], *, last_sent: bool) -> tuple[float, float]:
+    """The middle of a round: past its beginning, and before its load lets up."""
+    begin = min(r.sent_at for r in results)
+    end = max(r.sent_at if last_sent else r.ended_at for r in results)
+    margin = min(_SETTLING * (end - begin), 10.0)
+    return begin + margin, end if last_sent else end - margin
+
+
+async def _peak(server: Server, requests: int) -> tuple[float, float]:
+    """Tokens a second at the most, and tokens of an answer."""
+    results = await run_round(
+        server.target, Workload(), name="peak", requests=requests, clients=_PEAK_CLIENTS
+    )
+    done = [r.tokens for r in results if r.outcome is Outcome.COMPLETED]
+    return steady_rate(results, *window(results, last_sent=False)), statistics.mean(done or [1])
+
+
+class _Observer:
+    """What else is seen of an overloaded service: its probe, its memory, its own counts."""
+
+    def __init__(self, server: Server) -> None:
+        self._http = HttpClient(server.target.base_url, time_limit=30)
+        self._session = server.process.pid
+        self.probes: list[float] = []
+        self.memory: list[Mapping[str, float]] = []
+
+    async def metrics(self) -> str:
+        exchange = await self._http.get("/metrics")
+        return b"".join(piece for _, piece in exchange.pieces).decode()
+
+    async def probe(self) -> None:
+        """Ask /livez again and again, until cancelled; one that fails took for ever."""
+        while True:
+            exchange = await self._http.get("/livez")
+            good = exchange.status == 200 and exchange.failure is None
+            took = exchange.ended_at - exchange.sent_at
+            self.probes.append(took if good else float("inf"))
+            await asyncio.sleep(_PROBE_SECONDS)
+
+    async def watch(self, interval: float) -> None:
+        """Note the memory again and again, until cancelled; MiB of each process."""
+        while True:
+            found = vitals.read(self._session, await self.metrics())
+            self.memory.append({label: p.memory for label, p in found.processes.items()})
+            await asyncio.sleep(interval)
+
+    def close(self) -> None:
+        self._http.close()
+
+
+def _count(text: str, name: str, **labels: str) -> float:
+    """The sum of a metric's samples that have these labels."""
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
+
+
+def _counted(before: str, after: str, route: str) -> dict[str, Any]:
+    """What the service itself counted between two readings of its metrics."""
+
+    def more(name: str, **labels: str) -> float:
+        return _count(after, name, **labels) - _count(before, name, **labels)
+
+    late = more("event_loop_lag_seconds_count")
+    bounded = more("event_loop_lag_seconds_bucket", le=str(_LAG_BOUND))
+    answered = {"route": route, "method": "POST"}
+    return {
+        "lag_share": bounded / late if late else None,
+        "counted": more("http_requests_total", **answered),
+        "counted_completed": more("http_requests_total", status="200", **answered),
+        "counted_refused": more("http_requests_total", status="503", **answered),
+    }
+
+
+async def _one(server: Server, rate: float, duration: float, name: str) -> dict[str, Any]:
+    """Requests at a rate, for so many seconds."""
+    observer = _Observer(server)
+    before = await observer.metrics()
+    watching = [
+        asyncio.create_task(observer.probe()),
+        asyncio.create_task(observer.watch(duration / _MEMORY_SAMPLES)),
+    ]
+    results = await run_round(
+        server.target, Workload(), name=name, requests=max(1, int(rate * duration)), rate=rate
+    )
+    for task in watching:
+        task.cancel()
+    await asyncio.gather(*watching, return_exceptions=True)
+    after = await observer.metrics()
+    observer.close()
+    waits = [r.seconds for r in results if r.outcome is Outcome.REFUSED]
+    labels = observer.memory[-1].keys()
+    quarter = len(observer.memory) // 4
+    return {
+        "rate": rate,
+        "steady": steady_rate(results, *window(results, last_sent=True)),
+        "refusal_p99": percentile(waits, 99),
+        "livez_p99": percentile(observer.probes, 99),
+        # Not the first samples: what is used for the first time is no growth.
+        "memory": {x: (observer.memory[quarter][x], observer.memory[-1][x]) for x in labels},
+        **_counted(before, after, server.target.path),
+        **msgspec.to_builtins(summarise(results)),
+    }
+
+
+async def overload(
+    server: Server,
+    *,
+    factor: float,
+    duration: float,
+    rounds: int,
+    peak_requests: int = PEAK_REQUESTS,
+) -> dict[str, Any]:
+    """Peaks and overloads in turns.
+
+    Args:
+        server: A service that lets few requests wait.
+        factor: How many times what it gets through arrives.
+        duration: Seconds of each overload.
+        rounds: How many overloads.
+        peak_requests: Requests of each peak.
+
+    Returns:
+        The figures of each round, with the peaks around it and the ratio to their mean.
+    """
+    peak, tokens = await _peak(server, peak_requests)
+    found: list[dict[str, Any]] = []
+    for number_of_round in range(rounds):
+        rate = factor * peak / tokens
+        one = await _one(server, rate, duration, f"overload {number_of_round}")
+        following, tokens = await _peak(server, peak_requests)
+        mean = (peak + following) / 2
+        found.append({"peak": mean, "ratio": one["steady"] / mean if mean else None, **one})
+        peak = following
+        print(f"overload: {number(one['steady'])} of {number(mean)} tokens/s", flush=True)
+    return {"factor": factor, "duration": duration, "rounds": found}
+
+
+def limited(engine: str, device: str = "cpu") -> Row:
+    """The row of a service that lets few requests wait: refusals need a queue that fills."""
+    return ours(engine, device, ENGINE__MAX_WAITING=_WAITING)
+
+
+def _worst(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return max(known) if known else None
+
+
+def _verdict(ok: bool | None, bound: str) -> str:
+    return f"{bound}: {'-' if ok is None else 'met' if ok else 'missed'}"
+
+
+def _at_most(value: float | None, bound: float) -> str:
+    return _verdict(None if value is None else value <= bound, f"≤ {seconds(bound)}")
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """The figures as a table: the median of the ratios, and the worst of what must not happen."""
+    rounds = found["rounds"]
+
+    def each(name: str, show: Any = number) -> str:
+        return ", ".join(show(one[name]) for one in rounds)
+
+    ratios = [one["ratio"] for one in rounds if one["ratio"] is not None]
+    ratio = statistics.median(ratios) if ratios else None
+    refusal, livez = (
+        _worst([one[name] for one in rounds]) for name in ("refusal_p99", "livez_p99")
+    )
+    lag = min((one["lag_share"] for one in rounds if one["lag_share"] is not None), default=None)
+    once = all(
+        (one["sent"], one["completed"], one["refused"], one["failed"])
+        == (one["counted"], one["counted_completed"], one["counted_refused"], 0)
+        for one in rounds
+    )
+    ended = "; ".join(
+        " / ".join(number(one[name]) for name in ("sent", "completed", "refused", "failed"))
+        for one in rounds
+    )
+    lines = [
+        ["offered, requests/s", each("rate"), ""],
+        ["sent / completed / refused / failed", ended, _verdict(once, "as the service counted")],
+        ["tokens/s at the peak", each("peak"), ""],
+        ["tokens/s under the overload", each("steady"), ""],
+        ["overload ÷ peak", each("ratio", "{:.2f}".format), ""],
+        [
+            "their median",
+            "-" if ratio is None else f"{ratio:.2f}",
+            _verdict(None if ratio is None else ratio >= 0.95, "≥ 0.95"),
+        ],
+        ["refusals, p99", seconds(refusal), _at_most(refusal, 0.05)],
+        ["/livez, p99", seconds(livez), _at_most(livez, 0.25)],
+        [
+            f"turns of the event loop that were late by {seconds(_LAG_BOUND)} at most",
+            "-" if lag is None else f"{lag:.1%}",
+            _verdict(None if lag is None else lag >= 0.99, "≥ 99 %"),
+        ],
+        *_memory(rounds),
+    ]
+    title = f"{found['factor']:g} times the saturating load, {found['duration']:g} s a round"
+    return table([title, "", ""], lines)
+
+
+def _memory(rounds: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    lines = []
+    for label in rounds[0]["memory"]:
+        shown = ", ".join("{:.0f} to {:.0f}".format(*one["memory"][label]) for one in rounds)
+        flat = not any(vitals.has_grown(*one["memory"][label]) for one in rounds)
+        lines.append([f"memory of the {label} process, MiB", shown, _verdict(flat, "flat")])
+    return lines
+
+
+async def measure(options: argparse.Namespace) -> str:
+    """Start the service, overload it, and tell the figures."""
+    server = await start(limited(options.engine, options.device))
+    try:
+        found = await overload(
+            server, factor=options.factor, duration=options.seconds, rounds=options.rounds
+        )
+    finally:
+        server.stop()
+    return render(found)
