@@ -169,6 +169,10 @@ bench: model ## Compare with other servers, write docs/performance.md (ARGS=--qu
 bench-curve: model ## Load and prompt-length curves, overload (ARGS="--engine transformers")
 	$(RUN) python -m benchmarks curve $(ARGS)
 
+.PHONY: overload
+overload: model ## Ten times what it can answer, for two minutes (ARGS="--factor 4 --rounds 3")
+	$(RUN) python -m benchmarks overload $(ARGS)
+
 ##@ Docker
 
 .PHONY: build-docker

@@ -110,7 +110,7 @@ def create_app(
         limits=CallerLimits(settings.rate_limit, metrics),
         addresses=ClientAddress(settings.security.trusted_proxies),
         idempotency=IdempotencyStore(settings.idempotency, metrics),
-        shedding=LoadShedding(generation.check_room, remembered=2 * settings.cache.size),
+        shedding=LoadShedding(engine, remembered=2 * settings.cache.size),
         usage=ledger,
         engine=engine,
         generation=generation,

@@ -17,7 +17,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("table", "the service beside its peers (about 20 minutes)"),
-        ("curve", "throughput and TTFT by load and prompt length, and overload (10 minutes)"),
+        ("curve", "throughput and TTFT by load and prompt length, and overload (12 minutes)"),
     ):
         command = commands.add_parser(name, help=text)
         add = command.add_argument

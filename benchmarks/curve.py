@@ -77,7 +77,8 @@ async def _measure_engine(engine: str, options: argparse.Namespace) -> dict[str,
     server = await start(limited(engine, options.device))
     try:
         found["overload"] = await overload(
-            server,
+            server.target,
+            server.process.pid,
             factor=OVERLOAD,
             duration=5.0 if options.quick else OVERLOAD_SECONDS,
             rounds=1 if options.quick else OVERLOAD_ROUNDS,

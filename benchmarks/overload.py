@@ -18,10 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.bench.load import run_round
 from app.bench.report import number, seconds, table
 from app.bench.results import Outcome, Result, percentile, summarise
+from app.bench.targets import Target
 from app.bench.transport import HttpClient
 from app.bench.workload import Workload
 from benchmarks import vitals
-from benchmarks.servers import Row, Server, ours, start
+from benchmarks.servers import Row, ours, start
 
 # Waiting requests that the overloaded service accepts: enough to keep the batch full.
 _WAITING = "32"
@@ -62,10 +63,10 @@ def window(results: Sequence[Result], *, last_sent: bool) -> tuple[float, float]
     return begin + margin, end if last_sent else end - margin
 
 
-async def _peak(server: Server, requests: int) -> tuple[float, float]:
+async def _peak(target: Target, requests: int) -> tuple[float, float]:
     """Tokens a second at the most, and tokens of an answer."""
     results = await run_round(
-        server.target, Workload(), name="peak", requests=requests, clients=_PEAK_CLIENTS
+        target, Workload(), name="peak", requests=requests, clients=_PEAK_CLIENTS
     )
     done = [r.tokens for r in results if r.outcome is Outcome.COMPLETED]
     return steady_rate(results, *window(results, last_sent=False)), statistics.mean(done or [1])
@@ -74,9 +75,9 @@ async def _peak(server: Server, requests: int) -> tuple[float, float]:
 class _Observer:
     """What else is seen of an overloaded service: its probe, its memory, its own counts."""
 
-    def __init__(self, server: Server) -> None:
-        self._http = HttpClient(server.target.base_url, time_limit=30)
-        self._session = server.process.pid
+    def __init__(self, target: Target, session: int) -> None:
+        self._http = HttpClient(target.base_url, time_limit=30)
+        self._session = session
         self.probes: list[float] = []
         self.memory: list[Mapping[str, float]] = []
 
@@ -122,7 +123,7 @@ def _counted(before: str, after: str, route: str) -> dict[str, Any]:
 
     late = more("event_loop_lag_seconds_count")
     bounded = more("event_loop_lag_seconds_bucket", le=str(_LAG_BOUND))
-    answered = {"route": route, "method": "POST"}
+    answered = {"endpoint": route, "method": "POST"}
     return {
         "lag_share": bounded / late if late else None,
         "counted": more("http_requests_total", **answered),
@@ -131,16 +132,18 @@ def _counted(before: str, after: str, route: str) -> dict[str, Any]:
     }
 
 
-async def _one(server: Server, rate: float, duration: float, name: str) -> dict[str, Any]:
+async def _one(
+    target: Target, session: int, rate: float, duration: float, name: str
+) -> dict[str, Any]:
     """Requests at a rate, for so many seconds."""
-    observer = _Observer(server)
+    observer = _Observer(target, session)
     before = await observer.metrics()
     watching = [
         asyncio.create_task(observer.probe()),
         asyncio.create_task(observer.watch(duration / _MEMORY_SAMPLES)),
     ]
     results = await run_round(
-        server.target, Workload(), name=name, requests=max(1, int(rate * duration)), rate=rate
+        target, Workload(), name=name, requests=max(1, int(rate * duration)), rate=rate
     )
     for task in watching:
         task.cancel()
@@ -157,13 +160,14 @@ async def _one(server: Server, rate: float, duration: float, name: str) -> dict[
         "livez_p99": percentile(observer.probes, 99),
         # Not the first samples: what is used for the first time is no growth.
         "memory": {x: (observer.memory[quarter][x], observer.memory[-1][x]) for x in labels},
-        **_counted(before, after, server.target.path),
+        **_counted(before, after, target.path),
         **msgspec.to_builtins(summarise(results)),
     }
 
 
 async def overload(
-    server: Server,
+    target: Target,
+    session: int,
     *,
     factor: float,
     duration: float,
@@ -173,7 +177,8 @@ async def overload(
     """Peaks and overloads in turns.
 
     Args:
-        server: A service that lets few requests wait.
+        target: A service that lets few requests wait.
+        session: Of its processes.
         factor: How many times what it gets through arrives.
         duration: Seconds of each overload.
         rounds: How many overloads.
@@ -182,12 +187,12 @@ async def overload(
     Returns:
         The figures of each round, with the peaks around it and the ratio to their mean.
     """
-    peak, tokens = await _peak(server, peak_requests)
+    peak, tokens = await _peak(target, peak_requests)
     found: list[dict[str, Any]] = []
     for number_of_round in range(rounds):
         rate = factor * peak / tokens
-        one = await _one(server, rate, duration, f"overload {number_of_round}")
-        following, tokens = await _peak(server, peak_requests)
+        one = await _one(target, session, rate, duration, f"overload {number_of_round}")
+        following, tokens = await _peak(target, peak_requests)
         mean = (peak + following) / 2
         found.append({"peak": mean, "ratio": one["steady"] / mean if mean else None, **one})
         peak = following
@@ -273,7 +278,11 @@ async def measure(options: argparse.Namespace) -> str:
     server = await start(limited(options.engine, options.device))
     try:
         found = await overload(
-            server, factor=options.factor, duration=options.seconds, rounds=options.rounds
+            server.target,
+            server.process.pid,
+            factor=options.factor,
+            duration=options.seconds,
+            rounds=options.rounds,
         )
     finally:
         server.stop()

@@ -4,12 +4,11 @@ Under an overload most requests are refused, and what a refusal costs is taken f
 of the others. Two thirds of it went into parsing and routing a request whose fate was known.
 """
 
-from collections.abc import Callable
-
 from cachetools import FIFOCache
 from fastapi import Request
 
 from app.api.idempotency import HEADER as IDEMPOTENCY_KEY
+from app.llm.engine.client import EngineClient, EngineState
 
 
 class LoadShedding:
@@ -19,14 +18,14 @@ class LoadShedding:
     before can have one, so bodies are remembered, and only those never seen are refused here.
     """
 
-    def __init__(self, check_room: Callable[[str], None], *, remembered: int) -> None:
+    def __init__(self, engine: EngineClient, *, remembered: int) -> None:
         """Nothing is refused before :meth:`check`.
 
         Args:
-            check_room: Raises the refusal of a caller's request where there is no place for it.
+            engine: Knows whether a caller would have a place.
             remembered: Most bodies to remember, each as a number.
         """
-        self._check_room = check_room
+        self._engine = engine
         self._seen: FIFOCache[int, None] = FIFOCache(maxsize=max(remembered, 1))
 
     def check(self, request: Request, body: bytes) -> None:
@@ -37,13 +36,14 @@ class LoadShedding:
             body: The request's body.
 
         Raises:
-            ServiceError: See :meth:`GenerationService.check_room`.
+            OverloadedError: No place is free for this caller.
         """
-        if IDEMPOTENCY_KEY in request.headers:
+        # An engine that is not ready has time for mistakes to be told.
+        if self._engine.state is not EngineState.READY or IDEMPOTENCY_KEY in request.headers:
             return
         caller = request.state.principal.key_id
         # Two bodies with one hash cost the second one a refusal that comes a little later.
         asked = hash((caller, body))
         if asked not in self._seen:
-            self._check_room(caller)
+            self._engine.check(caller)
             self._seen[asked] = None

@@ -1,0 +1,161 @@
+"""A full engine: what is refused, how early, and what is answered all the same."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from unittest.mock import Mock
+
+import httpx
+import pytest
+
+from app.api.load_shedding import LoadShedding
+from app.bench.targets import Route, Target
+from app.llm.engine.client import EngineState
+from app.utils.errors import OverloadedError
+from benchmarks.overload import overload
+from tests.support.application import OTHER, Client, start
+from tests.support.service import API_KEY, running_service
+
+ROUTES = {
+    "/v1/generate": {"prompt": "new"},
+    "/v1/chat": {"messages": [{"role": "user", "content": "new"}]},
+    "/v1/completions": {"model": "default", "prompt": "new"},
+    "/v1/chat/completions": {"model": "default", "messages": [{"role": "user", "content": "new"}]},
+}
+KEPT = {"prompt": "kept", "temperature": 0}
+
+
+@asynccontextmanager
+async def a_full_engine(**engine: Any) -> AsyncIterator[Client]:
+    """A service all of whose places are taken, after it has answered one request."""
+    limits = {"max_running": 1, "max_waiting": 1, **engine}
+    async with start(engine=limits) as client:
+        first = await client.http.post("/v1/generate", json=KEPT)
+        assert first.status_code == 200
+        places = [client.services.engine.admit("somebody") for _ in range(2)]
+        yield client
+        for place in places:
+            place.release()
+
+
+def code_of(response: httpx.Response) -> str:
+    """An error's code."""
+    code: str = response.json()["error"]["code"]
+    return code
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_a_request_without_a_place_is_not_even_parsed(path: str) -> None:
+    """With every place taken, no time goes into a body; each refusal is counted once."""
+    async with a_full_engine() as client:
+        for body in (b"{", b'{"unknown": 1}'):
+            refused = await client.http.post(path, content=body)
+            assert (refused.status_code, code_of(refused)) == (503, "overloaded")
+            assert int(refused.headers["retry-after"]) >= 1
+        refused = await client.http.post(path, json=ROUTES[path])
+        assert code_of(refused) == "overloaded"
+        registry = client.services.metrics.registry
+        name, labels = "llm_requests_rejected_total", {"reason": "overloaded"}
+        assert registry.get_sample_value(name, labels) == 3
+
+
+async def test_who_may_not_ask_is_told_that_first() -> None:
+    """A full engine is nobody's business who has no key, or a key for something else."""
+    keys = [{"name": "scraper", "key": OTHER, "scopes": ["metrics"]}]
+    async with start(
+        engine={"max_running": 1, "max_waiting": 1}, security={"api_keys": keys}
+    ) as client:
+        places = [client.services.engine.admit("somebody") for _ in range(2)]
+        for key, code in (("wrong", "invalid_api_key"), (OTHER, "insufficient_scope")):
+            refused = await client.http.post("/v1/chat", content=b"{", headers={"X-API-Key": key})
+            assert code_of(refused) == code
+        for place in places:
+            place.release()
+
+
+async def test_kept_answers_need_no_place() -> None:
+    """What was asked before is answered from the cache, for its own caller alone."""
+    async with a_full_engine() as client:
+        again = await client.http.post("/v1/generate", json=KEPT)
+        assert again.status_code == 200
+        assert again.json()["cached"] is True
+        other = await client.http.post("/v1/generate", json=KEPT, headers={"X-API-Key": OTHER})
+        assert code_of(other) == "overloaded"
+
+
+async def test_an_answer_under_way_is_shared_by_a_full_engine() -> None:
+    """The same question, asked while it is being answered, needs no place of its own."""
+    async with start(
+        engine={"max_running": 1, "max_waiting": 0, "echo_step_seconds": 0.02}
+    ) as client:
+        asked = {"prompt": "both of us", "temperature": 0}
+        first = asyncio.create_task(client.http.post("/v1/generate", json=asked))
+        async with asyncio.timeout(10):
+            while client.services.engine.is_idle:  # noqa: ASYNC110 - another task of the service
+                await asyncio.sleep(0.001)
+        assert code_of(await client.http.post("/v1/generate", json={"prompt": "x"})) == "overloaded"
+        second = await client.http.post("/v1/generate", json=asked)
+        assert second.json()["generated_text"] == (await first).json()["generated_text"]
+
+
+async def test_a_repeated_request_is_answered_by_its_idempotency_key() -> None:
+    """A client that lost its answer gets it, however full the engine is."""
+    async with start(engine={"max_running": 1, "max_waiting": 0}) as client:
+        headers, asked = {"Idempotency-Key": "once"}, {"prompt": "a", "cache": False}
+        first = await client.http.post("/v1/generate", json=asked, headers=headers)
+        place = client.services.engine.admit("somebody")
+        again = await client.http.post("/v1/generate", json=asked, headers=headers)
+        place.release()
+    assert again.headers["Idempotency-Replayed"] == "true"
+    assert again.content == first.content
+
+
+async def test_what_needs_no_place_is_answered() -> None:
+    """Tokens are counted, and models are listed."""
+    async with a_full_engine() as client:
+        counted = await client.http.post("/v1/tokenize", json={"text": "abc"})
+        assert counted.json()["count"] == 3
+        assert (await client.http.get("/v1/models")).status_code == 200
+
+
+def test_few_bodies_are_remembered() -> None:
+    """The oldest makes room; what is refused is not remembered, so that it is refused again."""
+    engine = Mock(state=EngineState.READY)
+    shedding = LoadShedding(engine, remembered=2)
+    request = Mock(headers={}, state=Mock(principal=Mock(key_id="k")))
+    for body in (b"1", b"2", b"2", b"3"):
+        shedding.check(request, body)
+    assert engine.check.call_count == 3
+    engine.check.side_effect = OverloadedError(retry_after=1)
+    shedding.check(request, b"3")
+    for _ in range(2):
+        with pytest.raises(OverloadedError):
+            shedding.check(request, b"1")
+
+
+async def test_ten_times_the_capacity_for_a_moment() -> None:
+    """Under an overload every request ends exactly once, as client and service both count it.
+
+    ``make overload`` does this for two minutes with a real model, and judges the speed as well.
+    """
+    with running_service(
+        ENGINE__MAX_RUNNING="4",
+        ENGINE__MAX_WAITING="64",
+        ENGINE__ECHO_STEP_SECONDS="0.01",
+        LOGGING__LEVEL="ERROR",
+    ) as service:
+        target = Target(service.base_url, Route.CHAT, API_KEY)
+        found = await overload(
+            target, service.process.pid, factor=10, duration=3, rounds=1, peak_requests=48
+        )
+        (one,) = found["rounds"]
+        assert service.raw_log().count('"ERROR"') == 0
+    assert one["failed"] == 0
+    assert one["refused"] > one["completed"] > 0
+    assert one["completed"] + one["refused"] == one["sent"] == one["counted"]
+    assert (one["completed"], one["refused"]) == (one["counted_completed"], one["counted_refused"])
+    assert set(one["errors"]) == {"overloaded"}
+    # A hundred times what a refusal takes.
+    assert one["refusal_p99"] < 1
+    assert one["livez_p99"] < 1
