@@ -172,4 +172,5 @@ class ResponseCache:
 
 def cache_key(*parts: Any) -> str:
     """SHA-256 of everything that decides an answer, and of who asks for it."""
-    return hashlib.sha256(msgspec.msgpack.encode(parts)).hexdigest()
+    # Not as MessagePack, which has no integers above 64 bits; the schema of a tool may.
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()

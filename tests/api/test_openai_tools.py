@@ -98,6 +98,14 @@ def test_the_model_is_told_of_tools(client: TestClient) -> None:
     assert none == untold
 
 
+def test_a_schema_may_have_numbers_of_any_size(client: TestClient) -> None:
+    """JSON has no largest integer: beyond 64 bits the request is answered all the same."""
+    for number in (2**64, -(2**63) - 1, 10**300):
+        parameters = {"type": "object", "properties": {}, "default": number}
+        tool = {"type": "function", "function": {"name": "now", "parameters": parameters}}
+        assert chat(client, "hello", tools=[tool], cache=True).status_code == 200
+
+
 def test_tools_are_a_prompt(run_app: RunApp) -> None:
     """Limits and PII rules hold for what tools say, and for calls in the history."""
     client = run_app(security={"max_prompt_chars": 400}, pii={"input": "reject"})
