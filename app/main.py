@@ -54,6 +54,7 @@ from app.services.generation import GenerationService
 from app.services.response_cache import ResponseCache
 from app.services.screening import Screening
 from app.utils.errors import StartupError
+from app.utils.garbage import spare_what_stays
 from app.utils.timing import Stopwatch
 
 log = get_logger()
@@ -203,4 +204,5 @@ def __getattr__(name: str) -> Any:
     except StartupError as error:
         raise SystemExit(str(error)) from None
     globals()["app"] = application
+    spare_what_stays()
     return application

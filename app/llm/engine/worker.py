@@ -41,6 +41,7 @@ from app.llm.engine.base import (
 from app.llm.load_errors import one_line
 from app.llm.loader import load_backend
 from app.utils.errors import ModelLoadError
+from app.utils.garbage import spare_what_stays
 
 log = get_logger("engine")
 
@@ -233,6 +234,7 @@ def main() -> int:
     backend = _load(channel, configure)
     if backend is None:
         return 1
+    spare_what_stays()
     try:
         channel.send(Ready(info=backend.info))
         Worker(channel, backend).run()

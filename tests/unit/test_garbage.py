@@ -1,0 +1,65 @@
+"""Long-lived objects are no business of the garbage collector, in either process."""
+
+import os
+import socket
+import subprocess
+import sys
+
+from app.core.config import PROJECT_ROOT, ModelSettings
+from app.llm.engine.base import Configure, pack
+from tests.support.service import isolated_environment
+
+TELL = "import gc; print(gc.get_freeze_count(), len(gc.get_objects()))"
+
+
+def told_by(program: str, *arguments: str, pass_fds: tuple[int, ...] = ()) -> tuple[int, int]:
+    """How many objects a program's collector spares, and how many it looks at."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=PROJECT_ROOT,
+        env=isolated_environment({"MODEL__ENGINE": "echo"}),
+        pass_fds=pass_fds,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    spared, seen = map(int, done.stdout.split()[-2:])
+    return spared, seen
+
+
+def test_the_api_process_spares_its_libraries() -> None:
+    """Once uvicorn has asked for the application, nearly nothing is left to look at."""
+    spared, seen = told_by(f"import app.main; app.main.app; {TELL}")
+    assert spared > 100_000
+    assert seen < spared / 50
+
+
+def test_the_engine_process_spares_its_libraries() -> None:
+    """The same holds once the model is loaded, before the service is told so."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(
+            pack(
+                Configure(
+                    model=ModelSettings(engine="echo").model_dump(),
+                    max_running=1,
+                    echo_step_seconds=0,
+                    huggingface_token=None,
+                    log_level="ERROR",
+                    log_format="json",
+                )
+            )
+        )
+        program = (
+            "import os, sys; from app.llm.engine import worker\n"
+            f"def run(self): {TELL}; sys.stdout.flush(); os._exit(0)\n"
+            "worker.Worker.run = run; worker.main()"
+        )
+        fd = os.dup(theirs.fileno())
+        try:
+            spared, seen = told_by(program, str(fd), pass_fds=(fd,))
+        finally:
+            os.close(fd)
+    assert spared > 10_000
+    assert seen < spared / 50
