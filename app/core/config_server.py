@@ -18,11 +18,7 @@ class ServerSettings(Section):
         description="Longest a body may take to come, and a second more for each 16 KiB of it.",
     )
     send_timeout_seconds: float = Field(
-        30.0,
-        gt=0,
-        le=3600,
-        description="Longest a client may take nothing of what is sent to it; of a stream, "
-        "30 s at most.",
+        30.0, gt=0, le=3600, description="Longest a client may take nothing of what is sent to it."
     )
     keep_alive_seconds: float = Field(
         5.0,

@@ -167,7 +167,7 @@ def test_a_refused_body_that_drips_is_ended(impatient: Service) -> None:
 
 @pytest.mark.parametrize("filling", FILLINGS.values(), ids=FILLINGS)
 def test_a_reader_that_takes_nothing_is_dropped(impatient: Service, filling: bytes) -> None:
-    """A client that does not read is dropped, be it in a stream or in an answer."""
+    """A client that does not read is dropped, be it in a stream or in an answer; no error of ours."""
     count = dropped(impatient, "send_timeout")
     with RawClient(impatient, receive_buffer=4096) as client:
         client.send(filling)
@@ -175,6 +175,8 @@ def test_a_reader_that_takes_nothing_is_dropped(impatient: Service, filling: byt
         # The one that asks.
         impatient.wait_for_metric("http_connections_open", 1)
     impatient.wait_for_metric("llm_requests_running", 0)
+    assert dropped(impatient, "send_timeout") == count + 1
+    assert [e for e in impatient.log() if e["level"] in ("ERROR", "CRITICAL")] == []
 
 
 def test_a_reader_that_takes_nothing_does_not_hold_up_the_end() -> None:
