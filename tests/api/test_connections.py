@@ -167,7 +167,7 @@ def test_a_refused_body_that_drips_is_ended(impatient: Service) -> None:
 
 @pytest.mark.parametrize("filling", FILLINGS.values(), ids=FILLINGS)
 def test_a_reader_that_takes_nothing_is_dropped(impatient: Service, filling: bytes) -> None:
-    """A client that does not read is dropped, be it in a stream or in an answer; no error of ours."""
+    """A client that does not read is dropped, in a stream or an answer; it is no error of ours."""
     count = dropped(impatient, "send_timeout")
     with RawClient(impatient, receive_buffer=4096) as client:
         client.send(filling)
