@@ -12,7 +12,7 @@ class ServerSettings(Section):
         5.0, gt=0, le=3600, description="Longest the head of a request may take to come."
     )
     body_timeout_seconds: float = Field(
-        10.0,
+        8.0,
         gt=0,
         le=3600,
         description="Longest a body may take to come, and a second more for each 16 KiB of it.",
