@@ -151,9 +151,9 @@ check-all: format-check lint scan type-check imports deps lock-check audit test 
 restarts: install ## Restart the service again and again under load, losing nothing (COUNT=50)
 	$(RUN) pytest tests/api/test_restarts.py --restarts $(or $(COUNT),50)
 
-.PHONY: connections
-connections: install ## 10,000 connections that are idle or half-sent, and a reader that never reads
-	$(RUN) pytest tests/api/test_connections.py -m full_size -rP
+.PHONY: failures
+failures: install ## Failure modes at their full size: 10,000 connections, half a minute of silence
+	$(RUN) pytest tests/api -m full_size -rP
 
 .PHONY: fuzz
 fuzz: install ## Fuzz for an hour or more (ARGS="schema wire code --schema-cases 5000 …" for a part)

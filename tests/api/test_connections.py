@@ -214,7 +214,7 @@ def test_ten_thousand_idle_connections_hold_up_no_probe() -> None:
     with running_service(SERVER__MAX_CONNECTIONS="10100") as service:
         flood = flooded(service, 10_000)
     p99 = statistics.quantiles(flood.probes, n=100)[98]
-    print(  # noqa: T201 - the answer of `make connections`
+    print(  # noqa: T201 - the answer of `make failures`
         f"open for {flood.longest_open:.1f} s at most; {len(flood.probes)} probes,"
         f" p99 {p99 * 1000:.0f} ms, slowest {max(flood.probes) * 1000:.0f} ms"
     )
@@ -232,7 +232,7 @@ def test_a_reader_has_thirty_seconds() -> None:
         client.send(FILLINGS["streams"])
         seconds = service.wait_for(lambda: dropped(service, "send_timeout") == 1, "the drop", 60)
         service.wait_for_metric("llm_requests_running", 0)
-    print(f"dropped after {seconds:.1f} s")  # noqa: T201 - the answer of `make connections`
+    print(f"dropped after {seconds:.1f} s")  # noqa: T201 - the answer of `make failures`
     assert 29 < seconds < 40
 
 
