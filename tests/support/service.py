@@ -118,7 +118,10 @@ class Service:
 
     def log(self) -> list[dict[str, Any]]:
         """The log's lines; fails where one is not a JSON object."""
-        return [json.loads(line) for line in self.raw_log().splitlines()]
+        lines = self.raw_log().splitlines()
+        strange = [line for line in lines if not line.startswith("{")]
+        assert not strange, f"not JSON: {strange}"
+        return [json.loads(line) for line in lines]
 
     def check_log(self) -> None:
         """Assert that no key is in the log, and that each line of it is an object, if it is JSON.
