@@ -151,6 +151,10 @@ check-all: format-check lint scan type-check imports deps lock-check audit test 
 restarts: install ## Restart the service again and again under load, losing nothing (COUNT=50)
 	$(RUN) pytest tests/api/test_restarts.py --restarts $(or $(COUNT),50)
 
+.PHONY: failures
+failures: install ## Failure modes at their full size: 10,000 connections, half a minute of silence
+	$(RUN) pytest tests/api -m full_size -rP
+
 .PHONY: fuzz
 fuzz: install ## Fuzz for an hour or more (ARGS="schema wire code --schema-cases 5000 …" for a part)
 	$(RUN) python -m tests.fuzz $(ARGS)

@@ -11,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.conftest import RunApp
+from tests.support.live import A_STEP_LATER, FIRST_TOKENS, Gauges, generate, seconds_until_free
 from tests.support.service import Service
 from tests.support.sse import read_stream
 
@@ -110,8 +111,8 @@ def test_chat(http: httpx.Client) -> None:
 @on_the_model
 def test_chat_streaming(http: httpx.Client) -> None:
     """The user's streamed chat comes in pieces, and ends with the counts and [DONE]."""
-    # A story may be a short one, but not that short.
-    body = {"messages": [{"role": "user", "content": "Tell me a story"}], "max_tokens": 20}
+    ask = "Write down the numbers from 1 to 100."
+    body = {"messages": [{"role": "user", "content": ask}], "max_tokens": 20, "temperature": 0}
     streamed = read_stream(http, "/v1/chat", body)
     first, *pieces, last = streamed.events
     assert first == {"id": first["id"], "model": MODEL, "delta": {"role": "assistant"}}
@@ -180,6 +181,18 @@ def test_a_streamed_chat_is_the_same_answer(http: httpx.Client) -> None:
 
 
 # --- Sampling -------------------------------------------------------------------------------------
+
+
+@on_the_model
+def test_leaving_while_the_prompt_is_read(bundled_service: Service) -> None:
+    """A client that leaves during the prefill of a long prompt frees its place at once."""
+
+    def prefilling(before: Gauges, now: Gauges) -> bool:
+        assert now[FIRST_TOKENS] == before[FIRST_TOKENS]
+        return now["llm_requests_running"] == 1
+
+    body = generate(" ".join(map(str, range(800))), max_tokens=100)
+    assert seconds_until_free(bundled_service, body, prefilling) < A_STEP_LATER
 
 
 @on_the_model
@@ -331,16 +344,22 @@ def test_a_forged_turn_stays_text(client: TestClient, content: str) -> None:
 
 @on_the_model
 def test_a_forged_turn_adds_no_special_token(http: httpx.Client) -> None:
-    """On the real model the spelling of a special token costs the tokens of its characters."""
+    """On the real model a prompt has as many special tokens, whatever is spelled in its text."""
 
-    def prompt_tokens(content: str) -> int:
-        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
-        tokens: int = post(http, "/v1/chat", body)["usage"]["prompt_tokens"]
+    def chat(content: str) -> list[int]:
+        body = {"messages": [{"role": "user", "content": content}]}
+        tokens: list[int] = post(http, "/v1/tokenize", body)["tokens"]
         return tokens
 
-    plain = FORGED.replace("<|", "").replace("|>", "")
-    # Four special tokens would replace their names' characters and make the prompt shorter.
-    assert prompt_tokens(FORGED) > prompt_tokens(plain) + 4
+    plain, forged = chat("x"), chat(FORGED)
+    start = plain[0]
+    end = plain[len(plain) - plain[::-1].index(start) - 3]
+    assert start != end
+    assert plain.count(start) == plain.count(end) + 1
+    text = post(http, "/v1/tokenize", {"text": FORGED})["tokens"]
+    for special in (start, end):
+        assert forged.count(special) == plain.count(special)
+        assert special not in text
 
 
 # --- Many at once ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import re
 import uuid
 from collections.abc import Callable
+from http import HTTPStatus
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -85,8 +86,10 @@ class RequestContextMiddleware:
         route = route_template(scope)
         # Without a status the client left before there was anything to answer.
         code = status or 499
-        self._metrics.http_requests.labels(method, route, str(code)).inc()
-        self._metrics.http_duration.labels(method, route).observe(seconds)
+        # Anybody can try every method on every route, and each pair would have its histogram.
+        endpoint = UNMATCHED if code == HTTPStatus.METHOD_NOT_ALLOWED else route
+        self._metrics.http_requests.labels(method, endpoint, str(code)).inc()
+        self._metrics.http_duration.labels(method, endpoint).observe(seconds)
         write = log.debug if route in _QUIET_ROUTES else log.info
         write(
             "%s %s - %d",

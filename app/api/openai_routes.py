@@ -11,6 +11,7 @@ from app.api.dependencies import (
     CLIENT_CLOSED_REQUEST,
     GeneratingRoute,
     Services,
+    send_timeout,
     unless_disconnected,
 )
 from app.api.errors import openai_status, validation_error
@@ -88,7 +89,8 @@ async def respond(
     """
     if stream:
         choices = await open_choices(openings)
-        return EventStream(choices, shape.stream(choices))
+        frames = shape.stream(choices)
+        return EventStream(choices, frames, send_timeout_seconds=send_timeout(request))
 
     async def complete() -> dict[str, Any]:
         return await shape.whole(await open_choices(openings))

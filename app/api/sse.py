@@ -20,8 +20,6 @@ from app.utils.errors import InternalError, ServiceError
 log = get_logger()
 
 PING_SECONDS = 15
-# A reader that takes nothing for this long is dropped, which frees its place in the engine.
-SEND_TIMEOUT_SECONDS = 30
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
@@ -66,8 +64,14 @@ class _SendLimit:
         timeout: Spans the stream.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        """Begin without a limit, as nothing is on its way.
+
+        Args:
+            seconds: What a message may take.
+        """
         self.timeout = asyncio.timeout(None)
+        self._seconds = seconds
         self._pending: list[float] = []
 
     async def send(self, send: Send, message: Message) -> None:
@@ -83,22 +87,25 @@ class _SendLimit:
 
     def _move(self) -> None:
         if not self.timeout.expired():
-            self.timeout.reschedule(
-                self._pending[0] + SEND_TIMEOUT_SECONDS if self._pending else None
-            )
+            self.timeout.reschedule(self._pending[0] + self._seconds if self._pending else None)
 
 
 class EventStream(EventSourceResponse):  # type: ignore[misc]
     """An answer as a response of events; see docs/api.md, "Streams"."""
 
-    def __init__(self, source: Closing, frames: AsyncIterator[bytes]) -> None:
+    def __init__(
+        self, source: Closing, frames: AsyncIterator[bytes], *, send_timeout_seconds: float
+    ) -> None:
         """Prepare the response.
 
         Args:
             source: What the events come from.
             frames: The events, without those that end every stream.
+            send_timeout_seconds: A reader that does not take an event for this long is dropped,
+                which frees its place in the engine.
         """
         self._source = source
+        self._send_timeout_seconds = send_timeout_seconds
         super().__init__(
             _to_the_end(frames),
             ping=PING_SECONDS,
@@ -117,7 +124,7 @@ class EventStream(EventSourceResponse):  # type: ignore[misc]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until they end or the reader is gone."""
-        limit = _SendLimit()
+        limit = _SendLimit(self._send_timeout_seconds)
         try:
             async with limit.timeout:
                 await super().__call__(scope, receive, partial(limit.send, send))
@@ -146,9 +153,10 @@ async def _to_the_end(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     yield DONE
 
 
-def native_stream(answer: Answer, delta: Delta) -> EventStream:
-    """An answer of a native route as a response of events."""
-    return EventStream(answer, _native_frames(answer, delta))
+def native_stream(answer: Answer, delta: Delta, *, send_timeout_seconds: float) -> EventStream:
+    """An answer of a native route as a response of events; see :class:`EventStream`."""
+    frames = _native_frames(answer, delta)
+    return EventStream(answer, frames, send_timeout_seconds=send_timeout_seconds)
 
 
 async def _native_frames(answer: Answer, delta: Delta) -> AsyncIterator[bytes]:

@@ -12,17 +12,13 @@ class ServerSettings(Section):
         5.0, gt=0, le=3600, description="Longest the head of a request may take to come."
     )
     body_timeout_seconds: float = Field(
-        10.0,
+        8.0,
         gt=0,
         le=3600,
         description="Longest a body may take to come, and a second more for each 16 KiB of it.",
     )
     send_timeout_seconds: float = Field(
-        30.0,
-        gt=0,
-        le=3600,
-        description="Longest a client may take nothing of what is sent to it; of a stream, "
-        "30 s at most.",
+        30.0, gt=0, le=3600, description="Longest a client may take nothing of what is sent to it."
     )
     keep_alive_seconds: float = Field(
         5.0,

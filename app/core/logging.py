@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TextIO
 
 from pythonjsonlogger.json import JsonFormatter
 
@@ -95,9 +95,14 @@ class TextFormatter(_WithoutMessages):
         return line
 
 
-def configure_logging(settings: LoggingSettings) -> None:
-    """Send every logger of the process, uvicorn's included, through one handler."""
-    handler = logging.StreamHandler(sys.stderr)
+def configure_logging(settings: LoggingSettings, stream: TextIO | None = None) -> None:
+    """Send every logger of the process, uvicorn's included, through one handler.
+
+    Args:
+        settings: Level and format.
+        stream: Where the lines go; standard error by default.
+    """
+    handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(ServiceJsonFormatter() if settings.format == "json" else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]

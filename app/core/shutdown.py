@@ -6,7 +6,6 @@ balancer meets an honest 503 and not a closed port; then uvicorn is told to leav
 """
 
 import asyncio
-import math
 import os
 import signal
 from types import FrameType
@@ -112,9 +111,10 @@ class GracefulShutdown:
         if isinstance(server, uvicorn.Server):
             # Its own handler would have it die of the signal when all is done.
             server.should_exit = True
-            if server.config.timeout_graceful_shutdown is None:
-                seconds = math.ceil(max(seconds_left, 0.0) + _LAST_BYTES_SECONDS)
-                server.config.timeout_graceful_shutdown = seconds
+            # An int by its annotation only, as a command's option is one.
+            config: Any = server.config
+            if config.timeout_graceful_shutdown is None:
+                config.timeout_graceful_shutdown = max(seconds_left, 0.0) + _LAST_BYTES_SECONDS
         else:
             signal.signal(number, previous)
             signal.raise_signal(number)

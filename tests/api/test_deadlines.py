@@ -103,10 +103,9 @@ async def test_a_stream_says_that_its_time_is_over() -> None:
 async def test_a_reader_that_takes_nothing_is_dropped(
     monkeypatch: pytest.MonkeyPatch, *, takes_pings: bool
 ) -> None:
-    """Its generation ends and its place is free, whether or not pings come through meanwhile."""
-    monkeypatch.setattr(sse, "SEND_TIMEOUT_SECONDS", 0.5)
+    """After server.send_timeout_seconds its place is free, whether or not pings come through."""
     monkeypatch.setattr(sse, "PING_SECONDS", 0.02)
-    async with start(**SLOW) as client:
+    async with start(**SLOW, server={"send_timeout_seconds": 0.5}) as client:
         body = json.dumps({**LONG, "stream": True}).encode()
         reader = Stalling(body, takes_pings=takes_pings)
         scope = http_scope("POST", "/v1/generate", {"X-API-Key": KEY})
@@ -127,7 +126,7 @@ async def test_each_message_of_a_stream_has_its_own_time() -> None:
         await asyncio.sleep(0.001)
         return task
 
-    limit = sse._SendLimit()
+    limit = sse._SendLimit(30)
     when = limit.timeout.when
     async with limit.timeout:
         event, ping = asyncio.Event(), asyncio.Event()

@@ -12,6 +12,7 @@ from tests.support.fake_hub import running_hub
 from tests.support.live import LONG, ask, background, generate, open_stream, rest_of
 from tests.support.service import Service, running_service
 from tests.support.sse import Streamed, piece_of, read_stream
+from tests.support.tiny_model import make_tiny_model
 
 
 def check_restarted(service: Service, pid: int, restarts: float) -> None:
@@ -156,15 +157,20 @@ def test_http_answers_while_the_model_loads(tmp_path: Path) -> None:
             assert ask(service, {"prompt": ""}).status_code == 422
 
 
-def test_a_model_that_is_not_there_ends_the_service(tmp_path: Path) -> None:
-    """A model that cannot be loaded ends the service with a status and one line that says why."""
+@pytest.mark.parametrize("fault", ["nothing", "truncated"])
+def test_a_model_that_cannot_be_loaded_ends_the_service(tmp_path: Path, fault: str) -> None:
+    """A model that is not there, or not all of it, ends the service: a status, and one line."""
+    model = tmp_path / fault
+    if fault == "truncated":
+        weights = make_tiny_model(model) / "model.safetensors"
+        os.truncate(weights, weights.stat().st_size // 2)
     with running_service(
         until="started",
         MODEL__ENGINE="transformers",
         MODEL__SOURCE="local",
-        MODEL__NAME=str(tmp_path / "nothing"),
+        MODEL__NAME=str(model),
     ) as service:
         assert service.wait() == 3
         (line,) = [e for e in service.log() if e["level"] == "CRITICAL"]
-    assert str(tmp_path / "nothing") in line["message"]
+    assert str(model) in line["message"]
     assert "Traceback" not in str(line)

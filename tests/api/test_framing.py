@@ -1,7 +1,9 @@
 """Where one request ends and the next begins, whatever a client makes of it."""
 
+import re
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -162,6 +164,36 @@ def test_a_body_over_the_limit_is_413_to_the_end(echo_service: Service, framing:
         assert (answer.status, answer.code) == (413, "body_too_large")
         assert answer.headers["connection"] == "close"
         assert b"HTTP/1.1" not in client.rest()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak to be had")
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+def test_a_body_over_the_limit_takes_no_memory(echo_service: Service, framing: str) -> None:
+    """Of 200 MB that are refused no more than 5 MiB are ever in the API process's memory."""
+    echo_service.get("/livez")
+    process = Path(f"/proc/{echo_service.process.pid}")
+    # The peak begins anew (proc_pid_clear_refs(5)).
+    (process / "clear_refs").write_text("5")
+    before = _kib(process, "VmHWM")
+    assert _refused_body(echo_service, framing, 200) == 413
+    assert _kib(process, "VmHWM") - before < 5 * 1024
+
+
+def _refused_body(service: Service, framing: str, megabytes: int) -> int:
+    """The status of a body that a client sends whether or not it is wanted."""
+    piece = b"x" * 1_000_000
+    announced = f"Content-Length: {megabytes * len(piece)}"
+    with RawClient(service) as client:
+        client.send(post(KEY, announced if framing == "length" else CHUNKED))
+        with suppress(ConnectionError):
+            for _ in range(megabytes):
+                client.send(piece if framing == "length" else b"f4240\r\n" + piece + b"\r\n")
+        return client.head()[0]
+
+
+def _kib(process: Path, name: str) -> int:
+    status = (process / "status").read_text()
+    return int(re.findall(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[0])
 
 
 def test_a_refusal_instead_of_100_ends_the_connection(echo_service: Service) -> None:

@@ -18,14 +18,18 @@ import pytest
 from tests.conftest import RunApp
 from tests.support.asgi import Leaving, http_scope
 from tests.support.live import (
+    A_STEP_LATER,
+    FIRST_TOKENS,
     LONG,
     SOON,
     STEP,
+    Gauges,
     ask,
     background,
     generate,
     open_stream,
     rest_of,
+    seconds_until_free,
 )
 from tests.support.service import API_KEY, Service, running_service
 from tests.support.sse import DONE, data_lines, piece_of, read_stream
@@ -132,6 +136,21 @@ def test_leaving_a_queued_stream_frees_the_place(narrow: Service) -> None:
             narrow.wait_for_metric("llm_requests_waiting", 1)
         narrow.wait_for_metric("llm_requests_waiting", 0)
         assert rest_of(found)[-1]["finish_reason"] == "stop"
+    narrow.wait_for_metric("llm_requests_running", 0)
+
+
+def test_a_place_is_free_within_a_step_of_leaving(narrow: Service) -> None:
+    """Left while it is queued or generated: within a step and 100 ms all gauges are back."""
+
+    def decoding(before: Gauges, now: Gauges) -> bool:
+        return now[FIRST_TOKENS] > before[FIRST_TOKENS]
+
+    def queued(_: Gauges, now: Gauges) -> bool:
+        return now["llm_requests_waiting"] == 1
+
+    assert seconds_until_free(narrow, generate(LONG), decoding) < A_STEP_LATER
+    with open_stream(narrow, generate(LONG)):
+        assert seconds_until_free(narrow, generate(LONG), queued) < A_STEP_LATER
     narrow.wait_for_metric("llm_requests_running", 0)
 
 

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from fastapi import Body
 
+from app.llm.engine.echo import LAST_WORDS
 from app.main import create_app
 from tests.conftest import make_settings, restored_logging
 from tests.support.service import API_KEY, OTHER_KEY, Service, running_service
@@ -218,6 +219,18 @@ def test_nobody_can_forge_a_line(debug_service: Service) -> None:
         client.get("/x%0a%7B%22message%22%3A%22forged%22%7D")
         client.post("/v1/generate", json={"prompt": "[echo:fault]" + forged})
     assert "forged" not in debug_service.raw_log()
+
+
+def test_what_libraries_write_becomes_events(debug_service: Service) -> None:
+    """What native code writes to the engine's standard error is a JSON line each, as all else."""
+    with debug_service.client() as client:
+        client.post("/v1/generate", json={"prompt": "[echo:crash]", "cache": False})
+    debug_service.wait_until_ready()
+    events = [(e["level"], e["message"].partition(" (")[0]) for e in debug_service.log()]
+    crash = events.index(("WARNING", f"the engine process wrote: {LAST_WORDS}"))
+    assert events[crash + 1] == events[crash]
+    # They are told before the end that they explain.
+    assert ("ERROR", "the engine process ended: signal SIGSEGV") in events[crash:]
 
 
 def test_the_text_format_is_for_people(text_log: list[str]) -> None:

@@ -19,6 +19,7 @@ from tests.support.live import (
     open_stream,
     rest_of,
 )
+from tests.support.raw import KEY, LIVEZ, RawClient, generate_request, post, request
 from tests.support.service import API_KEY, Service, running_service
 from tests.support.sse import piece_of
 
@@ -110,6 +111,36 @@ def test_a_half_sent_request_does_not_hold_up_the_end() -> None:
             started = time.monotonic()
             assert service.terminate() == 0
             assert time.monotonic() - started < 20
+
+
+GRACE = 0.5
+STAYING = {
+    "a stream": generate_request(generate(LONG, stream=True)),
+    "an answer": generate_request(generate(LONG)),
+    "half a body": post(KEY, "Content-Length: 100", body=b"{"),
+    "half a head": LIVEZ[:9],
+    "unread answers": request("GET", "/openapi.json") * 400,
+    "an idle connection": LIVEZ,
+}
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("name", STAYING)
+def test_the_exit_is_within_the_grace_and_two_seconds(name: str) -> None:
+    """Whatever a client does that never leaves, the process is gone, with status 0."""
+    with (
+        running_service(
+            ENGINE__ECHO_STEP_SECONDS=str(STEP), APP__SHUTDOWN_GRACE_SECONDS=str(GRACE)
+        ) as service,
+        RawClient(service, receive_buffer=4096) as client,
+    ):
+        client.send(STAYING[name])
+        time.sleep(1)
+        started = time.monotonic()
+        assert service.terminate() == 0
+        seconds = time.monotonic() - started
+    print(f"{name}: {seconds:.2f} s, of which {GRACE} s of grace")  # noqa: T201 - the answer of `make failures`
+    assert seconds < GRACE + 2
 
 
 def test_an_idle_service_answers_for_the_time_of_notice() -> None:

@@ -85,6 +85,15 @@ def test_every_risk_has_its_row() -> None:
     assert rows == [f"API{i}" for i in range(1, 11)] + [f"LLM{i:02}" for i in range(1, 11)]
 
 
+def test_every_failure_has_its_rows() -> None:
+    """docs/reliability.md has rows for each of the failure modes, in their order."""
+    text = (PROJECT_ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = [int(number) for number in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)]
+    assert rows == sorted(rows)
+    # The overload is on a page of its own: docs/performance.md.
+    assert set(rows) | {14} == set(range(1, 21))
+
+
 @every_page
 def test_settings_exist(page: Path) -> None:
     """Every setting that a page names, as a key or as a variable, is one."""

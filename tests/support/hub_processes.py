@@ -133,7 +133,7 @@ class Worker:
         self._log = log
         with theirs, log.open("w") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "app.llm.engine.worker", str(theirs.fileno())],
+                [sys.executable, "-m", "app.llm.engine.worker", str(theirs.fileno()), "2"],
                 pass_fds=(theirs.fileno(),),
                 stderr=file,
                 cwd=PROJECT_ROOT,

@@ -1,12 +1,15 @@
 """What tests of a running service share: slow answers, streams to leave, requests on the side."""
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
+from tests.support.raw import RawClient, generate_request
 from tests.support.service import Service
 from tests.support.sse import events, piece_of
 
@@ -17,6 +20,12 @@ LONG = "x" * 400
 LONG_SECONDS = len(LONG) * STEP
 # A tenth of that: what is over by then did not simply finish.
 SOON = LONG_SECONDS / 10
+# A place is free a step after its client has left, and what the way to the engine takes.
+A_STEP_LATER = STEP + 0.1
+
+Gauges = dict[str, float]
+PLACES = ("llm_requests_running", "llm_requests_waiting")
+FIRST_TOKENS = "llm_time_to_first_token_seconds_count"
 
 
 def generate(prompt: str, **fields: Any) -> dict[str, Any]:
@@ -38,6 +47,38 @@ def open_stream(
         while piece_of(next(found)) is None:
             pass
         yield found
+
+
+def seconds_until_free(
+    service: Service, body: dict[str, Any], in_phase: Callable[[Gauges, Gauges], bool]
+) -> float:
+    """How long a place stays taken after its client has left; the best of three.
+
+    Args:
+        service: It has nothing else to do, but what keeps a request waiting.
+        body: What the client asks for.
+        in_phase: Whether it is time to leave, by the metrics before the request and now.
+    """
+    with service.client() as watcher:
+        before = gauges(watcher)
+        seconds = []
+        for _ in range(3):
+            begun = gauges(watcher)
+            with RawClient(service) as client:
+                client.send(generate_request(body))
+                while not in_phase(begun, gauges(watcher)):
+                    time.sleep(0.001)
+            left = time.monotonic()
+            while any(gauges(watcher)[name] != before[name] for name in PLACES):
+                assert time.monotonic() - left < LONG_SECONDS
+            seconds.append(time.monotonic() - left)
+        return min(seconds)
+
+
+def gauges(client: httpx.Client) -> Gauges:
+    """The metrics that have no labels."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return {s.name: s.value for family in families for s in family.samples if not s.labels}
 
 
 def rest_of(found: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from app.api.dependencies import (
     Deadline,
     GeneratingRoute,
     Generation,
+    send_timeout,
     unless_disconnected,
 )
 from app.api.errors import STREAM, responses
@@ -54,7 +55,11 @@ async def chat(
     job = Job(messages=messages, **job_fields(body, caller, deadline, request))
     opening = conversation.open(job, body.session_id) if body.session_id else generation.open(job)
     if body.stream:
-        return native_stream(await opening, lambda piece: {"content": piece})
+        return native_stream(
+            await opening,
+            lambda piece: {"content": piece},
+            send_timeout_seconds=send_timeout(request),
+        )
 
     async def complete() -> Completion:
         return await collect(await opening)

@@ -9,6 +9,7 @@ from app.api.dependencies import (
     Deadline,
     GeneratingRoute,
     Generation,
+    send_timeout,
     unless_disconnected,
 )
 from app.api.errors import STREAM, responses
@@ -38,7 +39,9 @@ async def generate(
     job = Job(prompt=body.prompt, **job_fields(body, caller, deadline, request))
     if body.stream:
         answer = await generation.open(job)
-        return native_stream(answer, lambda piece: {"text": piece})
+        return native_stream(
+            answer, lambda piece: {"text": piece}, send_timeout_seconds=send_timeout(request)
+        )
     completion = await unless_disconnected(request, generation.complete(job))
     if completion is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)

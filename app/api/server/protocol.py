@@ -299,6 +299,12 @@ class GuardedProtocol(StrictProtocol):
             await send(message)
 
         await app(scope, receive, deciding)
+        if cycle.response_started and not (cycle.response_complete or cycle.disconnected):
+            # The application has given its reader up (app/api/sse.py). uvicorn would call that an
+            # error of the application, and keep the connection for what is still unsent.
+            self._all.drops("send_timeout")
+            self._disconnect(cycle)
+            self.abort()
 
     def _stays(self, cycle: RequestResponseCycle) -> bool:
         """Whether another request can follow: at once, or after a rest of a body not too long."""

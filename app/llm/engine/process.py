@@ -6,9 +6,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 
 from app.core.config import PROJECT_ROOT
+from app.core.logging import get_logger
 from app.llm.engine.base import (
     HEADER_BYTES,
     Message,
@@ -20,6 +21,11 @@ from app.llm.engine.base import (
 )
 from app.llm.engine.resources import THREADS_VARIABLE, compute_threads
 
+log = get_logger()
+
+# What is taken at a time of what libraries write; longer texts become several events.
+_WRITTEN_BYTES = 4096
+_STDERR = 2
 # The engine ends at once when it is told to, unless a step holds its interpreter. It has nothing
 # to put in order, so killing it then loses nothing.
 _STOP_SECONDS = 1.0
@@ -40,6 +46,8 @@ class EngineProcess:
         self._reader = reader
         self._writer = writer
         self._killed_because = ""
+        # Libraries in native code write to standard error past any logger, their last words too.
+        self._written = asyncio.create_task(_log_lines(process.stderr), name="engine-stderr")
 
     @classmethod
     async def start(cls) -> "EngineProcess":
@@ -51,15 +59,17 @@ class EngineProcess:
         # It reads control groups' files, which must not hold up the event loop.
         environment = await asyncio.to_thread(engine_environment, os.environ)
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, _duplicate(_STDERR) as log_descriptor:
+            descriptors = (theirs.fileno(), log_descriptor)
             try:
                 process = await asyncio.create_subprocess_exec(
                     sys.executable,
                     "-m",
                     "app.llm.engine.worker",
-                    str(theirs.fileno()),
+                    *map(str, descriptors),
                     stdin=asyncio.subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(),),
+                    stderr=asyncio.subprocess.PIPE,
+                    pass_fds=descriptors,
                     env=environment,
                 )
             except BaseException:
@@ -104,6 +114,7 @@ class EngineProcess:
             # It closed its end of the socket but lives on: nothing can be asked of it any more.
             self.kill()
             code = await self._process.wait()
+        await asyncio.wait({self._written}, timeout=_STOP_SECONDS)
         return self._killed_because or _describe_exit(code)
 
     async def stop(self) -> None:
@@ -127,6 +138,23 @@ class EngineProcess:
             self._process.kill()
         # A process that waits for a disk outlives the signal; its requests must not wait, too.
         self._writer.transport.abort()
+
+
+@contextlib.contextmanager
+def _duplicate(descriptor: int) -> Iterator[int]:
+    """Another descriptor of the same file, whose number a process can be given."""
+    copy = os.dup(descriptor)
+    try:
+        yield copy
+    finally:
+        os.close(copy)
+
+
+async def _log_lines(stderr: asyncio.StreamReader | None) -> None:
+    """Make events of what the process writes by itself, until it has ended."""
+    while stderr is not None and (data := await stderr.read(_WRITTEN_BYTES)):
+        for line in filter(str.strip, data.decode("utf-8", "replace").splitlines()):
+            log.warning("the engine process wrote: %s", line)
 
 
 def engine_environment(base: Mapping[str, str]) -> dict[str, str]:

@@ -217,18 +217,22 @@ def _live_and_die_with_the_service() -> None:
 
 
 def main() -> int:
-    """Entry point: ``python -m app.llm.engine.worker FD``; the parent holds the other end."""
+    """Entry point: ``python -m app.llm.engine.worker FD LOG``; the parent holds the other end."""
     _live_and_die_with_the_service()
     parser = argparse.ArgumentParser(description="The engine process; started by the service.")
     parser.add_argument("fd", type=int, help="file descriptor of the socket to the service")
-    channel = Channel(socket.socket(fileno=parser.parse_args().fd))
+    parser.add_argument("log", type=int, help="file descriptor of the log")
+    arguments = parser.parse_args()
+    channel = Channel(socket.socket(fileno=arguments.fd))
     configure = channel.receive()
     if not isinstance(configure, Configure):
         return 1
     configure_logging(
         LoggingSettings.model_validate(
             {"level": configure.log_level, "format": configure.log_format}
-        )
+        ),
+        # Not standard error, where libraries write what they like.
+        stream=os.fdopen(arguments.log, "w", buffering=1, encoding="utf-8"),
     )
     channel.start_reading()
     backend = _load(channel, configure)

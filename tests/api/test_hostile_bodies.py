@@ -1,0 +1,176 @@
+"""What no honest client sends, to every route that takes a body: refused at once, never a 500."""
+
+import json
+import time
+from typing import Any
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+
+from app.api.requests import MAX_FAULTS
+from app.main import create_app
+from tests.api.test_errors import NOT_JSON, check_error, post_bytes
+from tests.conftest import make_settings
+from tests.contract.test_openapi import OPERATIONS, WITH_BODY, document
+from tests.support.service import API_KEY, Service
+
+# The longest that a body may hold up the event loop, and so everybody else.
+LIMIT_SECONDS = 0.05
+
+_CHAT = [{"role": "user", "content": "a"}]
+# The least that each route takes.
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/generate": {"prompt": "a"},
+    "/v1/chat": {"messages": _CHAT},
+    "/v1/chat/completions": {"model": "echo", "messages": _CHAT},
+    "/v1/completions": {"model": "echo", "prompt": "a"},
+    "/v1/tokenize": {"text": "a"},
+}
+
+# As much of it as security.max_body_bytes lets in.
+MEBIBYTE = 2**20
+UNREADABLE = {
+    **NOT_JSON,
+    "deep list of a mebibyte": b"[" * MEBIBYTE,
+    "deep object of a mebibyte": b'{"a":' * (MEBIBYTE // 5),
+    "deep member of a stream": b'{"stream": true, "stop": %b' % (b"[" * 900_000),
+    "a mebibyte of digits": b'{"max_tokens": ' + b"9" * (MEBIBYTE - 100) + b"}",
+    "5,000 digits below 0": b'{"seed": -' + b"9" * 5000 + b"}",
+    "5,000 digits in a stream": b'{"stream": true, "n": ' + b"9" * 5000 + b"}",
+    "bad UTF-8 behind a mebibyte": b'{"prompt": "' + b"a" * (MEBIBYTE - 100) + b'\xff"}',
+    "bad UTF-8 in a stream": b'{"stream": true, "prompt": "\xed\xa0\x80"}',
+    "bad UTF-8 in a name": b'{"\xff": 1}',
+    "an overlong encoding": b'{"prompt": "\xc0\xaf"}',
+    "surrogates of a mebibyte": b'{"prompt": "' + b"\\ud800" * (MEBIBYTE // 6 - 10) + b'"}',
+}
+
+# Values that some field might not stand, as JSON or nearly so.
+HOSTILE = {
+    "NaN": "NaN",
+    "Infinity": "-Infinity",
+    "beyond all floats": "1e999",
+    "lone surrogate": '"\\ud800"',
+    "null byte": '"\\u0000"',
+    "true": "true",
+    "text": '"16"',
+    "fraction": "1.5",
+    "below 0": "-1",
+    "huge": "1000000000000000000",
+    "beyond 64 bits": "9" * 30,
+    "null": "null",
+    "list": "[]",
+    "list of null": "[null]",
+    "object": "{}",
+    "NaN inside": '{"a": [NaN]}',
+}
+NO_JSON = ("NaN", "Infinity", "lone surrogate", "NaN inside")
+
+each_route = pytest.mark.parametrize("path", BODIES)
+
+
+def test_every_route_with_a_body_is_here() -> None:
+    """A route that takes a body, and that anybody adds later, must be added here."""
+    assert {f"POST {path}" for path in BODIES} == set(WITH_BODY)
+
+
+@each_route
+def test_what_cannot_be_read_is_400_at_once(echo_service: Service, path: str) -> None:
+    """However deep, long or broken a body is, it is 400 within 50 ms, the way there included."""
+    with echo_service.client() as client:
+        for name, body in UNREADABLE.items():
+            # The best of a few, as others use the machine, too.
+            best = min(_seconds_of_refusal(client, path, body) for _ in range(5))
+            assert best < LIMIT_SECONDS, (name, best)
+
+
+def _seconds_of_refusal(client: httpx.Client, path: str, body: bytes) -> float:
+    started = time.perf_counter()
+    response = client.post(path, content=body)
+    seconds = time.perf_counter() - started
+    check_error(response, 400, "invalid_json")
+    return seconds
+
+
+@each_route
+def test_no_value_of_any_field_is_a_500(echo_service: Service, path: str) -> None:
+    """What is no JSON is 400; what no field can mean is 400 or 422, and anything else is served."""
+    refused = 0
+    with echo_service.client() as client:
+        for field in _fields(path):
+            rest = json.dumps({k: v for k, v in BODIES[path].items() if k != field})
+            for name, value in HOSTILE.items():
+                body = f'{{"{field}": {value}, {rest[1:-1] or chr(34) + "x" + chr(34) + ": 1"}}}'
+                response = client.post(path, content=body.encode())
+                about = (field, name, response.status_code, response.text)
+                if name in NO_JSON:
+                    assert response.status_code == 400, about
+                    assert response.json()["error"]["code"] == "invalid_json", about
+                # Of a model that is not served here the answer is 404.
+                expected = {400, 422, 404} if field == "model" else {400, 422}
+                assert response.status_code in {200, *expected}, about
+                refused += response.status_code != 200
+        assert client.post(path, json=BODIES[path]).status_code == 200
+    # A third of the values are wrong for every field.
+    assert refused > len(_fields(path)) * len(HOSTILE) / 3
+
+
+def _fields(path: str) -> list[str]:
+    """Every field of a route's body, those that are known and refused included."""
+    operation = OPERATIONS[f"POST {path}"]
+    content = operation["requestBody"]["content"]["application/json"]
+    name = content["schema"]["$ref"].rpartition("/")[2]
+    return list(document()["components"]["schemas"][name]["properties"])
+
+
+@each_route
+def test_no_header_and_no_query_is_a_500(echo_service: Service, path: str) -> None:
+    """Bytes, digits and brackets without end in a header or an address are refused or ignored."""
+    values = (b"\xff\xfe", b"\xed\xa0\x80", b"9" * 5000, b"NaN", b"[" * 5000)
+    names = (
+        *("X-Session-ID", "X-Request-Timeout", "Idempotency-Key", "X-Request-ID"),
+        *("Content-Type", "Cache-Control", "X-Forwarded-For", "Accept", "traceparent"),
+    )
+    with echo_service.client() as client:
+        for value in values:
+            for name in names:
+                headers = [(name.encode(), value)]
+                response = client.post(path, json=BODIES[path], headers=headers)
+                assert response.status_code in (200, 400, 422), (name, value[:9], response.text)
+            query = b"a=%ff&%00[[[[=%" + value.hex("%").encode()
+            assert client.post(f"{path}?{query.decode()}", json=BODIES[path]).status_code == 200
+
+
+# --- Faults without number ------------------------------------------------------------------------
+
+_BIAS = {f"x{i}": 1 for i in range(50_000)}
+FLOODS: dict[str, dict[str, Any]] = {
+    "unknown fields": {str(i): 1 for i in range(50_000)},
+    "unknown fields of many messages": {
+        "messages": [{"role": "user", **{str(i): 1 for i in range(60)}}] * 900
+    },
+    "keys of a field": {"logit_bias": _BIAS},
+}
+
+
+@pytest.fixture(scope="module")
+def unstarted() -> TestClient:
+    """An application whose engine was never started: what it refuses, it refuses before that."""
+    return TestClient(create_app(make_settings()), headers={"X-API-Key": API_KEY})
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_faults_without_number_are_one(unstarted: TestClient, name: str) -> None:
+    """A list of 50,000 faults, which takes half a second to write, is not written."""
+    body = json.dumps({"model": "echo", "messages": _CHAT, **FLOODS[name]}).encode()
+    error = check_error(
+        post_bytes(unstarted, body, "/v1/chat/completions"), 400, "validation_error"
+    )
+    assert error["message"] == f"more than {MAX_FAULTS} faults"
+
+
+def test_a_few_faults_are_described(unstarted: TestClient) -> None:
+    """As many as anybody makes by mistake: the first ones are named."""
+    body = {"prompt": "a", **{f"field{i}": i for i in range(MAX_FAULTS)}}
+    response = unstarted.post("/v1/generate", json=body)
+    assert "field0" in check_error(response, 422, "validation_error", "field0")["message"]

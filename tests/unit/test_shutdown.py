@@ -1,0 +1,54 @@
+"""How long the server has for its connections once the service is told to stop."""
+
+import asyncio
+import signal
+
+import pytest
+import uvicorn
+
+from app.core.config import AppSettings
+from app.core.shutdown import GracefulShutdown
+
+
+class Work:
+    """Work that ends when it is told to, or never by itself."""
+
+    def __init__(self, *, is_idle: bool) -> None:
+        self.is_idle = is_idle
+        self.aborted = False
+
+    def drain(self) -> None:
+        """Nothing else comes anyway."""
+
+    def abort_running(self) -> None:
+        """Noted."""
+        self.aborted = True
+
+    def kill(self) -> None:
+        """Only a second signal asks for that."""
+        pytest.fail("killed")
+
+
+# The second has work that takes longer than its grace.
+@pytest.mark.parametrize(("is_idle", "grace"), [(True, 30.25), (False, 0.25)])
+async def test_connections_have_a_second_after_the_grace(is_idle: bool, grace: float) -> None:
+    """The server is told to leave, with what is left of the grace and a second, not rounded up."""
+    server = uvicorn.Server(uvicorn.Config(lambda: None))
+    previous = signal.signal(signal.SIGTERM, server.handle_exit)
+    work = Work(is_idle=is_idle)
+    settings = AppSettings(shutdown_grace_seconds=grace, shutdown_notice_seconds=0)
+    try:
+        with GracefulShutdown(work, settings):
+            signal.raise_signal(signal.SIGTERM)
+            async with asyncio.timeout(20):
+                while not server.should_exit:  # noqa: ASYNC110 - set by a signal
+                    await asyncio.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert work.aborted
+    seconds = server.config.timeout_graceful_shutdown
+    assert seconds is not None
+    if is_idle:
+        assert 10 < seconds <= grace + 1
+    else:
+        assert seconds == 1
