@@ -58,7 +58,7 @@ def test_the_engine_process_spares_its_libraries() -> None:
         )
         fd = os.dup(theirs.fileno())
         try:
-            spared, seen = told_by(program, str(fd), pass_fds=(fd,))
+            spared, seen = told_by(program, str(fd), "2", pass_fds=(fd,))
         finally:
             os.close(fd)
     assert spared > 10_000
