@@ -119,9 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _tell(f"seed {options.seed}")
     found: list[str] = []
     for name in options.parts or PARTS:
-        found += PARTS[name](options)
-    for finding in found:
-        _tell(f"\n--- found ---\n{finding}")
+        # At once, as the next part may take an hour.
+        for finding in (new := PARTS[name](options)):
+            _tell(f"\n--- found ---\n{finding}")
+        found += new
     return 1 if found else 0
 
 

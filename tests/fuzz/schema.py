@@ -56,6 +56,7 @@ _UNSPEAKABLE = re.compile(
     r"|.*max_tokens and max_completion_tokens differ"
     r"|.*two tools have the same name"
     r"|.*tool_choice names a function that is not in tools"
+    r"|logit_bias: token ids are below \d+ for this model\."
     r"|.*prompts times n: at most \d+"
 )
 

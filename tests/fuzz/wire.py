@@ -295,7 +295,9 @@ async def _send(address: tuple[str, int], pieces: list[bytes]) -> _Exchange:
             await asyncio.sleep(0)
         await exchange.quiet()
         if not exchange.ended.is_set():
-            transport.write_eof()
+            # The service may have reset the connection while this was not looking.
+            with suppress(OSError):
+                transport.write_eof()
         async with asyncio.timeout(_END_SECONDS):
             await exchange.ended.wait()
     except TimeoutError:
