@@ -3,15 +3,16 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
-from unittest.mock import Mock
+from typing import Any, cast
 
 import httpx
 import pytest
+from fastapi import Request
 
 from app.api.load_shedding import LoadShedding
 from app.bench.targets import Route, Target
-from app.llm.engine.client import EngineState
+from app.core.security import Principal
+from app.llm.engine.client import EngineClient, EngineState
 from app.utils.errors import OverloadedError
 from benchmarks.overload import overload
 from tests.support.application import OTHER, Client, start
@@ -119,15 +120,32 @@ async def test_what_needs_no_place_is_answered() -> None:
         assert (await client.http.get("/v1/models")).status_code == 200
 
 
+class CountingEngine:
+    """Says whether there is room, and counts how often it is asked."""
+
+    state = EngineState.READY
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.is_full = False
+
+    def check(self, _caller: str) -> None:
+        """Refuse while it is full."""
+        self.asked += 1
+        if self.is_full:
+            raise OverloadedError(retry_after=1)
+
+
 def test_few_bodies_are_remembered() -> None:
     """The oldest makes room; what is refused is not remembered, so that it is refused again."""
-    engine = Mock(state=EngineState.READY)
-    shedding = LoadShedding(engine, remembered=2)
-    request = Mock(headers={}, state=Mock(principal=Mock(key_id="k")))
+    engine = CountingEngine()
+    shedding = LoadShedding(cast("EngineClient", engine), remembered=2)
+    request = Request({"type": "http", "headers": []})
+    request.state.principal = Principal(name="a", key_id="k", scopes=frozenset())
     for body in (b"1", b"2", b"2", b"3"):
         shedding.check(request, body)
-    assert engine.check.call_count == 3
-    engine.check.side_effect = OverloadedError(retry_after=1)
+    assert engine.asked == 3
+    engine.is_full = True
     shedding.check(request, b"3")
     for _ in range(2):
         with pytest.raises(OverloadedError):

@@ -1,25 +1,50 @@
 """A connection's transport: when what is written goes out, and what closing does with it."""
 
 import asyncio
-from unittest.mock import Mock
 
 import pytest
 
 from app.api.server.transport import GentleTransport
 
 
-class Wire:
-    """A transport, and the writes that reach the one below it."""
+class Wire(asyncio.Transport):
+    """The transport below, which keeps what is written to it.
+
+    Attributes:
+        writes: What the system was handed, write by write.
+    """
 
     def __init__(self) -> None:
-        self.below = Mock(spec=asyncio.Transport)
-        self.below.is_closing.return_value = False
-        self.transport = GentleTransport(self.below, on_close=Mock())
+        super().__init__()
+        self.writes: list[bytes] = []
+        self._closing = False
+        self.transport = GentleTransport(self, on_close=lambda: None)
 
-    @property
-    def writes(self) -> list[bytes]:
-        """What was handed to the system, write by write."""
-        return [call.args[0] for call in self.below.write.call_args_list]
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Keep it."""
+        self.writes.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        """Whether it was closed."""
+        return self._closing
+
+    def can_write_eof(self) -> bool:
+        """The end can be told."""
+        return True
+
+    def write_eof(self) -> None:
+        """The end."""
+
+    def resume_reading(self) -> None:
+        """There is nothing to read."""
+
+    def close(self) -> None:
+        """The end of both ways."""
+        self._closing = True
+
+    def abort(self) -> None:
+        """The end at once."""
+        self._closing = True
 
 
 def test_what_is_held_goes_out_with_the_next_write() -> None:
