@@ -20,7 +20,7 @@ from app.bench.report import number, seconds, table
 from app.bench.results import Outcome, Result, percentile, summarise
 from app.bench.targets import Target
 from app.bench.transport import HttpClient
-from app.bench.workload import Workload
+from app.bench.workload import Lengths, Workload
 from benchmarks import vitals
 from benchmarks.servers import Row, ours, start
 
@@ -29,6 +29,9 @@ _WAITING = "32"
 # More than the 32 that run at once, and fewer than running and waiting together: none is refused.
 _PEAK_CLIENTS = 48
 PEAK_REQUESTS = 480
+# Answers of one length would keep a closed loop's clients in step: they begin together, their
+# prompts are read together, and the peak would be one that no other arrival of the same has.
+_WORKLOAD = Workload(output_tokens=Lengths((16, 48), uniform=True))
 # What comes first fills the batch and what comes last drains it; neither is the steady state.
 _SETTLING = 0.25
 _PROBE_SECONDS = 0.1
@@ -66,7 +69,7 @@ def window(results: Sequence[Result], *, last_sent: bool) -> tuple[float, float]
 async def _peak(target: Target, requests: int) -> tuple[float, float]:
     """Tokens a second at the most, and tokens of an answer."""
     results = await run_round(
-        target, Workload(), name="peak", requests=requests, clients=_PEAK_CLIENTS
+        target, _WORKLOAD, name="peak", requests=requests, clients=_PEAK_CLIENTS
     )
     done = [r.tokens for r in results if r.outcome is Outcome.COMPLETED]
     return steady_rate(results, *window(results, last_sent=False)), statistics.mean(done or [1])
@@ -143,7 +146,7 @@ async def _one(
         asyncio.create_task(observer.watch(duration / _MEMORY_SAMPLES)),
     ]
     results = await run_round(
-        target, Workload(), name=name, requests=max(1, int(rate * duration)), rate=rate
+        target, _WORKLOAD, name=name, requests=max(1, int(rate * duration)), rate=rate
     )
     for task in watching:
         task.cancel()
