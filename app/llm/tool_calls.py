@@ -49,9 +49,11 @@ class ToolCallParser:
         self._names = names
         self._trigger = form.trigger
         self._opening_length = len(form.opening)
-        self._head = re.compile(
-            rf'\s*\{{\s*"name"\s*:\s*"([\w-]+)"\s*,\s*"{form.arguments_key}"\s*:\s*'
-        )
+        # Not \s, which takes characters for white space that are none to JSON: what is taken here
+        # must be what is dropped where an answer is cut.
+        gap = f"[{_SPACE}]*"
+        parts = (r"\{", '"name"', ":", r'"([\w-]+)"', ",", f'"{form.arguments_key}"', ":", "")
+        self._head = re.compile(gap + gap.join(parts))
         # Llama puts a semicolon between calls and nothing after them.
         self._closing = "}" + form.closing
         self._separators = _SPACE if form.closing else _SPACE + ";"

@@ -132,6 +132,14 @@ def test_an_answer_cut_in_its_arguments_tells_what_there_is() -> None:
     assert joined(read(DEFAULT_FORMAT, list(text))) == ("", [("add", '{"a": 1, "b')])
 
 
+def test_white_space_is_what_json_calls_so_however_an_answer_is_cut() -> None:
+    """Python's idea of white space has control characters more, whole and cut alike."""
+    text = '<tool_call>\n{"name": "add", "arguments": \x1e\n{"a": 1}}\n</tool_call>'
+    whole = joined(read(DEFAULT_FORMAT, [text]))
+    assert whole == ("", [("add", '\x1e\n{"a": 1}')])
+    assert joined(read(DEFAULT_FORMAT, list(text))) == whole
+
+
 def test_arguments_come_in_pieces() -> None:
     """A call's name comes as soon as it is known, and its arguments as they are written."""
     parser = ToolCallParser(DEFAULT_FORMAT, NAMES)
