@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tests.fuzz import schema, wire
 from tests.fuzz.targets import TARGETS
@@ -63,33 +64,33 @@ def fuzz_code(options: argparse.Namespace) -> list[str]:
     found: list[str] = []
     waiting = list(TARGETS)
     with tempfile.TemporaryDirectory() as folder:
-        running: dict[str, subprocess.Popen[str]] = {}
+        running: dict[str, subprocess.Popen[bytes]] = {}
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
                 name = waiting.pop(0)
                 running[name] = _start_guided(name, folder, options)
             for name, process in list(running.items()):
                 if process.poll() is not None:
-                    found += _read_guided(name, running.pop(name))
+                    found += _read_guided(name, folder, running.pop(name))
             time.sleep(0.2)
     return found
 
 
-def _start_guided(name: str, folder: str, options: argparse.Namespace) -> subprocess.Popen[str]:
+def _start_guided(name: str, folder: str, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     limits = [f"-runs={options.code_runs}", f"-max_total_time={options.code_seconds}"]
     shape = ["-max_len=200", "-len_control=0", f"-seed={options.seed % 2**31 or 1}"]
     safety = [f"-artifact_prefix={folder}/", "-timeout=20", "-rss_limit_mb=2048"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.fuzz.guided", name, *limits, *shape, *safety],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
+    # Not a pipe: one that nobody empties before the end would stop what writes more than fits.
+    with (Path(folder) / f"{name}.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.fuzz.guided", name, *limits, *shape, *safety],
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+        )
 
 
-def _read_guided(name: str, process: subprocess.Popen[str]) -> list[str]:
-    _, log = process.communicate()
+def _read_guided(name: str, folder: str, process: subprocess.Popen[bytes]) -> list[str]:
+    log = (Path(folder) / f"{name}.log").read_text(encoding="utf-8", errors="replace")
     ends = [line for line in log.splitlines() if "DONE" in line]
     _tell(f"code: {name}: status {process.returncode}; {ends[-1].strip() if ends else 'no end'}")
     return [] if process.returncode == 0 else [f"{name}: {log[-4000:]}"]
