@@ -180,9 +180,6 @@ def test_a_streamed_chat_is_the_same_answer(http: httpx.Client) -> None:
     assert streamed.last["finish_reason"] == whole["finish_reason"]
 
 
-# --- Sampling -------------------------------------------------------------------------------------
-
-
 @on_the_model
 def test_leaving_while_the_prompt_is_read(bundled_service: Service) -> None:
     """A client that leaves during the prefill of a long prompt frees its place at once."""
@@ -193,6 +190,9 @@ def test_leaving_while_the_prompt_is_read(bundled_service: Service) -> None:
 
     body = generate(" ".join(map(str, range(800))), max_tokens=100)
     assert seconds_until_free(bundled_service, body, prefilling) < A_STEP_LATER
+
+
+# --- Sampling -------------------------------------------------------------------------------------
 
 
 @on_the_model
