@@ -9,8 +9,8 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
@@ -46,16 +46,19 @@ from app.core.security import KeyRing
 from app.core.sessions import SessionStore
 from app.core.shutdown import GracefulShutdown
 from app.core.usage import UsageLedger
-from app.llm.chain import Chains, ServedPipeline
 from app.llm.engine.client import EngineClient
 from app.llm.generator import GenerationOptions, TextGenerator
+from app.llm.tokenizer import template_library
 from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
 from app.services.response_cache import ResponseCache
 from app.services.screening import Screening
 from app.utils.errors import StartupError
-from app.utils.garbage import spare_what_stays
+from app.utils.garbage import no_collections
 from app.utils.timing import Stopwatch
+
+if TYPE_CHECKING:
+    from app.llm.chain import Chains
 
 log = get_logger()
 
@@ -89,14 +92,11 @@ def create_app(
     ledger = UsageLedger(keys, metrics)
     engine = _make_engine(settings, metrics, on_fatal)
     generator = TextGenerator(engine)
-    pipeline = ServedPipeline(
-        model_id=engine.model_label,
-        generator=generator,
-        options=GenerationOptions(default_max_tokens=settings.model.max_tokens),
-    )
+    chains = cache(partial(_make_chains, settings, generator))
     generation = GenerationService(
         engine=engine,
-        chains=Chains(pipeline, generator),
+        generator=generator,
+        chains=chains,
         cache=ResponseCache(settings.cache, metrics),
         screening=Screening(settings.pii, settings.output, metrics),
         model=settings.model,
@@ -123,7 +123,7 @@ def create_app(
             enabled=settings.chat_history.enabled,
         ),
     )
-    return _build(settings, services, pipeline)
+    return _build(settings, services, chains)
 
 
 def _make_engine(
@@ -141,13 +141,25 @@ def _make_engine(
     )
 
 
-def _build(settings: Settings, services: Services, pipeline: ServedPipeline) -> FastAPI:
+def _make_chains(settings: Settings, generator: TextGenerator) -> "Chains":
+    # With transformers, which it imports, LangChain takes a second.
+    from app.llm.chain import Chains, ServedPipeline
+
+    pipeline = ServedPipeline(
+        model_id=generator.engine.model_label,
+        generator=generator,
+        options=GenerationOptions(default_max_tokens=settings.model.max_tokens),
+    )
+    return Chains(pipeline, generator)
+
+
+def _build(settings: Settings, services: Services, chains: "Callable[[], Chains]") -> FastAPI:
     interactive = settings.app.environment != "production"
     app = GuardedApplication(
         connections=Connections(settings.server, services.addresses, services.metrics),
         title=settings.app.name,
         version=__version__,
-        lifespan=_lifespan(settings, services, pipeline),
+        lifespan=_lifespan(settings, services, chains),
         docs_url="/docs" if interactive else None,
         redoc_url=None,
         openapi_url="/openapi.json" if interactive else None,
@@ -168,15 +180,21 @@ def _build(settings: Settings, services: Services, pipeline: ServedPipeline) -> 
 
 
 def _lifespan(
-    settings: Settings, services: Services, pipeline: ServedPipeline
+    settings: Settings, services: Services, chains: "Callable[[], Chains]"
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # Streams end by our own drain, which lets them finish or say why not; sse-starlette
         # would cut them at the first signal.
         AppStatus.disable_automatic_graceful_drain()
-        pipeline.loop = asyncio.get_running_loop()
-        await services.engine.start()
+        loop = asyncio.get_running_loop()
+
+        def prepare() -> None:
+            with no_collections():
+                chains().pipeline.loop = loop
+                template_library()
+
+        await services.engine.start(prepare)
         async with EventLoopMonitor(services.metrics):
             with (
                 GracefulShutdown(services.engine, settings.app),
@@ -204,5 +222,4 @@ def __getattr__(name: str) -> Any:
     except StartupError as error:
         raise SystemExit(str(error)) from None
     globals()["app"] = application
-    spare_what_stays()
     return application

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from langchain.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage, ToolMessage
@@ -28,11 +27,10 @@ from pydantic import ConfigDict
 from app.llm.engine.admission import Admission
 from app.llm.engine.base import SAMPLING_FIELDS
 from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
-from app.llm.tools import ChatMessage, Tool, ToolFormat
+from app.llm.system_prompt import with_system_prompt
+from app.llm.tools import ChatMessage, Tool
 
 T = TypeVar("T")
-
-SYSTEM_PROMPT_FILE = Path(__file__).parent / "prompts" / "base_system.txt"
 
 _MESSAGE_CLASSES: dict[str, Callable[..., AnyMessage]] = {
     "system": SystemMessage,
@@ -285,12 +283,10 @@ class Chains:
 
     def __init__(self, pipeline: ServedPipeline, generator: TextGenerator) -> None:
         self.pipeline = pipeline
-        self._generator = generator
         self._text_prompt = PromptTemplate.from_template("{prompt}")
         self._chat_prompt = ChatPromptTemplate([MessagesPlaceholder("messages")])
         self._renderer = ChatRenderer(generator)
         self._parser = TextParser()
-        self.system_prompt = SYSTEM_PROMPT_FILE.read_text(encoding="utf-8").strip()
 
     def generate(
         self, options: GenerationOptions, report: GenerationReport, admission: Admission
@@ -316,50 +312,13 @@ class Chains:
         )
 
     def chat_messages(self, messages: Sequence[ChatMessage]) -> list[AnyMessage]:
-        """Messages as LangChain has them, behind a system message.
-
-        A first message with the role ``system`` takes the place of base_system.txt.
-        """
-        converted: list[AnyMessage] = [
+        """Messages as LangChain has them, behind a system message."""
+        return [
             _MESSAGE_CLASSES[m["role"]](
                 content=m["content"], additional_kwargs={"token_ids": m.get("token_ids")}
             )
-            for m in messages
+            for m in with_system_prompt(messages)
         ]
-        if messages and messages[0]["role"] == "system":
-            return converted
-        return [SystemMessage(content=self.system_prompt), *converted]
-
-    @property
-    def context_length(self) -> int:
-        """Most tokens of prompt and answer together.
-
-        Raises:
-            ModelLoadingError: The model has not been loaded yet.
-        """
-        return self._generator.info.context_length
-
-    @property
-    def tool_format(self) -> ToolFormat:
-        """How the model calls tools.
-
-        Raises:
-            ModelLoadingError: The model has not been loaded yet.
-        """
-        return self._generator.tokenizer.tool_format
-
-    async def prompt_tokens(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()
-    ) -> list[int]:
-        """Token ids of the prompt that :meth:`chat` would make of these messages."""
-        tokenizer = self._generator.tokenizer
-        plain = _plain(self.chat_messages(messages))
-        return await tokenizer.run(tokenizer.encode_chat, plain, tools)
-
-    async def text_tokens(self, text: str) -> list[int]:
-        """Token ids of a bare prompt."""
-        tokenizer = self._generator.tokenizer
-        return await tokenizer.run(tokenizer.encode_text, text)
 
 
 def _plain(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:

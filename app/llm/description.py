@@ -1,26 +1,32 @@
 """What there is to know of a model beside its weights: its tokenizer and its configuration.
 
-transformers reads every tokenizer there is, but brings torch with it: 300 MB and two seconds that
-a process which computes with OpenVINO can spare. So there it runs in a process of its own beside
-the loading of the weights, ``python -m app.llm.description``, which answers with lines of JSON and
-leaves.
+transformers reads every tokenizer there is, but takes half a second and 100 MB that a process which
+computes with OpenVINO can spare. So there it runs in a process of its own beside the loading of the
+weights, ``python -m app.llm.description``, which answers with lines of JSON and leaves.
 """
 
+import gc
 import os
 import re
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, Self, TypeVar
 
 import msgspec
 
 from app.core.config import ModelSettings
+from app.llm.byte_level import BYTE_OF
 from app.llm.gguf_header import GgufHeader, read_header
-from app.llm.hub import OPENVINO_MODEL, Snapshot
 from app.llm.load_errors import explaining
+from app.llm.snapshot import OPENVINO_MODEL, Snapshot
 from app.utils.errors import ModelLoadError
+
+_GGUF_TOKENS = "tokenizer.ggml.tokens"
+_NICE = 10
 
 
 class UnknownShapeError(Exception):
@@ -57,6 +63,18 @@ class ModelTokenizer(msgspec.Struct, frozen=True):
     chat_template: str | None
     special_tokens: dict[str, str]
     eos_token_ids: frozenset[int]
+
+
+class Vocabulary(msgspec.Struct, frozen=True):
+    """What tokens stand for.
+
+    Attributes:
+        tokens: Of each token, by its id.
+        eos: Token that ends an answer, if there is one.
+    """
+
+    tokens: Sequence[bytes]
+    eos: int | None
 
 
 class _Failure(msgspec.Struct, frozen=True, tag=True):
@@ -133,16 +151,14 @@ class DescriptionProcess:
         return answer
 
 
-def read_gguf_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
+def read_gguf(settings: ModelSettings, snapshot: Snapshot) -> GgufHeader:
     """What a GGUF file says of itself; it takes no library, and so no process of its own.
 
     Raises:
         ModelLoadError: It is no GGUF file, or cut off.
-        UnknownShapeError: It is whole, but does not say enough.
     """
     with explaining("file", settings, snapshot):
-        header = read_header(snapshot.directory / str(snapshot.gguf))
-    return gguf_shape(header)
+        return read_header(snapshot.directory / str(snapshot.gguf), (_GGUF_TOKENS,))
 
 
 def read_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
@@ -194,6 +210,23 @@ def gguf_shape(header: GgufHeader) -> ModelShape:
         vocabulary_size=embeddings[0],
         cache_values_per_token=2 * number("block_count") * shared * head_dim,
         weights=_gguf_weights(header.metadata.get("general.file_type")),
+    )
+
+
+def gguf_vocabulary(header: GgufHeader) -> Vocabulary | None:
+    """The vocabulary of a GGUF file, if it is of byte-level BPE."""
+    tokens = header.metadata.get(_GGUF_TOKENS)
+    if header.metadata.get("tokenizer.ggml.model") != "gpt2" or not isinstance(tokens, list):
+        return None
+    return Vocabulary(
+        # A special token may have characters that stand for no byte, and stands for them then.
+        tokens=[
+            bytes(map(BYTE_OF.__getitem__, token))
+            if BYTE_OF.keys() >= set(token)
+            else token.encode()
+            for token in tokens
+        ],
+        eos=header.metadata.get("tokenizer.ggml.eos_token_id"),
     )
 
 
@@ -294,6 +327,25 @@ def _compression(directory: Path) -> str:
     return noted[1].lower() if noted else "uncompressed"
 
 
+def _keep_torch_out() -> None:
+    """Have transformers find no torch, which takes another second and a half and 200 MB.
+
+    It says once that models cannot be run without, which is not news here. Its reader of GGUF files
+    needs torch for weights only, so the reader of headers stands in for it.
+    """
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    reader = ModuleType("reader")
+    reader.__dict__["read_gguf_metadata"] = _gguf_metadata
+    sys.modules["transformers.integrations.gguf.reader"] = reader
+
+
+def _gguf_metadata(path: str, _: object = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Metadata and names of tensors, as transformers' own function returns them."""
+    header = read_header(Path(path), ("tokenizer.",))
+    return dict(header.metadata), tuple(header.shapes)
+
+
 def _end_with_parent() -> None:
     sys.stdin.buffer.read()
     os._exit(1)
@@ -302,6 +354,11 @@ def _end_with_parent() -> None:
 def main(arguments: list[str]) -> int:
     """Entry point; see the module's docstring."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # The weights take longer, and are being loaded on one core.
+    os.nice(_NICE)
+    # Imports and a vocabulary make many objects, and the process ends before they are garbage.
+    gc.disable()
+    _keep_torch_out()
     # The answers alone go to standard output, whatever a library may print.
     output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

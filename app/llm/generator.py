@@ -1,7 +1,7 @@
 """From a prompt's text to an answer's text: admission, tokens, stop strings, accounting."""
 
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -20,7 +20,9 @@ from app.llm.engine.base import (
 )
 from app.llm.engine.client import EngineClient
 from app.llm.grammar import check_grammar, grammar_param
+from app.llm.system_prompt import with_system_prompt
 from app.llm.tokenizer import PromptTokenizer
+from app.llm.tools import ChatMessage, Tool, ToolFormat
 from app.utils.errors import (
     ContextLengthExceededError,
     ModelLoadingError,
@@ -122,6 +124,35 @@ class TextGenerator:
         if self.engine.info is None:
             raise ModelLoadingError
         return self.engine.info
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model calls tools.
+
+        Raises:
+            ModelLoadingError: The model has not been loaded yet.
+        """
+        return self.tokenizer.tool_format
+
+    async def text_tokens(self, text: str) -> list[int]:
+        """Token ids of a bare prompt.
+
+        Raises:
+            ModelLoadingError: The model has not been loaded yet.
+        """
+        return await self.tokenizer.run(self.tokenizer.encode_text, text)
+
+    async def chat_tokens(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()
+    ) -> list[int]:
+        """Token ids of a chat's prompt, the system message that stands before it included.
+
+        Raises:
+            ModelLoadingError: The model has not been loaded yet.
+            ChatTemplateError: The model's template refuses the messages.
+        """
+        encode = self.tokenizer.encode_chat
+        return await self.tokenizer.run(encode, with_system_prompt(messages), tools)
 
     async def stream(
         self,

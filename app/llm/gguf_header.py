@@ -35,7 +35,7 @@ _DEFAULT_ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class GgufArray:
-    """An array in the metadata; what is in it nobody needs."""
+    """An array in the metadata that was not asked for."""
 
     length: int
 
@@ -55,15 +55,19 @@ class GgufHeader:
     end: int
 
 
-def read_header(path: Path) -> GgufHeader:
+def read_header(path: Path, arrays: tuple[str, ...] = ()) -> GgufHeader:
     """Read a GGUF file's header.
+
+    Args:
+        path: The file.
+        arrays: Beginnings of the keys whose arrays are wanted, as lists.
 
     Raises:
         ValueError: It is no GGUF file, or cut off.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            header = _Reader(data).header()
+            header = _Reader(data, arrays).header()
         except ValueError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever the nonsense in its place leads to
@@ -76,8 +80,9 @@ def read_header(path: Path) -> GgufHeader:
 class _Reader:
     """A position in the file that moves on with every value read."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: mmap.mmap, arrays: tuple[str, ...]) -> None:
         self._data = data
+        self._arrays = arrays
         self._at = 0
 
     def header(self) -> GgufHeader:
@@ -90,7 +95,10 @@ class _Reader:
         version, tensors, keys = self._numbers("IQQ")
         if version not in _VERSIONS:
             raise ValueError(f"its version is {version}, and those that can be read are 2 and 3")
-        metadata = {self._string(): self._value(self._numbers("I")[0]) for _ in range(keys)}
+        metadata: dict[str, Any] = {}
+        for _ in range(keys):
+            key = self._string()
+            metadata[key] = self._value(self._numbers("I")[0], wanted=key.startswith(self._arrays))
         shapes: dict[str, tuple[int, ...]] = {}
         end = 0
         for _ in range(tensors):
@@ -120,12 +128,14 @@ class _Reader:
         if self._at > len(self._data):
             raise ValueError("it ends within its header")
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, *, wanted: bool = False) -> Any:
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
             return self._numbers(_SCALARS[kind])[0]
         element, count = self._numbers("IQ")
+        if wanted:
+            return self._list(element, count)
         if element in _SCALARS:
             self._skip(struct.calcsize(f"<{_SCALARS[element]}") * count)
         else:
@@ -136,3 +146,10 @@ class _Reader:
                 else:
                     self._value(element)
         return GgufArray(count)
+
+    def _list(self, element: int, count: int) -> list[Any]:
+        if element not in _SCALARS:
+            return [self._value(element, wanted=True) for _ in range(count)]
+        at, letter = self._at, _SCALARS[element]
+        self._skip(struct.calcsize(f"<{letter}") * count)
+        return list(struct.unpack_from(f"<{count}{letter}", self._data, at))

@@ -6,6 +6,7 @@ format; pickles and code from a repository are refused. Every foreseeable failur
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ from safetensors import SafetensorError, safe_open
 
 from app.core.config import ModelSettings
 from app.core.logging import get_logger
-from app.llm import bundled, hub
+from app.llm import bundled
 from app.llm.engine.base import (
     NEUTRAL_SAMPLING,
     Backend,
+    EngineInfo,
     GenerationRequest,
 )
 from app.llm.engine.echo import EchoBackend
-from app.llm.hub import Progress, Snapshot
 from app.llm.load_errors import explaining, one_line
 from app.llm.openvino_loader import OpenVinoUnsupportedError, load_openvino
+from app.llm.snapshot import Progress, Snapshot, choose_weights
 from app.llm.transformers_loader import check_device, load_transformers
 from app.utils.errors import ModelLoadError
 
@@ -39,6 +41,7 @@ def load_backend(
     token: str | None,
     progress: Progress,
     fetch_progress: Progress | None = None,
+    loaded: Callable[[EngineInfo], None] = lambda _: None,
 ) -> Backend:
     """Load the configured model and start the backend that runs it.
 
@@ -49,23 +52,24 @@ def load_backend(
         token: Hub token, for gated models.
         progress: Told what is being done, for the log.
         fetch_progress: Told instead of ``progress`` while the model's files are being fetched.
+        loaded: Told of the model once it is loaded, before it is tried out.
 
     Raises:
         ModelLoadError: It cannot be loaded; one line that says what to do.
     """
     if settings.engine == "echo":
-        return EchoBackend(step_seconds=echo_step_seconds)
+        return _try_out(EchoBackend(step_seconds=echo_step_seconds), loaded)
     check_device(settings)
     snapshot = find_model(settings, token=token, progress=fetch_progress or progress)
     check_weights(snapshot)
     reason = _why_not_openvino(settings, snapshot)
     if reason is None:
         try:
-            return _warm_up(
-                load_openvino(settings, snapshot, max_running=max_running, progress=progress)
-            )
+            backend = load_openvino(settings, snapshot, max_running=max_running, progress=progress)
         except OpenVinoUnsupportedError as error:
             reason = f"OpenVINO cannot run {settings.label}: {error}"
+        else:
+            return _try_out(backend, loaded)
         if snapshot.is_openvino:
             raise ModelLoadError(f"{reason}; choose another model")
         if settings.engine == "openvino":
@@ -76,11 +80,12 @@ def load_backend(
         settings, snapshot, reason, max_running=max_running, progress=progress
     )
     with explaining("model", settings, snapshot):
-        return _warm_up(backend)
+        return _try_out(backend, loaded)
 
 
-def _warm_up(backend: Backend) -> Backend:
+def _try_out(backend: Backend, loaded: Callable[[EngineInfo], None]) -> Backend:
     """Generate a little, so that the first caller does not wait for kernels to be made."""
+    loaded(backend.info)
     backend.add(
         GenerationRequest(
             id="warm-up", prompt_token_ids=[0] * 64, max_tokens=2, sampling=NEUTRAL_SAMPLING
@@ -126,6 +131,9 @@ def find_model(settings: ModelSettings, *, token: str | None, progress: Progress
     if settings.source == "local":
         path = Path(settings.name).expanduser()
         return _find_local(path, openvino=_may_use_openvino(settings))
+    # It brings a client of the hub along, which takes a tenth of a second for nothing otherwise.
+    from app.llm import hub
+
     return hub.download(
         settings.name,
         revision=settings.revision,
@@ -170,7 +178,7 @@ def _find_local(path: Path, *, openvino: bool) -> Snapshot:
         raise ModelLoadError(
             f"{path} cannot be read ({error.strerror}): let this service's user read it"
         ) from None
-    return Snapshot(path, hub.choose_weights(names, str(path), openvino=openvino))
+    return Snapshot(path, choose_weights(names, str(path), openvino=openvino))
 
 
 def check_weights(snapshot: Snapshot) -> None:

@@ -5,13 +5,20 @@ import sys
 from typing import Any
 
 from app.core.config import ModelSettings
-from app.llm.description import DescriptionProcess, ModelShape, UnknownShapeError, read_gguf_shape
+from app.llm.description import (
+    DescriptionProcess,
+    ModelShape,
+    UnknownShapeError,
+    gguf_shape,
+    gguf_vocabulary,
+    read_gguf,
+)
 from app.llm.engine.base import Backend, EngineInfo
 from app.llm.engine.cpu_sizing import cache_tokens
 from app.llm.engine.prefix_index import BLOCK_SIZE
 from app.llm.engine.resources import compute_threads
-from app.llm.hub import Progress, Snapshot
 from app.llm.load_errors import one_line
+from app.llm.snapshot import Progress, Snapshot
 
 _REASONS = {
     "openvino": "model.engine is openvino",
@@ -47,27 +54,25 @@ def load_openvino(
         ModelLoadError: Its files are not whole, or its tokenizer cannot be read.
     """
     progress(f"loading {settings.label} with OpenVINO")
-    try:
-        shape = read_gguf_shape(settings, snapshot) if snapshot.gguf else None
-    except UnknownShapeError as error:
-        raise OpenVinoUnsupportedError(str(error)) from error
     with DescriptionProcess(settings, snapshot) as description:
+        header = read_gguf(settings, snapshot) if snapshot.gguf else None
         keep_telemetry_out()
         try:
             # Imported while the other process reads.
             from app.llm.engine.openvino_backend import SUPPORTED, OpenVinoBackend, start_pipeline
-        except ImportError as error:
-            raise OpenVinoUnsupportedError(f"it is not installed ({one_line(error)})") from error
-        shape = shape or description.shape()
-        blocks = _cache_blocks(settings, shape, max_running)
-        try:
+            from app.llm.engine.openvino_vocabulary import vocabulary_tokenizer
+
+            shape = gguf_shape(header) if header else description.shape()
+            blocks = _cache_blocks(settings, shape, max_running)
+            vocabulary = gguf_vocabulary(header) if header else None
             pipeline = start_pipeline(
                 str(snapshot.directory / (snapshot.gguf or "")),
+                tokenizer=vocabulary_tokenizer(vocabulary) if vocabulary else None,
                 max_running=max_running,
                 cache_blocks=blocks,
                 properties=_properties(settings),
             )
-        except RuntimeError as error:
+        except (ImportError, UnknownShapeError, RuntimeError) as error:
             raise OpenVinoUnsupportedError(_reason(error)) from error
         tokenizer = description.tokenizer()
     info = EngineInfo(
@@ -120,8 +125,12 @@ def _cache_blocks(settings: ModelSettings, shape: ModelShape, max_running: int) 
     return -(-tokens // BLOCK_SIZE) + 1
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """What the library says, without the place in its own build where it says it."""
+    if isinstance(error, ImportError):
+        return f"it is not installed ({one_line(error)})"
+    if isinstance(error, UnknownShapeError):
+        return str(error)
     lines = [line for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(("Exception from", "Check "))]
     return one_line(RuntimeError((told or lines or ["it gave no reason"])[-1]))[:200]

@@ -14,12 +14,15 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any, TypeVar
 
 import jinja2
 from tokenizers import Tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from app.llm.byte_level import BYTE_OF
 from app.llm.engine.base import EngineInfo
 from app.llm.tools import Tool, tool_format
 from app.utils.errors import ChatTemplateError
@@ -36,18 +39,13 @@ DEFAULT_CHAT_TEMPLATE = (
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """The characters that stand for bytes in vocabularies of byte-level BPE.
+@cache
+def template_library() -> ModuleType:
+    """The part of transformers that renders chat templates.
 
-    Printable ones of Latin-1 stand for themselves, the others follow U+0100 in order
-    (Radford et al., 2019: GPT-2's encoder).
+    It takes most of a second to import, which is better spent while the model loads.
     """
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in plain]
-    return {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_OF = _byte_level_alphabet()
+    return import_module("transformers.utils.chat_template_utils")
 
 
 class PromptTokenizer:
@@ -156,7 +154,7 @@ class PromptTokenizer:
             for m, content in zip(messages, contents, strict=True)
         ]
         try:
-            rendered, _ = render_jinja_template(
+            rendered, _ = template_library().render_jinja_template(
                 [chat],
                 tools=list(tools) or None,
                 chat_template=self._template,
@@ -177,7 +175,7 @@ class PromptTokenizer:
             return added
         token = self.decoder.id_to_token(token_id) or ""
         if self._is_byte_level:
-            return bytes(_BYTE_OF[c] for c in token)
+            return bytes(BYTE_OF[c] for c in token)
         if byte := _BYTE_TOKEN.fullmatch(token):
             return bytes.fromhex(byte[1])
         return token.replace("\u2581", " ").encode()

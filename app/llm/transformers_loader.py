@@ -14,8 +14,8 @@ from app.llm.description import (
     special_tokens,
 )
 from app.llm.engine.base import REQUEST_FEATURES, SAMPLING_FIELDS, Backend, EngineInfo
-from app.llm.hub import Progress, Snapshot
 from app.llm.load_errors import explaining
+from app.llm.snapshot import Progress, Snapshot
 from app.utils.errors import ModelLoadError
 
 if TYPE_CHECKING:

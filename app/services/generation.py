@@ -1,18 +1,19 @@
 """The one use case behind every route that generates: check, admit, generate, account."""
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from app.core.cache import CacheStatistics
 from app.core.config import ModelSettings
 from app.core.config_security import SecuritySettings
 from app.core.usage import UsageLedger
-from app.llm.chain import Chains
 from app.llm.engine.base import Grammar, SamplingParams
 from app.llm.engine.client import EngineClient
-from app.llm.generator import GenerationOptions, GenerationReport
+from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
+from app.llm.system_prompt import SYSTEM_PROMPT
 from app.llm.tool_calls import ToolCallParser
 from app.llm.tools import ChatMessage, Tool, ToolUse
 from app.services.answers import Answer, Completion, Job, collect
@@ -25,6 +26,9 @@ from app.utils.errors import (
 )
 from app.utils.timing import within
 
+if TYPE_CHECKING:
+    from app.llm.chain import Chains
+
 
 class GenerationService:
     """Generates answers for every router and for the command line."""
@@ -33,14 +37,29 @@ class GenerationService:
         self,
         *,
         engine: EngineClient,
-        chains: Chains,
+        generator: TextGenerator,
+        chains: "Callable[[], Chains]",
         cache: ResponseCache,
         screening: Screening,
         model: ModelSettings,
         usage: UsageLedger,
         security: SecuritySettings,
     ) -> None:
+        """Take the parts.
+
+        Args:
+            engine: Where answers come from.
+            generator: Prompts and tokens of its model.
+            chains: Called for the chains once the engine takes requests, and not before: what
+                they are made of is still being imported until then.
+            cache: Answers that are kept.
+            screening: What is taken out of prompts and answers.
+            model: Limits and defaults of requests.
+            usage: Who has used how much.
+            security: Limits of prompts.
+        """
         self._engine = engine
+        self._generator = generator
         self._chains = chains
         self._cache = cache
         self._screening = screening
@@ -91,7 +110,7 @@ class GenerationService:
     def _parser(self, use: ToolUse | None) -> ToolCallParser | None:
         if use is None:
             return None
-        return ToolCallParser(self._chains.tool_format, {tool.name for tool in use.allowed})
+        return ToolCallParser(self._generator.tool_format, {tool.name for tool in use.allowed})
 
     def _cache_key(self, job: Job, options: GenerationOptions) -> str:
         info = self._engine.info
@@ -99,7 +118,7 @@ class GenerationService:
             job.caller,
             self._engine.model_label,
             (info.revision, info.chat_template, info.dtype) if info else None,
-            self._chains.system_prompt,
+            SYSTEM_PROMPT,
             self._screening.mode,
             job.prompt,
             job.messages,
@@ -118,12 +137,13 @@ class GenerationService:
         self._usage.check(job.caller)
         admission = self._engine.admit(job.caller)
         try:
+            chains = self._chains()
             if job.prompt is not None:
-                chain = self._chains.generate(options, report, admission)
+                chain = chains.generate(options, report, admission)
                 pieces = chain.astream({"prompt": job.prompt})
             else:
-                chain = self._chains.chat(options, report, admission, _tools_of(job))
-                pieces = chain.astream({"messages": self._chains.chat_messages(job.messages)})
+                chain = chains.chat(options, report, admission, _tools_of(job))
+                pieces = chain.astream({"messages": chains.chat_messages(job.messages)})
             screened = self._screening.answer(pieces, report, self._engine.template_tokens)
             # Up to the first, empty piece the prompt is rendered and encoded.
             yield await admission.prepare(anext(screened))
@@ -165,13 +185,13 @@ class GenerationService:
             ServiceError: Refused, as the request itself would be.
         """
         tokens = await self.prompt_tokens(self.screen(job))
-        return tokens, self._chains.context_length
+        return tokens, self._generator.info.context_length
 
     async def prompt_tokens(self, job: Job) -> list[int]:
         """Token ids of a screened job's prompt, as the model gets them."""
         if job.prompt is not None:
-            return await self._chains.text_tokens(job.prompt)
-        return await self._chains.prompt_tokens(job.messages, _tools_of(job))
+            return await self._generator.text_tokens(job.prompt)
+        return await self._generator.chat_tokens(job.messages, _tools_of(job))
 
     def _options(self, job: Job) -> GenerationOptions:
         if job.max_tokens is not None and job.max_tokens > self._model.max_tokens:
@@ -197,7 +217,7 @@ class GenerationService:
         # call has to be.
         if use.choice == "auto" and info is not None and "grammar" not in info.supported:
             return None
-        return self._chains.tool_format.grammar(use)
+        return self._generator.tool_format.grammar(use)
 
     def screen(self, job: Job) -> Job:
         """Refuse what a caller may not send, and take out what is not to reach the model.
@@ -216,7 +236,7 @@ class GenerationService:
                 param="logprobs",
             )
         if any("tool_calls" in m for m in job.messages):
-            job = replace(job, messages=self._chains.tool_format.as_text(job.messages))
+            job = replace(job, messages=self._generator.tool_format.as_text(job.messages))
         self._check_length(job)
         clean = self._screening.prompt
         if job.prompt is not None:

@@ -231,7 +231,7 @@ def test_a_closed_terminal_still_ends_the_service() -> None:
     try:
         heard = b""
         deadline = time.monotonic() + 60
-        while b"model ready" not in heard:
+        while b"ready for requests" not in heard:
             assert time.monotonic() < deadline, heard
             heard += os.read(leader, 65536)
         os.close(leader)

@@ -14,6 +14,7 @@ from langchain_huggingface import HuggingFacePipeline
 
 from app.llm.chain import Chains, ServedPipeline
 from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
+from app.llm.system_prompt import SYSTEM_PROMPT
 from app.utils.errors import EngineUnavailableError
 from tests.support.engine import EchoEngine, echo_engine
 
@@ -178,7 +179,7 @@ async def test_the_chat_chain_renders_the_models_template(
     assert await chain.ainvoke({"messages": messages}) == "What now?"
     assert report.finish_reason == "stop"
     assert report.completion_tokens == len("What now?") + 1
-    assert chains.system_prompt in str(messages[0].content)
+    assert str(messages[0].content) == SYSTEM_PROMPT
     own = chains.chat_messages(
         [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Hi"}]
     )

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import threading
 from contextlib import aclosing
 from pathlib import Path
 
@@ -249,6 +250,46 @@ async def test_a_model_that_cannot_be_loaded_is_fatal_with_one_line(tmp_path: Pa
     assert len(engine.fatal) == 1
     assert "does not exist" in engine.fatal[0]
     assert "\n" not in engine.fatal[0]
+
+
+async def test_it_is_ready_once_the_service_is_prepared_too() -> None:
+    """What it waits for beside the model is done once, on a thread."""
+    engine = EchoEngine()
+    proceed = threading.Event()
+    threads: list[int] = []
+
+    def prepare() -> None:
+        threads.append(threading.get_ident())
+        assert proceed.wait(30)
+
+    await engine.client.start(prepare)
+    # Otherwise it is ready in less than half a second.
+    await asyncio.sleep(2)
+    assert engine.client.state is EngineState.LOADING
+    with pytest.raises(ModelLoadingError):
+        engine.client.admit()
+    proceed.set()
+    await engine.until(EngineState.READY)
+    os.kill(pid(engine.client), signal.SIGKILL)
+    await engine.until(EngineState.RESTARTING)
+    await engine.until(EngineState.READY)
+    await engine.client.stop()
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
+
+
+async def test_a_service_that_cannot_be_prepared_ends() -> None:
+    """It is not tried again: what is missing stays missing."""
+    engine = EchoEngine()
+
+    def prepare() -> None:
+        raise ImportError
+
+    await engine.client.start(prepare)
+    await engine.until(EngineState.FAILED)
+    await engine.client.stop()
+    assert engine.fatal == ["the service cannot be made ready; the log above says why"]
+    assert engine.client.restarts == 0
 
 
 async def test_draining_takes_no_new_work_and_finishes_the_old() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from app.core.config import PROJECT_ROOT, ModelSettings
 from app.llm.engine.base import (
     GenerationRequest,
+    Loaded,
     LoadFailed,
     Loading,
     Ready,
@@ -33,9 +34,10 @@ def test_a_model_from_the_hub_generates(hub: FakeHub, tiny_model_dir: Path, tmp_
         said = []
         while isinstance(report := worker.receive(), Loading):
             said.append(report.message)
-        assert isinstance(report, Ready), report
+        assert isinstance(report, Loaded), report
         assert (report.info.model, report.info.revision) == ("tiny/gated", repo.sha)
         assert (report.info.backend, report.info.device) == ("transformers", "cpu")
+        assert isinstance(worker.receive(), Ready)
         sampling = SamplingParams(temperature=0)
         worker.send(
             Submit(GenerationRequest("r", prompt_token_ids=[5], max_tokens=4, sampling=sampling))

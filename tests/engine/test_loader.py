@@ -15,8 +15,8 @@ from app.core.config import ModelSettings
 from app.llm import bundled
 from app.llm.engine.base import Backend
 from app.llm.engine.echo import EchoBackend
-from app.llm.hub import Snapshot
 from app.llm.loader import find_model
+from app.llm.snapshot import Snapshot
 from app.llm.transformers_loader import _dtype
 from app.utils.errors import ModelLoadError
 from tests.support import backends

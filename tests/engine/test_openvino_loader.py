@@ -1,16 +1,27 @@
 """Which models OpenVINO runs, what falls back to transformers, and what is refused."""
 
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app.core.config import ModelSettings
 from app.llm import bundled
+from app.llm.description import (
+    DescriptionProcess,
+    Vocabulary,
+    gguf_vocabulary,
+    read_tokenizer,
+)
 from app.llm.engine.base import Backend
+from app.llm.gguf_header import GgufArray, GgufHeader, read_header
 from app.llm.openvino_loader import keep_telemetry_out
+from app.llm.snapshot import Snapshot
 from tests.support.backends import load_local, refusal, request, run, tokens
 from tests.support.tiny_gguf import make_tiny_gguf
 
@@ -64,6 +75,89 @@ def test_auto_takes_openvino_for_a_gguf_file(loaded: Backend, gguf: Path, said: 
     assert (info.backend, info.dtype, info.context_length) == ("openvino", "f16", 512)
     assert info.backend_reason == "model.engine is auto, and OpenVINO is the fastest on a CPU"
     assert said == [f"loading {gguf} with OpenVINO"]
+
+
+def own_and_librarys_vocabulary(path: Path) -> list[tuple[dict[str, int], int]]:
+    """A GGUF file's vocabulary and its last token, as this service and as OpenVINO has them."""
+    import openvino_genai
+
+    from app.llm.engine.openvino_vocabulary import vocabulary_tokenizer
+
+    vocabulary = gguf_vocabulary(read_header(path, ("tokenizer.ggml.tokens",)))
+    assert vocabulary is not None
+    both = vocabulary_tokenizer(vocabulary), openvino_genai.Tokenizer(str(path))
+    return [(tokenizer.get_vocab(), tokenizer.get_eos_token_id()) for tokenizer in both]
+
+
+def test_grammars_have_the_vocabulary_that_the_library_would_read(
+    loaded: Backend, gguf: Path
+) -> None:
+    """Which takes it most of the time that a model takes to load."""
+    own, librarys = own_and_librarys_vocabulary(gguf)
+    assert own == librarys
+    assert len(own[0]) == loaded.info.vocabulary_size
+
+
+def test_special_tokens_may_have_any_characters() -> None:
+    """Where one has a character that stands for no byte, all of it stands for itself."""
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": ["<\uff5cend\uff5c>", "\u0120caf\u00c3\u00a9", "<|x|>"],
+        "tokenizer.ggml.eos_token_id": 0,
+    }
+    assert gguf_vocabulary(GgufHeader(metadata, {}, 0)) == Vocabulary(
+        ["<\uff5cend\uff5c>".encode(), " caf\u00e9".encode(), b"<|x|>"], 0
+    )
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["a"]},
+        {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": GgufArray(3)},
+        {"tokenizer.ggml.tokens": ["a"]},
+        {"tokenizer.ggml.model": "gpt2"},
+    ],
+)
+def test_vocabularies_of_other_kinds_are_left_to_the_library(metadata: dict[str, Any]) -> None:
+    """It knows which of them it can read."""
+    assert gguf_vocabulary(GgufHeader(metadata, {}, 0)) is None
+
+
+def test_a_vocabulary_without_a_last_token_is_one() -> None:
+    """Some base models have none; grammars can still be compiled for their vocabulary."""
+    from app.llm.engine.openvino_vocabulary import vocabulary_tokenizer
+
+    tokenizer = vocabulary_tokenizer(Vocabulary([b"a", b"", b"\xff"], None))
+    assert tokenizer.get_eos_token_id() == -1
+    assert len(tokenizer.get_vocab()) == 3
+
+
+def test_the_description_is_read_without_torch(gguf: Path) -> None:
+    """And is the same as with it, and with the reader of GGUF files that transformers has."""
+    settings = ModelSettings(source="local", name=str(gguf))
+    snapshot = Snapshot(gguf.parent, gguf.name)
+    with DescriptionProcess(settings, snapshot) as description:
+        assert description.tokenizer() == read_tokenizer(settings, snapshot)
+    program = (
+        "import os, sys; from app.llm import description; description.main(sys.argv[1:]); "
+        "sys.stderr.write(str(sys.modules['torch'])); sys.stderr.flush(); os._exit(0)"
+    )
+    # The process ends when its standard input does.
+    mine, its = os.pipe()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program, settings.model_dump_json(), gguf.parent, gguf.name],
+            stdin=mine,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=100,
+        )
+    finally:
+        os.close(mine)
+        os.close(its)
+    assert done.stderr == "None"
 
 
 def test_a_start_is_reported_to_nobody(loaded: Backend) -> None:
@@ -224,3 +318,5 @@ def test_the_bundled_model_is_run_by_openvino(bundled_backend: Callable[[str], B
         pytest.skip("the bundled model is not here: make model")
     info = bundled_backend("auto").info
     assert (info.backend, info.dtype, info.context_length) == ("openvino", "q4_1", 8192)
+    own, librarys = own_and_librarys_vocabulary(bundled.bundled_model_path())
+    assert own == librarys

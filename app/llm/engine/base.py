@@ -250,10 +250,14 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
     fetching: bool = False
 
 
-class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The model is loaded."""
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    """The model is loaded, and is being tried out; what can be made ready for it can be now."""
 
     info: EngineInfo
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Requests are taken; comes after :class:`Loaded`."""
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
@@ -270,7 +274,7 @@ class Step(msgspec.Struct, frozen=True, tag=True):
 
 
 Command = Configure | Submit | Cancel | Stop
-Report = Loading | Ready | LoadFailed | Step
+Report = Loading | Loaded | Ready | LoadFailed | Step
 Message = Command | Report
 
 _encoder = msgspec.msgpack.Encoder()

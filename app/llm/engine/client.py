@@ -20,6 +20,7 @@ from app.llm.engine.base import (
     EngineInfo,
     EngineStats,
     GenerationRequest,
+    Loaded,
     Loading,
     Ready,
     Report,
@@ -37,12 +38,17 @@ from app.utils.errors import (
     ModelLoadingError,
     ServiceError,
 )
+from app.utils.garbage import spare_what_stays
 
 log = get_logger("engine")
 
 _LOADING_RETRY_AFTER = 5.0
 # So long do requests have to tell their callers of the end, before it comes.
 _LAST_WORDS_SECONDS = 0.5
+
+
+def _nothing() -> None:
+    """What there is to prepare by default."""
 
 
 class EngineState(StrEnum):
@@ -104,13 +110,21 @@ class EngineClient:
         self._process: EngineProcess | None = None
         self._phase = Duty.LOADING
         self._supervisor: asyncio.Task[None] | None = None
+        self._prepare: Callable[[], None] = _nothing
+        self._prepared: asyncio.Task[None] | None = None
         self._in_flight = InFlight(self._submit)
         self._patience: asyncio.TimerHandle | None = None
 
     # --- life ------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Begin loading; returns at once."""
+    async def start(self, prepare: Callable[[], None] = _nothing) -> None:
+        """Begin loading; returns at once.
+
+        Args:
+            prepare: What else is to be done before requests are taken: imports, say. Called once,
+                on a thread, while the engine process loads the model.
+        """
+        self._prepare = prepare
         self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
 
     async def stop(self) -> None:
@@ -171,6 +185,9 @@ class EngineClient:
         log.info("engine process started", extra={"pid": process.pid})
         self._phase = Duty.LOADING
         process.send(self._configure)
+        if self._prepared is None:
+            # The process begins first: what it does takes longer.
+            self._prepared = asyncio.create_task(self._run_preparation(), name="preparation")
         ready = False
         watchdog = Watchdog(self._limits.step_timeout_seconds)
         watching = asyncio.create_task(self._watch(process, watchdog), name="engine-watchdog")
@@ -211,22 +228,27 @@ class EngineClient:
             self._phase = Duty.FETCHING if report.fetching else Duty.LOADING
             self.loading_message = report.message
             log.info(report.message)
+        elif isinstance(report, Loaded):
+            await self._describe(report.info)
         elif isinstance(report, Ready):
             self._phase = Duty.NOTHING
-            await self._become_ready(report.info)
+            self._serve()
+            log.info("ready for requests")
         else:
             await self._give_up(report.message)
 
-    async def _become_ready(self, info: EngineInfo) -> None:
+    async def _describe(self, info: EngineInfo) -> None:
+        if self._prepared is not None:
+            await self._prepared
         if self.tokenizer is None or info != self.info:
             # A large vocabulary takes seconds to parse.
             self.tokenizer = await asyncio.to_thread(PromptTokenizer, info)
+            spare_what_stays()
         self.info = info
-        self._serve()
         self._metrics.model_info.clear()
         self._metrics.model_info.labels(info.model, info.backend, info.device, info.dtype).set(1)
         log.info(
-            "model ready",
+            "model loaded",
             extra={
                 "model": info.model,
                 "engine": info.backend,
@@ -237,10 +259,18 @@ class EngineClient:
             },
         )
 
+    async def _run_preparation(self) -> None:
+        try:
+            await asyncio.to_thread(self._prepare)
+        except Exception:
+            # What is missing stays missing, however often the engine starts.
+            log.exception("the service cannot be made ready")
+            await self._give_up("the service cannot be made ready; the log above says why")
+
     def _serve(self) -> None:
         """Take requests, after those that outlived the last engine process."""
         self._stop_waiting()
-        if self.state is not EngineState.DRAINING:
+        if self.state not in (EngineState.DRAINING, EngineState.FAILED):
             self.state = EngineState.READY
         self._in_flight.engine_started()
 

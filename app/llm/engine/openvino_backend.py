@@ -48,12 +48,18 @@ class _Running:
 
 
 def start_pipeline(
-    model_path: str, *, max_running: int, cache_blocks: int, properties: dict[str, Any]
+    model_path: str,
+    *,
+    tokenizer: openvino_genai.Tokenizer | None,
+    max_running: int,
+    cache_blocks: int,
+    properties: dict[str, Any],
 ) -> openvino_genai.ContinuousBatchingPipeline:
     """Load and compile a model.
 
     Args:
         model_path: A GGUF file, or a folder with ``openvino_model.xml``.
+        tokenizer: Whose vocabulary grammars are compiled for; ``None``: the one at ``model_path``.
         max_running: Requests generated at once.
         cache_blocks: Size of the KV cache in blocks of ``prefix_index.BLOCK_SIZE`` tokens.
         properties: Of the CPU plugin, such as ``INFERENCE_PRECISION_HINT``.
@@ -67,7 +73,11 @@ def start_pipeline(
     scheduler.dynamic_split_fuse = True
     scheduler.max_num_seqs = max_running
     scheduler.max_num_batched_tokens = PROMPT_TOKENS_PER_STEP + max_running
-    return openvino_genai.ContinuousBatchingPipeline(model_path, scheduler, "CPU", properties)
+    if tokenizer is None:
+        return openvino_genai.ContinuousBatchingPipeline(model_path, scheduler, "CPU", properties)
+    return openvino_genai.ContinuousBatchingPipeline(
+        model_path, tokenizer, scheduler, "CPU", **properties
+    )
 
 
 class OpenVinoBackend:

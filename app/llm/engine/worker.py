@@ -8,6 +8,7 @@ known before the next step begins, and so that this process ends when its parent
 
 import argparse
 import ctypes
+import gc
 import os
 import queue
 import signal
@@ -26,6 +27,7 @@ from app.llm.engine.base import (
     Configure,
     EngineStats,
     GenerationRequest,
+    Loaded,
     LoadFailed,
     Loading,
     Message,
@@ -41,7 +43,7 @@ from app.llm.engine.base import (
 from app.llm.load_errors import one_line
 from app.llm.loader import load_backend
 from app.utils.errors import ModelLoadError
-from app.utils.garbage import spare_what_stays
+from app.utils.garbage import no_collections, spare_what_stays
 
 log = get_logger("engine")
 
@@ -192,6 +194,7 @@ def _load(channel: Channel, configure: Configure) -> Backend | None:
             token=configure.huggingface_token,
             progress=lambda message: channel.send(Loading(message=message)),
             fetch_progress=lambda message: channel.send(Loading(message=message, fetching=True)),
+            loaded=lambda info: channel.send(Loaded(info=info)),
         )
     except ModelLoadError as error:
         channel.send(LoadFailed(message=str(error)))
@@ -235,12 +238,15 @@ def main() -> int:
         stream=os.fdopen(arguments.log, "w", buffering=1, encoding="utf-8"),
     )
     channel.start_reading()
-    backend = _load(channel, configure)
+    with no_collections():
+        backend = _load(channel, configure)
     if backend is None:
         return 1
+    # Loading may have left a model's weights behind in another form.
+    gc.collect()
     spare_what_stays()
     try:
-        channel.send(Ready(info=backend.info))
+        channel.send(Ready())
         Worker(channel, backend).run()
     except Exception as error:
         # The backend isolates what belongs to one request; what gets here leaves the model or

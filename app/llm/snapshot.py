@@ -1,0 +1,92 @@
+"""A model's files on this machine, and which of them hold its weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.utils.errors import ModelLoadError
+
+Progress = Callable[[str], None]
+"""Called with a line for the log and for /status."""
+
+OPENVINO_MODEL = "openvino_model.xml"
+"""The file that tells a folder with OpenVINO's own format; its weights lie in a .bin beside it."""
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A model's files on this machine.
+
+    Attributes:
+        directory: Folder that holds them.
+        weights: Name of the GGUF file in it, or :data:`OPENVINO_MODEL`; ``None`` for safetensors.
+        revision: Commit of the hub repository, where it came from one.
+    """
+
+    directory: Path
+    weights: str | None
+    revision: str | None = None
+
+    @property
+    def is_openvino(self) -> bool:
+        """Whether this is a folder in OpenVINO's own format."""
+        return self.weights == OPENVINO_MODEL
+
+    @property
+    def gguf(self) -> str | None:
+        """Name of the GGUF file, if it is one."""
+        return None if self.is_openvino else self.weights
+
+
+def choose_weights(
+    names: list[str], where: str, wanted: str | None = None, *, openvino: bool = False
+) -> str | None:
+    """Which file holds the weights.
+
+    Args:
+        names: Files there are, relative to the model's folder.
+        where: The repository or the folder, as MODEL__NAME names it.
+        wanted: The GGUF file that was asked for by name.
+        openvino: Whether OpenVINO may run the model; its own format is then taken first.
+
+    Returns:
+        ``None`` for safetensors, else a GGUF file's name or :data:`OPENVINO_MODEL`.
+
+    Raises:
+        ModelLoadError: There are only pickled weights, none at all, or several GGUF files.
+    """
+    gguf = sorted(n for n in names if n.endswith(".gguf"))
+    if wanted:
+        if wanted in names:
+            return wanted
+        raise ModelLoadError(
+            f"{where} has no file {wanted}: correct MODEL__NAME; "
+            f"it has {', '.join(gguf) or 'no GGUF file'}"
+        )
+    # Subfolders hold other formats, or the parts of another kind of model.
+    top = [n for n in names if "/" not in n]
+    if openvino and OPENVINO_MODEL in top:
+        return OPENVINO_MODEL
+    if any(n.endswith(".safetensors") for n in top):
+        return None
+    if len(gguf) == 1:
+        return gguf[0]
+    if gguf:
+        raise ModelLoadError(
+            f"{where} has several GGUF files: name one of them, as in MODEL__NAME={where}/{gguf[0]}"
+        )
+    if OPENVINO_MODEL in top:
+        raise ModelLoadError(
+            f"{where} has only OpenVINO weights: set MODEL__DEVICE=cpu and MODEL__ENGINE=auto, or "
+            "choose a model with safetensors or GGUF weights"
+        )
+    if any(n.endswith(_PICKLE_SUFFIXES) for n in top):
+        raise ModelLoadError(
+            f"{where} has only pickled weights, which can run code when they are loaded and are "
+            "refused: choose a model with safetensors or GGUF weights"
+        )
+    raise ModelLoadError(
+        f"{where} has no weights: choose a model with safetensors or GGUF files at its top level"
+    )
