@@ -170,7 +170,8 @@ def _build(settings: Settings, services: Services, chains: "Callable[[], Chains]
         *(health, status, inference, chat, sessions),
         *(chat_completions, completions, models, tokenize, usage),
     ):
-        app.include_router(module.router)
+        # An included router is asked twice for each request, and each of its routes with it.
+        app.router.routes.extend(module.router.routes)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.security.max_body_bytes)
     # Added last, so that it is outermost.
     app.add_middleware(
