@@ -58,7 +58,9 @@ def load_backend(
         ModelLoadError: It cannot be loaded; one line that says what to do.
     """
     if settings.engine == "echo":
-        return _try_out(EchoBackend(step_seconds=echo_step_seconds), loaded)
+        echo = EchoBackend(step_seconds=echo_step_seconds)
+        loaded(echo.info)
+        return echo
     check_device(settings)
     snapshot = find_model(settings, token=token, progress=fetch_progress or progress)
     check_weights(snapshot)

@@ -278,6 +278,12 @@ async def test_it_is_ready_once_the_service_is_prepared_too() -> None:
     assert threads[0] != threading.get_ident()
 
 
+async def test_the_slowest_echo_is_ready_as_soon_as_any() -> None:
+    """Its tokens take their time; there is nothing in it to try out before."""
+    async with echo_engine(echo_step_seconds=2.0) as engine:
+        assert engine.client.restarts == 0
+
+
 async def test_a_service_that_cannot_be_prepared_ends() -> None:
     """It is not tried again: what is missing stays missing."""
     engine = EchoEngine()
