@@ -9,7 +9,8 @@ before and after it.
 import argparse
 import asyncio
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -35,7 +36,7 @@ _WORKLOAD = Workload(output_tokens=Lengths((16, 48), uniform=True))
 # What comes first fills the batch and what comes last drains it; neither is the steady state.
 _SETTLING = 0.25
 _PROBE_SECONDS = 0.1
-_MEMORY_SAMPLES = 24
+_MEMORY_SECONDS = 1.0
 # A bucket of event_loop_lag_seconds.
 _LAG_BOUND = 0.02
 
@@ -66,11 +67,13 @@ def window(results: Sequence[Result], *, last_sent: bool) -> tuple[float, float]
     return begin + margin, end if last_sent else end - margin
 
 
-async def _peak(target: Target, requests: int) -> tuple[float, float]:
+async def _peak(target: Target, session: int, requests: int) -> tuple[float, float]:
     """Tokens a second at the most, and tokens of an answer."""
-    results = await run_round(
-        target, _WORKLOAD, name="peak", requests=requests, clients=_PEAK_CLIENTS
-    )
+    # Whoever looks takes some time from the service, and so looks as often here.
+    async with _observed(target, session):
+        results = await run_round(
+            target, _WORKLOAD, name="peak", requests=requests, clients=_PEAK_CLIENTS
+        )
     done = [r.tokens for r in results if r.outcome is Outcome.COMPLETED]
     return steady_rate(results, *window(results, last_sent=False)), statistics.mean(done or [1])
 
@@ -97,15 +100,29 @@ class _Observer:
             self.probes.append(took if good else float("inf"))
             await asyncio.sleep(_PROBE_SECONDS)
 
-    async def watch(self, interval: float) -> None:
+    async def watch(self) -> None:
         """Note the memory again and again, until cancelled; MiB of each process."""
         while True:
             found = vitals.read(self._session, await self.metrics())
             self.memory.append({label: p.memory for label, p in found.processes.items()})
-            await asyncio.sleep(interval)
+            await asyncio.sleep(_MEMORY_SECONDS)
 
     def close(self) -> None:
         self._http.close()
+
+
+@asynccontextmanager
+async def _observed(target: Target, session: int) -> AsyncIterator[_Observer]:
+    """A service that is looked at."""
+    observer = _Observer(target, session)
+    looking = [asyncio.create_task(look()) for look in (observer.probe, observer.watch)]
+    try:
+        yield observer
+    finally:
+        for task in looking:
+            task.cancel()
+        await asyncio.gather(*looking, return_exceptions=True)
+        observer.close()
 
 
 def _count(text: str, name: str, **labels: str) -> float:
@@ -139,20 +156,12 @@ async def _one(
     target: Target, session: int, rate: float, duration: float, name: str
 ) -> dict[str, Any]:
     """Requests at a rate, for so many seconds."""
-    observer = _Observer(target, session)
-    before = await observer.metrics()
-    watching = [
-        asyncio.create_task(observer.probe()),
-        asyncio.create_task(observer.watch(duration / _MEMORY_SAMPLES)),
-    ]
-    results = await run_round(
-        target, _WORKLOAD, name=name, requests=max(1, int(rate * duration)), rate=rate
-    )
-    for task in watching:
-        task.cancel()
-    await asyncio.gather(*watching, return_exceptions=True)
-    after = await observer.metrics()
-    observer.close()
+    async with _observed(target, session) as observer:
+        before = await observer.metrics()
+        results = await run_round(
+            target, _WORKLOAD, name=name, requests=max(1, int(rate * duration)), rate=rate
+        )
+        after = await observer.metrics()
     waits = [r.seconds for r in results if r.outcome is Outcome.REFUSED]
     labels = observer.memory[-1].keys()
     quarter = len(observer.memory) // 4
@@ -190,12 +199,12 @@ async def overload(
     Returns:
         The figures of each round, with the peaks around it and the ratio to their mean.
     """
-    peak, tokens = await _peak(target, peak_requests)
+    peak, tokens = await _peak(target, session, peak_requests)
     found: list[dict[str, Any]] = []
     for number_of_round in range(rounds):
         rate = factor * peak / tokens
         one = await _one(target, session, rate, duration, f"overload {number_of_round}")
-        following, tokens = await _peak(target, peak_requests)
+        following, tokens = await _peak(target, session, peak_requests)
         mean = (peak + following) / 2
         found.append({"peak": mean, "ratio": one["steady"] / mean if mean else None, **one})
         peak = following
