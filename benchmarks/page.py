@@ -100,7 +100,7 @@ def goals(data: dict[str, Any]) -> str:
 
 def side_by_side(data: dict[str, Any]) -> str:
     """The tables of absolute figures."""
-    rounds = f"Medians of {data['rounds']} rounds, the servers in turns in each round."
+    rounds = f"Medians of {data['rounds']} starts and rounds, the servers in turns in each."
     return f"{rounds}\n\n{_speed(data)}\n\n{_others(data)}"
 
 
