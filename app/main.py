@@ -142,7 +142,7 @@ def _make_engine(
 
 
 def _make_chains(settings: Settings, generator: TextGenerator) -> "Chains":
-    # With transformers, which it imports, LangChain takes a second.
+    # It takes a third of a second to import, which is to be spent while the model loads.
     from app.llm.chain import Chains, ServedPipeline
 
     pipeline = ServedPipeline(

@@ -17,6 +17,7 @@ from app.llm.engine.base import Backend, EngineInfo
 from app.llm.engine.cpu_sizing import cache_tokens
 from app.llm.engine.prefix_index import BLOCK_SIZE
 from app.llm.engine.resources import compute_threads
+from app.llm.gguf_header import GgufHeader
 from app.llm.load_errors import one_line
 from app.llm.snapshot import Progress, Snapshot
 
@@ -60,14 +61,12 @@ def load_openvino(
         try:
             # Imported while the other process reads.
             from app.llm.engine.openvino_backend import SUPPORTED, OpenVinoBackend, start_pipeline
-            from app.llm.engine.openvino_vocabulary import vocabulary_tokenizer
 
             shape = gguf_shape(header) if header else description.shape()
             blocks = _cache_blocks(settings, shape, max_running)
-            vocabulary = gguf_vocabulary(header) if header else None
             pipeline = start_pipeline(
                 str(snapshot.directory / (snapshot.gguf or "")),
-                tokenizer=vocabulary_tokenizer(vocabulary) if vocabulary else None,
+                tokenizer=_vocabulary(header) if header else None,
                 max_running=max_running,
                 cache_blocks=blocks,
                 properties=_properties(settings),
@@ -92,6 +91,18 @@ def load_openvino(
     return OpenVinoBackend(
         pipeline, info, eos_token_ids=tokenizer.eos_token_ids, cache_blocks=blocks
     )
+
+
+def _vocabulary(header: GgufHeader) -> Any:
+    """A tokenizer with the file's vocabulary; ``None`` leaves it to the library."""
+    from app.llm.engine.openvino_vocabulary import vocabulary_tokenizer
+
+    vocabulary = gguf_vocabulary(header)
+    try:
+        return vocabulary_tokenizer(vocabulary) if vocabulary else None
+    except OSError:
+        # There is no folder for temporary files. The library's own takes a second longer.
+        return None
 
 
 def keep_telemetry_out() -> None:

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,16 @@ def test_a_vocabulary_without_a_last_token_is_one() -> None:
     tokenizer = vocabulary_tokenizer(Vocabulary([b"a", b"", b"\xff"], None))
     assert tokenizer.get_eos_token_id() == -1
     assert len(tokenizer.get_vocab()) == 3
+
+
+def test_a_machine_without_a_folder_for_temporary_files(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is run all the same, with the library's own vocabulary."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    backend = load_local(gguf)
+    assert backend.info.backend == "openvino"
+    assert len(tokens(run(backend, request("r"))["r"])) == 8
 
 
 def test_the_description_is_read_without_torch(gguf: Path) -> None:

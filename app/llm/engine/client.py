@@ -124,7 +124,7 @@ class EngineClient:
             prepare: What else is to be done before requests are taken: imports, say. Called once,
                 on a thread, while the engine process loads the model.
         """
-        self._prepare = prepare
+        self._prepare, self._prepared = prepare, None
         self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
 
     async def stop(self) -> None:
