@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from app.core.config import ModelSettings
+from app.core.logging import get_logger
 from app.llm.description import (
     DescriptionProcess,
     ModelShape,
@@ -20,6 +21,8 @@ from app.llm.engine.resources import compute_threads
 from app.llm.gguf_header import GgufHeader
 from app.llm.load_errors import one_line
 from app.llm.snapshot import Progress, Snapshot
+
+log = get_logger("engine")
 
 _REASONS = {
     "openvino": "model.engine is openvino",
@@ -100,8 +103,9 @@ def _vocabulary(header: GgufHeader) -> Any:
     vocabulary = gguf_vocabulary(header)
     try:
         return vocabulary_tokenizer(vocabulary) if vocabulary else None
-    except OSError:
+    except OSError as error:
         # There is no folder for temporary files. The library's own takes a second longer.
+        log.warning("the library reads the vocabulary, which takes longer: %s", one_line(error))
         return None
 
 
