@@ -144,13 +144,18 @@ class GuardedProtocol(StrictProtocol):
     def check(self, now: float) -> None:
         """Close what has taken longer than it may; ``now`` is the event loop's time."""
         if self._is_stuck(now):
-            self._all.drops("send_timeout")
-            self._gentle.abort()
+            self._drop_reader()
         elif self._phase is _Phase.LINGER:
             if now - self._since >= _LINGER_SECONDS and not self._gentle.get_write_buffer_size():
                 self._gentle.shut()
         elif not self.transport.is_closing():
             self._check_phase(now - self._since)
+
+    def _drop_reader(self) -> None:
+        """Close on a client that takes nothing; its stream may find that in the same moment."""
+        if not self._gentle.aborted:
+            self._all.drops("send_timeout")
+            self._gentle.abort()
 
     def _is_stuck(self, now: float) -> bool:
         """Whether the client has taken nothing for too long of what there is for it."""
@@ -302,9 +307,8 @@ class GuardedProtocol(StrictProtocol):
         if cycle.response_started and not (cycle.response_complete or cycle.disconnected):
             # The application has given its reader up (app/api/sse.py). uvicorn would call that an
             # error of the application, and keep the connection for what is still unsent.
-            self._all.drops("send_timeout")
+            self._drop_reader()
             self._disconnect(cycle)
-            self.abort()
 
     def _stays(self, cycle: RequestResponseCycle) -> bool:
         """Whether another request can follow: at once, or after a rest of a body not too long."""

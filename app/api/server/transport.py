@@ -14,6 +14,7 @@ class GentleTransport(asyncio.Transport):
 
     Attributes:
         written: Bytes that have been handed over for sending.
+        aborted: Whether what was left has been given up.
     """
 
     def __init__(self, transport: asyncio.Transport, on_close: Callable[[], None]) -> None:
@@ -24,6 +25,7 @@ class GentleTransport(asyncio.Transport):
         self._holding = False
         self._held = b""
         self.written = 0
+        self.aborted = False
 
     def hold(self) -> None:
         """Keep what is written next until the write after that, or :meth:`let_go`."""
@@ -56,7 +58,7 @@ class GentleTransport(asyncio.Transport):
 
     def abort(self) -> None:
         """Close the connection without sending what is left."""
-        self._ended = True
+        self._ended = self.aborted = True
         self._transport.abort()
 
     def is_closing(self) -> bool:
