@@ -92,9 +92,10 @@ class ManualEngine:
         queue = self.queue
         return not (
             queue._admissions
-            or queue._running
+            or queue._ended
+            or not queue._slots.is_empty
             or queue._turns._callers
             or queue._turns._order
-            or queue._departures._started
+            or queue._slots.departures._started
             or self.running
         )

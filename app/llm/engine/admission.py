@@ -13,7 +13,8 @@ from typing import Protocol, TypeVar
 from app.core.config_engine import EngineSettings
 from app.core.metrics import Metrics
 from app.llm.engine.base import FinishReason, GenerationRequest, TokenEvent
-from app.llm.engine.departures import Departures
+from app.llm.engine.mailbox import Mailbox
+from app.llm.engine.slots import Slots
 from app.llm.engine.turns import FairTurns
 from app.utils.errors import (
     DeadlineExceededError,
@@ -54,47 +55,6 @@ class QueueSnapshot:
     max_waiting: int
 
 
-class _Mailbox:
-    """Events of one request between the socket's reader and whoever generates.
-
-    Events that come while nobody looks are handed over together.
-    """
-
-    def __init__(self) -> None:
-        self._events: list[TokenEvent] = []
-        self._error: ServiceError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, event: TokenEvent) -> None:
-        self._events.append(event)
-        self._wake()
-
-    def fail(self, error: ServiceError) -> None:
-        self._error = self._error or error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def take(self) -> list[TokenEvent]:
-        """All events since the last call; waits for the first.
-
-        Raises:
-            ServiceError: The request failed, and every event before that has been taken.
-        """
-        while not self._events:
-            if self._error is not None:
-                raise self._error
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        events, self._events = self._events, []
-        return events
-
-
 class _Meter:
     """Observes one request's timings."""
 
@@ -104,8 +64,8 @@ class _Meter:
         self._admitted_at = time.perf_counter()
         self._last: float | None = None
 
-    def started(self, prompt_tokens: int) -> None:
-        """The request left the queue."""
+    def begun(self, prompt_tokens: int) -> None:
+        """The engine takes the request up."""
         self._metrics.queue_time.observe(time.perf_counter() - self._admitted_at)
         self._metrics.prompt_tokens.inc(prompt_tokens)
 
@@ -139,10 +99,11 @@ class Admission:
         self._queue = queue
         self._link = link
         self._meter = meter
-        self._mailbox = _Mailbox()
+        self._mailbox = Mailbox()
         self._turn: asyncio.Future[None] | None = None
         self._unfinished: GenerationRequest | None = None
-        self._served = False
+        self._prompt_tokens = 0
+        self._begun = False
         self._released = False
         self._error: ServiceError | None = None
         self._preparing: asyncio.Timeout | None = None
@@ -156,7 +117,7 @@ class Admission:
             self._timers.append(loop.call_later(begin, self._waited_too_long))
 
     def _waited_too_long(self) -> None:
-        if self._error is None and (self._turn is None or not self._turn.done()):
+        if self._error is None and not self._begun:
             self.fail(self._queue.timed_out())
 
     async def prepare(self, work: Awaitable[T]) -> T:
@@ -191,13 +152,15 @@ class Admission:
         """
         try:
             self._check()
-            self._turn = self._queue.turn(self)
+            self._turn = asyncio.get_running_loop().create_future()
+            self._queue.wait(self)
             await self._turn
             # It may have failed since the turn was given.
             self._check()
             self._link.submit(request, self)
             self._unfinished = request
-            self._meter.started(len(request.prompt_token_ids))
+            self._prompt_tokens = len(request.prompt_token_ids)
+            self._queue.handed_over(self)
             while True:
                 for event in await self._mailbox.take():
                     self._meter.observe(event)
@@ -205,16 +168,33 @@ class Admission:
                         self._unfinished = None
                         if event.finish_reason == "error":
                             raise InternalError
-                        self._served = True
                     yield event
                     if event.finish_reason is not None:
                         return
         finally:
             self.release()
 
+    @property
+    def wants_turn(self) -> bool:
+        """Whether it waits for its turn, and has not failed."""
+        return self._turn is not None and not self._turn.done()
+
+    def take_turn(self) -> None:
+        """Its turn has come."""
+        if self._turn is not None:
+            self._turn.set_result(None)
+
+    def begun(self) -> None:
+        """The engine takes the request up: it has a slot in the batch."""
+        self._begun = True
+        self._meter.begun(self._prompt_tokens)
+
     def deliver(self, event: TokenEvent) -> None:
         """Take an event from the engine."""
         self._mailbox.put(event)
+        if event.finish_reason is not None:
+            # Its slot is free now, whenever its reader gets to its last event.
+            self._queue.end_turn(self, served=event.finish_reason != "error")
 
     def fail(self, error: ServiceError) -> None:
         """End the request with ``error``, wherever it is."""
@@ -223,15 +203,14 @@ class Admission:
         self._error = error
         if self._preparing is not None:
             self._preparing.reschedule(0.0)
-        if self._turn is not None and not self._turn.done():
+        if self._turn is not None and self.wants_turn:
             self._turn.set_exception(error)
         self._mailbox.fail(error)
         self._stop_engine()
 
     def finish(self) -> None:
         """Stop the engine, since the answer is complete before the engine thinks so."""
-        if self._stop_engine():
-            self._served = True
+        if self._stop_engine(served=True):
             self._meter.ended("stop")
 
     def release(self) -> None:
@@ -241,13 +220,13 @@ class Admission:
         self._released = True
         for timer in self._timers:
             timer.cancel()
-        left_early = self._stop_engine()
-        self._queue.leave(self, self._turn, left_early=left_early, served=self._served)
+        self._queue.leave(self, left_early=self._stop_engine())
 
-    def _stop_engine(self) -> bool:
+    def _stop_engine(self, *, served: bool = False) -> bool:
         request, self._unfinished = self._unfinished, None
         if request is not None:
             self._link.cancel(request.id)
+            self._queue.end_turn(self, served=served)
         return request is not None
 
 
@@ -273,11 +252,12 @@ class RequestQueue:
         self._metrics = metrics
         self._model = model
         self._admissions: set[Admission] = set()
-        self._turns: FairTurns[asyncio.Future[None]] = FairTurns()
-        self._running = 0
+        # Those of them whose turn has ended.
+        self._ended: set[Admission] = set()
+        self._turns: FairTurns[Admission] = FairTurns()
+        self._slots = Slots(limits.max_running, clock)
         self._capacity = limits.max_running + limits.max_waiting
         self._reserved = limits.max_waiting // _RESERVED_PART
-        self._departures = Departures(limits.max_running, clock)
 
     def check(self, caller: str) -> None:
         """Say whether a place is free for a caller.
@@ -291,7 +271,7 @@ class RequestQueue:
         open_to_it = self._capacity - (self._reserved if self._turns.places(caller) else 0)
         excess = len(self._admissions) - open_to_it
         if excess >= 0:
-            seconds = self._departures.promise(excess + 1, self._capacity)
+            seconds = self._slots.departures.promise(excess + 1, self._capacity)
             raise OverloadedError(retry_after=min(seconds, _MAX_RETRY_AFTER))
 
     def admit(self, link: EngineLink, caller: str) -> Admission:
@@ -315,39 +295,41 @@ class RequestQueue:
         """What a request ends with that has waited too long; counted as refused."""
         self._metrics.rejected.labels("queue_timeout").inc()
         waiting = max(self.snapshot().waiting, 1)
-        seconds = self._departures.seconds_until(waiting)
+        seconds = self._slots.departures.seconds_until(waiting)
         return OverloadedError(retry_after=min(seconds, _MAX_RETRY_AFTER))
 
-    def turn(self, admission: Admission) -> asyncio.Future[None]:
-        """Done when the request may run; must be given to :meth:`leave`."""
-        turn = asyncio.get_running_loop().create_future()
-        self._turns.wait(admission.caller, turn)
+    def wait(self, admission: Admission) -> None:
+        """Give a request its turn when that comes."""
+        self._turns.wait(admission.caller, admission)
         self._next_turns()
-        return turn
 
-    def leave(
-        self,
-        admission: Admission,
-        turn: asyncio.Future[None] | None,
-        *,
-        left_early: bool,
-        served: bool,
-    ) -> None:
-        """Give back a place and, if it had one, its turn."""
-        self._admissions.discard(admission)
+    def handed_over(self, admission: Admission) -> None:
+        """A request that has its turn has been submitted to the engine."""
+        self._slots.hand_over(admission)
+        self._show()
+
+    def end_turn(self, admission: Admission, *, served: bool = False) -> None:
+        """Free what a request holds of the engine; nothing happens where it holds nothing.
+
+        Args:
+            admission: The request. Its place is its own until it leaves.
+            served: Whether it got its whole answer.
+        """
+        if self._slots.end_turn(admission, served=served):
+            self._ended.add(admission)
+            self._turns.finish(admission.caller)
+            self._next_turns()
+
+    def leave(self, admission: Admission, *, left_early: bool) -> None:
+        """Give back a place, and the turn or the wish for one with it."""
         if left_early:
             self._metrics.cancelled.inc()
-        if turn is not None:
-            had_turn = turn.done() and not turn.cancelled() and turn.exception() is None
-            turn.cancel()
-            if had_turn:
-                self._running -= 1
-                self._turns.finish(admission.caller)
-                self._departures.end(turn, served=served)
-            else:
-                self._turns.withdraw(admission.caller, turn)
+        self.end_turn(admission)
+        self._turns.withdraw(admission.caller, admission)
         self._turns.leave(admission.caller)
-        self._next_turns()
+        self._admissions.discard(admission)
+        self._ended.discard(admission)
+        self._show()
 
     def fail_all(self, error: Callable[[], ServiceError]) -> None:
         """End every request, each with an error of its own."""
@@ -361,26 +343,27 @@ class RequestQueue:
 
     def snapshot(self) -> QueueSnapshot:
         """How full the engine is."""
+        running = self._slots.running
         return QueueSnapshot(
-            running=self._running,
-            waiting=len(self._admissions) - self._running,
+            running=running,
+            waiting=len(self._admissions) - running - len(self._ended),
             max_running=self._limits.max_running,
             max_waiting=self._limits.max_waiting,
         )
 
     def _next_turns(self) -> None:
-        while self._running < self._limits.max_running and (head := self._turns.head()):
-            caller, turn = head
-            if turn.done():
+        while self._slots.has_room and (head := self._turns.head()):
+            caller, admission = head
+            if not admission.wants_turn:
                 # It failed or was cancelled, and has not left yet.
-                self._turns.withdraw(caller, turn)
+                self._turns.withdraw(caller, admission)
                 continue
             self._turns.serve()
-            self._running += 1
-            self._departures.start(turn)
-            turn.set_result(None)
+            self._slots.give_turn(admission)
+            admission.take_turn()
         self._show()
 
     def _show(self) -> None:
-        self._metrics.running.set(self._running)
-        self._metrics.waiting.set(len(self._admissions) - self._running)
+        now = self.snapshot()
+        self._metrics.running.set(now.running)
+        self._metrics.waiting.set(now.waiting)

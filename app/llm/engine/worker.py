@@ -111,10 +111,20 @@ class Channel:
 class Worker:
     """The loop between the socket and the backend."""
 
-    def __init__(self, channel: Channel, backend: Backend) -> None:
+    def __init__(self, channel: Channel, backend: Backend, max_running: int) -> None:
+        """Nothing runs.
+
+        Args:
+            channel: Where requests come from and events go.
+            backend: Runs the model.
+            max_running: Most requests that the backend is given at once. Others are held in hand,
+                so that a slot that one step frees is filled before the next step begins.
+        """
         self._channel = channel
         self._backend = backend
-        self._in_flight: set[str] = set()
+        self._max_running = max_running
+        self._running: set[str] = set()
+        self._in_hand: dict[str, GenerationRequest] = {}
         self._reported_stats = EngineStats()
         self._reported_at = time.monotonic()
 
@@ -129,21 +139,22 @@ class Worker:
 
     def _take_commands(self, events: list[TokenEvent]) -> None:
         """Apply every command that has come; wait for one if there is nothing to do."""
-        block = not self._backend.has_work()
+        block = not (self._in_hand or self._backend.has_work())
         while True:
             try:
                 command = self._channel.commands.get(block=block)
             except queue.Empty:
-                return
+                break
             block = False
             if isinstance(command, Submit):
-                self._submit(command, events)
+                self._in_hand[command.request.id] = command.request
             elif isinstance(command, Cancel):
                 self._cancel(command.request_id, events)
+        while self._in_hand and len(self._running) < self._max_running:
+            self._begin(self._in_hand.pop(next(iter(self._in_hand))), events)
 
-    def _submit(self, command: Submit, events: list[TokenEvent]) -> None:
-        request = command.request
-        self._in_flight.add(request.id)
+    def _begin(self, request: GenerationRequest, events: list[TokenEvent]) -> None:
+        self._running.add(request.id)
         try:
             self._check(request)
             self._backend.add(request)
@@ -152,6 +163,7 @@ class Worker:
             raise
         except Exception as error:
             log.exception("a request could not be added", extra={"engine_request": request.id})
+            self._running.discard(request.id)
             events.append(_failure(request.id, error))
 
     def _check(self, request: GenerationRequest) -> None:
@@ -162,14 +174,17 @@ class Worker:
             raise ValueError(f"the prompt is empty, or a token is outside the vocabulary of {size}")
 
     def _cancel(self, request_id: str, events: list[TokenEvent]) -> None:
-        if request_id in self._in_flight:
+        if request_id in self._running:
             self._backend.cancel(request_id)
-            events.append(TokenEvent(request_id=request_id, finish_reason="cancelled"))
+            self._running.remove(request_id)
+        elif self._in_hand.pop(request_id, None) is None:
+            return
+        events.append(TokenEvent(request_id=request_id, finish_reason="cancelled"))
 
     def _report(self, events: list[TokenEvent]) -> None:
         for event in events:
             if event.finish_reason is not None:
-                self._in_flight.discard(event.request_id)
+                self._running.discard(event.request_id)
         stats = self._backend.stats()
         now = time.monotonic()
         # A cancelled request's pages are freed in a step that has no events of its own.
@@ -247,7 +262,7 @@ def main() -> int:
     spare_what_stays()
     try:
         channel.send(Ready())
-        Worker(channel, backend).run()
+        Worker(channel, backend, configure.max_running).run()
     except Exception as error:
         # The backend isolates what belongs to one request; what gets here leaves the model or
         # its cache in doubt. Ending is the one state the client can mend. Its message is about
