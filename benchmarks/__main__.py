@@ -1,4 +1,4 @@
-"""``python -m benchmarks table | curve | overload | soak | page``; ``make bench`` is the first."""
+"""``python -m benchmarks table | curve | overload | refusals | soak | page``."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.bench.load import run
-from benchmarks import curve, overload, page, plots, side_by_side, soak
+from benchmarks import curve, overload, page, plots, refusals, side_by_side, soak
 from benchmarks.paths import RESULTS
 from benchmarks.servers import ENGINES
 
@@ -39,6 +39,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--factor", type=float, default=10.0)
     command.add_argument("--seconds", type=float, default=120.0)
     command.add_argument("--rounds", type=int, default=1)
+    command.add_argument("--engine", default="openvino", choices=ENGINES)
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command = commands.add_parser("refusals", help="what an overload's refusals cost (10 minutes)")
+    command.add_argument("--factor", type=float, default=10.0)
+    command.add_argument("--turns", type=int, default=30)
+    command.add_argument("--seconds", type=float, default=4.0)
     command.add_argument("--engine", default="openvino", choices=ENGINES)
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     commands.add_parser("page", help="write docs/performance.md anew from the kept results")
@@ -73,8 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problems = report.problems()
         print("\n".join([report.describe(), "", *(problems or ["Nothing was left behind."])]))
         return 1 if problems else 0
-    if options.command == "overload":
-        print(run(overload.measure(options)))
+    if options.command in ("overload", "refusals"):
+        measure = overload.measure if options.command == "overload" else refusals.measure
+        print(run(measure(options)))
         return 0
     is_table = options.command == "table"
     data = run(side_by_side.measure(options) if is_table else curve.measure(options))

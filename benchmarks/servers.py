@@ -82,6 +82,14 @@ def ours(engine: str, device: str = "cpu", **settings: str) -> Row:
     return Row(f"ours, {engine}", _uvicorn, environment)
 
 
+def refuser() -> Row:
+    """A server that refuses everything, under the same uvicorn as this service."""
+    command = ["uvicorn", "benchmarks.refuser:app", "--log-level", "warning"]
+    return Row(
+        "refuser", lambda port: [sys.executable, "-m", *command, "--port", str(port)], is_ours=False
+    )
+
+
 def all_rows(device: str, engines: Sequence[str] | None = None) -> list[Row]:
     """The rows for a device; llama-server's package is built for CPUs only."""
     possible = ["transformers"] if device == "cuda" else list(ENGINES)
@@ -170,15 +178,22 @@ def environment_of(row: Row) -> dict[str, str]:
     return {**inherited, **row.environment, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
 
 
-def _spawn(row: Row, command: Sequence[str], path: Path) -> subprocess.Popen[bytes]:
-    with path.open("wb") as log:
+def _log_of(row: Row) -> Path:
+    return LOGS / f"{row.name.replace(' ', '-').replace(',', '')}.log"
+
+
+def spawn(row: Row, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a row's command, in a session of its own; what it writes goes into the row's log."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    with _log_of(row).open("wb") as log:
         return subprocess.Popen(
             command,
             cwd=ROOT,
@@ -197,20 +212,18 @@ async def start(row: Row) -> Server:
     Raises:
         StartError: It ends, or does not answer in time.
     """
-    port = _free_port()
+    port = free_port()
     try:
         command = row.command(port)
     except peers.PreparationError as error:
         raise StartError(str(error)) from None
-    LOGS.mkdir(parents=True, exist_ok=True)
-    path = LOGS / f"{row.name.replace(' ', '-').replace(',', '')}.log"
     started = time.perf_counter()
-    process = _spawn(row, command, path)
+    process = spawn(row, command)
     key = KEY if row.is_ours else ""
     target = Target(f"http://127.0.0.1:{port}", row.route, key, row.model, SYSTEM)
     server = Server(row, target, process)
     try:
-        await _wait_for_answer(server, started, path)
+        await _wait_for_answer(server, started, _log_of(row))
     except BaseException:
         server.stop()
         raise
