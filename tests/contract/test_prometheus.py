@@ -238,7 +238,7 @@ def test_a_real_prometheus_scrapes_the_service_and_fills_the_dashboard(tmp_path:
             ENGINE__ECHO_STEP_SECONDS="0.02",
             PII__INPUT="redact",
             RATE_LIMIT__ENABLED="true",
-            RATE_LIMIT__REQUESTS_PER_MINUTE="600",
+            RATE_LIMIT__REQUESTS_PER_MINUTE="120",
             RATE_LIMIT__BURST_SIZE="5",
         ) as service,
         running_prometheus(tmp_path, service.base_url.removeprefix("http://")) as prometheus,
