@@ -1,5 +1,6 @@
 """Requests in hand: the engine has the next ones before their slots are free."""
 
+import asyncio
 import queue
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -80,6 +81,16 @@ async def test_a_request_in_hand_can_wait_too_long() -> None:
         await engine.tasks[names[-1]]
     assert list(engine.running) == names[:SLOTS]
     assert counts(engine) == (SLOTS, 0)
+
+
+async def test_what_is_being_answered_waits_no_longer() -> None:
+    """After a restart the engine may have begun what counts as in hand here."""
+    engine, names = await full(1, queue_timeout_seconds=0.05)
+    engine.running[names[-1]].deliver(TokenEvent(names[-1], [2]))
+    await asyncio.sleep(0.1)
+    assert not engine.tasks[names[-1]].done()
+    await engine.end(names[-1])
+    assert [e.token_ids for e in await engine.tasks[names[-1]]] == [[2], [2]]
 
 
 async def test_a_request_in_hand_that_leaves_makes_room_for_the_next() -> None:

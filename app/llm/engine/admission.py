@@ -104,6 +104,7 @@ class Admission:
         self._unfinished: GenerationRequest | None = None
         self._prompt_tokens = 0
         self._begun = False
+        self._answered = False
         self._released = False
         self._error: ServiceError | None = None
         self._preparing: asyncio.Timeout | None = None
@@ -117,7 +118,7 @@ class Admission:
             self._timers.append(loop.call_later(begin, self._waited_too_long))
 
     def _waited_too_long(self) -> None:
-        if self._error is None and not self._begun:
+        if self._error is None and not (self._begun or self._answered):
             self.fail(self._queue.timed_out())
 
     async def prepare(self, work: Awaitable[T]) -> T:
@@ -192,6 +193,8 @@ class Admission:
     def deliver(self, event: TokenEvent) -> None:
         """Take an event from the engine."""
         self._mailbox.put(event)
+        # After a restart the engine takes requests up in another order than it is computed here.
+        self._answered = True
         if event.finish_reason is not None:
             # Its slot is free now, whenever its reader gets to its last event.
             self._queue.end_turn(self, served=event.finish_reason != "error")
