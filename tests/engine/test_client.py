@@ -13,6 +13,7 @@ from app.core.config import ModelSettings
 from app.llm.engine.admission import Admission
 from app.llm.engine.base import GenerationRequest, SamplingParams, TokenEvent
 from app.llm.engine.client import EngineClient, EngineState
+from app.llm.engine.watchdog import LOOK_SECONDS, STALLED_LOOKS
 from app.utils.errors import (
     DeadlineExceededError,
     DrainingError,
@@ -245,11 +246,28 @@ async def test_a_model_that_cannot_be_loaded_is_fatal_with_one_line(tmp_path: Pa
     """The engine does not try for ever, and says what is wrong."""
     engine = EchoEngine(model=ModelSettings(source="local", name=str(tmp_path / "missing")))
     await engine.client.start()
-    await engine.until(EngineState.FAILED)
+    message = await engine.ended()
     await engine.client.stop()
-    assert len(engine.fatal) == 1
-    assert "does not exist" in engine.fatal[0]
-    assert "\n" not in engine.fatal[0]
+    assert "does not exist" in message
+    assert "\n" not in message
+
+
+async def test_the_end_leaves_time_for_the_last_answers() -> None:
+    """An answer is written after its request gave its place back; it has to arrive, too."""
+    async with echo_engine(max_restarts=0, echo_step_seconds=0.1) as engine:
+        running = asyncio.create_task(collect(engine.client, "x" * 100))
+        async with asyncio.timeout(10):
+            # It is not tried again once something of its answer came.
+            while not engine.value("tokens_generated_total", model="echo"):  # noqa: ASYNC110 - polls another process
+                await asyncio.sleep(0.01)
+        os.kill(pid(engine.client), signal.SIGKILL)
+        with pytest.raises(EngineUnavailableError):
+            await running
+        assert engine.client.is_idle
+        await engine.until(EngineState.FAILED)
+        await asyncio.sleep(0.1)
+        assert engine.fatal == []
+        assert "died 1 times" in await engine.ended()
 
 
 async def test_it_is_ready_once_the_service_is_prepared_too() -> None:
@@ -263,13 +281,16 @@ async def test_it_is_ready_once_the_service_is_prepared_too() -> None:
         assert proceed.wait(30)
 
     await engine.client.start(prepare)
-    # Otherwise it is ready in less than half a second.
-    await asyncio.sleep(2)
+    # The engine process is ready in less than half a second, and stands still for longer than one
+    # may that has something to do.
+    await asyncio.sleep((STALLED_LOOKS + 4) * LOOK_SECONDS)
     assert engine.client.state is EngineState.LOADING
     with pytest.raises(ModelLoadingError):
         engine.client.admit()
     proceed.set()
     await engine.until(EngineState.READY)
+    assert (await collect(engine.client))[-1].finish_reason == "stop"
+    assert engine.client.restarts == 0
     os.kill(pid(engine.client), signal.SIGKILL)
     await engine.until(EngineState.RESTARTING)
     await engine.until(EngineState.READY)
@@ -292,9 +313,8 @@ async def test_a_service_that_cannot_be_prepared_ends() -> None:
         raise ImportError
 
     await engine.client.start(prepare)
-    await engine.until(EngineState.FAILED)
+    assert await engine.ended() == "the service cannot be made ready; the log above says why"
     await engine.client.stop()
-    assert engine.fatal == ["the service cannot be made ready; the log above says why"]
     assert engine.client.restarts == 0
 
 

@@ -43,6 +43,18 @@ class EchoEngine:
             while self.client.state is not state:  # noqa: ASYNC110 - polls another process
                 await asyncio.sleep(0.01)
 
+    async def ended(self) -> str:
+        """Wait until it is beyond repair; returns what is wrong.
+
+        Raises:
+            TimeoutError: It is not within 30 seconds.
+        """
+        async with asyncio.timeout(30):
+            while not self.fatal:  # noqa: ASYNC110 - polls another process
+                await asyncio.sleep(0.01)
+        (message,) = self.fatal
+        return message
+
     def value(self, name: str, **labels: str) -> float:
         """A metric's value; 0 for a series that has no sample yet."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0

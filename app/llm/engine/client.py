@@ -43,7 +43,8 @@ from app.utils.garbage import spare_what_stays
 log = get_logger("engine")
 
 _LOADING_RETRY_AFTER = 5.0
-# So long do requests have to tell their callers of the end, before it comes.
+# So long do answers have to reach their callers before the end, those of requests too that have
+# given back their places.
 _LAST_WORDS_SECONDS = 0.5
 
 
@@ -112,6 +113,7 @@ class EngineClient:
         self._supervisor: asyncio.Task[None] | None = None
         self._prepare: Callable[[], None] = _nothing
         self._prepared: asyncio.Task[None] | None = None
+        self._describing: asyncio.Task[None] | None = None
         self._in_flight = InFlight(self._submit)
         self._patience: asyncio.TimerHandle | None = None
 
@@ -204,7 +206,9 @@ class EngineClient:
             raise
         finally:
             watching.cancel()
-            self._process = None
+            if self._describing is not None:
+                self._describing.cancel()
+            self._process = self._describing = None
         return ready, ending
 
     async def _watch(self, process: EngineProcess, watchdog: Watchdog) -> None:
@@ -229,9 +233,12 @@ class EngineClient:
             self.loading_message = report.message
             log.info(report.message)
         elif isinstance(report, Loaded):
-            await self._describe(report.info)
+            # The process loads on meanwhile, and is to be heard: one that is ready stands still.
+            self._describing = asyncio.create_task(self._describe(report.info), name="description")
         elif isinstance(report, Ready):
             self._phase = Duty.NOTHING
+            if self._describing is not None:
+                await self._describing
             self._serve()
             log.info("ready for requests")
         else:
@@ -239,7 +246,8 @@ class EngineClient:
 
     async def _describe(self, info: EngineInfo) -> None:
         if self._prepared is not None:
-            await self._prepared
+            # It is done once, and goes on should this engine process die.
+            await asyncio.shield(self._prepared)
         if self.tokenizer is None or info != self.info:
             # A large vocabulary takes seconds to parse.
             self.tokenizer = await asyncio.to_thread(PromptTokenizer, info)
@@ -291,9 +299,8 @@ class EngineClient:
 
     async def _give_up(self, message: str) -> None:
         self.state = EngineState.FAILED
-        if not self.queue.is_empty:
-            self._end_requests(EngineUnavailableError)
-            await asyncio.sleep(_LAST_WORDS_SECONDS)
+        self._end_requests(EngineUnavailableError)
+        await asyncio.sleep(_LAST_WORDS_SECONDS)
         self._on_fatal(message)
 
     @property
