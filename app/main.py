@@ -19,7 +19,11 @@ from app import __version__
 from app.api.dependencies import Services
 from app.api.errors import register_error_handlers
 from app.api.load_shedding import LoadShedding
-from app.api.middleware import BodyLimitMiddleware, RequestContextMiddleware
+from app.api.middleware import (
+    BodyLimitMiddleware,
+    LoadSheddingMiddleware,
+    RequestContextMiddleware,
+)
 from app.api.routers import (
     chat,
     chat_completions,
@@ -163,6 +167,8 @@ def _build(settings: Settings, services: Services, chains: "Callable[[], Chains]
         docs_url="/docs" if interactive else None,
         redoc_url=None,
         openapi_url="/openapi.json" if interactive else None,
+        # It would export the messages and tracebacks of exceptions, prompts and all.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.services = services
     register_error_handlers(app)
@@ -172,6 +178,7 @@ def _build(settings: Settings, services: Services, chains: "Callable[[], Chains]
     ):
         # An included router is asked twice for each request, and each of its routes with it.
         app.router.routes.extend(module.router.routes)
+    app.add_middleware(LoadSheddingMiddleware, shedding=services.shedding, routes=app.routes)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.security.max_body_bytes)
     # Added last, so that it is outermost.
     app.add_middleware(

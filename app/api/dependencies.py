@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic import BeforeValidator, WithJsonSchema
 from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
 from app.api.errors import error_response, validation_error, with_errors
@@ -209,43 +210,87 @@ class GuardedRoute(APIRoute):
         """The status with which an error is answered on this route."""
         return error.status
 
+    async def enter(self, request: Request) -> None:
+        """Let a request in, unless it has been let in before.
+
+        Its caller is found out and takes a token of its bucket, the body is read, and what the
+        engine has no place for is refused.
+
+        Raises:
+            ServiceError: It may not enter. See :meth:`refuse`.
+        """
+        if _BODY in request.scope:
+            return
+        services = services_of(request)
+        request.state.principal = caller = identify(request)
+        request.state.limit_headers = services.limits.take(f"key:{caller.key_id}", reason="key")
+        if self.scope is not None:
+            caller.require(self.scope)
+        body = b""
+        if self.body_field is not None:
+            body = await _read_body(request)
+            if self.generates:
+                services.shedding.check(caller.key_id, request.scope["headers"], body)
+        request.scope[_BODY] = body
+
+    def refuse(self, request: Request, error: ServiceError) -> Response:
+        """The response that stands for an error, also for one of :meth:`enter`."""
+        error.status = self.status_of(error)
+        error.headers.update(_limit_headers(request))
+        return error_response(error)
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler, behind the guard."""
         handle = super().get_route_handler()
-        takes_body = self.body_field is not None
 
         async def answer(request: Request) -> Response:
-            if not takes_body:
+            if self.body_field is None:
                 return await handle(request)
-            body = await request.body()
+            body: bytes = request.scope[_BODY]
 
             async def answer_now() -> Response:
                 return await handle(_ParsedRequest(request.scope, request.receive, body))
 
-            services = services_of(request)
-            if self.generates:
-                services.shedding.check(request, body)
-            return await answer_once(services.idempotency, request, body, answer_now)
+            return await answer_once(services_of(request).idempotency, request, body, answer_now)
 
         async def guarded(request: Request) -> Response:
-            limit_headers = await _admit_caller(request)
             try:
-                if self.scope is not None:
-                    request.state.principal.require(self.scope)
+                await self.enter(request)
                 response = await answer(request)
             except RequestValidationError as error:
-                refusal = self.refusal(error.errors())
-                refusal.status = self.status_of(refusal)
-                refusal.headers.update(limit_headers)
-                return error_response(refusal)
+                return self.refuse(request, self.refusal(error.errors()))
             except ServiceError as error:
-                error.status = self.status_of(error)
-                error.headers.update(limit_headers)
-                return error_response(error)
-            response.headers.update(limit_headers)
+                return self.refuse(request, error)
+            response.headers.update(_limit_headers(request))
             return response
 
         return guarded
+
+
+async def _read_body(request: Request) -> bytes:
+    """A request's body, which nearly always has come at once.
+
+    Raises:
+        ClientDisconnect: The client has left.
+    """
+    pieces: list[bytes] = []
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        pieces.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(pieces)
+
+
+# Where a request that has been let in keeps its body.
+_BODY = "llm_service.body"
+
+
+def _limit_headers(request: Request) -> dict[str, str]:
+    """The X-RateLimit headers of the answer; none where no token was taken of a key's bucket."""
+    headers: dict[str, str] = getattr(request.state, "limit_headers", {})
+    return headers
 
 
 class GeneratingRoute(GuardedRoute):
@@ -260,21 +305,7 @@ class AnyKeyRoute(GuardedRoute):
     scope = None
 
 
-async def _admit_caller(request: Request) -> dict[str, str]:
-    """Find out who calls and take a token from that caller's bucket.
-
-    Returns:
-        The X-RateLimit headers of the answer.
-
-    Raises:
-        InvalidAPIKeyError: See :func:`identify`.
-        RateLimitExceededError: The bucket is empty.
-    """
-    request.state.principal = principal = await identify(request)
-    return await services_of(request).limits.take(request, f"key:{principal.key_id}", reason="key")
-
-
-async def identify(request: Request) -> Principal:
+def identify(request: Request) -> Principal:
     """Who calls.
 
     Raises:
@@ -286,8 +317,7 @@ async def identify(request: Request) -> Principal:
         return services.keys.authenticate(request.headers)
     except InvalidAPIKeyError as error:
         address = services.addresses.of(request.scope.get("client"), request.headers)
-        headers = await services.limits.take(request, f"ip:{address}", reason="ip")
-        error.headers.update(headers)
+        error.headers.update(services.limits.take(f"ip:{address}", reason="ip"))
         raise
 
 

@@ -4,11 +4,14 @@ Under an overload most requests are refused, and what a refusal costs is taken f
 of the others. Two thirds of it went into parsing and routing a request whose fate was known.
 """
 
+from collections.abc import Iterable
+
 from cachetools import FIFOCache
-from fastapi import Request
 
 from app.api.idempotency import HEADER as IDEMPOTENCY_KEY
 from app.llm.engine.client import EngineClient, EngineState
+
+_IDEMPOTENCY_KEY = IDEMPOTENCY_KEY.lower().encode()
 
 
 class LoadShedding:
@@ -28,22 +31,27 @@ class LoadShedding:
         self._engine = engine
         self._seen: FIFOCache[int, None] = FIFOCache(maxsize=max(remembered, 1))
 
-    def check(self, request: Request, body: bytes) -> None:
+    @property
+    def is_near(self) -> bool:
+        """Whether some caller would be refused now."""
+        # An engine that is not ready has time for mistakes to be told.
+        return self._engine.state is EngineState.READY and self._engine.queue.is_crowded
+
+    def check(self, caller: str, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """Refuse a request now, if it would be refused once it is parsed.
 
         Args:
-            request: Its ``state.principal`` is the caller.
+            caller: Whose request it is.
+            headers: The request's headers, their names in lower case.
             body: The request's body.
 
         Raises:
             OverloadedError: No place is free for this caller.
         """
-        # An engine that is not ready has time for mistakes to be told.
-        if self._engine.state is not EngineState.READY or IDEMPOTENCY_KEY in request.headers:
-            return
-        caller = request.state.principal.key_id
         # Two bodies with one hash cost the second one a refusal that comes a little later.
         asked = hash((caller, body))
-        if asked not in self._seen:
+        if asked in self._seen:
+            return
+        if self.is_near and all(name != _IDEMPOTENCY_KEY for name, _ in headers):
             self._engine.check(caller)
-            self._seen[asked] = None
+        self._seen[asked] = None

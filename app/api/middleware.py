@@ -1,32 +1,44 @@
-"""Pure ASGI middleware: request id, timing, metrics, access log, crashes, body limit."""
+"""Pure ASGI middleware: request id, timing, metrics, access log, crashes, limits.
 
+Under an overload a refusal is all that most requests get, and what it costs is taken from the
+answers of the others: so headers are read and added here as the pairs of bytes that they are.
+"""
+
+import logging
+import random
 import re
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from http import HTTPStatus
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.dependencies import GuardedRoute
 from app.api.errors import METHODS, error_response
+from app.api.load_shedding import LoadShedding
 from app.core.logging import get_logger, request_id_var
 from app.core.metrics import Metrics
-from app.utils.errors import BodyTooLargeError, InternalError
+from app.utils.errors import BodyTooLargeError, InternalError, ServiceError
 from app.utils.timing import Stopwatch
 
 log = get_logger()
 
+HeaderPairs = Iterable[tuple[bytes, bytes]]
+
 UNMATCHED = "unmatched"
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _SECURITY_HEADERS = (
-    ("Cache-Control", "no-store"),
-    ("Referrer-Policy", "no-referrer"),
-    ("X-Content-Type-Options", "nosniff"),
+    (b"cache-control", b"no-store"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
 )
 # What is no page needs nothing; a page, such as /docs, brings its scripts, but nobody's frame.
-_DATA_POLICY = "default-src 'none'; frame-ancestors 'none'"
-_PAGE_POLICY = "base-uri 'none'; frame-ancestors 'none'; object-src 'none'"
+_POLICY = b"content-security-policy"
+_DATA_POLICY = b"default-src 'none'; frame-ancestors 'none'"
+_PAGE_POLICY = b"base-uri 'none'; frame-ancestors 'none'; object-src 'none'"
+_CLOSE = (b"connection", b"close")
 # Called every few seconds by machines; they would drown what people want to read.
 _QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 
@@ -40,8 +52,10 @@ class RequestContextMiddleware:
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, leaving: Callable[[], bool]) -> None:
         self._app = app
-        self._metrics = metrics
         self._leaving = leaving
+        # Looking a series up by its labels takes longer than adding to it.
+        self._requests = cache(metrics.http_requests.labels)
+        self._duration = cache(metrics.http_duration.labels)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -49,7 +63,7 @@ class RequestContextMiddleware:
             await self._app(scope, receive, send)
             return
         watch = Stopwatch()
-        request_id = _request_id(Headers(scope=scope))
+        request_id = _request_id(scope["headers"])
         token = request_id_var.set(request_id)
         status = 0
 
@@ -57,13 +71,15 @@ class RequestContextMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = request_id
-                headers["X-Process-Time"] = f"{watch.seconds:.6f}"
-                if self._leaving():
+                headers = secured(message["headers"])
+                headers += (
+                    (b"x-request-id", request_id.encode()),
+                    (b"x-process-time", b"%.6f" % watch.seconds),
+                )
+                if self._leaving() and _CLOSE not in headers:
                     # A request sent down this connection later would cross with its end.
-                    headers["Connection"] = "close"
-                secure(headers)
+                    headers.append(_CLOSE)
+                message = {**message, "headers": headers}
             await send(message)
 
         try:
@@ -88,21 +104,23 @@ class RequestContextMiddleware:
         code = status or 499
         # Anybody can try every method on every route, and each pair would have its histogram.
         endpoint = UNMATCHED if code == HTTPStatus.METHOD_NOT_ALLOWED else route
-        self._metrics.http_requests.labels(method, endpoint, str(code)).inc()
-        self._metrics.http_duration.labels(method, endpoint).observe(seconds)
-        write = log.debug if route in _QUIET_ROUTES else log.info
-        write(
-            "%s %s - %d",
-            method,
-            route,
-            code,
-            extra={
-                "method": method,
-                "route": route,
-                "status_code": code,
-                "latency_ms": round(seconds * 1000, 2),
-            },
-        )
+        self._requests(method, endpoint, code).inc()
+        self._duration(method, endpoint).observe(seconds)
+        level = logging.DEBUG if route in _QUIET_ROUTES else logging.INFO
+        if log.isEnabledFor(level):
+            log.log(
+                level,
+                "%s %s - %d",
+                method,
+                route,
+                code,
+                extra={
+                    "method": method,
+                    "route": route,
+                    "status_code": code,
+                    "latency_ms": round(seconds * 1000, 2),
+                },
+            )
 
 
 class BodyLimitMiddleware:
@@ -117,8 +135,8 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        announced = Headers(scope=scope).get("content-length", "")
-        if announced.isdecimal() and int(announced[:20]) > self._max_bytes:
+        announced = _value(scope["headers"], b"content-length")
+        if announced.isdigit() and int(announced[:20]) > self._max_bytes:
             await error_response(BodyTooLargeError(self._max_bytes))(scope, receive, send)
             return
         received = 0
@@ -135,12 +153,53 @@ class BodyLimitMiddleware:
         await self._app(scope, limited_receive, send)
 
 
-def secure(headers: MutableHeaders) -> None:
-    """Tell browsers and proxies what they may do with a response; its own headers go first."""
-    for name, value in _SECURITY_HEADERS:
-        headers.setdefault(name, value)
-    is_page = headers.get("content-type", "").startswith("text/html")
-    headers.setdefault("Content-Security-Policy", _PAGE_POLICY if is_page else _DATA_POLICY)
+class LoadSheddingMiddleware:
+    """Lets requests in before they are routed, while the engine has no place for some of them.
+
+    Most of these are refused, and the framework's way to a route costs more than a refusal. The
+    route's own guard decides, and does not ask again when a request that passed gets there.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, shedding: LoadShedding, routes: Sequence[BaseRoute]
+    ) -> None:
+        self._app = app
+        self._shedding = shedding
+        self._routes = {
+            (method, route.path): route
+            for route in routes
+            if isinstance(route, GuardedRoute) and route.generates and not route.param_convertors
+            for method in route.methods or ()
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] == "http" and self._shedding.is_near:
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            if route := self._routes.get((scope["method"], path)):
+                request = Request(scope, receive)
+                try:
+                    await route.enter(request)
+                except ServiceError as error:
+                    # The router has not said so.
+                    scope["route"] = route
+                    await route.refuse(request, error)(scope, receive, send)
+                    return
+        await self._app(scope, receive, send)
+
+
+def secured(headers: HeaderPairs) -> list[tuple[bytes, bytes]]:
+    """A response's headers, and what tells browsers and proxies what they may do with it.
+
+    Args:
+        headers: Its own, which go first; their names are lower case, as ASGI has them.
+    """
+    own = dict(headers)
+    added = [pair for pair in _SECURITY_HEADERS if pair[0] not in own]
+    if _POLICY not in own:
+        is_page = own.get(b"content-type", b"").startswith(b"text/html")
+        added.append((_POLICY, _PAGE_POLICY if is_page else _DATA_POLICY))
+    return [*headers, *added]
 
 
 def route_template(scope: Scope) -> str:
@@ -149,7 +208,20 @@ def route_template(scope: Scope) -> str:
     return path if isinstance(path, str) else UNMATCHED
 
 
-def _request_id(headers: Headers) -> str:
+def _value(headers: HeaderPairs, name: bytes) -> bytes:
+    """The first header of this name, which is lower case as they are; or nothing."""
+    for header, value in headers:
+        if header == name:
+            return value
+    return b""
+
+
+def new_request_id() -> str:
+    """A name for a request, as UUIDs without meaning are; asking the system costs more."""
+    return f"req-{random.getrandbits(128):032x}"
+
+
+def _request_id(headers: HeaderPairs) -> str:
     """The caller's id where it is harmless in a log, else a new one."""
-    given = headers.get("x-request-id", "")
-    return given if _SANE_REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+    given = _value(headers, b"x-request-id").decode("latin-1")
+    return given if _SANE_REQUEST_ID.fullmatch(given) else new_request_id()

@@ -26,8 +26,6 @@ request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 # Loggers of libraries whose lines at INFO are noise here, or repeat the access log.
 _QUIET = ("httpx", "httpcore", "huggingface_hub", "transformers", "filelock", "sse_starlette")
-# It repeats each refusal, which the access log and a metric tell already.
-_SILENT = ("slowapi",)
 
 
 def get_logger(name: str | None = None) -> logging.Logger:
@@ -117,5 +115,3 @@ def configure_logging(settings: LoggingSettings, stream: TextIO | None = None) -
     access.propagate = False
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in _SILENT:
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""Rate limiting: a true token bucket for each caller, behind slowapi.
+"""Rate limiting: a true token bucket for each caller, behind slowapi's limiter.
 
-slowapi brings the limiter, its exception and its decorator; the bucket is a strategy of our own,
-registered with ``limits``, because neither library has one. slowapi's middlewares are not used:
-they exempt included routers, and its decorator on a handler would run after the body is read.
+slowapi brings the limiter; the bucket is a strategy of our own, registered with ``limits``, because
+neither library has one. Nothing else of slowapi is used: its middlewares exempt included routers,
+and its decorator on a handler would run after the body is read (docs/adr/0006).
 """
 
 import ipaddress
@@ -13,14 +13,12 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cachetools import TTLCache
-from limits import RateLimitItem, WindowStats
+from limits import RateLimitItem, WindowStats, parse
 from limits.storage import StorageTypes
 from limits.strategies import STRATEGIES, RateLimiter
 from slowapi import Limiter
-from slowapi.errors import RateLimitExceeded
 
 from app.core.config import RateLimitSettings
 from app.core.metrics import Metrics
@@ -134,33 +132,24 @@ class CallerLimits:
     def __init__(self, settings: RateLimitSettings, metrics: Metrics) -> None:
         self._enabled = settings.enabled
         self._metrics = metrics
+        self._limit = parse(f"{settings.requests_per_minute}/minute")
         with warnings.catch_warnings():
             # The null device is no regular file, which starlette's reader remarks on.
             warnings.simplefilter("ignore", UserWarning)
-            self._limiter = Limiter(
-                key_func=_caller_of,
+            limiter = Limiter(
+                key_func=str,
                 strategy=_STRATEGY,
                 storage_uri="memory://",
-                enabled=settings.enabled,
-                key_style="endpoint",
                 # Its default would read the project's .env once more, with other names in mind.
                 config_filename=os.devnull,
             )
-        # It would let a stray RATELIMIT_ENABLED of the environment decide.
-        self._limiter.enabled = settings.enabled
-        self.buckets: TokenBucketRateLimiter = self._limiter.limiter
+        self.buckets: TokenBucketRateLimiter = limiter.limiter
         self.buckets.burst_size = settings.burst_size
 
-        async def take(request: Any) -> None:
-            """Stands for every limited route, so that all of them share a caller's bucket."""
-
-        self._take = self._limiter.limit(f"{settings.requests_per_minute}/minute")(take)
-
-    async def take(self, request: Any, caller: str, *, reason: str) -> dict[str, str]:
+    def take(self, caller: str, *, reason: str) -> dict[str, str]:
         """Take a token from ``caller``'s bucket.
 
         Args:
-            request: The HTTP request; its state carries the caller to slowapi.
             caller: ``key:...`` or ``ip:...``.
             reason: Label of the refusal in the metrics.
 
@@ -172,25 +161,14 @@ class CallerLimits:
         """
         if not self._enabled:
             return {}
-        request.state.rate_limit_caller = caller
-        request.state._rate_limiting_complete = False
-        try:
-            await self._take(request=request)
-        except RateLimitExceeded:
+        taken = self.buckets.hit(self._limit, caller)
+        state = self.buckets.state(self._limit, caller)
+        if not taken:
             self._metrics.rate_limited.labels(reason).inc()
-            state = self._state(request)
             error = RateLimitExceededError(retry_after=state.retry_after)
             error.headers.update(state.headers())
-            raise error from None
-        return self._state(request).headers()
-
-    def _state(self, request: Any) -> BucketState:
-        item, identifiers = request.state.view_rate_limit
-        return self.buckets.state(item, *identifiers)
-
-
-def _caller_of(request: Any) -> str:
-    return str(request.state.rate_limit_caller)
+            raise error
+        return state.headers()
 
 
 class ClientAddress:

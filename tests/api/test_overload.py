@@ -7,11 +7,9 @@ from typing import Any, cast
 
 import httpx
 import pytest
-from fastapi import Request
 
 from app.api.load_shedding import LoadShedding
 from app.bench.targets import Route, Target
-from app.core.security import Principal
 from app.llm.engine.client import EngineClient, EngineState
 from app.utils.errors import OverloadedError
 from benchmarks.overload import overload
@@ -28,10 +26,9 @@ KEPT = {"prompt": "kept", "temperature": 0}
 
 
 @asynccontextmanager
-async def a_full_engine(**engine: Any) -> AsyncIterator[Client]:
+async def a_full_engine(**sections: Any) -> AsyncIterator[Client]:
     """A service all of whose places are taken, after it has answered one request."""
-    limits = {"max_running": 1, "max_waiting": 1, **engine}
-    async with start(engine=limits) as client:
+    async with start(engine={"max_running": 1, "max_waiting": 1}, **sections) as client:
         first = await client.http.post("/v1/generate", json=KEPT)
         assert first.status_code == 200
         places = [client.services.engine.admit("somebody") for _ in range(2)]
@@ -120,6 +117,37 @@ async def test_what_needs_no_place_is_answered() -> None:
         assert (await client.http.get("/v1/models")).status_code == 200
 
 
+async def test_a_request_is_let_in_once() -> None:
+    """What a full engine lets pass has its key and its bucket asked before it is routed, only."""
+    limits = {"enabled": True, "requests_per_minute": 60, "burst_size": 10}
+    async with a_full_engine(rate_limit=limits) as client:
+        left = [
+            int(
+                (await client.http.post("/v1/generate", json=KEPT)).headers["x-ratelimit-remaining"]
+            )
+            for _ in range(3)
+        ]
+        refused = await client.http.post("/v1/generate", json={"prompt": "another"})
+    assert left == [left[0], left[0] - 1, left[0] - 2]
+    assert code_of(refused) == "overloaded"
+    assert int(refused.headers["x-ratelimit-remaining"]) == left[0] - 3
+
+
+async def test_a_refusal_is_counted_under_its_route() -> None:
+    """As if the router had found it, also where the service is mounted below another path."""
+    async with a_full_engine() as client:
+        # Not even parsed, though it is not JSON: it was refused before it was routed.
+        refused = await client.http.post("/v1/chat", content=b"{")
+        assert code_of(refused) == "overloaded"
+        below = httpx.ASGITransport(client.app, root_path="/below")
+        async with httpx.AsyncClient(transport=below, headers=client.http.headers) as http:
+            refused = await http.post("http://test/below/v1/chat", content=b"{")
+        assert code_of(refused) == "overloaded"
+        labels = {"method": "POST", "endpoint": "/v1/chat", "status": "503"}
+        registry = client.services.metrics.registry
+        assert registry.get_sample_value("http_requests_total", labels) == 2
+
+
 class CountingEngine:
     """Says whether there is room, and counts how often it is asked."""
 
@@ -128,6 +156,12 @@ class CountingEngine:
     def __init__(self) -> None:
         self.asked = 0
         self.is_full = False
+        self.queue = self
+
+    @property
+    def is_crowded(self) -> bool:
+        """Always, so that it is asked about each caller."""
+        return True
 
     def check(self, _caller: str) -> None:
         """Refuse while it is full."""
@@ -140,16 +174,14 @@ def test_few_bodies_are_remembered() -> None:
     """The oldest makes room; what is refused is not remembered, so that it is refused again."""
     engine = CountingEngine()
     shedding = LoadShedding(cast("EngineClient", engine), remembered=2)
-    request = Request({"type": "http", "headers": []})
-    request.state.principal = Principal(name="a", key_id="k", scopes=frozenset())
     for body in (b"1", b"2", b"2", b"3"):
-        shedding.check(request, body)
+        shedding.check("k", [], body)
     assert engine.asked == 3
     engine.is_full = True
-    shedding.check(request, b"3")
+    shedding.check("k", [], b"3")
     for _ in range(2):
         with pytest.raises(OverloadedError):
-            shedding.check(request, b"1")
+            shedding.check("k", [], b"1")
 
 
 async def test_ten_times_the_capacity_for_a_moment() -> None:

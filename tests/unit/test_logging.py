@@ -145,7 +145,7 @@ def test_text_shows_tracebacks() -> None:
 @pytest.fixture
 def restored() -> Iterator[None]:
     """Puts back the root logger's handlers and the levels that configure_logging changes."""
-    names = ("uvicorn", "uvicorn.error", "uvicorn.access", "llm_service", "httpx", "slowapi", None)
+    names = ("uvicorn", "uvicorn.error", "uvicorn.access", "llm_service", "httpx", None)
     before = [(logging.getLogger(n), logging.getLogger(n).level) for n in names]
     handlers = logging.getLogger().handlers[:]
     yield
@@ -183,7 +183,6 @@ def test_noise_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     logging.getLogger("uvicorn.access").info("GET /?key=secret")
     logging.getLogger("httpx").info("HTTP Request: GET")
     logging.getLogger("some.library").info("hello")
-    logging.getLogger("slowapi").warning("ratelimit exceeded at endpoint")
     get_logger().warning("kept")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("WARNING llm_service: kept")

@@ -8,13 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from limits import parse
 from limits.storage import MemoryStorage
-from starlette.requests import Request
 
 from app.core.config import RateLimitSettings
 from app.core.metrics import Metrics
 from app.core.rate_limit import CallerLimits, ClientAddress, TokenBucketRateLimiter
 from app.utils.errors import RateLimitExceededError
-from tests.support.asgi import http_scope
 
 # One token a second.
 RATE = parse("60/minute")
@@ -137,35 +135,30 @@ def test_a_thousand_callers_at_once_get_exactly_the_burst() -> None:
 # --- The limits in front of the routes ------------------------------------------------------------
 
 
-def request() -> Request:
-    """A request, for slowapi to keep its notes on."""
-    return Request(http_scope("POST", "/v1/chat"))
-
-
-async def test_taking_returns_headers_and_refusing_carries_them() -> None:
+def test_taking_returns_headers_and_refusing_carries_them() -> None:
     """A taken token is told in the headers; the refusal has them too, and when to come back."""
     metrics = Metrics()
     settings = RateLimitSettings(requests_per_minute=60, burst_size=1)
     limits = CallerLimits(settings, metrics)
     clock = limits.buckets.clock = Clock()
-    headers = await limits.take(request(), "key:a", reason="key")
+    headers = limits.take("key:a", reason="key")
     assert headers["X-RateLimit-Remaining"] == "0"
     clock.now += 0.5
     with pytest.raises(RateLimitExceededError) as caught:
-        await limits.take(request(), "key:a", reason="key")
+        limits.take("key:a", reason="key")
     assert caught.value.headers["Retry-After"] == "1"
     assert caught.value.headers["X-RateLimit-Limit"] == "1"
     refused = metrics.registry.get_sample_value("rate_limited_total", {"reason": "key"})
     assert refused == 1
-    await limits.take(request(), "key:b", reason="key")
+    limits.take("key:b", reason="key")
 
 
-async def test_limits_that_are_off_take_nothing() -> None:
+def test_limits_that_are_off_take_nothing() -> None:
     """Switched off, every request passes and no header pretends otherwise."""
     settings = RateLimitSettings(enabled=False, requests_per_minute=1)
     limits = CallerLimits(settings, Metrics())
     for _ in range(5):
-        assert await limits.take(request(), "key:a", reason="key") == {}
+        assert limits.take("key:a", reason="key") == {}
 
 
 # --- Addresses ------------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ from functools import partial
 from typing import Any, cast
 
 from fastapi import FastAPI
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from app.api.middleware import RequestContextMiddleware
 from app.api.server.connections import Connections
 from app.api.server.protocol import GuardedProtocol
 from app.core.logging import get_logger
@@ -30,6 +31,16 @@ class GuardedApplication(FastAPI):
     def __init__(self, *, connections: Connections, **options: Any) -> None:
         super().__init__(**options)
         self._connections = connections
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """The layers of the application, from the request's context on.
+
+        What the framework puts around that answers crashes, of which it leaves none.
+        """
+        stack: Any = super().build_middleware_stack()
+        while not isinstance(stack, RequestContextMiddleware):
+            stack = stack.app
+        return stack
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the lifespan."""

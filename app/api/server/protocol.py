@@ -9,18 +9,15 @@ from enum import Enum
 from functools import partial
 from http import HTTPStatus
 from typing import Any
-from uuid import uuid4
 
 import httptools
-import msgspec
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
-from app.api.errors import error_content
-from app.api.middleware import secure
+from app.api.errors import error_response
+from app.api.middleware import new_request_id, secured
 from app.api.server.connections import Connections
 from app.api.server.strict import StrictProtocol
 from app.api.server.transport import GentleTransport
@@ -240,12 +237,6 @@ class GuardedProtocol(StrictProtocol):
         self._announced = None
         self._body_bytes = self._drained_bytes = 0
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """A header, or a trailer."""
-        super().on_header(name, value)
-        if name.lower() == b"content-length" and value.isdigit():
-            self._announced = int(value)
-
     def on_request(self) -> None:
         """The head has come; the request is started, or waits for those before it.
 
@@ -257,6 +248,9 @@ class GuardedProtocol(StrictProtocol):
         if self.probes_only and self.url.partition(b"?")[0] not in PROBES:
             self._reject(TooManyConnectionsError(), "limit")
             raise ValueError("the connection is for probes")
+        for name, value in self.headers:
+            if name == b"content-length" and value.isdigit():
+                self._announced = int(value)
         super().on_request()
         self._unused_bytes = 0
 
@@ -370,22 +364,17 @@ class GuardedProtocol(StrictProtocol):
             cycle.message_event.set()
 
     def _send_error(self, error: ServiceError) -> None:
-        request_id = f"req-{uuid4().hex}"
+        request_id = new_request_id()
         token = request_id_var.set(request_id)
-        body = msgspec.json.encode(error_content(error))
+        response = error_response(error)
         request_id_var.reset(token)
-        headers = MutableHeaders(
-            {
-                **error.headers,
-                "Content-Type": "application/json",
-                "Content-Length": str(len(body)),
-                "Connection": "close",
-                "X-Request-ID": request_id,
-                "X-Process-Time": f"{self.loop.time() - self._since:.6f}",
-            }
-        )
-        secure(headers)
+        headers = [
+            *secured(response.raw_headers),
+            (b"connection", b"close"),
+            (b"x-request-id", request_id.encode()),
+            (b"x-process-time", b"%.6f" % (self.loop.time() - self._since)),
+        ]
         status = HTTPStatus(error.status)
         lines = [b"HTTP/1.1 %d %s" % (status.value, status.phrase.encode())]
-        lines += [b"%s: %s" % pair for pair in (*self.server_state.default_headers, *headers.raw)]
-        self.transport.write(b"\r\n".join([*lines, b"", body]))
+        lines += [b"%s: %s" % pair for pair in (*self.server_state.default_headers, *headers)]
+        self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))

@@ -16,7 +16,6 @@ class StrictProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._upgrading = False
-        self._head_complete = False
 
     def parse(self, piece: bytes) -> None:
         """Take what has come next.
@@ -48,20 +47,6 @@ class StrictProtocol(HttpToolsProtocol):
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         return b"".join([*head, b"\r\n"])
 
-    def on_message_begin(self) -> None:
-        """A request begins."""
-        super().on_message_begin()
-        self._head_complete = False
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """A header; or, behind a body, a trailer, which is dropped.
-
-        uvicorn puts trailers among the headers, where a proxy that removes headers it does not
-        want to pass on has not looked for them.
-        """
-        if not self._head_complete:
-            super().on_header(name, value)
-
     def on_headers_complete(self) -> None:
         """The head has come.
 
@@ -73,8 +58,7 @@ class StrictProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade() and self._method != b"CONNECT":
             self._upgrading = True
             return
-        self._head_complete = True
-        hosts = sum(name == b"host" for name, _ in self.headers)
+        hosts = [name for name, _ in self.headers].count(b"host")
         if self._version not in (b"1.0", b"1.1") or hosts > 1 or hosts < (self._version == b"1.1"):
             raise ValueError("not HTTP/1.1, or not one Host")
         self.on_request()
@@ -82,6 +66,9 @@ class StrictProtocol(HttpToolsProtocol):
     def on_request(self) -> None:
         """A head that is answered here has come; its body may follow."""
         super().on_headers_complete()
+        # Behind the body may stand trailers. uvicorn would put them among the headers, where a
+        # proxy that removes headers it does not want to pass on has not looked for them.
+        self.headers = []
 
     def on_message_complete(self) -> None:
         """The request has come whole."""

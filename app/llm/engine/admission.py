@@ -262,6 +262,11 @@ class RequestQueue:
         self._capacity = limits.max_running + limits.max_waiting
         self._reserved = limits.max_waiting // _RESERVED_PART
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether :meth:`check` would refuse some caller."""
+        return len(self._admissions) >= self._capacity - self._reserved
+
     def check(self, caller: str) -> None:
         """Say whether a place is free for a caller.
 

@@ -8,6 +8,7 @@ until the last. Leaving at any point frees what it held, at the latest within on
 import asyncio
 from collections.abc import Callable
 from enum import StrEnum
+from functools import cache
 
 from app.core.config import LoggingSettings, ModelSettings
 from app.core.config_engine import EngineSettings
@@ -97,6 +98,8 @@ class EngineClient:
         self.restarts = 0
         self.queue = RequestQueue(engine, metrics, model_label)
         self._metrics = metrics
+        # Under an overload a series is looked up for every refusal.
+        self._rejected = cache(metrics.rejected.labels)
         self._on_fatal = on_fatal
         self._configure = Configure(
             model=model.model_dump(),
@@ -336,7 +339,7 @@ class EngineClient:
             self._check_state()
             self.queue.check(caller)
         except ServiceError as error:
-            self._metrics.rejected.labels(error.code).inc()
+            self._rejected(error.code).inc()
             raise
 
     def _check_state(self) -> None:

@@ -29,6 +29,7 @@ class Departures:
         self._clock = clock
         self._started: dict[object, float] = {}
         self._samples: deque[float] = deque(maxlen=_SAMPLES)
+        self._mean_of_samples = 0.0
         # Calls of :meth:`promise` that have not come due, as far as is known.
         self._promised = 0.0
         self._promised_at = clock()
@@ -45,8 +46,10 @@ class Departures:
             served: Whether it got its whole answer.
         """
         seconds = self._clock() - self._started.pop(key)
-        if served or (self._samples and seconds > self._mean_of_samples()):
+        if served or (self._samples and seconds > self._mean_of_samples):
             self._samples.append(seconds)
+            # Turns end less often than they are asked about, when more is refused than served.
+            self._mean_of_samples = sum(self._samples) / len(self._samples)
 
     def seconds_until(self, place: int) -> float:
         """Time until that many turns will have ended, the first of them being number 1.
@@ -86,16 +89,13 @@ class Departures:
             return max(rounds * mean, at_mean_rate)
         return max(rounds * mean + remaining, at_mean_rate / 2)
 
-    def _mean_of_samples(self) -> float:
-        return sum(self._samples) / len(self._samples)
-
     def _mean(self) -> float:
         """How long a turn lasts."""
         now = self._clock()
         if not self._samples:
             oldest = next(iter(self._started.values()), now)
             return max(_UNMEASURED_SECONDS, now - oldest)
-        mean = self._mean_of_samples()
+        mean = self._mean_of_samples
         total, number = mean * len(self._samples), len(self._samples)
         for start in self._started.values():
             if now - start <= mean:
