@@ -67,12 +67,19 @@ def window(results: Sequence[Result], *, last_sent: bool) -> tuple[float, float]
     return begin + margin, end if last_sent else end - margin
 
 
-async def _peak(target: Target, session: int, requests: int) -> tuple[float, float]:
+async def _peak(
+    target: Target, session: int, requests: int, number_of_peak: int
+) -> tuple[float, float]:
     """Tokens a second at the most, and tokens of an answer."""
     # Whoever looks takes some time from the service, and so looks as often here.
     async with _observed(target, session):
+        # Prompts of its own: those of the peak before would be in the engine's prefix cache.
         results = await run_round(
-            target, _WORKLOAD, name="peak", requests=requests, clients=_PEAK_CLIENTS
+            target,
+            _WORKLOAD,
+            name=f"peak {number_of_peak}",
+            requests=requests,
+            clients=_PEAK_CLIENTS,
         )
     done = [r.tokens for r in results if r.outcome is Outcome.COMPLETED]
     return steady_rate(results, *window(results, last_sent=False)), statistics.mean(done or [1])
@@ -199,12 +206,12 @@ async def overload(
     Returns:
         The figures of each round, with the peaks around it and the ratio to their mean.
     """
-    peak, tokens = await _peak(target, session, peak_requests)
+    peak, tokens = await _peak(target, session, peak_requests, 0)
     found: list[dict[str, Any]] = []
     for number_of_round in range(rounds):
         rate = factor * peak / tokens
         one = await _one(target, session, rate, duration, f"overload {number_of_round}")
-        following, tokens = await _peak(target, session, peak_requests)
+        following, tokens = await _peak(target, session, peak_requests, number_of_round + 1)
         mean = (peak + following) / 2
         found.append({"peak": mean, "ratio": one["steady"] / mean if mean else None, **one})
         peak = following

@@ -222,7 +222,7 @@ class GuardedRoute(APIRoute):
         if _BODY in request.scope:
             return
         services = services_of(request)
-        request.state.principal = caller = identify(request)
+        request.state.principal = caller = identify(request, services)
         request.state.limit_headers = services.limits.take(f"key:{caller.key_id}", reason="key")
         if self.scope is not None:
             caller.require(self.scope)
@@ -305,14 +305,13 @@ class AnyKeyRoute(GuardedRoute):
     scope = None
 
 
-def identify(request: Request) -> Principal:
+def identify(request: Request, services: Services) -> Principal:
     """Who calls.
 
     Raises:
         InvalidAPIKeyError: No key, or an unknown one; each costs the address a token.
         RateLimitExceededError: The address has none left.
     """
-    services = services_of(request)
     try:
         return services.keys.authenticate(request.headers)
     except InvalidAPIKeyError as error:

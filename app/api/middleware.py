@@ -224,4 +224,4 @@ def new_request_id() -> str:
 def _request_id(headers: HeaderPairs) -> str:
     """The caller's id where it is harmless in a log, else a new one."""
     given = _value(headers, b"x-request-id").decode("latin-1")
-    return given if _SANE_REQUEST_ID.fullmatch(given) else new_request_id()
+    return given if given and _SANE_REQUEST_ID.fullmatch(given) else new_request_id()

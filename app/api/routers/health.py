@@ -64,5 +64,5 @@ async def readyz(services: AppServices, response: Response) -> ProbeResponse:
 async def metrics(services: AppServices, request: Request) -> Response:
     """Metrics in Prometheus' text format; with `metrics.require_key`, for keys of that scope."""
     if services.settings.metrics.require_key:
-        identify(request).require("metrics")
+        identify(request, services).require("metrics")
     return Response(services.metrics.render(), media_type=services.metrics.content_type)
