@@ -35,7 +35,8 @@ _AGAIN_SECONDS = 1.0
 # What a turn begins with is still the turn before.
 _SETTLING_SECONDS = 1.6
 _WARM_UP_SECONDS = 12.0
-_PLANNED = 2_000
+# More than are sent, nearly always: a prompt that was answered before is in the prefix cache.
+_PLANNED = 60_000
 _TICKS = os.sysconf("SC_CLK_TCK")
 _WORKLOAD = Workload(output_tokens=Lengths((16, 48), uniform=True))
 _MEAN_TOKENS = 32
