@@ -35,18 +35,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--minutes", type=float, default=10.0)
     command.add_argument("--clients", type=int, default=8)
     command.add_argument("--engine", default="openvino", choices=ENGINES)
-    command = commands.add_parser("overload", help="many times what it can answer")
-    command.add_argument("--factor", type=float, default=10.0)
-    command.add_argument("--seconds", type=float, default=120.0)
-    command.add_argument("--rounds", type=int, default=1)
-    command.add_argument("--engine", default="openvino", choices=ENGINES)
-    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    command = commands.add_parser("refusals", help="what an overload's refusals cost (10 minutes)")
-    command.add_argument("--factor", type=float, default=10.0)
-    command.add_argument("--turns", type=int, default=30)
-    command.add_argument("--seconds", type=float, default=4.0)
-    command.add_argument("--engine", default="openvino", choices=ENGINES)
-    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    for name, explanation, times, number, seconds in (
+        ("overload", "many times what it can answer", "--rounds", 1, 120.0),
+        ("refusals", "what an overload's refusals cost (9 minutes)", "--turns", 30, 4.0),
+    ):
+        command = commands.add_parser(name, help=explanation)
+        command.add_argument("--factor", type=float, default=10.0)
+        command.add_argument(times, type=int, default=number)
+        command.add_argument("--seconds", type=float, default=seconds)
+        command.add_argument("--engine", default="openvino", choices=ENGINES)
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     commands.add_parser("page", help="write docs/performance.md anew from the kept results")
     return parser
 
