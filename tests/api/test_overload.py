@@ -7,13 +7,16 @@ from typing import Any, cast
 
 import httpx
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from app.api.load_shedding import LoadShedding
+from app.api.middleware import LoadSheddingMiddleware
 from app.bench.targets import Route, Target
 from app.llm.engine.client import EngineClient, EngineState
 from app.utils.errors import OverloadedError
 from benchmarks.overload import overload
-from tests.support.application import OTHER, Client, start
+from tests.support.application import KEY, OTHER, Client, start
+from tests.support.asgi import Received, Sent, http_scope
 from tests.support.service import API_KEY, running_service
 
 ROUTES = {
@@ -119,7 +122,7 @@ async def test_what_needs_no_place_is_answered() -> None:
 
 async def test_a_request_is_let_in_once() -> None:
     """What a full engine lets pass has its key and its bucket asked before it is routed, only."""
-    limits = {"enabled": True, "requests_per_minute": 60, "burst_size": 10}
+    limits = {"enabled": True, "requests_per_minute": 1, "burst_size": 10}
     async with a_full_engine(rate_limit=limits) as client:
         left = [
             int(
@@ -131,6 +134,29 @@ async def test_a_request_is_let_in_once() -> None:
     assert left == [left[0], left[0] - 1, left[0] - 2]
     assert code_of(refused) == "overloaded"
     assert int(refused.headers["x-ratelimit-remaining"]) == left[0] - 3
+
+
+@pytest.mark.parametrize("root_path", ["", "/below"])
+async def test_a_refusal_comes_before_the_router(root_path: str) -> None:
+    """What is refused goes no further, and everything else goes on, also below another path."""
+    passed: list[str] = []
+    refusals: list[int] = []
+
+    async def further(scope: Scope, _receive: Receive, _send: Send) -> None:
+        passed.append(scope["path"])
+
+    async with a_full_engine() as client:
+        front = LoadSheddingMiddleware(
+            further, shedding=client.services.shedding, routes=client.app.routes
+        )
+        for path, body in (("/v1/chat", b"{"), ("/v1/tokenize", b"{"), ("/other", b"")):
+            scope = http_scope("POST", root_path + path, headers={"X-API-Key": KEY})
+            scope |= {"root_path": root_path, "app": client.app}
+            sent = Sent()
+            await front(scope, Received(body), sent)
+            refusals += [sent.status] if sent.messages else []
+    assert refusals == [503]
+    assert passed == [root_path + "/v1/tokenize", root_path + "/other"]
 
 
 async def test_a_refusal_is_counted_under_its_route() -> None:
