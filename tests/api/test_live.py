@@ -186,14 +186,12 @@ def test_the_third_of_two_places_is_503(narrow: Service) -> None:
         narrow.wait_for_metric("llm_requests_running", 1)
         narrow.wait_for_metric("llm_requests_waiting", 1)
         for stream in (False, True):
-            started = time.monotonic()
             refused = ask(narrow, generate("x", stream=stream))
-            # Two seconds' work is before it: it did not wait for any of that.
-            assert time.monotonic() - started < 2
+            # It did not wait for any of the work before it.
+            assert not running.done()
             assert refused.status_code == 503
             assert refused.json()["error"]["code"] == "overloaded"
             assert int(refused.headers["retry-after"]) >= 1
-        assert not running.done()
         # A full queue is no reason to send callers elsewhere.
         assert narrow.get("/readyz").status_code == 200
     assert running.result().json()["generated_text"] == "r" * 40

@@ -1,14 +1,13 @@
 """What the engine's tests share."""
 
-from collections.abc import Callable, Iterator
-from functools import cache
+import contextlib
+import ctypes
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from app.core.config import ModelSettings
-from app.llm.engine.base import Backend
-from tests.support.backends import load
 from tests.support.fake_hub import FakeHub, Faults, running_hub
 from tests.support.hub_processes import (
     DEFAULT_MODEL,
@@ -26,10 +25,14 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture(scope="session")
-def bundled_backend() -> Callable[[str], Backend]:
-    """Loads the bundled model with an engine, in the precision it is served in, once for all."""
-    return cache(lambda engine: load(ModelSettings(source="bundled", engine=engine)))
+@pytest.fixture(scope="module", autouse=True)
+def _memory_given_back() -> Iterator[None]:
+    """What a module's models took is the system's again; two processes of tests grow beside."""
+    yield
+    gc.collect()
+    with contextlib.suppress(AttributeError):
+        # Only glibc keeps what is freed, and has a function against that.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="module")

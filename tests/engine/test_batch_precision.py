@@ -1,13 +1,10 @@
 """What sharing a batch may cost in exactness, where a model runs in less than float32."""
 
-from collections.abc import Callable
-
 import pytest
 
 from app.llm import bundled
-from app.llm.engine.base import Backend
 from app.llm.tokenizer import PromptTokenizer
-from tests.support.backends import MAX_RUNNING, logprobs, request, run, tokens
+from tests.support.backends import MAX_RUNNING, load_bundled, logprobs, request, run, tokens
 
 pytestmark = [
     pytest.mark.model,
@@ -23,15 +20,13 @@ Measured with AVX-512: 0.18 with OpenVINO on the Q4_1 file, 0.12 with transforme
 
 
 @pytest.mark.parametrize("engine", ["auto", "transformers"], ids=["openvino", "transformers"])
-def test_a_batch_changes_log_probabilities_little(
-    bundled_backend: Callable[[str], Backend], engine: str
-) -> None:
+def test_a_batch_changes_log_probabilities_little(engine: str) -> None:
     """A chat's greedy tokens alone and among 31 others, as far as they are the same tokens.
 
     Sums of 16-bit numbers depend on their order, and that on the batch. A different token is only
     taken where two are about as likely.
     """
-    backend = bundled_backend(engine)
+    backend = load_bundled(engine)
     tokenizer = PromptTokenizer(backend.info)
     prompts = {
         f"r{i}": tokenizer.encode_rendered(

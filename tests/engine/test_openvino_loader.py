@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from app.llm.engine.base import Backend
 from app.llm.gguf_header import GgufArray, GgufHeader, read_header
 from app.llm.openvino_loader import keep_telemetry_out
 from app.llm.snapshot import Snapshot
-from tests.support.backends import load_local, refusal, request, run, tokens
+from tests.support.backends import load_bundled, load_local, refusal, request, run, tokens
 from tests.support.tiny_gguf import make_tiny_gguf
 
 
@@ -325,11 +324,11 @@ def test_the_reading_process_dies(gguf: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.model
-def test_the_bundled_model_is_run_by_openvino(bundled_backend: Callable[[str], Backend]) -> None:
+def test_the_bundled_model_is_run_by_openvino() -> None:
     """With its own context length and kind of weights."""
     if not bundled.is_fetched():
         pytest.skip("the bundled model is not here: make model")
-    info = bundled_backend("auto").info
+    info = load_bundled("auto").info
     assert (info.backend, info.dtype, info.context_length) == ("openvino", "q4_1", 8192)
     own, librarys = own_and_librarys_vocabulary(bundled.bundled_model_path())
     assert own == librarys

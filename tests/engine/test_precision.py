@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +12,10 @@ from torch import Tensor
 from app.core.config import ModelSettings
 from app.llm import bundled
 from app.llm.engine import cpu_linear
-from app.llm.engine.base import Backend
 from app.llm.engine.cpu_linear import Quantization, replace_linears
 from app.llm.loader import find_model
 from app.llm.transformers_loader import load_pipeline
-from tests.support.backends import load, request, run, tokens
+from tests.support.backends import load, load_bundled, request, run, tokens
 
 pytestmark = [
     pytest.mark.model,
@@ -143,12 +141,10 @@ def test_int8_in_every_layer_stays_within_bounds(
     assert difference <= 0.2
 
 
-def test_the_backend_takes_tokens_the_plain_model_takes(
-    reference: Reference, bundled_backend: Callable[[str], Backend]
-) -> None:
+def test_the_backend_takes_tokens_the_plain_model_takes(reference: Reference) -> None:
     """All requests in one batch: no greedy token is more than 0.25 nats from the plain best."""
     requests = [request(str(i), p, ANSWER_TOKENS) for i, p in enumerate(reference.prompts)]
-    backend = bundled_backend("transformers")
+    backend = load_bundled("transformers")
     if backend.info.dtype != SETTINGS.dtype:
         # A CPU that has the kernels, but not the instructions that make them fast.
         backend = load(SETTINGS)

@@ -8,9 +8,8 @@ import sys
 
 import pytest
 
-from app.core.config import ModelSettings
 from app.llm import bundled
-from tests.support.backends import load
+from tests.support.backends import load_bundled
 from tests.support.structured import ask_for_schemas
 
 _COUNT = int(os.environ.get("SCHEMAS", "0"))
@@ -25,7 +24,7 @@ def test_complete_answers_are_of_their_schemas(engine: str) -> None:
     """Half of them greedy, half sampled, 32 at once, their schemas all different."""
     if not bundled.is_fetched():
         pytest.skip("the bundled model is not here; `make model` fetches it")
-    backend = load(ModelSettings(source="bundled", engine=engine))
+    backend = load_bundled(engine)
     count, max_tokens = (_COUNT, _MANY_TOKENS) if _COUNT else _FEW[engine]
     reasons = ask_for_schemas(backend, count, max_tokens=max_tokens, described=bool(_COUNT))
     sys.stdout.write(

@@ -76,6 +76,11 @@ def load(
     )
 
 
+def load_bundled(engine: str) -> Backend:
+    """Load the bundled model as :func:`load` does, in the precision in which it is served."""
+    return load(ModelSettings(source="bundled", engine=engine))
+
+
 def load_local(path: Path, said: list[str] | None = None, **settings: Any) -> Backend:
     """Load a model of this machine as :func:`load` does, in float32 by default."""
     values = {"source": "local", "name": str(path), "dtype": "float32"} | settings
