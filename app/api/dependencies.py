@@ -220,16 +220,30 @@ class GuardedRoute(APIRoute):
         """
         if _BODY in request.scope:
             return
+        self._meet(request)
+        body = b"" if self.body_field is None else await request.body()
+        self._admit(request, body)
+
+    def enter_whole(self, request: Request, body: bytes) -> None:
+        """Let a request in whose body has come, as :meth:`enter` does.
+
+        Raises:
+            ServiceError: As :meth:`enter`.
+        """
+        self._meet(request)
+        self._admit(request, body)
+
+    def _meet(self, request: Request) -> None:
         services = services_of(request)
         request.state.principal = caller = identify(request, services)
         request.state.limit_headers = services.limits.take(f"key:{caller.key_id}", reason="key")
         if self.scope is not None:
             caller.require(self.scope)
-        body = b""
-        if self.body_field is not None:
-            body = await request.body()
-            if self.generates:
-                services.shedding.check(caller.key_id, request.scope["headers"], body)
+
+    def _admit(self, request: Request, body: bytes) -> None:
+        if self.generates and self.body_field is not None:
+            caller: Principal = request.state.principal
+            services_of(request).shedding.check(caller.key_id, request.scope["headers"], body)
         request.scope[_BODY] = body
 
     def refuse(self, request: Request, error: ServiceError) -> Response:

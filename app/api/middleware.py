@@ -7,25 +7,23 @@ answers of the others: so headers are read and added here as the pairs of bytes 
 import logging
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache
 from http import HTTPStatus
 
-from starlette.requests import ClientDisconnect, Request
-from starlette.routing import BaseRoute
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.dependencies import GuardedRoute
 from app.api.errors import METHODS, error_response
-from app.api.load_shedding import LoadShedding
 from app.core.logging import get_logger, request_id_var
 from app.core.metrics import Metrics
-from app.utils.errors import BodyTooLargeError, InternalError, ServiceError
+from app.utils.errors import BodyTooLargeError, InternalError
 from app.utils.timing import Stopwatch
 
 log = get_logger()
 
 HeaderPairs = Iterable[tuple[bytes, bytes]]
+HeaderList = list[tuple[bytes, bytes]]
 
 UNMATCHED = "unmatched"
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -43,64 +41,49 @@ _CLOSE = (b"connection", b"close")
 _QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 
 
-class RequestContextMiddleware:
-    """Gives each request an id and a clock, and tells what became of it.
+class RequestLog:
+    """What every answer carries of its request's context, and what is told of it afterwards."""
 
-    It is the outermost layer, so that even a crash is answered in the one error shape, with
-    the headers every response has.
-    """
+    def __init__(self, metrics: Metrics, leaving: Callable[[], bool]) -> None:
+        """Remember where to tell it.
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, leaving: Callable[[], bool]) -> None:
-        self._app = app
+        Args:
+            metrics: Where requests are counted.
+            leaving: Whether the service is about to end.
+        """
         self._leaving = leaving
         # Looking a series up by its labels takes longer than adding to it.
         self._requests = cache(metrics.http_requests.labels)
         self._duration = cache(metrics.http_duration.labels)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        watch = Stopwatch()
-        request_id = _request_id(scope["headers"])
-        token = request_id_var.set(request_id)
-        status = 0
+    def headers(self, own: HeaderPairs, request_id: str, seconds: float) -> HeaderList:
+        """All headers of a response.
 
-        async def send_with_headers(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = secured(message["headers"])
-                headers += (
-                    (b"x-request-id", request_id.encode()),
-                    (b"x-process-time", b"%.6f" % watch.seconds),
-                )
-                if self._leaving() and _CLOSE not in headers:
-                    # A request sent down this connection later would cross with its end.
-                    headers.append(_CLOSE)
-                message = {**message, "headers": headers}
-            await send(message)
+        Args:
+            own: Those it has by itself, their names in lower case.
+            request_id: The request's id.
+            seconds: Since the request came.
+        """
+        headers = secured(own)
+        headers += (
+            (b"x-request-id", request_id.encode()),
+            (b"x-process-time", b"%.6f" % seconds),
+        )
+        if self._leaving() and _CLOSE not in headers:
+            # A request sent down this connection later would cross with its end.
+            headers.append(_CLOSE)
+        return headers
 
-        try:
-            await self._app(scope, receive, send_with_headers)
-        except ClientDisconnect:
-            # It left while its body was being read: nobody is there to be answered.
-            pass
-        except Exception:
-            log.exception("unhandled exception")
-            if status:
-                # The response has begun: ending it early is all that can be said.
-                raise
-            await error_response(InternalError())(scope, receive, send_with_headers)
-        finally:
-            self._record(scope, status, watch.seconds)
-            request_id_var.reset(token)
+    def record(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count a request that is over and write its line in the log.
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        Args:
+            scope: The request's, with its ``route`` if one was found.
+            status: Of the response; 0 where the client left before there was one.
+            seconds: Since the request came.
+        """
         method = scope["method"] if scope["method"] in METHODS else "other"
         route = route_template(scope)
-        # Without a status the client left before there was anything to answer.
         code = status or 499
         # Anybody can try every method on every route, and each pair would have its histogram.
         endpoint = UNMATCHED if code == HTTPStatus.METHOD_NOT_ALLOWED else route
@@ -121,6 +104,51 @@ class RequestContextMiddleware:
                     "latency_ms": round(seconds * 1000, 2),
                 },
             )
+
+
+class RequestContextMiddleware:
+    """Gives each request an id and a clock, and tells what became of it.
+
+    It is the outermost layer, so that even a crash is answered in the one error shape, with
+    the headers every response has.
+    """
+
+    def __init__(self, app: ASGIApp, *, requests: RequestLog) -> None:
+        self._app = app
+        self._log = requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        watch = Stopwatch()
+        request_id = request_id_of(scope["headers"])
+        token = request_id_var.set(request_id)
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = self._log.headers(message["headers"], request_id, watch.seconds)
+                message = {**message, "headers": headers}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            # It left while its body was being read: nobody is there to be answered.
+            pass
+        except Exception:
+            log.exception("unhandled exception")
+            if status:
+                # The response has begun: ending it early is all that can be said.
+                raise
+            await error_response(InternalError())(scope, receive, send_with_headers)
+        finally:
+            self._log.record(scope, status, watch.seconds)
+            request_id_var.reset(token)
 
 
 class BodyLimitMiddleware:
@@ -153,42 +181,7 @@ class BodyLimitMiddleware:
         await self._app(scope, limited_receive, send)
 
 
-class LoadSheddingMiddleware:
-    """Lets requests in before they are routed, while the engine has no place for some of them.
-
-    Most of these are refused, and the framework's way to a route costs more than a refusal. The
-    route's own guard decides, and does not ask again when a request that passed gets there.
-    """
-
-    def __init__(
-        self, app: ASGIApp, *, shedding: LoadShedding, routes: Sequence[BaseRoute]
-    ) -> None:
-        self._app = app
-        self._shedding = shedding
-        self._routes = {
-            (method, route.path): route
-            for route in routes
-            if isinstance(route, GuardedRoute) and route.generates and not route.param_convertors
-            for method in route.methods or ()
-        }
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
-        if scope["type"] == "http" and self._shedding.is_near:
-            path = scope["path"].removeprefix(scope.get("root_path", ""))
-            if route := self._routes.get((scope["method"], path)):
-                request = Request(scope, receive)
-                try:
-                    await route.enter(request)
-                except ServiceError as error:
-                    # The router has not said so.
-                    scope["route"] = route
-                    await route.refuse(request, error)(scope, receive, send)
-                    return
-        await self._app(scope, receive, send)
-
-
-def secured(headers: HeaderPairs) -> list[tuple[bytes, bytes]]:
+def secured(headers: HeaderPairs) -> HeaderList:
     """A response's headers, and what tells browsers and proxies what they may do with it.
 
     Args:
@@ -222,7 +215,7 @@ def new_request_id() -> str:
     return f"req-{random.getrandbits(128):032x}"  # nosec B311
 
 
-def _request_id(headers: HeaderPairs) -> str:
+def request_id_of(headers: HeaderPairs) -> str:
     """The caller's id where it is harmless in a log, else a new one."""
     given = _value(headers, b"x-request-id").decode("latin-1")
     return given if given and _SANE_REQUEST_ID.fullmatch(given) else new_request_id()

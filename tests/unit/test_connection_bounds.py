@@ -107,7 +107,7 @@ async def test_a_reader_that_two_watches_give_up_is_one_dropped_connection() -> 
     made: list[GuardedProtocol] = []
 
     def protocol() -> GuardedProtocol:
-        made.append(GuardedProtocol(connections, config, ServerState(), {}))
+        made.append(GuardedProtocol(connections, None, config, ServerState(), {}))
         return made[-1]
 
     loop = asyncio.get_running_loop()

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from app.api.early_refusals import EarlyRefusals
 from app.api.middleware import RequestContextMiddleware
 from app.api.server.connections import Connections
 from app.api.server.protocol import GuardedProtocol
@@ -26,11 +27,15 @@ class GuardedApplication(FastAPI):
     begins the lifespan before it takes the first connection, the lifespan's ``receive`` is a
     method of an object that holds the server's configuration, and the class named in there is
     asked for each connection's protocol.
+
+    Attributes:
+        refusals: Asked by connections before the application is; none while it is ``None``.
     """
 
     def __init__(self, *, connections: Connections, **options: Any) -> None:
         super().__init__(**options)
         self._connections = connections
+        self.refusals: EarlyRefusals | None = None
 
     def build_middleware_stack(self) -> ASGIApp:
         """The layers of the application, from the request's context on.
@@ -61,6 +66,6 @@ class GuardedApplication(FastAPI):
             return False
         if config.timeout_keep_alive != _DEFAULT_KEEP_ALIVE:
             log.warning("uvicorn's --timeout-keep-alive is not used: see server.keep_alive_seconds")
-        protocol = partial(GuardedProtocol, self._connections)
+        protocol = partial(GuardedProtocol, self._connections, self.refusals)
         config.http_protocol_class = cast("Any", protocol)
         return True

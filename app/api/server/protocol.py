@@ -7,17 +7,17 @@ and why its protocol is extended rather than replaced.
 import asyncio
 from enum import Enum
 from functools import partial
-from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import httptools
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from app.api.early_refusals import EarlyRefusals
 from app.api.errors import error_response
-from app.api.middleware import new_request_id, secured
+from app.api.middleware import HeaderList, new_request_id, secured
 from app.api.server.connections import Connections
 from app.api.server.strict import StrictProtocol
 from app.api.server.transport import GentleTransport
@@ -42,6 +42,7 @@ _MAX_AHEAD_BYTES = 65_536
 _MAX_DRAINED_BYTES = 65_536
 # A body that comes at this rate, in bytes a second, has as long as it takes.
 _SLOWEST_BODY = 16_384
+_CLOSE = (b"connection", b"close")
 # How long what a client still sends is thrown away after the last answer, so that it reads that.
 _LINGER_SECONDS = 2.0
 
@@ -65,6 +66,7 @@ class GuardedProtocol(StrictProtocol):
     def __init__(
         self,
         connections: Connections,
+        refusals: EarlyRefusals | None,
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
@@ -74,10 +76,14 @@ class GuardedProtocol(StrictProtocol):
         self.address: str | None = None
         self.probes_only = False
         self._all = connections
+        self._refusals = refusals
         self._limits = connections.limits
         self._phase = _Phase.HEAD
         self._since = 0.0
         self._answering: RequestResponseCycle | None = None
+        # The application that gets the request unless it is refused as soon as all of it has come.
+        self._held_from: ASGIApp | None = None
+        self._feeding = False
         # What has come behind a request that is still being answered.
         self._ahead = bytearray()
         # Of the request that is coming in.
@@ -201,6 +207,15 @@ class GuardedProtocol(StrictProtocol):
             self._feed(data)
 
     def _feed(self, data: bytes) -> None:
+        self._feeding = True
+        self._take_pieces(data)
+        self._feeding = False
+        # More of it is to come: the application may have something to say before that.
+        self._let_in()
+        if self.pipeline:
+            self.flow.resume_reading()
+
+    def _take_pieces(self, data: bytes) -> None:
         for start in range(0, len(data), _PIECE_BYTES):
             if self.transport.is_closing():
                 return
@@ -208,8 +223,6 @@ class GuardedProtocol(StrictProtocol):
                 self._ahead += data[start:]
                 break
             self._take(data[start : start + _PIECE_BYTES])
-        if self.pipeline:
-            self.flow.resume_reading()
 
     def _feed_ahead(self) -> None:
         data = bytes(self._ahead)
@@ -271,14 +284,45 @@ class GuardedProtocol(StrictProtocol):
         self.cycle.more_body = False
         if self.cycle is self._answering and self._phase is _Phase.BODY:
             self._enter(_Phase.IDLE if self.cycle.response_complete else _Phase.ANSWER)
+        if self._held_from is not None and not self._refuse_early(self.cycle):
+            self._let_in()
 
     # --- What goes out ----------------------------------------------------------------------------
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
         self._answering = cycle
         self._enter(_Phase.BODY if cycle.more_body else _Phase.ANSWER)
+        self._held_from = app
+        # What comes in one piece, as nearly all requests do, may be refused without a task.
+        may_wait = self._feeding and cycle.more_body and not cycle.waiting_for_100_continue
+        if self._refusals is None or not (may_wait and self._refusals.are_near):
+            self._let_in()
+
+    def _let_in(self) -> None:
+        """Hand the request to the application, if it has been held from it."""
+        app, cycle = self._held_from, self._answering
+        if app is None or cycle is None:
+            return
+        self._held_from = None
         answer: Any = partial(self._answer, cycle, app)
         super()._start_asgi_task(cycle, answer)
+
+    def _refuse_early(self, cycle: RequestResponseCycle) -> bool:
+        """Refuse the request that has come, if that can be done before the application has it."""
+        if self._refusals is None or self.transport.is_closing():
+            return False
+        refusal = self._refusals.find(cast("Scope", cycle.scope), bytes(cycle.body))
+        if refusal is None:
+            return False
+        self._held_from = None
+        cycle.response_started = cycle.response_complete = True
+        closing = not cycle.keep_alive
+        headers = [*refusal.headers, _CLOSE] if closing else refusal.headers
+        self._write(refusal.status, headers, refusal.body)
+        if closing:
+            self.transport.close()
+        self.on_response_complete()
+        return True
 
     async def _answer(
         self, cycle: RequestResponseCycle, app: ASGIApp, scope: Scope, receive: Receive, send: Send
@@ -370,11 +414,13 @@ class GuardedProtocol(StrictProtocol):
         request_id_var.reset(token)
         headers = [
             *secured(response.raw_headers),
-            (b"connection", b"close"),
+            _CLOSE,
             (b"x-request-id", request_id.encode()),
             (b"x-process-time", b"%.6f" % (self.loop.time() - self._since)),
         ]
-        status = HTTPStatus(error.status)
-        lines = [b"HTTP/1.1 %d %s" % (status.value, status.phrase.encode())]
-        lines += [b"%s: %s" % pair for pair in (*self.server_state.default_headers, *headers)]
-        self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
+        self._write(error.status, headers, bytes(response.body))
+
+    def _write(self, status: int, headers: HeaderList, body: bytes) -> None:
+        """Send a whole response."""
+        lines = [b"%s: %s\r\n" % pair for pair in (*self.server_state.default_headers, *headers)]
+        self.transport.write(b"".join([STATUS_LINE[status], *lines, b"\r\n", body]))
