@@ -8,13 +8,16 @@ so that what is left of the cost is that they are sent and received at all.
 
 import argparse
 import asyncio
+import math
 import os
 import random
 import statistics
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
+from typing import cast
+from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -40,6 +43,8 @@ _PLANNED = 60_000
 _TICKS = os.sysconf("SC_CLK_TCK")
 _WORKLOAD = Workload(output_tokens=Lengths((16, 48), uniform=True))
 _MEAN_TOKENS = 32
+# Processes whose processor time is told.
+_SHOWN = ("API", "client", "engine")
 
 
 def cores(session: int) -> dict[str, float]:
@@ -63,64 +68,142 @@ class _Reading:
                 if sample.name in totals and sample.labels.get("status", "503") == "503":
                     totals[sample.name] += sample.value
         self.at = time.perf_counter()
+        self.own = time.process_time()
         self.tokens = totals["tokens_generated_total"]
         self.refused = totals["http_requests_total"]
         self.used = used
+
+
+class _Line(asyncio.Protocol):
+    """A connection that carries one further request at a time, and only looks for its answer's end.
+
+    Whoever overloads a service elsewhere takes nothing of its cores, and so this takes as little as
+    it can.
+    """
+
+    def __init__(self, arrivals: "_Arrivals", free: "list[_Line]") -> None:
+        self._arrivals = arrivals
+        self._free = free
+        # Bytes that are still to come of the answer; ``None`` before its head has come.
+        self._left: float | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def send(self, message: bytes) -> None:
+        """Send a request."""
+        self._transport.write(message)
+
+    def data_received(self, data: bytes) -> None:
+        if self._left is None:
+            # Heads are short, and are sent as one.
+            head, _, data_of_body = data.partition(b"\r\n\r\n")
+            _, found, length = head.partition(b"content-length: ")
+            self._left = int(length.partition(b"\r")[0]) - len(data_of_body) if found else math.inf
+            self._arrivals.answered += head.startswith(b"HTTP/1.1 200")
+            self._arrivals.refused += head.startswith(b"HTTP/1.1 503")
+        else:
+            self._left -= len(data)
+        if self._left == 0 or (self._left == math.inf and data.endswith(b"\r\n0\r\n\r\n")):
+            self._left = None
+            self._free.append(self)
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        if self in self._free:
+            self._free.remove(self)
+
+    def close(self) -> None:
+        """Leave."""
+        self._transport.abort()
+
+
+class _Arrivals:
+    """Further requests at random times, each on a connection that no other one needs.
+
+    Attributes:
+        answered: Of these, since the beginning.
+        refused: Of these.
+    """
+
+    def __init__(self, target: Target, bodies: Iterator[bytes]) -> None:
+        self._bodies = bodies
+        fields = {"Host": "localhost", "Content-Type": "application/json", **target.headers}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        self._head = f"POST {target.path} HTTP/1.1\r\n{lines}Content-Length: ".encode()
+        self._draw = random.Random(0)  # noqa: S311 - arrivals, not secrets  # nosec B311
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._opening: set[asyncio.Task[None]] = set()
+        self._lines: dict[str, list[_Line]] = {}
+        self._all: list[_Line] = []
+        self.answered = self.refused = 0
+
+    def go_on(self, rate: float, url: str) -> None:
+        """Send so many in a second to a server from now on."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if rate:
+            self._wait(self._loop.time(), rate, url)
+
+    def _wait(self, since: float, rate: float, url: str) -> None:
+        at = since + self._draw.expovariate(rate)
+        self._timer = self._loop.call_at(at, self._arrive, at, rate, url)
+
+    def _arrive(self, at: float, rate: float, url: str) -> None:
+        self._wait(at, rate, url)
+        body = next(self._bodies)
+        message = b"%s%d\r\n\r\n%s" % (self._head, len(body), body)
+        free = self._lines.setdefault(url, [])
+        if free:
+            free.pop().send(message)
+        else:
+            task = self._loop.create_task(self._open(url, free, message))
+            self._opening.add(task)
+            task.add_done_callback(self._opening.discard)
+
+    async def _open(self, url: str, free: list[_Line], message: bytes) -> None:
+        parts = urlsplit(url)
+        _, line = await self._loop.create_connection(
+            lambda: _Line(self, free), str(parts.hostname), parts.port or 80
+        )
+        self._all.append(line)
+        line.send(message)
+
+    def close(self) -> None:
+        """Send no more, and leave what is under way."""
+        self.go_on(0.0, "")
+        for line in self._all:
+            line.close()
 
 
 class _Load:
     """A service whose places are all taken, and whoever else asks it.
 
     Attributes:
-        rate: Further requests in a second.
-        to_refuser: Whether these go to the other server.
-        refused: Refusals that the other server has given.
+        arrivals: Whoever else.
     """
 
-    def __init__(self, target: Target, refuser_url: str) -> None:
+    def __init__(self, target: Target) -> None:
         self._target = target
         self._service = HttpClient(target.base_url, time_limit=120)
-        self._refuser = HttpClient(refuser_url, time_limit=120)
         planned = _WORKLOAD.plan(_PLANNED, round_name="refusals")
-        self._bodies = [target.body(request) for request in planned]
-        self._number = count()
-        self.rate = 0.0
-        self.to_refuser = False
-        self.refused = 0
+        self._bodies = self._all_different([target.body(request) for request in planned])
+        self.arrivals = _Arrivals(target, self._bodies)
 
-    def _body(self) -> bytes:
-        """A body that has not been sent before, so that none is taken for a kept answer."""
-        lap, at = divmod(next(self._number), len(self._bodies))
-        return self._bodies[at] + b" " * lap
+    @staticmethod
+    def _all_different(bodies: Sequence[bytes]) -> Iterator[bytes]:
+        """Bodies that have not been sent before, so that none is taken for a kept answer."""
+        for lap in count():
+            yield from (body + b" " * lap for body in bodies)
 
     async def client(self) -> None:
         """Ask for answer after answer, until cancelled."""
         while True:
             exchange = await self._service.post(
-                self._target.path, self._body(), self._target.headers
+                self._target.path, next(self._bodies), self._target.headers
             )
             if exchange.status != 200:
                 await asyncio.sleep(_AGAIN_SECONDS)
-
-    async def _fire(self) -> None:
-        http = self._refuser if self.to_refuser else self._service
-        exchange = await http.post(self._target.path, self._body(), self._target.headers)
-        self.refused += http is self._refuser and exchange.status == 503
-
-    async def arrivals(self) -> None:
-        """Send further requests at random times, until cancelled."""
-        draw = random.Random(0)  # noqa: S311 - arrivals, not secrets  # nosec B311
-        at = time.perf_counter()
-        async with asyncio.TaskGroup() as group:
-            while True:
-                if not self.rate:
-                    await asyncio.sleep(0.02)
-                    at = time.perf_counter()
-                    continue
-                at += draw.expovariate(self.rate)
-                if (early := at - time.perf_counter()) > 0:
-                    await asyncio.sleep(early)
-                group.create_task(self._fire())
 
     async def read(self, session: int) -> _Reading:
         """What the service has done."""
@@ -129,7 +212,7 @@ class _Load:
 
     def close(self) -> None:
         self._service.close()
-        self._refuser.close()
+        self.arrivals.close()
 
 
 class Turn:
@@ -138,7 +221,7 @@ class Turn:
     Attributes:
         tokens: Tokens a second.
         refusals: Refusals a second, whoever gave them.
-        cores: Processors that each process used.
+        cores: Processors that each process used, this one as the client.
     """
 
     def __init__(self, tokens: float, refusals: float, cores: Mapping[str, float]) -> None:
@@ -147,10 +230,11 @@ class Turn:
         self.cores = cores
 
 
-def _turn(before: _Reading, after: _Reading, refused_elsewhere: int) -> Turn:
+def _turn(before: _Reading, after: _Reading, refused_elsewhere: int = 0) -> Turn:
     seconds = after.at - before.at
     refusals = after.refused - before.refused + refused_elsewhere
     used = {x: (after.used[x] - before.used.get(x, 0.0)) / seconds for x in after.used}
+    used["client"] = (after.own - before.own) / seconds
     return Turn((after.tokens - before.tokens) / seconds, refusals / seconds, used)
 
 
@@ -173,25 +257,25 @@ async def _refuser() -> AsyncIterator[str]:
 
 
 async def _rounds(
-    load: _Load, session: int, *, factor: float, turns: int, seconds: float
+    load: _Load, session: int, urls: Mapping[str, str], *, factor: float, turns: int, seconds: float
 ) -> dict[str, list[Turn]]:
     await asyncio.sleep(_WARM_UP_SECONDS / 2)
     begin = await load.read(session)
     await asyncio.sleep(_WARM_UP_SECONDS / 2)
-    capacity = _turn(begin, await load.read(session), 0).tokens / _MEAN_TOKENS
+    rate = factor * _turn(begin, await load.read(session)).tokens / _MEAN_TOKENS
     found: dict[str, list[Turn]] = {kind: [] for kind in KINDS}
     order = [*KINDS]
     shuffle = random.Random(1).shuffle  # noqa: S311 - as above  # nosec B311
     for number in range(turns):
         shuffle(order)
         for kind in order:
-            load.rate = 0.0 if kind == QUIET else factor * capacity
-            load.to_refuser = kind == REFUSER
+            load.arrivals.go_on(rate if kind in urls else 0.0, urls.get(kind, ""))
             await asyncio.sleep(_SETTLING_SECONDS)
-            before, elsewhere = await load.read(session), load.refused
+            before, refused = await load.read(session), load.arrivals.refused
             await asyncio.sleep(seconds)
             after = await load.read(session)
-            found[kind].append(_turn(before, after, load.refused - elsewhere))
+            elsewhere = load.arrivals.refused - refused if kind == REFUSER else 0
+            found[kind].append(_turn(before, after, elsewhere))
         shown = ", ".join(f"{kind}: {found[kind][-1].tokens:.0f}" for kind in KINDS)
         print(f"{number + 1} of {turns}, tokens/s {shown}", flush=True)
     return found
@@ -217,20 +301,19 @@ def render(found: Mapping[str, Sequence[Turn]]) -> str:
     lines = []
     for kind, turns in found.items():
         of_quiet, error = ratio(turns, found[QUIET])
-        used = {label: _mean(t.cores.get(label, 0.0) for t in turns) for label in ("API", "engine")}
+        used = [_mean(t.cores.get(label, 0.0) for t in turns) for label in _SHOWN]
         lines.append(
             [
                 kind,
                 f"{_mean(t.tokens for t in turns):.0f}",
                 "" if kind == QUIET else f"{of_quiet:.3f} ± {error:.3f}",
                 f"{_mean(t.refusals for t in turns):.0f}",
-                f"{used['API']:.3f}",
-                f"{used['engine']:.3f}",
+                *(f"{cores:.3f}" for cores in used),
             ]
         )
     turns_each = len(found[QUIET])
     header = [f"further requests, {turns_each} turns each", "tokens/s", "of those without"]
-    return table([*header, "refusals/s", "API, cores", "engine, cores"], lines)
+    return table([*header, "refusals/s", *(f"{x}, cores" for x in _SHOWN)], lines)
 
 
 async def measure(options: argparse.Namespace) -> str:
@@ -238,13 +321,13 @@ async def measure(options: argparse.Namespace) -> str:
     server = await start(limited(options.engine, options.device))
     try:
         async with _refuser() as url:
-            load = _Load(server.target, url)
+            load = _Load(server.target)
             working = [asyncio.create_task(load.client()) for _ in range(_CLIENTS)]
-            working.append(asyncio.create_task(load.arrivals()))
             try:
                 found = await _rounds(
                     load,
                     server.process.pid,
+                    {SERVICE: server.target.base_url, REFUSER: url},
                     factor=options.factor,
                     turns=options.turns,
                     seconds=options.seconds,
