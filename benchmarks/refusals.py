@@ -43,6 +43,8 @@ _PLANNED = 60_000
 _TICKS = os.sysconf("SC_CLK_TCK")
 _WORKLOAD = Workload(output_tokens=Lengths((16, 48), uniform=True))
 _MEAN_TOKENS = 32
+# What a body without a length ends with, and the end of the chunk before.
+_LAST_CHUNK = b"\r\n0\r\n\r\n"
 # Processes whose processor time is told.
 _SHOWN = ("API", "client", "engine")
 
@@ -86,6 +88,7 @@ class _Line(asyncio.Protocol):
         self._free = free
         # Bytes that are still to come of the answer; ``None`` before its head has come.
         self._left: float | None = None
+        self._end = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -97,14 +100,15 @@ class _Line(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._left is None:
             # Heads are short, and are sent as one.
-            head, _, data_of_body = data.partition(b"\r\n\r\n")
+            head, _, data = data.partition(b"\r\n\r\n")
             _, found, length = head.partition(b"content-length: ")
-            self._left = int(length.partition(b"\r")[0]) - len(data_of_body) if found else math.inf
+            self._left = int(length.partition(b"\r")[0]) if found else math.inf
+            self._end = b"\r\n"
             self._arrivals.answered += head.startswith(b"HTTP/1.1 200")
             self._arrivals.refused += head.startswith(b"HTTP/1.1 503")
-        else:
-            self._left -= len(data)
-        if self._left == 0 or (self._left == math.inf and data.endswith(b"\r\n0\r\n\r\n")):
+        self._left -= len(data)
+        self._end = (self._end + data)[-len(_LAST_CHUNK) :]
+        if self._left == 0 or (self._left == math.inf and self._end == _LAST_CHUNK):
             self._left = None
             self._free.append(self)
 

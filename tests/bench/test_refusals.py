@@ -1,10 +1,12 @@
 """What refusals cost: turns of one benchmark compared with each other."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import count
 
 import pytest
 
+from app.bench.targets import Route, Target
 from app.bench.transport import HttpClient
 from benchmarks import refusals
 from benchmarks.refusals import QUIET, REFUSER, SERVICE, Turn, ratio, render
@@ -12,7 +14,7 @@ from benchmarks.refusals import QUIET, REFUSER, SERVICE, Turn, ratio, render
 
 def turns(*tokens: float, refused: float = 0.0) -> Sequence[Turn]:
     """Turns with so many tokens a second each."""
-    return [Turn(t, refused, {"API": 0.1, "engine": 1.8}) for t in tokens]
+    return [Turn(t, refused, {"API": 0.1, "client": 0.02, "engine": 1.8}) for t in tokens]
 
 
 def test_turns_are_compared_with_the_quiet_ones_beside_them() -> None:
@@ -44,8 +46,8 @@ def test_the_kinds_of_turns_stand_beside_each_other() -> None:
         for line in text.splitlines()[2:]
         if (cells := [cell.strip() for cell in line.strip("|").split("|")])
     }
-    assert rows[QUIET] == ["405", "", "0", "0.100", "1.800"]
-    assert rows[SERVICE] == ["364", "0.900 ± 0.000", "150", "0.100", "1.800"]
+    assert rows[QUIET] == ["405", "", "0", "0.100", "0.020", "1.800"]
+    assert rows[SERVICE] == ["364", "0.900 ± 0.000", "150", "0.100", "0.020", "1.800"]
     assert rows[REFUSER][:3] == ["384", "0.949 ± 0.001", "160"]
 
 
@@ -60,3 +62,54 @@ async def test_the_server_that_only_refuses_does() -> None:
     http = HttpClient(url, time_limit=1)
     assert (await asyncio.wait_for(http.get("/"), 5)).status is None
     http.close()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    async with asyncio.timeout(20):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+async def test_further_requests_come_until_they_are_told_to_stop() -> None:
+    """Each is refused on a connection that is used again, and counted when its answer has come."""
+    async with refusals._refuser() as url:
+        bodies = (b"%d" % number for number in count())
+        arrivals = refusals._Arrivals(Target(url, Route.CHAT, "key"), bodies)
+        arrivals.go_on(200.0, url)
+        await until(lambda: arrivals.refused >= 40)
+        arrivals.go_on(0.0, "")
+        sent = int(next(bodies))
+        await until(lambda: arrivals.refused == sent)
+        arrivals.close()
+    assert arrivals.answered == 0
+    assert len(arrivals._all) < sent / 2
+
+
+async def test_a_streams_connection_is_free_when_it_has_ended() -> None:
+    """Not before: two requests at a time on one connection would wait for each other."""
+    asked: list[bytes] = []
+    ending, ended = asyncio.Event(), asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n")
+        await ending.wait()
+        writer.write(b"0\r\n\r\n")
+        await ended.wait()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = "http://127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+    arrivals = refusals._Arrivals(Target(url, Route.CHAT, "key"), iter([b"one", b"two"]))
+    free: list[refusals._Line] = []
+    await arrivals._open(url, free, b"POST / HTTP/1.1\r\n\r\n")
+    await until(lambda: arrivals.answered == 1)
+    assert not free
+    ending.set()
+    await until(lambda: len(free) == 1)
+    arrivals.close()
+    ended.set()
+    await until(lambda: not free)
+    server.close()
+    assert len(asked) == 1
