@@ -266,13 +266,15 @@ async def _rounds(
     await asyncio.sleep(_WARM_UP_SECONDS / 2)
     begin = await load.read(session)
     await asyncio.sleep(_WARM_UP_SECONDS / 2)
-    rate = factor * _turn(begin, await load.read(session)).tokens / _MEAN_TOKENS
+    quiet = _turn(begin, await load.read(session))
     found: dict[str, list[Turn]] = {kind: [] for kind in KINDS}
     order = [*KINDS]
     shuffle = random.Random(1).shuffle  # noqa: S311 - as above  # nosec B311
     for number in range(turns):
         shuffle(order)
         for kind in order:
+            # The machine's speed drifts, and with it what so many times the capacity is.
+            rate = factor * quiet.tokens / _MEAN_TOKENS
             load.arrivals.go_on(rate if kind in urls else 0.0, urls.get(kind, ""))
             await asyncio.sleep(_SETTLING_SECONDS)
             before, refused = await load.read(session), load.arrivals.refused
@@ -280,6 +282,7 @@ async def _rounds(
             after = await load.read(session)
             elsewhere = load.arrivals.refused - refused if kind == REFUSER else 0
             found[kind].append(_turn(before, after, elsewhere))
+        quiet = found[QUIET][-1]
         shown = ", ".join(f"{kind}: {found[kind][-1].tokens:.0f}" for kind in KINDS)
         print(f"{number + 1} of {turns}, tokens/s {shown}", flush=True)
     return found
