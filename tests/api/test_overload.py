@@ -127,9 +127,7 @@ async def test_what_needs_no_place_is_answered() -> None:
 
 def front(client: Client) -> EarlyRefusals:
     """What connections ask before the application."""
-    refusals = cast("GuardedApplication", client.app).refusals
-    assert refusals is not None
-    return refusals
+    return cast("GuardedApplication", client.app).refusals
 
 
 def a_scope(path: str, *, root_path: str = "", method: str = "POST", key: str = KEY) -> Scope:

@@ -29,13 +29,14 @@ class GuardedApplication(FastAPI):
     asked for each connection's protocol.
 
     Attributes:
-        refusals: Asked by connections before the application is; none while it is ``None``.
+        refusals: Asked by connections before the application is; set before it runs.
     """
+
+    refusals: EarlyRefusals
 
     def __init__(self, *, connections: Connections, **options: Any) -> None:
         super().__init__(**options)
         self._connections = connections
-        self.refusals: EarlyRefusals | None = None
 
     def build_middleware_stack(self) -> ASGIApp:
         """The layers of the application, from the request's context on.

@@ -12,16 +12,14 @@ from typing import Any, cast
 import httptools
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
 from app.api.early_refusals import EarlyRefusals
-from app.api.errors import error_response
-from app.api.middleware import HeaderList, new_request_id, secured
 from app.api.server.connections import Connections
+from app.api.server.messages import CLOSE, last_response, whole_response
 from app.api.server.strict import StrictProtocol
 from app.api.server.transport import GentleTransport
-from app.core.logging import request_id_var
 from app.utils.errors import (
     HeadersTooLargeError,
     MalformedHTTPError,
@@ -42,7 +40,6 @@ _MAX_AHEAD_BYTES = 65_536
 _MAX_DRAINED_BYTES = 65_536
 # A body that comes at this rate, in bytes a second, has as long as it takes.
 _SLOWEST_BODY = 16_384
-_CLOSE = (b"connection", b"close")
 # How long what a client still sends is thrown away after the last answer, so that it reads that.
 _LINGER_SECONDS = 2.0
 
@@ -66,7 +63,7 @@ class GuardedProtocol(StrictProtocol):
     def __init__(
         self,
         connections: Connections,
-        refusals: EarlyRefusals | None,
+        refusals: EarlyRefusals,
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
@@ -173,13 +170,12 @@ class GuardedProtocol(StrictProtocol):
         if self._phase is _Phase.IDLE:
             if seconds >= self._limits.keep_alive_seconds:
                 self.transport.close()
-        elif self._phase is _Phase.HEAD:
-            if seconds >= self._limits.header_timeout_seconds:
-                self._reject(RequestTimeoutError(), "header_timeout")
         elif self._phase is _Phase.BODY:
             earned = self._body_bytes / _SLOWEST_BODY
             if seconds >= self._limits.body_timeout_seconds + earned:
                 self._reject(RequestTimeoutError(), "body_timeout")
+        elif self._phase is _Phase.HEAD and seconds >= self._limits.header_timeout_seconds:
+            self._reject(RequestTimeoutError(), "header_timeout")
 
     # --- What comes in ----------------------------------------------------------------------------
 
@@ -187,9 +183,8 @@ class GuardedProtocol(StrictProtocol):
     def _is_busy(self) -> bool:
         """Whether a request that has come whole is still being answered."""
         cycle = self._answering
-        if cycle is None or cycle.response_complete:
-            return False
-        return cycle is not self.cycle or not cycle.more_body
+        is_open = cycle is not None and not cycle.response_complete
+        return is_open and (cycle is not self.cycle or not self.cycle.more_body)
 
     def data_received(self, data: bytes) -> None:
         """Something has come; it is parsed when its turn is.
@@ -225,8 +220,7 @@ class GuardedProtocol(StrictProtocol):
             self._take(data[start : start + _PIECE_BYTES])
 
     def _feed_ahead(self) -> None:
-        data = bytes(self._ahead)
-        self._ahead.clear()
+        data, self._ahead = bytes(self._ahead), bytearray()
         if not self.transport.is_closing():
             self._feed(data)
 
@@ -284,8 +278,8 @@ class GuardedProtocol(StrictProtocol):
         self.cycle.more_body = False
         if self.cycle is self._answering and self._phase is _Phase.BODY:
             self._enter(_Phase.IDLE if self.cycle.response_complete else _Phase.ANSWER)
-        if self._held_from is not None and not self._refuse_early(self.cycle):
-            self._let_in()
+        if self._held_from is not None:
+            self._refuse_or_let_in(self.cycle)
 
     # --- What goes out ----------------------------------------------------------------------------
 
@@ -295,7 +289,7 @@ class GuardedProtocol(StrictProtocol):
         self._held_from = app
         # What comes in one piece, as nearly all requests do, may be refused without a task.
         may_wait = self._feeding and cycle.more_body and not cycle.waiting_for_100_continue
-        if self._refusals is None or not (may_wait and self._refusals.are_near):
+        if not (may_wait and self._refusals.are_near):
             self._let_in()
 
     def _let_in(self) -> None:
@@ -307,22 +301,19 @@ class GuardedProtocol(StrictProtocol):
         answer: Any = partial(self._answer, cycle, app)
         super()._start_asgi_task(cycle, answer)
 
-    def _refuse_early(self, cycle: RequestResponseCycle) -> bool:
-        """Refuse the request that has come, if that can be done before the application has it."""
-        if self._refusals is None or self.transport.is_closing():
-            return False
+    def _refuse_or_let_in(self, cycle: RequestResponseCycle) -> None:
         refusal = self._refusals.find(cast("Scope", cycle.scope), bytes(cycle.body))
         if refusal is None:
-            return False
+            self._let_in()
+            return
         self._held_from = None
         cycle.response_started = cycle.response_complete = True
-        closing = not cycle.keep_alive
-        headers = [*refusal.headers, _CLOSE] if closing else refusal.headers
-        self._write(refusal.status, headers, refusal.body)
-        if closing:
+        last = [] if cycle.keep_alive else [CLOSE]
+        headers = [*self.server_state.default_headers, *refusal.headers, *last]
+        self.transport.write(whole_response(refusal.status, headers, refusal.body))
+        if last:
             self.transport.close()
         self.on_response_complete()
-        return True
 
     async def _answer(
         self, cycle: RequestResponseCycle, app: ASGIApp, scope: Scope, receive: Receive, send: Send
@@ -398,7 +389,8 @@ class GuardedProtocol(StrictProtocol):
             return
         self._disconnect(cycle)
         if self._unused_bytes or self._phase is _Phase.BODY:
-            self._send_error(error)
+            common, seconds = self.server_state.default_headers, self.loop.time() - self._since
+            self.transport.write(last_response(error, common, seconds))
         self.transport.close()
 
     def _disconnect(self, cycle: RequestResponseCycle | None) -> None:
@@ -406,21 +398,3 @@ class GuardedProtocol(StrictProtocol):
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True
             cycle.message_event.set()
-
-    def _send_error(self, error: ServiceError) -> None:
-        request_id = new_request_id()
-        token = request_id_var.set(request_id)
-        response = error_response(error)
-        request_id_var.reset(token)
-        headers = [
-            *secured(response.raw_headers),
-            _CLOSE,
-            (b"x-request-id", request_id.encode()),
-            (b"x-process-time", b"%.6f" % (self.loop.time() - self._since)),
-        ]
-        self._write(error.status, headers, bytes(response.body))
-
-    def _write(self, status: int, headers: HeaderList, body: bytes) -> None:
-        """Send a whole response."""
-        lines = [b"%s: %s\r\n" % pair for pair in (*self.server_state.default_headers, *headers)]
-        self.transport.write(b"".join([STATUS_LINE[status], *lines, b"\r\n", body]))
