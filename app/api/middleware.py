@@ -36,7 +36,7 @@ _SECURITY_HEADERS = (
 _POLICY = b"content-security-policy"
 _DATA_POLICY = b"default-src 'none'; frame-ancestors 'none'"
 _PAGE_POLICY = b"base-uri 'none'; frame-ancestors 'none'; object-src 'none'"
-_CLOSE = (b"connection", b"close")
+CLOSE = (b"connection", b"close")
 # Called every few seconds by machines; they would drown what people want to read.
 _QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 
@@ -69,9 +69,9 @@ class RequestLog:
             (b"x-request-id", request_id.encode()),
             (b"x-process-time", b"%.6f" % seconds),
         )
-        if self._leaving() and _CLOSE not in headers:
+        if self._leaving() and CLOSE not in headers:
             # A request sent down this connection later would cross with its end.
-            headers.append(_CLOSE)
+            headers.append(CLOSE)
         return headers
 
     def record(self, scope: Scope, status: int, seconds: float) -> None:

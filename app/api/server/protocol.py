@@ -17,7 +17,7 @@ from uvicorn.server import ServerState
 
 from app.api.early_refusals import EarlyRefusals
 from app.api.server.connections import Connections
-from app.api.server.messages import CLOSE, last_response, whole_response
+from app.api.server.messages import last_response, whole_response
 from app.api.server.strict import StrictProtocol
 from app.api.server.transport import GentleTransport
 from app.utils.errors import (
@@ -308,9 +308,9 @@ class GuardedProtocol(StrictProtocol):
             return
         self._held_from = None
         cycle.response_started = cycle.response_complete = True
-        last = [] if cycle.keep_alive else [CLOSE]
-        headers = [*self.server_state.default_headers, *refusal.headers, *last]
-        self.transport.write(whole_response(refusal.status, headers, refusal.body))
+        last = not cycle.keep_alive
+        headers = [*self.server_state.default_headers, *refusal.headers]
+        self.transport.write(whole_response(refusal.status, headers, refusal.body, last=last))
         if last:
             self.transport.close()
         self.on_response_complete()
