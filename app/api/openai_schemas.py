@@ -10,7 +10,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from pydantic_core import PydanticCustomError
 
 from app.api.requests import NeutralFields, RequestModel, SamplingFields
-from app.api.rules import ABSENT, NON_EMPTY, both, either, has, where_present
 from app.llm.tools import ChatMessage, Tool, ToolCall, ToolUse
 
 MAX_CHOICES = 16
@@ -67,28 +66,9 @@ class ToolCallField(RequestModel):
     function: CalledFunctionField
 
 
-_CONTENT = has(content={"type": ["string", "array"]})
-_NO_CALLS = where_present(tool_calls={"enum": [None, []]})
-_NO_CALL_ID = where_present(tool_call_id=ABSENT)
-
-
 class OpenAIMessage(NeutralFields):
     """One message of a chat."""
 
-    model_config = ConfigDict(
-        json_schema_extra=either(
-            both(
-                has(role={"enum": ["system", "developer", "user"]}),
-                *(_CONTENT, _NO_CALLS, _NO_CALL_ID),
-            ),
-            both(
-                has(role={"const": "assistant"}),
-                either(_CONTENT, has(tool_calls=NON_EMPTY)),
-                _NO_CALL_ID,
-            ),
-            both(has(role={"const": "tool"}, tool_call_id={"type": "string"}), _CONTENT, _NO_CALLS),
-        )
-    )
     neutral: ClassVar = {
         "refusal": (),
         "audio": (),
@@ -195,9 +175,6 @@ class OpenAIFields(NeutralFields, SamplingFields):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-_OPTIONS_NEED_A_STREAM = either(has(stream={"const": True}), where_present(stream_options=ABSENT))
-
-
 class ChatCompletionRequest(OpenAIFields):
     """Body of POST /v1/chat/completions."""
 
@@ -210,16 +187,6 @@ class ChatCompletionRequest(OpenAIFields):
                     "max_completion_tokens": 100,
                 }
             ],
-            **both(
-                _OPTIONS_NEED_A_STREAM,
-                either(
-                    has(logprobs={"const": True}), where_present(top_logprobs={"enum": [None, 0]})
-                ),
-                either(
-                    has(tools=NON_EMPTY),
-                    where_present(tool_choice={"enum": [None, "none", "auto"]}),
-                ),
-            ),
         }
     )
     neutral: ClassVar = {
@@ -296,6 +263,7 @@ def _prompts(prompt: Any) -> Any:
 
 Prompt = Annotated[str, Field(min_length=1)]
 _PROMPT = {"type": "string", "minLength": 1}
+_PROMPTS = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": _PROMPT}
 
 
 class CompletionRequest(OpenAIFields):
@@ -305,8 +273,7 @@ class CompletionRequest(OpenAIFields):
         json_schema_extra={
             "examples": [
                 {"model": "default", "prompt": "The capital of France is", "max_tokens": 20}
-            ],
-            **_OPTIONS_NEED_A_STREAM,
+            ]
         }
     )
     neutral: ClassVar = {"best_of": (1,), "echo": (False,), "suffix": ("",)}
@@ -315,7 +282,7 @@ class CompletionRequest(OpenAIFields):
         list[Prompt],
         Field(min_length=1, max_length=MAX_PROMPTS),
         BeforeValidator(_prompts),
-        WithJsonSchema(either(_PROMPT, {**NON_EMPTY, "maxItems": MAX_PROMPTS, "items": _PROMPT})),
+        WithJsonSchema({"anyOf": [_PROMPT, _PROMPTS]}),
     ]
     logprobs: int | None = Field(
         None, ge=0, le=5, description="Tell log-probabilities, of so many of the likeliest tokens."
@@ -331,15 +298,7 @@ class CompletionRequest(OpenAIFields):
 class TokenizeRequest(RequestModel):
     """Body of POST /v1/tokenize; either a text or messages."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"text": "Hello, world."}],
-            **either(
-                both(has(text={"type": "string"}), where_present(messages=ABSENT)),
-                both(has(messages={"type": "array"}), where_present(text=ABSENT)),
-            ),
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "Hello, world."}]})
 
     text: str | None = Field(None, min_length=1)
     messages: list[OpenAIMessage] | None = Field(None, min_length=1, max_length=1000)

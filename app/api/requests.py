@@ -19,15 +19,19 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from app.api.rules import ABSENT, Schema, both, either, has, or_null, where_present
 from app.core.security import Principal
 from app.llm.engine.base import SAMPLING_FIELDS, Grammar, JsonSchemaGrammar, RegexGrammar
 
+Schema = dict[str, Any]
 Role = Literal["system", "user", "assistant"]
 
 # Faults of a body that are described; the rest of a longer list would tell nobody anything.
 MAX_FAULTS = 64
 MAX_STOPS = 4
+
+_NULL: Schema = {"type": "null"}
+_ANNOTATIONS = ("title", "description", "default")
+
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -83,10 +87,20 @@ class NeutralFields(RequestModel):
         model = handler.resolve_ref_schema(schema)
         fields, required = model["properties"], model.get("required", ())
         for name in fields.keys() - set(required):
-            fields[name] = or_null(fields[name])
+            fields[name] = _or_null(fields[name])
         for name, values in cls.neutral.items():
             fields[name] = {"description": "Asks for nothing.", "enum": [None, *values]}
         return schema
+
+
+def _or_null(schema: Schema) -> Schema:
+    """A field's schema that allows null as well; its annotations stay at the top."""
+    if _NULL in schema.get("anyOf", ()):
+        return schema
+    annotations: Schema = {k: v for k, v in schema.items() if k in _ANNOTATIONS}
+    inner = {k: v for k, v in schema.items() if k not in annotations}
+    alternatives = inner["anyOf"] if inner.keys() == {"anyOf"} else [inner]
+    return {"anyOf": [*alternatives, _NULL], **annotations}
 
 
 def _is_one_of(value: Any, neutral: tuple[Any, ...] | None) -> bool:
@@ -103,29 +117,8 @@ class JsonSchemaFormat(NeutralFields):
     strict: bool = Field(False, description="The answer follows the schema either way.")
 
 
-_MEMBER_OF_TYPE: dict[str, Schema] = {
-    "json_schema": {"type": "object"},
-    "regex": {"type": "string"},
-    "choice": {"type": "array"},
-}
-
-
-def _format_of_type(kind: str) -> Schema:
-    others = _MEMBER_OF_TYPE.keys() - {kind}
-    return both(
-        has(type={"const": kind}, **{k: m for k, m in _MEMBER_OF_TYPE.items() if k == kind}),
-        where_present(**dict.fromkeys(sorted(others), ABSENT)),
-    )
-
-
 class ResponseFormat(NeutralFields):
     """What the answer must look like; see docs/api.md, Structured output."""
-
-    model_config = ConfigDict(
-        json_schema_extra=either(
-            *map(_format_of_type, ("text", "json_object", *_MEMBER_OF_TYPE)),
-        )
-    )
 
     type: Literal["text", "json_object", "json_schema", "regex", "choice"]
     json_schema: JsonSchemaFormat | None = None
@@ -225,9 +218,6 @@ class Message(RequestModel):
     content: str = Field(min_length=1)
 
 
-_TALKS = where_present(role={"enum": ["user", "assistant"]})
-
-
 class ChatRequest(SamplingFields):
     """Body of POST /v1/chat."""
 
@@ -247,10 +237,6 @@ class ChatRequest(SamplingFields):
         min_length=1,
         max_length=1000,
         description="Only the first may have the role system, and another must follow it.",
-        # The first of two is free; of one alone it is the one to answer.
-        json_schema_extra=both(
-            {"prefixItems": [{}], "items": _TALKS}, either({"minItems": 2}, {"items": _TALKS})
-        ),
     )
     session_id: str | None = Field(
         None,
