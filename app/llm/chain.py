@@ -24,7 +24,7 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableSequence
 from langchain_huggingface import HuggingFacePipeline
 from pydantic import ConfigDict
 
-from app.llm.engine.admission import Admission
+from app.llm.engine.admission import Place
 from app.llm.engine.base import SAMPLING_FIELDS
 from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
 from app.llm.system_prompt import with_system_prompt
@@ -84,7 +84,7 @@ class ServedPipeline(HuggingFacePipeline):  # type: ignore[misc]
         kwargs: dict[str, Any],
     ) -> AsyncIterator[str]:
         rendered: bool = kwargs.pop("rendered", False)
-        admission: Admission | None = kwargs.pop("admission", None)
+        admission: Place | None = kwargs.pop("admission", None)
         options = _merge(self.options, stop, kwargs)
         return self.generator.stream(
             prompt, options, report, rendered=rendered, admission=admission
@@ -289,7 +289,7 @@ class Chains:
         self._parser = TextParser()
 
     def generate(
-        self, options: GenerationOptions, report: GenerationReport, admission: Admission
+        self, options: GenerationOptions, report: GenerationReport, admission: Place
     ) -> Runnable[dict[str, Any], str]:
         """The chain for a bare prompt; its input is ``{"prompt": str}``."""
         model = self.pipeline.bind(options=options, report=report, admission=admission)
@@ -299,7 +299,7 @@ class Chains:
         self,
         options: GenerationOptions,
         report: GenerationReport,
-        admission: Admission,
+        admission: Place,
         tools: Sequence[Tool] = (),
     ) -> Runnable[dict[str, Any], str]:
         """The chain for a chat; its input is ``{"messages": chat_messages(...)}``."""

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Literal
 
 from app.llm.detokenizer import Detokenizer, StopMatcher
-from app.llm.engine.admission import Admission
+from app.llm.engine.admission import Place
 from app.llm.engine.base import (
     NEUTRAL_SAMPLING,
     SAMPLING_FIELDS,
@@ -161,7 +161,7 @@ class TextGenerator:
         report: GenerationReport,
         *,
         rendered: bool = False,
-        admission: Admission | None = None,
+        admission: Place | None = None,
     ) -> AsyncGenerator[str, None]:
         """Generate, and yield the answer in pieces.
 
@@ -176,7 +176,7 @@ class TextGenerator:
             admission: A place taken before; otherwise one is taken here.
 
         Raises:
-            ServiceError: See :meth:`EngineClient.admit` and :meth:`Admission.generate`, and
+            ServiceError: See :meth:`EngineClient.admit` and :meth:`Place.events`, and
                 ``ContextLengthExceededError``, ``UnsupportedParameterError``,
                 ``InvalidGrammarError``.
         """
@@ -186,13 +186,15 @@ class TextGenerator:
         place = admission or self.engine.admit()
         try:
             request = await self._prepare(prompt, options, report, rendered=rendered)
+            place.start(request)
             yield ""
             pieces = self._pieces(place, request, options.stop, report)
             async with aclosing(pieces):
                 async for piece in pieces:
                     yield piece
         finally:
-            place.release()
+            if admission is None:
+                place.release()
 
     async def _prepare(
         self, prompt: str, options: GenerationOptions, report: GenerationReport, *, rendered: bool
@@ -235,7 +237,7 @@ class TextGenerator:
 
     async def _pieces(
         self,
-        place: Admission,
+        place: Place,
         request: GenerationRequest,
         stop: tuple[str, ...],
         report: GenerationReport,
@@ -243,9 +245,8 @@ class TextGenerator:
         detokenizer = Detokenizer(self.tokenizer.decoder)
         stops = StopMatcher(stop)
         position = sent = 0
-        events = place.generate(request)
-        async with aclosing(events):
-            async for event in events:
+        while report.finish_reason is None:
+            for event in await place.events():
                 report.completion_tokens += len(event.token_ids)
                 report.token_ids += event.token_ids
                 report.cached_tokens += event.cached_tokens

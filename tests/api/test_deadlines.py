@@ -42,7 +42,7 @@ async def idle(client: Client) -> None:
     """Wait until no request holds anything, here and in the engine process."""
     engine = client.services.engine
     async with asyncio.timeout(10):
-        while engine.queue._admissions or engine.stats.running:  # noqa: ASYNC110 - polls another process
+        while not engine.queue.is_empty or engine.stats.running:  # noqa: ASYNC110 - polls another process
             await asyncio.sleep(0.01)
 
 

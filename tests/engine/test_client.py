@@ -1,16 +1,16 @@
-"""Admission, turns, deadlines, cancellation and supervision, with a real engine process."""
+"""Admission, deadlines, cancellation and supervision, with a real engine process."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
-from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
 from app.core.config import ModelSettings
-from app.llm.engine.admission import Admission
+from app.llm.engine.admission import Place
 from app.llm.engine.base import GenerationRequest, SamplingParams, TokenEvent
 from app.llm.engine.client import EngineClient, EngineState
 from app.llm.engine.watchdog import LOOK_SECONDS, STALLED_LOOKS
@@ -23,6 +23,7 @@ from app.utils.errors import (
     OverloadedError,
 )
 from tests.support.engine import EchoEngine, echo_engine
+from tests.support.queue import read
 
 _ids = iter(range(1_000_000))
 
@@ -39,23 +40,35 @@ def request(client: EngineClient, text: str = "hello", max_tokens: int = 100) ->
 
 
 async def collect(
-    client: EngineClient, text: str = "hello", admission: Admission | None = None
+    client: EngineClient, text: str = "hello", place: Place | None = None
 ) -> list[TokenEvent]:
     """All events of one request."""
-    place = admission or client.admit()
-    return [event async for event in place.generate(request(client, text))]
+    return await read(place or client.admit(), request(client, text))
 
 
-def pid(client: EngineClient) -> int:
-    """The engine process."""
-    assert client._process is not None
-    return client._process.pid
+def engine_pids() -> list[int]:
+    """Engine processes among this process' children."""
+    thread = threading.main_thread().native_id
+    found = []
+    for child in Path(f"/proc/self/task/{thread}/children").read_text().split():
+        with contextlib.suppress(FileNotFoundError):
+            if "app.llm.engine.worker" in Path(f"/proc/{child}/cmdline").read_text():
+                found.append(int(child))
+    return found
+
+
+async def pid(*, other_than: int = 0) -> int:
+    """The engine process; waits for it to be started."""
+    async with asyncio.timeout(10):
+        while not (found := [one for one in engine_pids() if one != other_than]):  # noqa: ASYNC110 - polls another process
+            await asyncio.sleep(0.01)
+    return found[0]
 
 
 async def idle(engine: EchoEngine) -> None:
     """Wait until no request holds anything, here and in the engine process."""
     async with asyncio.timeout(10):
-        while engine.client.queue.snapshot().running or engine.client.stats.running:  # noqa: ASYNC110 - polls another process
+        while not engine.client.queue.is_empty or engine.client.stats.running:  # noqa: ASYNC110 - polls another process
             await asyncio.sleep(0.01)
 
 
@@ -92,7 +105,7 @@ async def test_places_are_bounded_and_refusal_is_immediate() -> None:
         engine.client.admit().release()
 
 
-async def test_turns_of_one_caller_are_first_come_first_served() -> None:
+async def test_requests_of_one_caller_are_first_come_first_served() -> None:
     """Requests of one caller that wait start in the order in which they came."""
     async with echo_engine(max_running=1, echo_step_seconds=0.001) as engine:
         order: list[int] = []
@@ -106,18 +119,20 @@ async def test_turns_of_one_caller_are_first_come_first_served() -> None:
 
 
 async def test_leaving_frees_the_place_in_both_processes() -> None:
-    """Closing the events of a long answer leaves nothing running."""
+    """Releasing the place of a long answer leaves nothing running."""
     async with echo_engine(echo_step_seconds=0.01) as engine:
         place = engine.client.admit()
-        events = place.generate(request(engine.client, "x" * 5000, 4000))
-        async with aclosing(events):
-            await anext(events)
+        place.start(request(engine.client, "x" * 5000, 4000))
+        await place.events()
+        assert engine.value("llm_requests_running") == 1
+        place.release()
         await idle(engine)
+        assert engine.value("llm_requests_running") == 0
         assert engine.value("llm_requests_cancelled_total") == 1
 
 
 async def test_leaving_the_queue_frees_the_place() -> None:
-    """A request cancelled while it waits is forgotten, and the next one gets its turn."""
+    """A request cancelled while it waits is forgotten, and the next one is served."""
     async with echo_engine(max_running=1, max_waiting=2, echo_step_seconds=0.01) as engine:
         first = asyncio.create_task(collect(engine.client, "x" * 100))
         await asyncio.sleep(0.05)
@@ -162,7 +177,7 @@ async def test_a_dead_engine_is_told_and_replaced(how: str) -> None:
     """Running requests get an error, the engine comes back, and new requests succeed."""
     async with echo_engine(echo_step_seconds=0.01) as engine:
         client = engine.client
-        before = pid(client)
+        before = await pid()
         text = "x" * 1000 if how == "kill" else how
         running = asyncio.create_task(collect(client, text))
         if how == "kill":
@@ -172,7 +187,7 @@ async def test_a_dead_engine_is_told_and_replaced(how: str) -> None:
             async with asyncio.timeout(5):
                 await running
         await engine.until(EngineState.READY)
-        assert pid(client) != before
+        assert await pid(other_than=before)
         assert (await collect(client))[-1].finish_reason == "stop"
         assert engine.value("llm_engine_restarts_total") == 1
         assert engine.fatal == []
@@ -197,7 +212,7 @@ async def test_what_nobody_has_seen_a_token_of_is_tried_once_more() -> None:
     async with echo_engine(max_running=1, echo_step_seconds=0.5) as engine:
         answers = [asyncio.create_task(collect(engine.client, text)) for text in ("a", "b")]
         await asyncio.sleep(0.05)
-        os.kill(pid(engine.client), signal.SIGKILL)
+        os.kill(await pid(), signal.SIGKILL)
         assert [len(events) for events in await asyncio.gather(*answers)] == [2, 2]
         assert engine.client.restarts == 1
 
@@ -220,13 +235,11 @@ async def test_waiting_for_the_engine_has_an_end() -> None:
     async with echo_engine(queue_timeout_seconds=0.3, echo_step_seconds=0.5) as engine:
         running = asyncio.create_task(collect(engine.client))
         await asyncio.sleep(0.05)
-        before = pid(engine.client)
+        before = await pid()
         os.kill(before, signal.SIGKILL)
         await engine.until(EngineState.RESTARTING)
-        while engine.client._process is None or pid(engine.client) == before:  # noqa: ASYNC110 - polls another process
-            await asyncio.sleep(0.01)
         # It does not become ready in time.
-        os.kill(pid(engine.client), signal.SIGSTOP)
+        os.kill(await pid(other_than=before), signal.SIGSTOP)
         with pytest.raises(EngineUnavailableError):
             await running
         await idle(engine)
@@ -235,7 +248,7 @@ async def test_waiting_for_the_engine_has_an_end() -> None:
 async def test_requests_meet_an_honest_error_while_the_engine_restarts() -> None:
     """Between death and readiness a request is refused as engine_unavailable."""
     async with echo_engine() as engine:
-        os.kill(pid(engine.client), signal.SIGKILL)
+        os.kill(await pid(), signal.SIGKILL)
         await engine.until(EngineState.RESTARTING)
         with pytest.raises(EngineUnavailableError):
             engine.client.admit()
@@ -260,7 +273,7 @@ async def test_the_end_leaves_time_for_the_last_answers() -> None:
             # It is not tried again once something of its answer came.
             while not engine.value("tokens_generated_total", model="echo"):  # noqa: ASYNC110 - polls another process
                 await asyncio.sleep(0.01)
-        os.kill(pid(engine.client), signal.SIGKILL)
+        os.kill(await pid(), signal.SIGKILL)
         with pytest.raises(EngineUnavailableError):
             await running
         assert engine.client.is_idle
@@ -291,7 +304,7 @@ async def test_it_is_ready_once_the_service_is_prepared_too() -> None:
     await engine.until(EngineState.READY)
     assert (await collect(engine.client))[-1].finish_reason == "stop"
     assert engine.client.restarts == 0
-    os.kill(pid(engine.client), signal.SIGKILL)
+    os.kill(await pid(), signal.SIGKILL)
     await engine.until(EngineState.RESTARTING)
     await engine.until(EngineState.READY)
     await engine.client.stop()
@@ -343,8 +356,8 @@ async def test_aborting_ends_what_still_runs() -> None:
 
 async def test_stopping_leaves_no_process() -> None:
     """After stop, the engine process is gone."""
-    async with echo_engine() as engine:
-        engine_pid = pid(engine.client)
+    async with echo_engine():
+        engine_pid = await pid()
     with pytest.raises(ProcessLookupError):
         os.kill(engine_pid, 0)
 

@@ -1,7 +1,6 @@
-"""Whose turn it is and how long a request may wait, with a real engine process."""
+"""Which request is next and how long it may wait, with a real engine process."""
 
 import asyncio
-from contextlib import aclosing
 
 import pytest
 
@@ -15,7 +14,7 @@ async def finished(engine: EchoEngine, callers: str) -> str:
     order: list[str] = []
 
     async def one(caller: str) -> None:
-        await collect(engine.client, admission=engine.client.admit(caller))
+        await collect(engine.client, place=engine.client.admit(caller))
         order.append(caller)
 
     await asyncio.gather(*(one(caller) for caller in callers))
@@ -26,7 +25,7 @@ async def test_a_hundred_requests_of_one_caller_do_not_keep_another_waiting() ->
     """The other caller's request is answered next after the one that runs."""
     async with echo_engine(max_running=1) as engine:
         assert await finished(engine, "a" * 100 + "b") == "ab" + "a" * 99
-        assert not engine.client.queue._turns._callers
+        assert engine.client.is_idle
 
 
 async def test_competing_callers_are_answered_in_turn() -> None:
@@ -57,14 +56,14 @@ async def test_a_request_that_waits_too_long_is_refused_and_one_that_runs_is_not
         running = asyncio.create_task(collect(engine.client, "x" * 90, engine.client.admit("a")))
         await asyncio.sleep(0.05)
         with pytest.raises(OverloadedError) as refusal:
-            await collect(engine.client, admission=engine.client.admit("b"))
+            await collect(engine.client, place=engine.client.admit("b"))
         assert 1 <= refusal.value.retry_after <= 60
         assert not running.done()
         assert engine.client.queue.snapshot().waiting == 0
         # It runs for two seconds, far longer than a request may wait.
         assert (await running)[-1].finish_reason == "stop"
         assert engine.value("llm_requests_rejected_total", reason="queue_timeout") == 1
-        assert not engine.client.queue._turns._callers
+        assert engine.client.is_idle
 
 
 async def test_a_request_fails_while_its_prompt_is_prepared() -> None:
@@ -74,7 +73,7 @@ async def test_a_request_fails_while_its_prompt_is_prepared() -> None:
         with pytest.raises(OverloadedError):
             await place.prepare(asyncio.sleep(600))
         with pytest.raises(OverloadedError):
-            await collect(engine.client, admission=place)
+            await collect(engine.client, place=place)
         place = engine.client.admit("a")
         place.fail(DeadlineExceededError())
         unwanted = asyncio.sleep(600)
@@ -83,24 +82,23 @@ async def test_a_request_fails_while_its_prompt_is_prepared() -> None:
         unwanted.close()
         place.release()
         assert engine.value("llm_prompt_tokens_total") == 0
-        assert not engine.client.queue._turns._callers
+        assert engine.client.is_idle
 
 
 async def test_a_caller_that_leaves_makes_room_for_the_next_in_turn() -> None:
     """Requests that leave, running or waiting, neither run nor keep a turn."""
     async with echo_engine(max_running=1, echo_step_seconds=0.01) as engine:
         client = engine.client
-        events = client.admit("a").generate(request(client, "x" * 5000, 4000))
-        async with aclosing(events):
-            await anext(events)
-            waiting = [
-                asyncio.create_task(collect(client, admission=client.admit(caller)))
-                for caller in "abc"
-            ]
-            await asyncio.sleep(0.05)
-            waiting[1].cancel()
+        place = client.admit("a")
+        place.start(request(client, "x" * 5000, 4000))
+        await place.events()
+        waiting = [
+            asyncio.create_task(collect(client, place=client.admit(caller))) for caller in "abc"
+        ]
+        await asyncio.sleep(0.05)
+        waiting[1].cancel()
+        place.release()
         await asyncio.gather(*waiting, return_exceptions=True)
         assert [task.cancelled() for task in waiting] == [False, True, False]
         assert waiting[2].result()[-1].finish_reason == "stop"
         await idle(engine)
-        assert not client.queue._turns._callers

@@ -11,7 +11,7 @@ from typing import Final, Literal, Protocol
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 MAX_MESSAGE_BYTES: Final = 256 * 1024 * 1024
 """Largest message; a tokenizer of the biggest vocabularies takes about 35 MB."""
@@ -266,11 +266,18 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-class Step(msgspec.Struct, frozen=True, tag=True):
-    """All events of one step, and the figures after it; long steps without events are told, too."""
+class Step(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """What happened since the last report; sent after a step, and before one that starts requests.
+
+    Attributes:
+        events: All events of the step.
+        stats: Figures of the moment.
+        started: Ids of the requests that are in the batch from the next step on.
+    """
 
     events: list[TokenEvent]
     stats: EngineStats
+    started: list[str] = []
 
 
 Command = Configure | Submit | Cancel | Stop

@@ -6,7 +6,8 @@ until the last. Leaving at any point frees what it held, at the latest within on
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from functools import cache
 
@@ -14,7 +15,7 @@ from app.core.config import LoggingSettings, ModelSettings
 from app.core.config_engine import EngineSettings
 from app.core.logging import get_logger
 from app.core.metrics import Metrics
-from app.llm.engine.admission import Admission, RequestQueue
+from app.llm.engine.admission import Place, RequestQueue
 from app.llm.engine.base import (
     Cancel,
     Configure,
@@ -136,7 +137,7 @@ class EngineClient:
         """End the engine process; running requests end with an error."""
         self.state = EngineState.STOPPED
         self._stop_waiting()
-        self._end_requests(DrainingError)
+        self.queue.fail_all(DrainingError)
         if self._process is not None:
             await self._process.stop()
         if self._supervisor is not None:
@@ -151,7 +152,7 @@ class EngineClient:
 
     def abort_running(self) -> None:
         """End every admitted request with an error."""
-        self._end_requests(DrainingError)
+        self.queue.fail_all(DrainingError)
 
     def is_draining(self) -> bool:
         """Whether the service is about to leave."""
@@ -197,7 +198,7 @@ class EngineClient:
         watchdog = Watchdog(self._limits.step_timeout_seconds)
         watching = asyncio.create_task(self._watch(process, watchdog), name="engine-watchdog")
         try:
-            async for report in process.reports():
+            while (report := await process.receive()) is not None:
                 watchdog.heard()
                 ready = ready or isinstance(report, Ready)
                 await self._handle(report)
@@ -230,7 +231,8 @@ class EngineClient:
 
     async def _handle(self, report: Report) -> None:
         if isinstance(report, Step):
-            self._dispatch(report)
+            self._show(report.stats)
+            self._in_flight.dispatch(report)
         elif isinstance(report, Loading):
             self._phase = Duty.FETCHING if report.fetching else Duty.LOADING
             self.loading_message = report.message
@@ -289,10 +291,11 @@ class EngineClient:
         """The engine process is gone; what waits for the next one does not wait for ever."""
         if self.state is EngineState.READY:
             self.state = EngineState.RESTARTING
+        self._show(EngineStats())
         self._in_flight.engine_died()
         if self._patience is None and not self.queue.is_empty:
             self._patience = asyncio.get_running_loop().call_later(
-                self._limits.queue_timeout_seconds, self._end_requests, EngineUnavailableError
+                self._limits.queue_timeout_seconds, self.queue.fail_all, EngineUnavailableError
             )
 
     def _stop_waiting(self) -> None:
@@ -302,7 +305,7 @@ class EngineClient:
 
     async def _give_up(self, message: str) -> None:
         self.state = EngineState.FAILED
-        self._end_requests(EngineUnavailableError)
+        self.queue.fail_all(EngineUnavailableError)
         await asyncio.sleep(_LAST_WORDS_SECONDS)
         self._on_fatal(message)
 
@@ -313,7 +316,7 @@ class EngineClient:
 
     # --- requests --------------------------------------------------------------------------
 
-    def admit(self, caller: str = "") -> Admission:
+    def admit(self, caller: str = "") -> Place:
         """Take a place, or be refused at once, before any work is spent.
 
         Args:
@@ -326,8 +329,9 @@ class EngineClient:
             DrainingError: The service is shutting down.
             OverloadedError: No place is free for this caller.
         """
-        self.check(caller)
-        return self.queue.admit(self, caller)
+        with self._counting_rejections():
+            self._check_state()
+            return self.queue.admit(self, caller)
 
     def check(self, caller: str = "") -> None:
         """Refuse what :meth:`admit` would refuse now, without taking a place.
@@ -335,9 +339,14 @@ class EngineClient:
         Raises:
             ServiceError: As :meth:`admit`.
         """
-        try:
+        with self._counting_rejections():
             self._check_state()
             self.queue.check(caller)
+
+    @contextmanager
+    def _counting_rejections(self) -> Iterator[None]:
+        try:
+            yield
         except ServiceError as error:
             self._rejected(error.code).inc()
             raise
@@ -350,17 +359,12 @@ class EngineClient:
         if self.state is not EngineState.READY:
             raise EngineUnavailableError(retry_after=_LOADING_RETRY_AFTER)
 
-    def submit(self, request: GenerationRequest, admission: Admission) -> None:
-        """Start a request in the engine process; its events go to ``admission``.
+    def submit(self, request: GenerationRequest, place: Place) -> None:
+        """Send a request to the engine process; its events go to ``place``.
 
         While the engine process is being started again, the request waits for it.
-
-        Raises:
-            EngineUnavailableError: There will be no engine process to start it in.
         """
-        if self.state in (EngineState.FAILED, EngineState.STOPPED):
-            raise EngineUnavailableError(retry_after=_LOADING_RETRY_AFTER)
-        self._in_flight.add(request, admission)
+        self._in_flight.add(request, place)
 
     def cancel(self, request_id: str) -> None:
         """Stop a request that has not ended; the engine frees its place before its next step."""
@@ -371,11 +375,8 @@ class EngineClient:
         if self._process is not None:
             self._process.send(Submit(request=request))
 
-    def _dispatch(self, step: Step) -> None:
-        self.stats = step.stats
-        self._metrics.kv_cache_usage.set(step.stats.kv_cache_usage)
-        self._in_flight.dispatch(step.events)
+    def _show(self, stats: EngineStats) -> None:
+        self.stats = stats
+        self.queue.running = stats.running
+        self._metrics.kv_cache_usage.set(stats.kv_cache_usage)
 
-    def _end_requests(self, error: Callable[[], ServiceError]) -> None:
-        self.queue.fail_all(error)
-        self._in_flight.clear()

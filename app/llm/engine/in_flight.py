@@ -7,13 +7,12 @@ one before has brought its first token: what kills the engine again is alone, an
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextvars import Context, copy_context
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from app.core.logging import get_logger
-from app.llm.engine.admission import Admission
-from app.llm.engine.base import GenerationRequest, TokenEvent
+from app.llm.engine.admission import Place
+from app.llm.engine.base import GenerationRequest, Step
 from app.utils.errors import EngineUnavailableError
 
 log = get_logger("engine")
@@ -25,28 +24,26 @@ class _Flight:
 
     Attributes:
         request: What is to be answered.
-        admission: Where its events go.
+        place: Where its events go.
         submitted: Whether the present engine process has it.
         answered: Whether an event has come; what its caller may have seen is never repeated.
         suspect: Whether an engine process died with it.
-        context: Where it was added, which names its HTTP request in the log.
     """
 
     request: GenerationRequest
-    admission: Admission
+    place: Place
     submitted: bool = False
     answered: bool = False
     suspect: bool = False
-    context: Context = field(default_factory=copy_context)
 
     def log(self, level: int, message: str, **extra: str) -> None:
         """Say something about this request."""
         about = {"engine_request": self.request.id, **extra}
-        self.context.run(log.log, level, message, extra=about)
+        self.place.context.run(log.log, level, message, extra=about)
 
 
 class InFlight:
-    """Requests by their ids, from when they have their turn to their last event."""
+    """Requests by their ids, from their submission to their last event."""
 
     def __init__(self, submit: Callable[[GenerationRequest], None]) -> None:
         """There are none yet, and no engine.
@@ -65,9 +62,9 @@ class InFlight:
         """Whether there is an engine process, and it has something to do."""
         return self._has_engine and bool(self._flights)
 
-    def add(self, request: GenerationRequest, admission: Admission) -> None:
+    def add(self, request: GenerationRequest, place: Place) -> None:
         """A request is to be answered, by the next engine process if there is none."""
-        flight = self._flights[request.id] = _Flight(request, admission)
+        flight = self._flights[request.id] = _Flight(request, place)
         if self._has_engine:
             self._submit(flight)
 
@@ -79,15 +76,12 @@ class InFlight:
         self._end_trial(flight)
         return flight.submitted
 
-    def clear(self) -> None:
-        """Forget all."""
-        self._flights.clear()
-        self._suspects.clear()
-        self._on_trial = None
-
-    def dispatch(self, events: Sequence[TokenEvent]) -> None:
-        """Hand a step's events to those they are for."""
-        for event in events:
+    def dispatch(self, step: Step) -> None:
+        """Tell places what the engine has told about their requests."""
+        for request_id in step.started:
+            if flight := self._flights.get(request_id):
+                flight.place.slot_taken()
+        for event in step.events:
             flight = self._flights.get(event.request_id)
             if flight is None:
                 # It has left, and the engine had not heard of it when this step began.
@@ -98,7 +92,7 @@ class InFlight:
                 del self._flights[event.request_id]
             if event.error:
                 flight.log(logging.ERROR, "a request failed in the engine", reason=event.error)
-            flight.admission.deliver(event)
+            flight.place.deliver(event)
 
     def engine_started(self) -> None:
         """There is an engine process again: submit what waits for it."""
@@ -116,6 +110,7 @@ class InFlight:
             flight.submitted = False
             if not flight.answered and not flight.suspect:
                 flight.suspect = True
+                flight.place.slot_lost()
                 self._suspects.append(flight)
                 flight.log(
                     logging.WARNING,
@@ -125,7 +120,7 @@ class InFlight:
             again = "again: it is given up" if flight.suspect else "half answered"
             flight.log(logging.ERROR, f"the engine process died with this request {again}")
             del self._flights[flight.request.id]
-            flight.admission.fail(EngineUnavailableError())
+            flight.place.fail(EngineUnavailableError())
 
     def _submit(self, flight: _Flight) -> None:
         flight.submitted = True

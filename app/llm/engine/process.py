@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from app.core.config import PROJECT_ROOT
 from app.core.logging import get_logger
@@ -92,15 +92,14 @@ class EngineProcess:
         if not self._writer.is_closing():
             self._writer.write(pack(message))
 
-    async def reports(self) -> AsyncIterator[Report]:
-        """What the process says, until it ends."""
-        while True:
-            try:
-                header = await self._reader.readexactly(HEADER_BYTES)
-                body = await self._reader.readexactly(body_length(header))
-            except (asyncio.IncompleteReadError, ConnectionError):
-                return
-            yield unpack_report(body)
+    async def receive(self) -> Report | None:
+        """Wait for the next report; ``None`` when the process has closed its end."""
+        try:
+            header = await self._reader.readexactly(HEADER_BYTES)
+            body = await self._reader.readexactly(body_length(header))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+        return unpack_report(body)
 
     async def wait(self) -> str:
         """Wait for the end; returns how it came, for the log."""
@@ -128,7 +127,7 @@ class EngineProcess:
             await self._process.wait()
 
     def kill(self, because: str = "") -> None:
-        """End the process at once, and :meth:`reports` with it.
+        """End the process at once; :meth:`receive` returns ``None`` then.
 
         Args:
             because: What :meth:`wait` is to return instead of the signal's name.

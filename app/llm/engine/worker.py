@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 from app.core.config import LoggingSettings, ModelSettings
 from app.core.logging import configure_logging, get_logger
@@ -117,14 +118,14 @@ class Worker:
         Args:
             channel: Where requests come from and events go.
             backend: Runs the model.
-            max_running: Most requests that the backend is given at once. Others are held in hand,
-                so that a slot that one step frees is filled before the next step begins.
+            max_running: Slots: most requests that the backend is given at once. Others wait, so
+                that a slot that one step frees is filled before the next step begins.
         """
         self._channel = channel
         self._backend = backend
         self._max_running = max_running
         self._running: set[str] = set()
-        self._in_hand: dict[str, GenerationRequest] = {}
+        self._waiting: dict[str, GenerationRequest] = {}
         self._reported_stats = EngineStats()
         self._reported_at = time.monotonic()
 
@@ -133,13 +134,17 @@ class Worker:
         while True:
             events: list[TokenEvent] = []
             self._take_commands(events)
+            if started := self._fill_slots(events):
+                # A step may be long; the service is told before it which requests it runs.
+                self._report(events, started)
+                events = []
             if self._backend.has_work():
                 events += self._backend.step()
             self._report(events)
 
     def _take_commands(self, events: list[TokenEvent]) -> None:
         """Apply every command that has come; wait for one if there is nothing to do."""
-        block = not (self._in_hand or self._backend.has_work())
+        block = not (self._waiting or self._backend.has_work())
         while True:
             try:
                 command = self._channel.commands.get(block=block)
@@ -147,14 +152,20 @@ class Worker:
                 break
             block = False
             if isinstance(command, Submit):
-                self._in_hand[command.request.id] = command.request
+                self._waiting[command.request.id] = command.request
             elif isinstance(command, Cancel):
                 self._cancel(command.request_id, events)
-        while self._in_hand and len(self._running) < self._max_running:
-            self._begin(self._in_hand.pop(next(iter(self._in_hand))), events)
 
-    def _begin(self, request: GenerationRequest, events: list[TokenEvent]) -> None:
-        self._running.add(request.id)
+    def _fill_slots(self, events: list[TokenEvent]) -> list[str]:
+        """Start requests that wait while slots are free; returns their ids."""
+        started = []
+        while self._waiting and len(self._running) < self._max_running:
+            request = self._waiting.pop(next(iter(self._waiting)))
+            if self._start(request, events):
+                started.append(request.id)
+        return started
+
+    def _start(self, request: GenerationRequest, events: list[TokenEvent]) -> bool:
         try:
             self._check(request)
             self._backend.add(request)
@@ -163,8 +174,10 @@ class Worker:
             raise
         except Exception as error:
             log.exception("a request could not be added", extra={"engine_request": request.id})
-            self._running.discard(request.id)
             events.append(_failure(request.id, error))
+            return False
+        self._running.add(request.id)
+        return True
 
     def _check(self, request: GenerationRequest) -> None:
         """Refuse a token the model does not have: native code would read past its embeddings."""
@@ -177,21 +190,22 @@ class Worker:
         if request_id in self._running:
             self._backend.cancel(request_id)
             self._running.remove(request_id)
-        elif self._in_hand.pop(request_id, None) is None:
+        elif self._waiting.pop(request_id, None) is None:
             return
         events.append(TokenEvent(request_id=request_id, finish_reason="cancelled"))
 
-    def _report(self, events: list[TokenEvent]) -> None:
+    def _report(self, events: list[TokenEvent], started: Sequence[str] = ()) -> None:
         for event in events:
             if event.finish_reason is not None:
                 self._running.discard(event.request_id)
         stats = self._backend.stats()
         now = time.monotonic()
         # A cancelled request's pages are freed in a step that has no events of its own.
-        if events or stats != self._reported_stats or now - self._reported_at >= _REPORT_SECONDS:
+        is_due = now - self._reported_at >= _REPORT_SECONDS
+        if events or started or stats != self._reported_stats or is_due:
             self._reported_stats = stats
             self._reported_at = now
-            self._channel.send(Step(events=events, stats=stats))
+            self._channel.send(Step(events=events, stats=stats, started=[*started]))
 
 
 def _failure(request_id: str, error: Exception) -> TokenEvent:

@@ -1,16 +1,13 @@
-"""Fair turns between callers: exact orders, and what holds in every order of events."""
+"""Fairness between callers: exact orders, and what holds in every order of events."""
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Sequence
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.llm.engine.turns import FairTurns
-from app.utils.errors import DeadlineExceededError, EngineUnavailableError, OverloadedError
+from app.utils.errors import DeadlineExceededError, EngineUnavailableError
 from tests.support.queue import ManualEngine
 
 
@@ -20,14 +17,14 @@ def callers(ids: Sequence[str]) -> str:
 
 
 async def serve(engine: ManualEngine) -> str:
-    """End the request that has run longest until none is left; whose turns there were."""
+    """End the request that has run longest until none is left; whose requests ran, in order."""
     while engine.running:
         await engine.end(next(iter(engine.running)))
     return callers(engine.order)
 
 
 async def test_one_request_goes_before_a_hundred_of_another_caller() -> None:
-    """It gets the very next turn, and the others stay in their order."""
+    """It is the very next one, and the others stay in their order."""
     engine = ManualEngine(max_running=2, max_waiting=200)
     for _ in range(100):
         await engine.ask("a")
@@ -40,16 +37,16 @@ async def test_one_request_goes_before_a_hundred_of_another_caller() -> None:
     assert engine.is_empty()
 
 
-async def test_callers_take_turns() -> None:
-    """With one place to run, three callers with three requests each alternate."""
+async def test_callers_alternate() -> None:
+    """With one slot, and three requests of each of three callers."""
     engine = ManualEngine(max_running=1)
     for caller in "aaabbbccc":
         await engine.ask(caller)
     assert await serve(engine) == "abcabcabc"
 
 
-async def test_running_places_are_shared_evenly() -> None:
-    """Of four places each of two callers has two, whoever came first with how many."""
+async def test_slots_are_shared_evenly() -> None:
+    """Each of two callers comes to have two of four, however many requests it has waiting."""
     engine = ManualEngine(max_running=4)
     for caller in "aaaaaaaabbbb":
         await engine.ask(caller)
@@ -73,28 +70,8 @@ async def test_a_caller_that_stays_is_not_starved_by_callers_that_come_and_go() 
     assert callers(engine.order).startswith("abcabcabcabcabcabc")
 
 
-async def test_the_last_eighth_of_the_waiting_places_is_for_callers_without_a_place() -> None:
-    """One caller gets no more than the rest; others still come in, until all is full."""
-    engine = ManualEngine(max_running=1, max_waiting=16)
-    for _ in range(15):
-        await engine.ask("a")
-    with pytest.raises(OverloadedError):
-        await engine.ask("a")
-    await engine.ask("b")
-    with pytest.raises(OverloadedError):
-        await engine.ask("b")
-    await engine.ask("c")
-    for caller in "abcd":
-        with pytest.raises(OverloadedError):
-            await engine.ask(caller)
-    assert await serve(engine) == "abc" + "a" * 14
-    await engine.ask("a")
-    await engine.end(engine.order[-1])
-    assert engine.is_empty()
-
-
 class Watcher:
-    """Holds a queue against what it promises, event by event."""
+    """Checks after each event that the queue was fair."""
 
     def __init__(self, engine: ManualEngine, max_running: int) -> None:
         self.engine = engine
@@ -105,7 +82,7 @@ class Watcher:
         self.seen = 0
 
     def check(self) -> None:
-        """After an event: which turn it brought, and whether that was fair."""
+        """After an event: which request it submitted, and whether that was fair."""
         engine = self.engine
         live = engine.live
         for name in live:
@@ -116,14 +93,14 @@ class Watcher:
         new = engine.order[self.seen :]
         assert len(new) <= 1
         for name in new:
-            self._turn(name, before)
+            self._submitted(name, before)
         self.seen = len(engine.order)
         waiting = set(callers(self.waiting))
-        now = Counter(callers(list(engine.running)))
+        now = Counter(callers(engine.running))
         self.passed = {c: p for c, p in self.passed.items() if c in waiting and not now[c]}
         assert len(engine.running) == min(self.max_running, len(live))
 
-    def _turn(self, name: str, running: Counter[str]) -> None:
+    def _submitted(self, name: str, running: Counter[str]) -> None:
         caller = name[0]
         assert name == next(n for n in self.waiting if n[0] == caller)
         self.waiting.remove(name)
@@ -158,8 +135,7 @@ async def happen(engine: ManualEngine, what: str, which: int) -> None:
     elif what == "leave":
         await engine.leave(name)
     else:
-        engine.admissions[name].fail(DeadlineExceededError())
-        await engine.settle()
+        await engine.fail(name, DeadlineExceededError())
 
 
 @settings(max_examples=200)
@@ -167,10 +143,10 @@ async def happen(engine: ManualEngine, what: str, which: int) -> None:
 def test_in_any_order_of_events_no_caller_is_starved_and_nothing_is_left(
     max_running: int, events: list[tuple[str, int]]
 ) -> None:
-    """Every turn is fair, no place to run is idle while one waits, and all state goes.
+    """The choice is fair, no slot is free while a request waits, and nothing is left.
 
-    A turn never goes to a caller with more running requests than another that waits; no caller
-    overtakes one twice that has nothing running; one caller's requests stay in order; each
+    The next request is never of a caller with more running requests than another that waits. No
+    caller overtakes one twice that has nothing running. One caller's requests stay in order. Each
     request ends once.
     """
 
@@ -190,23 +166,3 @@ def test_in_any_order_of_events_no_caller_is_starved_and_nothing_is_left(
         assert engine.is_empty()
 
     asyncio.run(run())
-
-
-def test_a_turn_costs_microseconds_with_a_thousand_callers() -> None:
-    """A hundred thousand waiting requests of a thousand callers, each entered, served and gone.
-
-    The bound is ten times what it takes.
-    """
-    turns: FairTurns[int] = FairTurns()
-    begin = time.process_time()
-    for number in range(100_000):
-        caller = str(number % 1000)
-        turns.enter(caller)
-        turns.wait(caller, number)
-    while head := turns.head():
-        turns.serve()
-        turns.finish(head[0])
-        turns.leave(head[0])
-    seconds = (time.process_time() - begin) / 100_000
-    assert not turns._callers
-    assert seconds < 100e-6
