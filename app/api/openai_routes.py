@@ -1,27 +1,17 @@
-"""What the OpenAI routes share: errors as OpenAI has them, the model's name, jobs and responses."""
+"""What the OpenAI routes share: errors as OpenAI has them, the model's name, and jobs."""
 
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import msgspec
-from fastapi import Request, Response
+from fastapi import Request
 
-from app.api.dependencies import (
-    CLIENT_CLOSED_REQUEST,
-    GeneratingRoute,
-    Services,
-    send_timeout,
-    unless_disconnected,
-)
+from app.api.dependencies import GeneratingRoute, Services
 from app.api.errors import openai_status, validation_error
-from app.api.openai_answers import AnswerShape, numbered_seeds
 from app.api.openai_schemas import OpenAIFields
 from app.api.requests import job_fields
-from app.api.sse import EventStream
 from app.core.security import Principal
-from app.services.answers import Answer, Job
-from app.services.choices import open_choices
+from app.services.answers import Job
 from app.utils.errors import ModelNotFoundError, ServiceError, UnsupportedParameterError
 
 # What pydantic says of a field that this service does not have.
@@ -75,27 +65,7 @@ def jobs_for(
     ]
 
 
-async def respond(
-    request: Request,
-    openings: Sequence[Coroutine[Any, Any, Answer]],
-    shape: AnswerShape,
-    *,
-    stream: bool,
-) -> Response:
-    """Open the answers and send them, as a stream or whole.
-
-    Raises:
-        ServiceError: One was refused, or broke off before the response began.
-    """
-    if stream:
-        choices = await open_choices(openings)
-        frames = shape.stream(choices)
-        return EventStream(choices, frames, send_timeout_seconds=send_timeout(request))
-
-    async def complete() -> dict[str, Any]:
-        return await shape.whole(await open_choices(openings))
-
-    content = await unless_disconnected(request, complete())
-    if content is None:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(msgspec.json.encode(content), media_type="application/json")
+def numbered_seeds(seed: int | None, n: int) -> Iterator[int | None]:
+    """A seed for each choice, so that they differ and yet can be repeated."""
+    for index in range(n):
+        yield None if seed is None else (seed + index + 2**63) % 2**64 - 2**63

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.services.answers import Completion
+from app.services.answers import Answer
 
 FinishReason = Literal["stop", "length", "content_filter"]
 
@@ -221,24 +221,27 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
-def answer_fields(completion: Completion) -> dict[str, Any]:
-    """The members of :class:`AnswerFields` for a completion."""
+def answer_fields(answer: Answer) -> dict[str, Any]:
+    """The members of :class:`AnswerFields` for a complete answer."""
+    report = answer.report
     return {
-        "id": completion.id,
-        "model": completion.model,
-        "tokens_generated": completion.completion_tokens,
-        "cached": completion.cached,
-        "finish_reason": completion.finish_reason,
-        "usage": usage(completion),
+        "id": answer.id,
+        "model": answer.model,
+        "tokens_generated": report.completion_tokens,
+        "cached": answer.cached,
+        "finish_reason": report.finish_reason,
+        "usage": usage(answer),
     }
 
 
-def usage(completion: Completion) -> Usage:
-    """A completion's token counts."""
-    return Usage(
-        prompt_tokens=completion.prompt_tokens,
-        completion_tokens=completion.completion_tokens,
-        total_tokens=completion.prompt_tokens + completion.completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=completion.cached_tokens),
-        dropped_messages=completion.dropped_messages or None,
-    )
+def usage(answer: Answer) -> dict[str, Any]:
+    """The members of :class:`Usage` for a complete answer."""
+    report = answer.report
+    dropped = answer.dropped_messages
+    return {
+        "prompt_tokens": report.prompt_tokens,
+        "completion_tokens": report.completion_tokens,
+        "total_tokens": report.prompt_tokens + report.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": report.cached_tokens},
+        **({"dropped_messages": dropped} if dropped else {}),
+    }

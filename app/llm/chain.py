@@ -4,6 +4,7 @@ LangChain is imported here and nowhere else, since its interfaces move often.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -24,7 +25,6 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableSequence
 from langchain_huggingface import HuggingFacePipeline
 from pydantic import ConfigDict
 
-from app.llm.engine.admission import Place
 from app.llm.engine.base import SAMPLING_FIELDS
 from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
 from app.llm.system_prompt import with_system_prompt
@@ -67,35 +67,20 @@ class ServedPipeline(HuggingFacePipeline):  # type: ignore[misc]
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncGenerator[GenerationChunk, None]:
-        report: GenerationReport = kwargs.pop("report", None) or GenerationReport()
-        async for piece in self._pieces(prompt, stop, report, kwargs):
-            chunk = GenerationChunk(text=piece)
+        async for piece in self.generator.stream(prompt, _merge(self.options, stop, kwargs)):
+            info = _generation_info(piece.report) if piece.report else None
+            # Validation would make a plain string of the piece.
+            chunk = GenerationChunk.model_construct(text=piece, generation_info=info)
             if run_manager is not None:
                 await run_manager.on_llm_new_token(piece, chunk=chunk)
             yield chunk
-        # The last tokens may have brought no text, so what ends the answer comes by itself.
-        yield GenerationChunk(text="", generation_info=_generation_info(report))
-
-    def _pieces(
-        self,
-        prompt: str,
-        stop: list[str] | None,
-        report: GenerationReport,
-        kwargs: dict[str, Any],
-    ) -> AsyncIterator[str]:
-        rendered: bool = kwargs.pop("rendered", False)
-        admission: Place | None = kwargs.pop("admission", None)
-        options = _merge(self.options, stop, kwargs)
-        return self.generator.stream(
-            prompt, options, report, rendered=rendered, admission=admission
-        )
 
     async def _complete(
         self, prompt: str, stop: list[str] | None, kwargs: dict[str, Any]
     ) -> Generation:
-        report: GenerationReport = kwargs.pop("report", None) or GenerationReport()
-        text = "".join([piece async for piece in self._pieces(prompt, stop, report, kwargs)])
-        return Generation(text=text, generation_info=_generation_info(report))
+        chunks = [chunk async for chunk in self._astream(prompt, stop, None, **kwargs)]
+        text = "".join(chunk.text for chunk in chunks)
+        return Generation(text=text, generation_info=chunks[-1].generation_info)
 
     async def _agenerate(
         self,
@@ -107,8 +92,7 @@ class ServedPipeline(HuggingFacePipeline):  # type: ignore[misc]
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._complete(prompt, stop, dict(kwargs)))
-                    for prompt in prompts
+                    group.create_task(self._complete(prompt, stop, kwargs)) for prompt in prompts
                 ]
         except BaseExceptionGroup as failures:
             # Callers expect the service's own error, not a group of one.
@@ -188,21 +172,20 @@ def _merge(
 
 
 def _generation_info(report: GenerationReport) -> dict[str, Any]:
-    return {"finish_reason": report.finish_reason, "token_usage": _usage(report)}
-
-
-def _usage(report: GenerationReport) -> dict[str, int]:
-    return {
+    usage = {
         "prompt_tokens": report.prompt_tokens,
         "completion_tokens": report.completion_tokens,
         "total_tokens": report.prompt_tokens + report.completion_tokens,
         "cached_tokens": report.cached_tokens,
     }
+    return {"finish_reason": report.finish_reason, "token_usage": usage}
 
 
 def _total_usage(generations: Sequence[Generation]) -> dict[str, int]:
-    usages = [(g.generation_info or {})["token_usage"] for g in generations]
-    return {name: sum(u[name] for u in usages) for name in _usage(GenerationReport())}
+    total: Counter[str] = Counter()
+    for generation in generations:
+        total.update((generation.generation_info or {})["token_usage"])
+    return dict(total)
 
 
 class TextParser(StrOutputParser):
@@ -236,7 +219,7 @@ class StreamingSequence(RunnableSequence[dict[str, Any], str]):
         config: RunnableConfig | None = None,
         **kwargs: Any,
     ) -> AsyncGenerator[str, None]:
-        """Stream the answer; the arguments are the parent's."""
+        """Stream the answer; further arguments are the model's."""
         *prompt, model, parser = self.steps
         value: Any = input
         for step in prompt:
@@ -249,76 +232,70 @@ class StreamingSequence(RunnableSequence[dict[str, Any], str]):
 
 
 class ChatRenderer(Runnable[PromptValue, str]):
-    """Renders messages with the model's chat template."""
+    """Renders messages with the model's chat template, on the tokenizer's thread."""
 
-    def __init__(self, generator: TextGenerator) -> None:
+    def __init__(self, generator: TextGenerator, tools: Sequence[Tool] = ()) -> None:
         self._generator = generator
+        self._tools = tools
 
     def invoke(
         self,
         input: PromptValue,  # noqa: A002 - the parent's name
         config: RunnableConfig | None = None,  # noqa: ARG002 - the interface
-        *,
-        tools: Sequence[Tool] = (),
         **kwargs: Any,  # noqa: ARG002 - the interface
     ) -> str:
         """Render, on the caller's thread."""
-        return self._generator.tokenizer.render_chat(_plain(input.to_messages()), tools)
+        tokenizer = self._generator.tokenizer
+        return tokenizer.chat_prompt(_plain(input.to_messages()), self._tools)
 
     async def ainvoke(
         self,
         input: PromptValue,  # noqa: A002 - the parent's name
-        config: RunnableConfig | None = None,  # noqa: ARG002 - the interface
-        *,
-        tools: Sequence[Tool] = (),
+        config: RunnableConfig | None = None,
         **kwargs: Any,  # noqa: ARG002 - the interface
     ) -> str:
         """Render, off the event loop."""
-        tokenizer = self._generator.tokenizer
-        return await tokenizer.run(tokenizer.render_chat, _plain(input.to_messages()), tools)
+        return await self._generator.tokenizer.run(self.invoke, input, config)
 
 
 class Chains:
-    """The chains behind /v1/generate and /v1/chat: prompt | ServedPipeline | parser."""
+    """The chains behind the generating routes: prompt | ServedPipeline | parser."""
 
     def __init__(self, pipeline: ServedPipeline, generator: TextGenerator) -> None:
         self.pipeline = pipeline
-        self._text_prompt = PromptTemplate.from_template("{prompt}")
+        self._generator = generator
         self._chat_prompt = ChatPromptTemplate([MessagesPlaceholder("messages")])
-        self._renderer = ChatRenderer(generator)
         self._parser = TextParser()
+        self._text = StreamingSequence(
+            first=PromptTemplate.from_template("{prompt}"), middle=[pipeline], last=self._parser
+        )
 
-    def generate(
-        self, options: GenerationOptions, report: GenerationReport, admission: Place
-    ) -> Runnable[dict[str, Any], str]:
-        """The chain for a bare prompt; its input is ``{"prompt": str}``."""
-        model = self.pipeline.bind(options=options, report=report, admission=admission)
-        return StreamingSequence(first=self._text_prompt, middle=[model], last=self._parser)
+    def stream_text(self, prompt: str, options: GenerationOptions) -> AsyncGenerator[str, None]:
+        """Continue a bare prompt; the pieces are those of :meth:`TextGenerator.stream`."""
+        return self._text.astream({"prompt": prompt}, options=options)
 
-    def chat(
+    def stream_chat(
         self,
+        messages: Sequence[ChatMessage],
         options: GenerationOptions,
-        report: GenerationReport,
-        admission: Place,
         tools: Sequence[Tool] = (),
-    ) -> Runnable[dict[str, Any], str]:
-        """The chain for a chat; its input is ``{"messages": chat_messages(...)}``."""
-        renderer = self._renderer.bind(tools=tools) if tools else self._renderer
-        model = self.pipeline.bind(
-            options=options, report=report, admission=admission, rendered=True
+    ) -> AsyncGenerator[str, None]:
+        """Answer a chat; the pieces are those of :meth:`TextGenerator.stream`."""
+        renderer = ChatRenderer(self._generator, tools)
+        chain = StreamingSequence(
+            first=self._chat_prompt, middle=[renderer, self.pipeline], last=self._parser
         )
-        return StreamingSequence(
-            first=self._chat_prompt, middle=[renderer, model], last=self._parser
-        )
+        return chain.astream({"messages": chat_messages(messages)}, options=options)
 
-    def chat_messages(self, messages: Sequence[ChatMessage]) -> list[AnyMessage]:
-        """Messages as LangChain has them, behind a system message."""
-        return [
-            _MESSAGE_CLASSES[m["role"]](
-                content=m["content"], additional_kwargs={"token_ids": m.get("token_ids")}
-            )
-            for m in with_system_prompt(messages)
-        ]
+
+def chat_messages(messages: Sequence[ChatMessage]) -> list[AnyMessage]:
+    """Messages as LangChain has them, behind a system message."""
+    return [
+        _MESSAGE_CLASSES[m["role"]](
+            content=m["content"], additional_kwargs={"token_ids": m.get("token_ids")}
+        )
+        for m in with_system_prompt(messages)
+    ]
 
 
 def _plain(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:

@@ -1,11 +1,8 @@
-"""From a prompt's text to an answer's text: admission, tokens, stop strings, accounting."""
+"""From a prompt's text to an answer's text: tokens, stop strings, log-probabilities."""
 
-import uuid
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Literal
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from app.llm.detokenizer import Detokenizer, StopMatcher
 from app.llm.engine.admission import Place
@@ -46,6 +43,7 @@ class GenerationOptions:
         logprobs: How many of the likeliest tokens to tell beside each token and its
             log-probability; ``None`` tells neither.
         grammar: What the answer must look like.
+        place: The place that the request holds; ``None`` takes one when the prompt is ready.
     """
 
     max_tokens: int | None = None
@@ -54,6 +52,7 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     grammar: Grammar | None = None
+    place: Place | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,28 +72,51 @@ class TokenLogprob:
     top: tuple[tuple[bytes, float], ...] = ()
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class GenerationReport:
-    """What is known of a generation beside its text; filled while it runs.
+    """How a generation ended.
 
     Attributes:
-        id: Also the id of the request in the engine, and so in its log.
+        finish_reason: Why.
         prompt_tokens: Tokens of the prompt.
         cached_tokens: How many of them were in the KV cache.
         completion_tokens: Tokens generated, the end-of-sequence token included.
-        finish_reason: ``None`` until the answer is complete.
         token_ids: The answer's tokens without the one that ended it; empty where they are not
             exactly the text, as after a stop string.
-        logprobs: Of the text's tokens, where they were asked for.
     """
 
-    id: str = field(default_factory=lambda: f"gen-{uuid.uuid4().hex}")
+    finish_reason: FinishReason
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
-    finish_reason: FinishReason | None = None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    token_ids: tuple[int, ...] = ()
+
+
+class TextPiece(str):
+    """A piece of an answer's text, which may be empty.
+
+    LangChain passes strings on, so what belongs to a piece is an attribute of the string.
+
+    Attributes:
+        logprobs: Log-probabilities of the tokens that end in this piece, where they were asked for.
+        report: How the answer ended; on its last piece alone.
+    """
+
+    __slots__ = ("logprobs", "report")
+
+    logprobs: Sequence[TokenLogprob]
+    report: GenerationReport | None
+
+    def __new__(
+        cls,
+        text: str,
+        logprobs: Sequence[TokenLogprob] = (),
+        report: GenerationReport | None = None,
+    ) -> Self:
+        """A string with these attributes."""
+        piece = super().__new__(cls, text)
+        piece.logprobs, piece.report = logprobs, report
+        return piece
 
 
 class TextGenerator:
@@ -155,53 +177,44 @@ class TextGenerator:
         return await self.tokenizer.run(encode, with_system_prompt(messages), tools)
 
     async def stream(
-        self,
-        prompt: str,
-        options: GenerationOptions,
-        report: GenerationReport,
-        *,
-        rendered: bool = False,
-        admission: Place | None = None,
-    ) -> AsyncGenerator[str, None]:
-        """Generate, and yield the answer in pieces.
-
-        The first piece is empty and comes as soon as the request is accepted, before any token:
-        from then on it can only fail for reasons of the service.
+        self, prompt: str, options: GenerationOptions
+    ) -> AsyncGenerator[TextPiece, None]:
+        """Generate, and yield the answer in pieces; the last one has the report.
 
         Args:
-            prompt: Bare text, or what :meth:`PromptTokenizer.render_chat` returned.
+            prompt: Bare text, or what :meth:`PromptTokenizer.chat_prompt` returned.
             options: What the caller asks.
-            report: Filled on the way; complete after the last piece.
-            rendered: Whether ``prompt`` comes from a chat template.
-            admission: A place taken before; otherwise one is taken here.
 
         Raises:
             ServiceError: See :meth:`EngineClient.admit` and :meth:`Place.events`, and
                 ``ContextLengthExceededError``, ``UnsupportedParameterError``,
                 ``InvalidGrammarError``.
         """
+        if options.place is None:
+            with self.engine.admit() as place:
+                async for piece in self.stream(prompt, replace(options, place=place)):
+                    yield piece
+            return
         check_supported(options, self.info)
         if options.grammar is not None:
             await check_grammar(options.grammar, self.info)
-        place = admission or self.engine.admit()
-        try:
-            request = await self._prepare(prompt, options, report, rendered=rendered)
-            place.start(request)
-            yield ""
-            pieces = self._pieces(place, request, options.stop, report)
-            async with aclosing(pieces):
-                async for piece in pieces:
-                    yield piece
-        finally:
-            if admission is None:
-                place.release()
+        place = options.place
+        request = await self._prepare(prompt, options, place.id)
+        place.start(request)
+        text = AnswerText(self.tokenizer, options, len(request.prompt_token_ids))
+        while text.report is None:
+            for event in await place.events():
+                piece = text.add(event)
+                if text.stopped:
+                    place.finish()
+                yield piece
+                if piece.report is not None:
+                    break
 
     async def _prepare(
-        self, prompt: str, options: GenerationOptions, report: GenerationReport, *, rendered: bool
+        self, prompt: str, options: GenerationOptions, request_id: str
     ) -> GenerationRequest:
-        tokenizer = self.tokenizer
-        encode = tokenizer.encode_rendered if rendered else tokenizer.encode_text
-        ids = await tokenizer.run(encode, prompt)
+        ids = await self.tokenizer.run(self.tokenizer.encode, prompt)
         if not ids:
             raise ValidationFailedError("The prompt has no tokens.", param="prompt")
         if max(options.sampling.logit_bias, default=0) >= self.info.vocabulary_size:
@@ -209,9 +222,8 @@ class TextGenerator:
                 f"logit_bias: token ids are below {self.info.vocabulary_size} for this model.",
                 param="logit_bias",
             )
-        report.prompt_tokens = len(ids)
         return GenerationRequest(
-            id=report.id,
+            id=request_id,
             prompt_token_ids=ids,
             max_tokens=self._fit(len(ids), options),
             sampling=options.sampling,
@@ -235,60 +247,89 @@ class TextGenerator:
             )
         return asked
 
-    async def _pieces(
-        self,
-        place: Place,
-        request: GenerationRequest,
-        stop: tuple[str, ...],
-        report: GenerationReport,
-    ) -> AsyncGenerator[str, None]:
-        detokenizer = Detokenizer(self.tokenizer.decoder)
-        stops = StopMatcher(stop)
-        position = sent = 0
-        while report.finish_reason is None:
-            for event in await place.events():
-                report.completion_tokens += len(event.token_ids)
-                report.token_ids += event.token_ids
-                report.cached_tokens += event.cached_tokens
-                texts = [detokenizer.feed([token]) for token in event.token_ids]
-                if request.logprobs:
-                    starts = accumulate(map(len, texts), initial=position)
-                    report.logprobs += self._logprobs(event, starts)
-                    position += sum(map(len, texts))
-                piece, stopped = stops.feed("".join(texts))
-                sent += len(piece)
-                if stopped:
-                    while report.logprobs and report.logprobs[-1].start >= sent:
-                        del report.logprobs[-1]
-                    report.finish_reason = "stop"
-                    report.token_ids.clear()
-                    place.finish()
-                    yield piece
-                    return
-                if event.finish_reason is not None:
-                    report.finish_reason = "length" if event.finish_reason == "length" else "stop"
-                    piece += stops.flush()
-                    self._keep_exact(report)
-                if piece:
-                    yield piece
 
-    def _logprobs(self, event: TokenEvent, starts: Iterable[int]) -> Iterator[TokenLogprob]:
-        """An event's log-probabilities, but for special tokens: they are not in the text."""
-        bytes_of = self.tokenizer.token_bytes
+class AnswerText:
+    """The text of one answer, made from its tokens as they come.
+
+    Args:
+        tokenizer: Of the model that answers.
+        options: What the caller asked.
+        prompt_tokens: Tokens of the prompt, for the report.
+
+    Attributes:
+        report: How the answer ended, once it has.
+        stopped: Whether a stop string ended it, of which the engine does not know.
+    """
+
+    def __init__(
+        self, tokenizer: PromptTokenizer, options: GenerationOptions, prompt_tokens: int
+    ) -> None:
+        self.report: GenerationReport | None = None
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._with_logprobs = options.logprobs is not None
+        self._detokenizer = Detokenizer(tokenizer.decoder)
+        self._stops = StopMatcher(options.stop)
+        self._prompt_tokens = prompt_tokens
+        self._cached_tokens = 0
+        self._token_ids: list[int] = []
+        # Characters decoded, and how many of them were passed on: the rest may be a stop string.
+        self._decoded = self._passed = 0
+        self._logprobs: list[TokenLogprob] = []
+
+    def add(self, event: TokenEvent) -> TextPiece:
+        """The text that an event's tokens complete."""
+        texts = [self._detokenizer.feed([token]) for token in event.token_ids]
+        self._token_ids += event.token_ids
+        self._cached_tokens += event.cached_tokens
+        if self._with_logprobs:
+            self._note_logprobs(event, texts)
+        text, self.stopped = self._stops.feed("".join(texts))
+        ended = event.finish_reason is not None and not self.stopped
+        if ended:
+            text += self._stops.flush()
+        self._passed += len(text)
+        if ended or self.stopped:
+            is_cut = ended and event.finish_reason == "length"
+            self.report = self._make_report("length" if is_cut else "stop")
+        # The tokens of a stop string are not in the text; at a natural end all tokens are.
+        logprobs = self._logprobs if ended else self._take_logprobs()
+        return TextPiece(text, logprobs, self.report)
+
+    def _make_report(self, reason: FinishReason) -> GenerationReport:
+        return GenerationReport(
+            finish_reason=reason,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            completion_tokens=len(self._token_ids),
+            token_ids=() if self.stopped else self._exact_tokens(),
+        )
+
+    def _note_logprobs(self, event: TokenEvent, texts: Sequence[str]) -> None:
+        """Keep an event's log-probabilities; special tokens are not in the text."""
+        bytes_of = self._tokenizer.token_bytes
         top = event.top_logprobs or [[]] * len(event.token_ids)
-        rows = zip(event.token_ids, event.logprobs, starts, top, strict=False)
-        for token, logprob, start, likeliest in rows:
-            if token not in self.tokenizer.special_token_ids:
+        for token, logprob, text, likeliest in zip(
+            event.token_ids, event.logprobs, texts, top, strict=False
+        ):
+            if token not in self._tokenizer.special_token_ids:
                 told = tuple((bytes_of(t), p) for t, p in likeliest)
-                yield TokenLogprob(bytes_of(token), logprob, start, told)
+                self._logprobs.append(TokenLogprob(bytes_of(token), logprob, self._decoded, told))
+            self._decoded += len(text)
 
-    def _keep_exact(self, report: GenerationReport) -> None:
-        """Leave out the end-of-sequence token; give up where a special token is in the text."""
-        special = self.tokenizer.special_token_ids
-        if report.token_ids and report.token_ids[-1] in special:
-            report.token_ids.pop()
-        if not special.isdisjoint(report.token_ids):
-            report.token_ids.clear()
+    def _take_logprobs(self) -> list[TokenLogprob]:
+        """Those of tokens whose text has begun to be passed on."""
+        count = sum(entry.start < self._passed for entry in self._logprobs)
+        taken, self._logprobs = self._logprobs[:count], self._logprobs[count:]
+        return taken
+
+    def _exact_tokens(self) -> tuple[int, ...]:
+        """The text's tokens; none where a special token stands in the middle of the text."""
+        special = self._tokenizer.special_token_ids
+        ids = self._token_ids
+        if ids and ids[-1] in special:
+            ids = ids[:-1]
+        return tuple(ids) if special.isdisjoint(ids) else ()
 
 
 def check_supported(options: GenerationOptions, info: EngineInfo) -> None:

@@ -77,6 +77,7 @@ class PromptTokenizer:
         # Private-use characters around a nonce nobody can guess: a caller cannot write one.
         self._nonce = secrets.token_hex(8)
         self._placeholder = re.compile(f"\ue000{self._nonce}:(\\d+)\ue001")
+        self._chat_mark = f"\ue000{self._nonce}!\ue001"
         self._exact = re.compile(f"\ue000{self._nonce}#([\\d,]+)\ue001")
         self._spellings = spellings
         self._boundary = re.compile(
@@ -94,6 +95,16 @@ class PromptTokenizer:
     def close(self) -> None:
         """End the owner's thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()) -> str:
+        """What :meth:`render_chat` returns, marked so that :meth:`encode` knows what it is."""
+        return self._chat_mark + self.render_chat(messages, tools)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a prompt: of bare text, or of what :meth:`chat_prompt` returned."""
+        if prompt.startswith(self._chat_mark):
+            return self.encode_rendered(prompt.removeprefix(self._chat_mark))
+        return self.encode_text(prompt)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()

@@ -1,44 +1,16 @@
 """What the use cases take and give: jobs, and answers on their way."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from app.llm.engine.base import Grammar
-from app.llm.generator import FinishReason, GenerationReport, TokenLogprob
+from app.llm.generator import GenerationReport, TokenLogprob
 from app.llm.tool_calls import Piece, ToolCallParser
 from app.llm.tools import ChatMessage, ToolUse
+from app.services.flights import Flight
 from app.utils.errors import InternalError
 from app.utils.timing import within
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A complete answer.
-
-    Attributes:
-        id: Of this answer.
-        text: What the model said.
-        model: Which model said it.
-        finish_reason: Why it ended.
-        prompt_tokens: Tokens of the prompt.
-        completion_tokens: Tokens generated.
-        cached_tokens: Prompt tokens found in the engine's KV cache.
-        cached: Whether the whole answer came from the response cache.
-        dropped_messages: Messages of the history that did not fit the context.
-        token_ids: The answer's tokens, where they are exactly its text; see GenerationReport.
-    """
-
-    id: str
-    text: str
-    model: str
-    finish_reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    cached: bool = False
-    dropped_messages: int = 0
-    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,122 +50,117 @@ class Job:
 
 
 class Answer:
-    """An answer on its way: iterate over its text, then read :attr:`completion`."""
+    """A request's reading of one generation: iterate over :meth:`pieces`, then see :attr:`report`.
+
+    Args:
+        model: Name of the model that answers.
+        flight: The generation; reading it begins at once, so :meth:`aclose` must be called.
+        cached: Whether the answer was kept.
+        deadline: When the answer must be complete for this reader, on the event loop's clock: a
+            generation may have other readers.
+        parser: Reads calls of tools out of the text.
+
+    Attributes:
+        index: Its number among the choices of one response.
+        dropped_messages: Messages of the history that did not fit the context.
+    """
 
     def __init__(
         self,
         model: str,
-        report: GenerationReport,
-        pieces: AsyncGenerator[str, None],
+        flight: Flight,
         *,
         cached: bool = False,
         deadline: float | None = None,
         parser: ToolCallParser | None = None,
     ) -> None:
-        self.id = report.id
+        self.id = flight.id
+        self.index = 0
         self.model = model
         self.cached = cached
-        self._deadline = deadline
         self.dropped_messages = 0
-        self._on_end: Callable[[Completion | None], None] | None = None
-        self._report = report
-        self._pieces = pieces
+        self._flight = flight
+        self._deadline = deadline
         self._parser = parser
-        self._text: list[str] = []
-        self._sent = self._told = 0
-        self._ended = False
+        self._on_end: Callable[[bool], None] | None = None
+        # Characters read, log-probabilities taken.
+        self._read = self._taken = 0
+        self._ended = self._closed = False
+        flight.join()
 
     @property
     def calls(self) -> int:
-        """Calls of tools found so far by :meth:`pieces`."""
+        """Calls of tools found so far."""
         return self._parser.calls if self._parser else 0
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """The answer's text and its calls of tools, piece by piece.
+    async def until_accepted(self) -> None:
+        """Wait until the engine's queue has the request.
+
+        Raises:
+            ServiceError: It was refused.
+        """
+        await within(self._deadline, self._flight.until_accepted())
+
+    async def pieces(self) -> AsyncGenerator[tuple["Answer", Piece | None], None]:
+        """The answer's text and its calls of tools, piece by piece; ``None`` after the last.
 
         Raises:
             ServiceError: The answer broke off.
         """
         parser = self._parser
-        async for text in self:
-            for piece in parser.feed(text) if parser else (text,):
-                yield piece
+        position = 0
+        while texts := await within(self._deadline, self._flight.read(position)):
+            position += len(texts)
+            for text in texts:
+                self._read += len(text)
+                for piece in parser.feed(text) if parser else (text,):
+                    yield self, piece
         for piece in parser.flush() if parser else ():
-            yield piece
+            yield self, piece
+        self._ended = True
+        self._end(complete=True)
+        yield self, None
 
     def take_logprobs(self) -> list[TokenLogprob]:
         """Log-probabilities of the tokens of the text so far that were not taken before."""
-        logprobs, start = self._report.logprobs, self._told
-        while self._told < len(logprobs) and (
-            self._ended or logprobs[self._told].start < self._sent
+        logprobs, start = self._flight.logprobs, self._taken
+        while self._taken < len(logprobs) and (
+            self._ended or logprobs[self._taken].start < self._read
         ):
-            self._told += 1
-        return logprobs[start : self._told]
+            self._taken += 1
+        return logprobs[start : self._taken]
 
-    async def __aiter__(self) -> AsyncIterator[str]:
-        """The answer's text, piece by piece.
-
-        Raises:
-            ServiceError: The answer broke off.
-        """
-        # The deadline is this reader's alone: a generation may have others, see ResponseCache.
-        while (piece := await within(self._deadline, anext(self._pieces, None))) is not None:
-            if piece:
-                self._text.append(piece)
-                self._sent += len(piece)
-                yield piece
-        self._ended = True
-        self._end(self.completion)
-
-    def on_end(self, callback: Callable[[Completion | None], None]) -> None:
-        """Call ``callback`` once: with the whole answer, or with ``None`` if there is none."""
+    def on_end(self, callback: Callable[[bool], None]) -> None:
+        """Call ``callback`` once, and say whether the answer is complete."""
         self._on_end = callback
 
-    def _end(self, completion: Completion | None) -> None:
+    def _end(self, *, complete: bool) -> None:
         callback, self._on_end = self._on_end, None
         if callback is not None:
-            callback(completion)
+            callback(complete)
 
     async def aclose(self) -> None:
-        """Stop generating, if it has not ended; must be called in any case."""
+        """Stop reading; the generation ends with its last reader. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
         try:
-            await self._pieces.aclose()
+            await self._flight.leave()
         finally:
-            self._end(None)
+            self._end(complete=False)
 
     @property
-    def completion(self) -> Completion:
-        """The whole answer, once the iteration has ended.
+    def text(self) -> str:
+        """What has been generated so far."""
+        return "".join(self._flight.text)
+
+    @property
+    def report(self) -> GenerationReport:
+        """How the generation ended.
 
         Raises:
             InternalError: It has not.
         """
-        report = self._report
-        if report.finish_reason is None:
+        if self._flight.report is None:
             raise InternalError
-        return Completion(
-            id=self.id,
-            text="".join(self._text),
-            model=self.model,
-            finish_reason=report.finish_reason,
-            prompt_tokens=report.prompt_tokens,
-            completion_tokens=report.completion_tokens,
-            cached_tokens=report.cached_tokens,
-            cached=self.cached,
-            dropped_messages=self.dropped_messages,
-            token_ids=tuple(report.token_ids),
-        )
-
-
-async def collect(answer: Answer) -> Completion:
-    """Wait for the whole answer.
-
-    Raises:
-        ServiceError: It broke off.
-    """
-    try:
-        async for _ in answer:
-            pass
-        return answer.completion
-    finally:
-        await answer.aclose()
+        return self._flight.report

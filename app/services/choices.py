@@ -11,6 +11,9 @@ from app.services.answers import Answer
 _MAX_PENDING = 64
 
 
+Pieces = AsyncIterator[tuple[Answer, Piece | None]]
+
+
 class Choices:
     """Answers that are sent in one response; must be closed in any case.
 
@@ -21,38 +24,49 @@ class Choices:
     def __init__(self, answers: Sequence[Answer]) -> None:
         self.answers = answers
         self._pumps: list[asyncio.Task[None]] = []
+        for index, answer in enumerate(answers):
+            answer.index = index
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece | None]]:
-        """Each choice's pieces with its index; ``None`` after its last.
+    def pieces(self) -> Pieces:
+        """Each piece with its answer; ``None`` after an answer's last.
 
         Raises:
             ServiceError: One of the answers broke off; the others are given up.
         """
-        if len(self.answers) == 1:
-            async for only in self.answers[0].pieces():
-                yield 0, only
-            yield 0, None
-            return
-        pending: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue(
+        return self.answers[0].pieces() if len(self.answers) == 1 else self._side_by_side()
+
+    async def _side_by_side(self) -> Pieces:
+        pending: asyncio.Queue[tuple[Answer, Piece | None] | Exception] = asyncio.Queue(
             _MAX_PENDING
         )
 
-        async def pump(index: int, answer: Answer) -> None:
+        async def pump(answer: Answer) -> None:
             try:
                 async for piece in answer.pieces():
-                    await pending.put((index, piece))
-                await pending.put((index, None))
+                    await pending.put(piece)
             except Exception as error:  # noqa: BLE001 - handed to the reader, which raises it
-                await pending.put((index, error))
+                await pending.put(error)
 
-        self._pumps = [asyncio.create_task(pump(i, a)) for i, a in enumerate(self.answers)]
+        self._pumps = [asyncio.create_task(pump(answer)) for answer in self.answers]
         running = len(self._pumps)
         while running:
-            index, piece = await pending.get()
-            if isinstance(piece, BaseException):
+            piece = await pending.get()
+            if isinstance(piece, Exception):
                 raise piece
-            running -= piece is None
-            yield index, piece
+            running -= piece[1] is None
+            yield piece
+
+    async def collect(self) -> list[list[Piece]]:
+        """All pieces of each answer, once every answer is whole.
+
+        Raises:
+            ServiceError: One of the answers broke off.
+        """
+        pieces: list[list[Piece]] = [[] for _ in self.answers]
+        async for answer, piece in self.pieces():
+            if piece is not None:
+                pieces[answer.index].append(piece)
+        return pieces
 
     async def aclose(self) -> None:
         """Stop generating what has not ended."""

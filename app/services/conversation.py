@@ -7,7 +7,7 @@ from app.core.metrics import Metrics
 from app.core.sessions import HistoryMessage, Session, SessionStore
 from app.llm.generator import TextGenerator
 from app.llm.tools import ChatMessage
-from app.services.answers import Answer, Completion, Job
+from app.services.answers import Answer, Job
 from app.services.generation import GenerationService
 from app.utils.errors import (
     SessionNotFoundError,
@@ -101,11 +101,11 @@ class ConversationService:
         )
         answer.dropped_messages = dropped
 
-        def end(completion: Completion | None) -> None:
-            if completion is None:
+        def end(complete: bool) -> None:
+            if not complete:
                 self._store.end_turn(session)
                 return
-            said = HistoryMessage("assistant", completion.text, completion.token_ids)
+            said = HistoryMessage("assistant", answer.text, answer.report.token_ids)
             asked = [HistoryMessage(m["role"], m["content"]) for m in new]
             self._store.end_turn(session, [*asked, said], system)
 

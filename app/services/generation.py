@@ -1,7 +1,8 @@
 """The one use case behind every route that generates: check, admit, generate, account."""
 
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,21 +11,29 @@ from app.core.cache import CacheStatistics
 from app.core.config import ModelSettings
 from app.core.config_security import SecuritySettings
 from app.core.usage import UsageLedger
+from app.llm.engine.admission import Place
 from app.llm.engine.base import Grammar, SamplingParams
 from app.llm.engine.client import EngineClient
-from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
+from app.llm.generator import (
+    GenerationOptions,
+    GenerationReport,
+    TextGenerator,
+    TextPiece,
+    TokenLogprob,
+)
 from app.llm.system_prompt import SYSTEM_PROMPT
 from app.llm.tool_calls import ToolCallParser
 from app.llm.tools import ChatMessage, Tool, ToolUse
-from app.services.answers import Answer, Completion, Job, collect
+from app.services.answers import Answer, Job
+from app.services.flights import Flight
 from app.services.response_cache import ResponseCache, cache_key
 from app.services.screening import Screening
 from app.utils.errors import (
+    InternalError,
     PromptTooLongError,
     UnsupportedParameterError,
     ValidationFailedError,
 )
-from app.utils.timing import within
 
 if TYPE_CHECKING:
     from app.llm.chain import Chains
@@ -67,19 +76,11 @@ class GenerationService:
         self._usage = usage
         self._max_prompt_chars = security.max_prompt_chars
 
-    async def complete(self, job: Job) -> Completion:
-        """Generate a whole answer.
-
-        Raises:
-            ServiceError: Refused or failed.
-        """
-        return await collect(await self.open(job))
-
     async def open(self, job: Job) -> Answer:
         """Begin an answer; returns once the request is admitted and its prompt accepted.
 
         Raises:
-            ServiceError: Refused; after this, the answer's iteration can still fail.
+            ServiceError: Refused; after this, reading the answer can still fail.
         """
         return await self.begin(self.screen(job))
 
@@ -91,21 +92,21 @@ class GenerationService:
         """
         options = self._options(job)
         key = self._cache_key(job, options) if job.cache else None
-        model = self._engine.model_label
-        parser = self._parser(job.tools)
-        if stored := self._cache.lookup(key):
-            self._usage.add_request(job.caller)
-            pieces = _all_at_once(stored.text)
-            return Answer(model, stored.report, pieces, cached=True, parser=parser)
-        report, pieces = self._cache.generate(key, partial(self._generate, job, options))
+        kept = self._cache.lookup(key)
+        answer = Answer(
+            self._engine.model_label,
+            kept or self._cache.generate(key, partial(self._generate, job, options)),
+            cached=kept is not None,
+            deadline=job.deadline,
+            parser=self._parser(job.tools),
+        )
         try:
-            # The first piece is empty and says that the request is in.
-            await within(job.deadline, anext(pieces))
+            await answer.until_accepted()
         except BaseException:
-            await pieces.aclose()
+            await answer.aclose()
             raise
         self._usage.add_request(job.caller)
-        return Answer(model, report, pieces, deadline=job.deadline, parser=parser)
+        return answer
 
     def _parser(self, use: ToolUse | None) -> ToolCallParser | None:
         if use is None:
@@ -132,31 +133,50 @@ class GenerationService:
         )
 
     async def _generate(
-        self, job: Job, options: GenerationOptions, report: GenerationReport
-    ) -> AsyncGenerator[str, None]:
+        self, job: Job, options: GenerationOptions, flight: Flight
+    ) -> GenerationReport:
+        """Generate an answer into its flight; runs in the flight's task."""
         self._usage.check(job.caller)
-        admission = self._engine.admit(job.caller)
-        try:
-            chains = self._chains()
-            if job.prompt is not None:
-                chain = chains.generate(options, report, admission)
-                pieces = chain.astream({"prompt": job.prompt})
-            else:
-                chain = chains.chat(options, report, admission, _tools_of(job))
-                pieces = chain.astream({"messages": chains.chat_messages(job.messages)})
-            screened = self._screening.answer(pieces, report, self._engine.template_tokens)
-            # Up to the first, empty piece the prompt is rendered and encoded.
-            yield await admission.prepare(anext(screened))
-            async for piece in screened:
-                yield piece
-            if report.finish_reason == "content_filter":
-                admission.finish()
-        finally:
-            # LangChain closes its inner generators when it gets to it; the place is freed now.
-            admission.release()
-            if report.completion_tokens:
-                # From its first token on it is paid for, also by a caller that left before its end.
-                self._usage.add_tokens(job.caller, report.prompt_tokens, report.completion_tokens)
+        report: GenerationReport | None = None
+        with self._engine.admit(job.caller, flight) as place:
+            try:
+                report = await self._fill(flight, job, replace(options, place=place), place)
+                return report
+            finally:
+                # A caller that leaves before the end has used the tokens generated so far.
+                used = report or place
+                if used.completion_tokens:
+                    self._usage.add_tokens(job.caller, used.prompt_tokens, used.completion_tokens)
+
+    async def _fill(
+        self, flight: Flight, job: Job, options: GenerationOptions, place: Place
+    ) -> GenerationReport:
+        screen = self._screening.answer(self._engine.template_tokens)
+        report: GenerationReport | None = None
+        async with aclosing(self._stream(job, options)) as pieces:
+            async for piece in pieces:
+                logprobs, report = _beside(piece)
+                flight.add(screen.feed(piece), logprobs)
+                if screen.blocked:
+                    place.finish()
+                    break
+        flight.add(screen.flush())
+        if screen.blocked:
+            return GenerationReport(
+                "content_filter",
+                place.prompt_tokens,
+                place.cached_tokens,
+                place.completion_tokens,
+            )
+        if report is None:
+            raise InternalError
+        return replace(report, token_ids=()) if screen.changed else report
+
+    def _stream(self, job: Job, options: GenerationOptions) -> AsyncGenerator[str, None]:
+        chains = self._chains()
+        if job.prompt is not None:
+            return chains.stream_text(job.prompt, options)
+        return chains.stream_chat(job.messages, options, _tools_of(job))
 
     def cache_statistics(self) -> CacheStatistics:
         """How the response cache is doing."""
@@ -267,5 +287,6 @@ def _tools_of(job: Job) -> tuple[Tool, ...]:
     return job.tools.tools if job.tools else ()
 
 
-async def _all_at_once(text: str) -> AsyncGenerator[str, None]:
-    yield text
+def _beside(piece: str) -> tuple[Sequence[TokenLogprob], GenerationReport | None]:
+    """What a piece of the chain's stream carries beside its text."""
+    return (piece.logprobs, piece.report) if isinstance(piece, TextPiece) else ((), None)

@@ -1,14 +1,13 @@
 """What may reach the model and what may leave it: personal data, blocked patterns, stray tokens."""
 
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from app.core.config import OutputSettings, PiiSettings
 from app.core.metrics import Metrics
-from app.core.output_filter import OutputFilter
-from app.core.pii import PiiScanner
-from app.llm.generator import GenerationReport
+from app.core.output_filter import OutputFilter, StreamFilter
+from app.core.pii import PiiScanner, StreamRedactor
 from app.utils.errors import ConfigurationError, PiiDetectedError
 
 
@@ -68,45 +67,14 @@ class Screening:
         """Whether answers may lose text that the model generated on purpose."""
         return self._pii.output == "redact" or bool(self._blocked)
 
-    async def answer(
-        self,
-        pieces: AsyncIterator[str],
-        report: GenerationReport,
-        template_tokens: tuple[str, ...],
-    ) -> AsyncGenerator[str, None]:
-        """An answer as its caller may see it; the pieces joined do not depend on their cuts.
+    def answer(self, template_tokens: tuple[str, ...]) -> "AnswerScreen":
+        """Screens one answer on its way.
 
         Args:
-            pieces: What the model says; empty pieces are passed on as they are.
-            report: Its finish reason becomes ``content_filter`` where a pattern ended the
-                answer; its tokens are forgotten where the text is not theirs any more.
-            template_tokens: Spellings that are not to leak.
+            template_tokens: Spellings that are not to leave.
         """
-        outgoing = self._filter_for(template_tokens).stream()
         redactor = self._scanner.stream() if self._pii.output == "redact" else None
-        sent = generated = 0
-        ended = False
-        async for piece in pieces:
-            generated += len(piece)
-            text = outgoing.feed(piece)
-            text = redactor.feed(text) if redactor else text
-            sent += len(text)
-            if text or not piece:
-                yield text
-            if outgoing.blocked:
-                ended = True
-                break
-        rest = outgoing.flush()
-        rest = redactor.feed(rest) + redactor.flush() if redactor else rest
-        if rest:
-            sent += len(rest)
-            yield rest
-        if redactor:
-            self._count(redactor.counts)
-        if ended or outgoing.blocked:
-            report.finish_reason = "content_filter"
-        if sent != generated or (redactor and redactor.counts):
-            report.token_ids.clear()
+        return AnswerScreen(self._filter_for(template_tokens).stream(), redactor, self._count)
 
     def _filter_for(self, template_tokens: tuple[str, ...]) -> OutputFilter:
         # The tokens are known once the model is loaded, and stay what they are.
@@ -118,3 +86,53 @@ class Screening:
     def _count(self, counts: Counter[str]) -> None:
         for kind, number in counts.items():
             self._metrics.pii_redactions.labels(kind).inc(number)
+
+
+class AnswerScreen:
+    """One answer as its caller may see it; the text does not depend on where it is cut.
+
+    Args:
+        outgoing: Takes out template tokens, and ends the answer at a blocked pattern.
+        redactor: Takes out personal data; ``None`` where that is off.
+        count: Told how many of each kind were taken out.
+    """
+
+    def __init__(
+        self,
+        outgoing: StreamFilter,
+        redactor: StreamRedactor | None,
+        count: Callable[[Counter[str]], None],
+    ) -> None:
+        self._outgoing = outgoing
+        self._redactor = redactor
+        self._count = count
+        self._generated = self._passed = 0
+
+    @property
+    def blocked(self) -> bool:
+        """Whether a blocked pattern has ended the answer."""
+        return self._outgoing.blocked
+
+    @property
+    def changed(self) -> bool:
+        """Whether the text that has passed is not what was generated; asked at the end."""
+        redacted = self._redactor is not None and bool(self._redactor.counts)
+        return redacted or self._passed != self._generated
+
+    def feed(self, text: str) -> str:
+        """What may be passed on, now that ``text`` has been generated."""
+        self._generated += len(text)
+        passed = self._outgoing.feed(text)
+        if self._redactor is not None:
+            passed = self._redactor.feed(passed)
+        self._passed += len(passed)
+        return passed
+
+    def flush(self) -> str:
+        """What was held back, once no more text comes."""
+        rest = self._outgoing.flush()
+        if self._redactor is not None:
+            rest = self._redactor.feed(rest) + self._redactor.flush()
+            self._count(self._redactor.counts)
+        self._passed += len(rest)
+        return rest

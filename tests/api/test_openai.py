@@ -206,13 +206,13 @@ def test_sampling_reaches_the_engine(
 
     def admitting(*args: Any) -> Any:
         place = admit(*args)
-        generate = place.generate
+        start = place.start
 
-        def generating(request: Any) -> Any:
+        def starting(request: Any) -> None:
             sent.append(request.sampling)
-            return generate(request)
+            start(request)
 
-        place.generate = generating
+        place.start = starting
         return place
 
     monkeypatch.setattr(engine, "admit", admitting)

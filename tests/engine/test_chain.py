@@ -12,9 +12,10 @@ from langchain_core.prompts import PromptTemplate
 from langchain_core.runnables import Runnable, RunnableSequence
 from langchain_huggingface import HuggingFacePipeline
 
-from app.llm.chain import Chains, ServedPipeline
-from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
+from app.llm.chain import Chains, ServedPipeline, chat_messages
+from app.llm.generator import GenerationOptions, TextGenerator, TextPiece
 from app.llm.system_prompt import SYSTEM_PROMPT
+from app.llm.tools import ChatMessage
 from app.utils.errors import EngineUnavailableError
 from tests.support.engine import EchoEngine, echo_engine
 
@@ -172,15 +173,17 @@ async def test_the_chat_chain_renders_the_models_template(
 ) -> None:
     """The chat chain answers the last user message, behind base_system.txt or the caller's."""
     chains = Chains(pipeline, pipeline.generator)
-    report = GenerationReport()
-    place = engine.client.admit()
-    chain = chains.chat(GenerationOptions(), report, place)
-    messages = chains.chat_messages([{"role": "user", "content": "What now?"}])
-    assert await chain.ainvoke({"messages": messages}) == "What now?"
-    assert report.finish_reason == "stop"
-    assert report.completion_tokens == len("What now?") + 1
-    assert str(messages[0].content) == SYSTEM_PROMPT
-    own = chains.chat_messages(
-        [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Hi"}]
-    )
-    assert [m.content for m in own] == ["Mine.", "Hi"]
+    asked: list[ChatMessage] = [{"role": "user", "content": "What now?"}]
+    with engine.client.admit() as place:
+        pieces = [
+            piece async for piece in chains.stream_chat(asked, GenerationOptions(place=place))
+        ]
+    assert "".join(pieces) == "What now?"
+    last = pieces[-1]
+    assert isinstance(last, TextPiece)
+    assert last.report is not None
+    assert last.report.finish_reason == "stop"
+    assert last.report.completion_tokens == len("What now?") + 1
+    assert str(chat_messages(asked)[0].content) == SYSTEM_PROMPT
+    own = chat_messages([{"role": "system", "content": "Mine."}, *asked])
+    assert [m.content for m in own] == ["Mine.", "What now?"]

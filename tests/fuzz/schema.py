@@ -37,6 +37,7 @@ _CHECKS = {
     "not_a_server_error": {"expected-statuses": ["2xx", "3xx", "4xx", 504]},
 }
 
+
 @schemathesis.check
 def what_the_document_forbids_is_refused(ctx: Any, response: Any, case: Any) -> bool | None:
     """Data that does not fit the document is refused."""

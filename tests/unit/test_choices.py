@@ -1,7 +1,7 @@
 """Several answers read side by side: none is lost, and leaving ends them all."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -9,6 +9,7 @@ import pytest
 from app.llm.generator import GenerationReport, TokenLogprob
 from app.services.answers import Answer
 from app.services.choices import Choices, open_choices
+from app.services.flights import Flight
 from app.utils.errors import InternalError, OverloadedError
 
 closed: list[str] = []
@@ -19,69 +20,50 @@ def _nothing_closed() -> None:
     closed.clear()
 
 
-async def saying(
-    name: str, pieces: list[str], report: GenerationReport
-) -> AsyncGenerator[str, None]:
-    """An answer's pieces; ``wait`` never comes, ``fail`` breaks off."""
+async def saying(name: str, pieces: tuple[str, ...], flight: Flight) -> GenerationReport:
+    """Generate an answer's pieces; ``wait`` never comes, ``fail`` breaks off."""
     try:
+        flight.accepted()
         for piece in pieces:
             if piece == "wait":
                 await asyncio.Event().wait()
             if piece == "fail":
                 raise InternalError
-            yield piece
-        report.finish_reason = "stop"
+            flight.add(piece)
+            await asyncio.sleep(0)
+        return GenerationReport("stop")
     finally:
         closed.append(name)
 
 
 def answer(name: str, *pieces: str) -> Answer:
     """An answer on its way."""
-    report = GenerationReport()
-    return Answer("m", report, saying(name, list(pieces), report))
+    flight = Flight()
+    flight.start(saying(name, pieces, flight))
+    return Answer("m", flight)
 
 
 async def test_every_piece_of_every_answer_comes_in_its_order() -> None:
     """Pieces of different answers mix; each answer's own stay in order, and it ends once."""
     choices = Choices([answer("a", *"one"), answer("b", *"three"), answer("c")])
     texts, ended = ["", "", ""], []
-    async for index, piece in choices:
+    async for one, piece in choices.pieces():
         if piece is None:
-            ended.append(index)
+            ended.append(one.index)
         else:
             assert isinstance(piece, str)
-            texts[index] += piece
+            texts[one.index] += piece
     assert texts == ["one", "three", ""]
     assert sorted(ended) == [0, 1, 2]
     await choices.aclose()
     assert sorted(closed) == ["a", "b", "c"]
 
 
-async def test_a_slow_reader_holds_the_answers_back() -> None:
-    """What nobody reads is not collected without end."""
-    report = GenerationReport()
-    made = 0
-
-    async def endless() -> AsyncGenerator[str, None]:
-        nonlocal made
-        while True:
-            made += 1
-            await asyncio.sleep(0)
-            yield "x"
-
-    choices = Choices([Answer("m", report, endless()), answer("b", "wait")])
-    await anext(aiter(choices))
-    for _ in range(1000):
-        await asyncio.sleep(0)
-    assert made < 100
-    await choices.aclose()
-
-
 async def test_closing_ends_answers_that_are_being_read() -> None:
     """A reader may leave while every answer waits for its next piece."""
     choices = Choices([answer("a", "x", "wait"), answer("b", "wait")])
-    reader = aiter(choices)
-    assert await anext(reader) == (0, "x")
+    reader = choices.pieces()
+    assert await anext(reader) == (choices.answers[0], "x")
     await asyncio.sleep(0)
     await choices.aclose()
     assert sorted(closed) == ["a", "b"]
@@ -92,8 +74,7 @@ async def test_one_fault_ends_all() -> None:
     """The fault reaches the reader, and the others do not go on."""
     choices = Choices([answer("a", "wait"), answer("b", "x", "fail")])
     with pytest.raises(InternalError):
-        async for _ in choices:
-            pass
+        await choices.collect()
     await choices.aclose()
     assert sorted(closed) == ["a", "b"]
 
@@ -109,7 +90,6 @@ async def test_all_are_opened_or_none() -> None:
             raise OverloadedError
         await refused.wait()
         made = answer(name, "x")
-        await anext(made._pieces)
         opened.append(name)
         return made
 
@@ -122,20 +102,27 @@ async def test_all_are_opened_or_none() -> None:
 
 async def test_logprobs_come_with_the_text_they_belong_to() -> None:
     """A token is told with the piece that reaches it, not as soon as it is known; none is lost."""
-    report = GenerationReport()
     entries = [
         TokenLogprob(b"ab", -1.0, 0),
         TokenLogprob(b"c", -2.0, 2),
         TokenLogprob(b"", -3.0, 3),
     ]
-    report.logprobs += entries
+    flight = Flight()
+    go = asyncio.Event()
 
-    async def pieces() -> AsyncGenerator[str, None]:
-        report.finish_reason = "stop"
-        for piece in ("a", "b", "c"):
-            yield piece
+    async def generate() -> GenerationReport:
+        flight.add("a", entries)
+        for piece in ("b", "c"):
+            await go.wait()
+            go.clear()
+            flight.add(piece)
+        return GenerationReport("stop")
 
-    one = Answer("m", report, pieces())
-    told = [one.take_logprobs() async for _ in one]
-    assert told == [entries[:1], [], entries[1:2]]
-    assert one.take_logprobs() == entries[2:]
+    flight.start(generate())
+    one = Answer("m", flight)
+    told = []
+    async for _ in one.pieces():
+        told.append(one.take_logprobs())
+        go.set()
+    assert told == [entries[:1], [], entries[1:2], entries[2:]]
+    await one.aclose()

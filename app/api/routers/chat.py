@@ -3,22 +3,20 @@
 from fastapi import APIRouter, Request, Response
 
 from app.api.dependencies import (
-    CLIENT_CLOSED_REQUEST,
     KEY_SCHEMES,
     Caller,
     Conversation,
     Deadline,
     GeneratingRoute,
     Generation,
-    send_timeout,
-    unless_disconnected,
 )
 from app.api.errors import STREAM, responses
+from app.api.native import ChatShape
 from app.api.requests import ChatRequest, job_fields
-from app.api.schemas import AssistantMessage, ChatResponse, answer_fields
-from app.api.sse import native_stream
+from app.api.respond import respond
+from app.api.schemas import ChatResponse
 from app.llm.tools import ChatMessage
-from app.services.answers import Completion, Job, collect
+from app.services.answers import Job
 from app.utils.errors import GENERATION_ERRORS, SessionBusyError
 
 # A turn may be read and forgotten under the session's name.
@@ -36,7 +34,6 @@ router = APIRouter(route_class=GeneratingRoute, dependencies=KEY_SCHEMES, tags=[
 @router.post(
     "/v1/chat",
     response_model=ChatResponse,
-    response_model_exclude_none=True,
     responses={
         200: {**STREAM[200], "links": _LINKS},
         **responses(*GENERATION_ERRORS, SessionBusyError),
@@ -49,26 +46,9 @@ async def chat(
     caller: Caller,
     deadline: Deadline,
     request: Request,
-) -> ChatResponse | Response:
+) -> Response:
     """Answer a conversation; with `stream: true` as server-sent events."""
     messages: list[ChatMessage] = [{"role": m.role, "content": m.content} for m in body.messages]
     job = Job(messages=messages, **job_fields(body, caller, deadline, request))
     opening = conversation.open(job, body.session_id) if body.session_id else generation.open(job)
-    if body.stream:
-        return native_stream(
-            await opening,
-            lambda piece: {"content": piece},
-            send_timeout_seconds=send_timeout(request),
-        )
-
-    async def complete() -> Completion:
-        return await collect(await opening)
-
-    completion = await unless_disconnected(request, complete())
-    if completion is None:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return ChatResponse(
-        message=AssistantMessage(content=completion.text),
-        session_id=body.session_id,
-        **answer_fields(completion),
-    )
+    return await respond(request, [opening], ChatShape(body.session_id), stream=body.stream)

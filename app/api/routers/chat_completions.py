@@ -14,9 +14,11 @@ from app.api.dependencies import (
     Generation,
 )
 from app.api.errors import STREAM, responses
-from app.api.openai_answers import ChatShape
-from app.api.openai_routes import OpenAIRoute, check_model, jobs_for, respond
+from app.api.openai.answers import ChatCompletion
+from app.api.openai.shapes import ChatCompletionShape
+from app.api.openai_routes import OpenAIRoute, check_model, jobs_for
 from app.api.openai_schemas import ChatCompletionRequest, chat_messages
+from app.api.respond import respond
 from app.utils.errors import (
     GENERATION_ERRORS,
     ModelNotFoundError,
@@ -39,6 +41,7 @@ SessionId = Annotated[
 
 @router.post(
     "/v1/chat/completions",
+    response_model=ChatCompletion,
     responses=STREAM
     | responses(*GENERATION_ERRORS, ModelNotFoundError, SessionBusyError, bad_request=True),
 )
@@ -65,7 +68,7 @@ async def chat_completions(
         )
         for job in jobs_for(body, caller, deadline, request)
     ]
-    shape = ChatShape(
+    shape = ChatCompletionShape(
         services.engine.info,
         n=body.n,
         logprobs=body.logprobs,

@@ -6,9 +6,11 @@ from fastapi import APIRouter, Request, Response
 
 from app.api.dependencies import KEY_SCHEMES, AppServices, Caller, Deadline, Generation
 from app.api.errors import STREAM, responses
-from app.api.openai_answers import CompletionShape
-from app.api.openai_routes import OpenAIRoute, check_model, jobs_for, respond
+from app.api.openai.answers import Completion
+from app.api.openai.shapes import CompletionShape
+from app.api.openai_routes import OpenAIRoute, check_model, jobs_for
 from app.api.openai_schemas import CompletionRequest
+from app.api.respond import respond
 from app.utils.errors import GENERATION_ERRORS, ModelNotFoundError
 
 router = APIRouter(route_class=OpenAIRoute, dependencies=KEY_SCHEMES, tags=["openai"])
@@ -16,6 +18,7 @@ router = APIRouter(route_class=OpenAIRoute, dependencies=KEY_SCHEMES, tags=["ope
 
 @router.post(
     "/v1/completions",
+    response_model=Completion,
     responses=STREAM | responses(*GENERATION_ERRORS, ModelNotFoundError, bad_request=True),
 )
 async def completions(

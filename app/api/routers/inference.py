@@ -2,20 +2,12 @@
 
 from fastapi import APIRouter, Request, Response
 
-from app.api.dependencies import (
-    CLIENT_CLOSED_REQUEST,
-    KEY_SCHEMES,
-    Caller,
-    Deadline,
-    GeneratingRoute,
-    Generation,
-    send_timeout,
-    unless_disconnected,
-)
+from app.api.dependencies import KEY_SCHEMES, Caller, Deadline, GeneratingRoute, Generation
 from app.api.errors import STREAM, responses
+from app.api.native import GenerateShape
 from app.api.requests import GenerateRequest, job_fields
-from app.api.schemas import GenerateResponse, answer_fields
-from app.api.sse import native_stream
+from app.api.respond import respond
+from app.api.schemas import GenerateResponse
 from app.services.answers import Job
 from app.utils.errors import GENERATION_ERRORS
 
@@ -25,7 +17,6 @@ router = APIRouter(route_class=GeneratingRoute, dependencies=KEY_SCHEMES, tags=[
 @router.post(
     "/v1/generate",
     response_model=GenerateResponse,
-    response_model_exclude_none=True,
     responses=STREAM | responses(*GENERATION_ERRORS),
 )
 async def generate(
@@ -34,17 +25,9 @@ async def generate(
     caller: Caller,
     deadline: Deadline,
     request: Request,
-) -> GenerateResponse | Response:
+) -> Response:
     """Generate text from a prompt; with `stream: true` as server-sent events."""
     job = Job(prompt=body.prompt, **job_fields(body, caller, deadline, request))
-    if body.stream:
-        answer = await generation.open(job)
-        return native_stream(
-            answer, lambda piece: {"text": piece}, send_timeout_seconds=send_timeout(request)
-        )
-    completion = await unless_disconnected(request, generation.complete(job))
-    if completion is None:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return GenerateResponse(
-        generated_text=completion.text, prompt=body.prompt, **answer_fields(completion)
+    return await respond(
+        request, [generation.open(job)], GenerateShape(body.prompt), stream=body.stream
     )

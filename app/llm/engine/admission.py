@@ -7,12 +7,13 @@ event loop of the API process.
 
 import asyncio
 import time
+import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextvars import copy_context
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol, TypeVar
+from typing import Protocol, Self
 
 from app.core.config_engine import EngineSettings
 from app.core.metrics import Metrics
@@ -24,8 +25,6 @@ from app.utils.errors import (
     OverloadedError,
     ServiceError,
 )
-
-T = TypeVar("T")
 
 # A slot becomes free between two steps; a request sent only then would miss the next one. So the
 # engine gets one request more for this many slots: docs/adr/0023-requests-in-hand.md.
@@ -49,6 +48,22 @@ class EngineLink(Protocol):
         """Stop a request; one that has ended is ignored."""
 
 
+class PlaceListener(Protocol):
+    """Told what becomes of a request before its first event.
+
+    Attributes:
+        id: Of the request.
+    """
+
+    id: str
+
+    def accepted(self) -> None:
+        """The request has been queued for the engine."""
+
+    def failed(self, error: ServiceError) -> None:
+        """The place has failed before that; its prompt need not be prepared any further."""
+
+
 class Stage(IntEnum):
     """How far a request has come."""
 
@@ -63,23 +78,30 @@ class Place:
     """A request's place. The code that took it releases it.
 
     Attributes:
+        id: Of its request.
         caller: Whose request it is.
         stage: How far it has come.
         accepted: Whether :meth:`start` has queued a request.
         prompt_tokens: Tokens of that request's prompt.
         cached_tokens: How many of them were in the KV cache; known from the first event.
         completion_tokens: Tokens that :meth:`events` has returned so far.
-        on_fail: Called once if the place fails before it is started.
         context: Where the place was taken, which names the HTTP request in the log.
     """
 
-    def __init__(self, queue: "RequestQueue", link: EngineLink, caller: str) -> None:
+    def __init__(
+        self,
+        queue: "RequestQueue",
+        link: EngineLink,
+        caller: str,
+        listener: PlaceListener | None = None,
+    ) -> None:
+        self.id = listener.id if listener is not None else f"gen-{uuid.uuid4().hex}"
         self.caller = caller
         self.stage = Stage.PREPARING
         self.accepted = False
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
-        self.on_fail: Callable[[ServiceError], None] | None = None
         self.context = copy_context()
+        self._listener = listener
         self._queue = queue
         self._link = link
         self._request: GenerationRequest | None = None
@@ -101,22 +123,11 @@ class Place:
 
     # --- for the request's reader ----------------------------------------------------------
 
-    async def prepare(self, work: Awaitable[T]) -> T:
-        """Wait for work that comes before :meth:`start`, unless the place fails meanwhile.
+    def __enter__(self) -> Self:
+        return self
 
-        Raises:
-            ServiceError: It failed; the work was cancelled.
-        """
-        self._check()
-        try:
-            async with asyncio.timeout(None) as timeout:
-                self.on_fail = lambda _: timeout.reschedule(0.0)
-                return await work
-        except TimeoutError:
-            self._check()
-            raise
-        finally:
-            self.on_fail = None
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def start(self, request: GenerationRequest) -> None:
         """Queue the request for the engine; called once.
@@ -130,6 +141,8 @@ class Place:
         self._request = request
         self.stage = Stage.WAITING
         self._queue.add(self)
+        if self._listener is not None:
+            self._listener.accepted()
 
     async def events(self) -> list[TokenEvent]:
         """All events since the last call; waits for the first. The last has a finish reason.
@@ -164,8 +177,8 @@ class Place:
             self._error = error
             self._end()
             self._wake()
-            if self.on_fail is not None and not self.accepted:
-                self.on_fail(error)
+            if self._listener is not None and not self.accepted:
+                self._listener.failed(error)
 
     def release(self) -> None:
         """Give the place back, and stop the request if it has not ended; may be called twice."""
@@ -324,14 +337,14 @@ class RequestQueue:
         ):
             raise OverloadedError(retry_after=self._retry_after())
 
-    def admit(self, link: EngineLink, caller: str) -> Place:
+    def admit(self, link: EngineLink, caller: str, listener: PlaceListener | None = None) -> Place:
         """Take a place.
 
         Raises:
             OverloadedError: There is none for this caller.
         """
         self.check(caller)
-        place = Place(self, link, caller)
+        place = Place(self, link, caller, listener)
         self._places.add(place)
         return place
 

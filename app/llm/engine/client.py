@@ -15,7 +15,7 @@ from app.core.config import LoggingSettings, ModelSettings
 from app.core.config_engine import EngineSettings
 from app.core.logging import get_logger
 from app.core.metrics import Metrics
-from app.llm.engine.admission import Place, RequestQueue
+from app.llm.engine.admission import Place, PlaceListener, RequestQueue
 from app.llm.engine.base import (
     Cancel,
     Configure,
@@ -316,12 +316,13 @@ class EngineClient:
 
     # --- requests --------------------------------------------------------------------------
 
-    def admit(self, caller: str = "") -> Place:
+    def admit(self, caller: str = "", listener: PlaceListener | None = None) -> Place:
         """Take a place, or be refused at once, before any work is spent.
 
         Args:
             caller: Whose request it is; callers share the engine fairly. The process itself,
                 for example a LangChain program in it, is the caller without a name.
+            listener: Told what becomes of the request until its first event.
 
         Raises:
             ModelLoadingError: The model is not loaded yet.
@@ -331,7 +332,7 @@ class EngineClient:
         """
         with self._counting_rejections():
             self._check_state()
-            return self.queue.admit(self, caller)
+            return self.queue.admit(self, caller, listener)
 
     def check(self, caller: str = "") -> None:
         """Refuse what :meth:`admit` would refuse now, without taking a place.
@@ -379,4 +380,3 @@ class EngineClient:
         self.stats = stats
         self.queue.running = stats.running
         self._metrics.kv_cache_usage.set(stats.kv_cache_usage)
-

@@ -1,0 +1,82 @@
+"""How /v1/generate and /v1/chat write their answers; docs/api.md shows them."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from app.api.respond import Event, Shape
+from app.api.schemas import AssistantMessage, ChatResponse, GenerateResponse, answer_fields
+from app.llm.tool_calls import Piece
+from app.services.answers import Answer
+
+
+class NativeShape(Shape):
+    """What both native routes share: one answer, whose events have a ``delta``."""
+
+    @abstractmethod
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        """The member of an event that holds a piece of text."""
+
+    def first(self, answers: Sequence[Answer]) -> Iterable[Event]:
+        """Tell the id, the model and who speaks."""
+        (answer,) = answers
+        yield {"id": answer.id, "model": answer.model, "delta": {"role": "assistant"}}
+
+    def piece(self, answer: Answer, piece: Piece) -> Event:
+        """Bring a piece of text."""
+        return {"id": answer.id, "delta": self.delta(piece)}
+
+    def last(self, answer: Answer) -> Event:
+        """Tell how the answer ended and what it took."""
+        return {"delta": {}, **answer_fields(answer)}
+
+
+class GenerateShape(NativeShape):
+    """Answers of POST /v1/generate.
+
+    Args:
+        prompt: As it was sent.
+    """
+
+    def __init__(self, prompt: str) -> None:
+        self._prompt = prompt
+
+    def whole(
+        self,
+        answers: Sequence[Answer],
+        pieces: Sequence[Sequence[Piece]],  # noqa: ARG002 - text alone
+    ) -> GenerateResponse:
+        """The text, the prompt and what is told beside them."""
+        (answer,) = answers
+        return GenerateResponse(
+            generated_text=answer.text, prompt=self._prompt, **answer_fields(answer)
+        )
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        """A piece of text."""
+        return {"text": piece}
+
+
+class ChatShape(NativeShape):
+    """Answers of POST /v1/chat.
+
+    Args:
+        session_id: The conversation's name, where it has one.
+    """
+
+    def __init__(self, session_id: str | None) -> None:
+        self._session = {"session_id": session_id} if session_id else {}
+
+    def whole(
+        self,
+        answers: Sequence[Answer],
+        pieces: Sequence[Sequence[Piece]],  # noqa: ARG002 - text alone
+    ) -> ChatResponse:
+        """The message and what is told beside it."""
+        (answer,) = answers
+        message = AssistantMessage(role="assistant", content=answer.text)
+        return ChatResponse(message=message, **self._session, **answer_fields(answer))
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        """A piece of the message."""
+        return {"content": piece}

@@ -1,0 +1,95 @@
+"""The one way out: answers become a response, whole or as a stream of events."""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from typing import Any
+
+from fastapi import Request, Response
+from pydantic import BaseModel
+
+from app.api.dependencies import CLIENT_CLOSED_REQUEST, unless_disconnected
+from app.api.sse import DONE, EventStream, fault_frame, frame
+from app.llm.tool_calls import Piece
+from app.services.answers import Answer
+from app.services.choices import Choices, open_choices
+
+Event = dict[str, Any]
+
+
+class Shape(ABC):
+    """How one route writes its answers; made anew for each response."""
+
+    @abstractmethod
+    def whole(self, answers: Sequence[Answer], pieces: Sequence[Sequence[Piece]]) -> BaseModel:
+        """The response that is not streamed; members that are not set are left out.
+
+        Args:
+            answers: In the order of their choices; each is complete.
+            pieces: Of each answer.
+        """
+
+    @abstractmethod
+    def first(self, answers: Sequence[Answer]) -> Iterable[Event]:
+        """The events that begin a stream."""
+
+    @abstractmethod
+    def piece(self, answer: Answer, piece: Piece) -> Event:
+        """The event that brings a piece of an answer."""
+
+    @abstractmethod
+    def last(self, answer: Answer) -> Event:
+        """The event that ends an answer."""
+
+    def end(self, answers: Sequence[Answer]) -> Iterable[Event]:  # noqa: ARG002 - for those that tell something
+        """The events that follow when all answers have ended."""
+        return ()
+
+
+async def respond(
+    request: Request,
+    openings: Sequence[Coroutine[Any, Any, Answer]],
+    shape: Shape,
+    *,
+    stream: bool,
+) -> Response:
+    """Open the answers and send them, as a stream or whole.
+
+    Args:
+        request: Of the caller; when it leaves, generating ends.
+        openings: Each opens one answer.
+        shape: How they are written.
+        stream: Whether to send events as they come.
+
+    Raises:
+        ServiceError: An answer was refused, or broke off before the response began.
+    """
+    if stream:
+        choices = await open_choices(openings)
+        return EventStream(choices, _frames(choices, shape))
+
+    async def complete() -> BaseModel:
+        choices = await open_choices(openings)
+        try:
+            return shape.whole(choices.answers, await choices.collect())
+        finally:
+            await choices.aclose()
+
+    content = await unless_disconnected(request, complete())
+    if content is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    body = content.model_dump_json(exclude_unset=True)
+    return Response(body, media_type="application/json")
+
+
+async def _frames(choices: Choices, shape: Shape) -> AsyncIterator[bytes]:
+    """The events of a stream; a fault on the way becomes an event too."""
+    try:
+        for event in shape.first(choices.answers):
+            yield frame(event)
+        async for answer, piece in choices.pieces():
+            yield frame(shape.last(answer) if piece is None else shape.piece(answer, piece))
+        for event in shape.end(choices.answers):
+            yield frame(event)
+    except Exception as error:  # noqa: BLE001 - logged and told to the reader
+        yield fault_frame(error)
+    yield DONE
