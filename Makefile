@@ -177,10 +177,6 @@ bench-curve: model ## Load and prompt-length curves, overload (ARGS="--engine tr
 overload: model ## Ten times what it can answer, for two minutes (ARGS="--factor 4 --rounds 3")
 	$(RUN) python -m benchmarks overload $(ARGS)
 
-.PHONY: refusals
-refusals: model ## What the refusals of an overload take from the answers (ARGS="--factor 4 --turns 60")
-	$(RUN) python -m benchmarks refusals $(ARGS)
-
 ##@ Docker
 
 .PHONY: build-docker

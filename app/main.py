@@ -17,10 +17,9 @@ from sse_starlette.sse import AppStatus
 
 from app import __version__
 from app.api.dependencies import Services
-from app.api.early_refusals import EarlyRefusals
 from app.api.errors import register_error_handlers
 from app.api.load_shedding import LoadShedding
-from app.api.middleware import BodyLimitMiddleware, RequestContextMiddleware, RequestLog
+from app.api.middleware import BodyLimitMiddleware, RequestContextMiddleware
 from app.api.routers import (
     chat,
     chat_completions,
@@ -176,10 +175,12 @@ def _build(settings: Settings, services: Services, chains: "Callable[[], Chains]
         # An included router is asked twice for each request, and each of its routes with it.
         app.router.routes.extend(module.router.routes)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.security.max_body_bytes)
-    requests = RequestLog(services.metrics, services.engine.is_draining)
     # Added last, so that it is outermost.
-    app.add_middleware(RequestContextMiddleware, requests=requests)
-    app.refusals = EarlyRefusals(app, services, requests)
+    app.add_middleware(
+        RequestContextMiddleware,
+        metrics=services.metrics,
+        leaving=services.engine.is_draining,
+    )
     return app
 
 

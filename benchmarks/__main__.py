@@ -1,4 +1,4 @@
-"""``python -m benchmarks table | curve | overload | refusals | soak | page``."""
+"""``python -m benchmarks table | curve | overload | soak | page``."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.bench.load import run
-from benchmarks import curve, overload, page, plots, refusals, side_by_side, soak
+from benchmarks import curve, overload, page, plots, side_by_side, soak
 from benchmarks.paths import RESULTS
 from benchmarks.servers import ENGINES
 
@@ -35,16 +35,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--minutes", type=float, default=10.0)
     command.add_argument("--clients", type=int, default=8)
     command.add_argument("--engine", default="openvino", choices=ENGINES)
-    for name, explanation, times, number, seconds in (
-        ("overload", "many times what it can answer", "--rounds", 1, 120.0),
-        ("refusals", "what an overload's refusals cost (9 minutes)", "--turns", 30, 4.0),
-    ):
-        command = commands.add_parser(name, help=explanation)
-        command.add_argument("--factor", type=float, default=10.0)
-        command.add_argument(times, type=int, default=number)
-        command.add_argument("--seconds", type=float, default=seconds)
-        command.add_argument("--engine", default="openvino", choices=ENGINES)
-        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command = commands.add_parser("overload", help="many times what it can answer")
+    command.add_argument("--factor", type=float, default=10.0)
+    command.add_argument("--rounds", type=int, default=1)
+    command.add_argument("--seconds", type=float, default=120.0)
+    command.add_argument("--engine", default="openvino", choices=ENGINES)
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     commands.add_parser("page", help="write docs/performance.md anew from the kept results")
     return parser
 
@@ -77,9 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problems = report.problems()
         print("\n".join([report.describe(), "", *(problems or ["Nothing was left behind."])]))
         return 1 if problems else 0
-    if options.command in ("overload", "refusals"):
-        measure = overload.measure if options.command == "overload" else refusals.measure
-        print(run(measure(options)))
+    if options.command == "overload":
+        print(run(overload.measure(options)))
         return 0
     is_table = options.command == "table"
     data = run(side_by_side.measure(options) if is_table else curve.measure(options))

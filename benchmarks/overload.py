@@ -268,7 +268,7 @@ def render(found: Mapping[str, Any]) -> str:
         [
             "their median",
             "-" if ratio is None else f"{ratio:.2f}",
-            _verdict(None if ratio is None else ratio >= 0.95, "≥ 0.95"),
+            _verdict(None if ratio is None else ratio >= 0.9, "≥ 0.9"),
         ],
         ["refusals, p99", seconds(refusal), _at_most(refusal, 0.05)],
         ["/livez, p99", seconds(livez), _at_most(livez, 0.25)],

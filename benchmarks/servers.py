@@ -82,14 +82,6 @@ def ours(engine: str, device: str = "cpu", **settings: str) -> Row:
     return Row(f"ours, {engine}", _uvicorn, environment)
 
 
-def refuser() -> Row:
-    """A server that refuses everything, under the same uvicorn as this service."""
-    command = ["uvicorn", "benchmarks.refuser:app", "--log-level", "warning"]
-    return Row(
-        "refuser", lambda port: [sys.executable, "-m", *command, "--port", str(port)], is_ours=False
-    )
-
-
 def all_rows(device: str, engines: Sequence[str] | None = None) -> list[Row]:
     """The rows for a device; llama-server's package is built for CPUs only."""
     possible = ["transformers"] if device == "cuda" else list(ENGINES)

@@ -209,79 +209,45 @@ class GuardedRoute(APIRoute):
         """The status with which an error is answered on this route."""
         return error.status
 
-    async def enter(self, request: Request) -> None:
-        """Let a request in, unless it has been let in before.
-
-        Its caller is found out and takes a token of its bucket, the body is read, and what the
-        engine has no place for is refused.
-
-        Raises:
-            ServiceError: It may not enter. See :meth:`refuse`.
-        """
-        if _BODY in request.scope:
-            return
-        self._meet(request)
-        body = b"" if self.body_field is None else await request.body()
-        self._admit(request, body)
-
-    def enter_whole(self, request: Request, body: bytes) -> None:
-        """Let a request in whose body has come, as :meth:`enter` does.
-
-        Raises:
-            ServiceError: As :meth:`enter`.
-        """
-        self._meet(request)
-        self._admit(request, body)
-
-    def _meet(self, request: Request) -> None:
-        services = services_of(request)
-        request.state.principal = caller = identify(request, services)
-        request.state.limit_headers = services.limits.take(f"key:{caller.key_id}", reason="key")
-        if self.scope is not None:
-            caller.require(self.scope)
-
-    def _admit(self, request: Request, body: bytes) -> None:
-        if self.generates and self.body_field is not None:
-            caller: Principal = request.state.principal
-            services_of(request).shedding.check(caller.key_id, request.scope["headers"], body)
-        request.scope[_BODY] = body
-
-    def refuse(self, request: Request, error: ServiceError) -> Response:
-        """The response that stands for an error, also for one of :meth:`enter`."""
-        error.status = self.status_of(error)
-        error.headers.update(_limit_headers(request))
-        return error_response(error)
-
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler, behind the guard."""
         handle = super().get_route_handler()
 
-        async def answer(request: Request) -> Response:
-            if self.body_field is None:
-                return await handle(request)
-            body: bytes = request.scope[_BODY]
-
-            async def answer_now() -> Response:
-                return await handle(_ParsedRequest(request.scope, request.receive, body))
-
-            return await answer_once(services_of(request).idempotency, request, body, answer_now)
-
         async def guarded(request: Request) -> Response:
             try:
-                await self.enter(request)
-                response = await answer(request)
+                response = await self._answer(request, handle)
             except RequestValidationError as error:
-                return self.refuse(request, self.refusal(error.errors()))
+                return self._refuse(request, self.refusal(error.errors()))
             except ServiceError as error:
-                return self.refuse(request, error)
+                return self._refuse(request, error)
             response.headers.update(_limit_headers(request))
             return response
 
         return guarded
 
+    async def _answer(
+        self, request: Request, handle: Callable[[Request], Coroutine[Any, Any, Response]]
+    ) -> Response:
+        services = services_of(request)
+        request.state.principal = caller = identify(request, services)
+        request.state.limit_headers = services.limits.take(f"key:{caller.key_id}", reason="key")
+        if self.scope is not None:
+            caller.require(self.scope)
+        if self.body_field is None:
+            return await handle(request)
+        body = await request.body()
+        if self.generates:
+            services.shedding.check(caller.key_id, request.scope["headers"], body)
 
-# Where a request that has been let in keeps its body.
-_BODY = "llm_service.body"
+        async def answer() -> Response:
+            return await handle(_ParsedRequest(request.scope, request.receive, body))
+
+        return await answer_once(services.idempotency, request, body, answer)
+
+    def _refuse(self, request: Request, error: ServiceError) -> Response:
+        error.status = self.status_of(error)
+        error.headers.update(_limit_headers(request))
+        return error_response(error)
 
 
 def _limit_headers(request: Request) -> dict[str, str]:

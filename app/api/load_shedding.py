@@ -31,12 +31,6 @@ class LoadShedding:
         self._engine = engine
         self._seen: FIFOCache[int, None] = FIFOCache(maxsize=max(remembered, 1))
 
-    @property
-    def is_near(self) -> bool:
-        """Whether some caller would be refused now."""
-        # An engine that is not ready has time for mistakes to be told.
-        return self._engine.state is EngineState.READY and self._engine.queue.is_crowded
-
     def check(self, caller: str, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """Refuse a request now, if it would be refused once it is parsed.
 
@@ -52,6 +46,11 @@ class LoadShedding:
         asked = hash((caller, body))
         if asked in self._seen:
             return
-        if self.is_near and all(name != _IDEMPOTENCY_KEY for name, _ in headers):
+        # An engine that is not ready has time for mistakes to be told.
+        if (
+            self._engine.state is EngineState.READY
+            and self._engine.queue.is_crowded
+            and all(name != _IDEMPOTENCY_KEY for name, _ in headers)
+        ):
             self._engine.check(caller)
         self._seen[asked] = None

@@ -41,47 +41,62 @@ CLOSE = (b"connection", b"close")
 _QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 
 
-class RequestLog:
-    """What every answer carries of its request's context, and what is told of it afterwards."""
+class RequestContextMiddleware:
+    """Gives each request an id and a clock, and tells what became of it.
 
-    def __init__(self, metrics: Metrics, leaving: Callable[[], bool]) -> None:
-        """Remember where to tell it.
+    It is the outermost layer, so that even a crash is answered in the one error shape, with
+    the headers every response has.
 
-        Args:
-            metrics: Where requests are counted.
-            leaving: Whether the service is about to end.
-        """
+    Args:
+        metrics: Where requests are counted.
+        leaving: Whether the service is about to end.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, leaving: Callable[[], bool]) -> None:
+        self._app = app
         self._leaving = leaving
         # Looking a series up by its labels takes longer than adding to it.
         self._requests = cache(metrics.http_requests.labels)
         self._duration = cache(metrics.http_duration.labels)
 
-    def headers(self, own: HeaderPairs, request_id: str, seconds: float) -> HeaderList:
-        """All headers of a response.
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        watch = Stopwatch()
+        request_id = _request_id(scope["headers"])
+        token = request_id_var.set(request_id)
+        status = 0
 
-        Args:
-            own: Those it has by itself, their names in lower case.
-            request_id: The request's id.
-            seconds: Since the request came.
-        """
-        headers = secured(own)
-        headers += (
-            (b"x-request-id", request_id.encode()),
-            (b"x-process-time", b"%.6f" % seconds),
-        )
-        if self._leaving() and CLOSE not in headers:
-            # A request sent down this connection later would cross with its end.
-            headers.append(CLOSE)
-        return headers
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = common_headers(message["headers"], request_id, watch.seconds)
+                if self._leaving() and CLOSE not in headers:
+                    # A request sent down this connection later would cross with its end.
+                    headers.append(CLOSE)
+                message = {**message, "headers": headers}
+            await send(message)
 
-    def record(self, scope: Scope, status: int, seconds: float) -> None:
-        """Count a request that is over and write its line in the log.
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            # It left while its body was being read: nobody is there to be answered.
+            pass
+        except Exception:
+            log.exception("unhandled exception")
+            if status:
+                # The response has begun: ending it early is all that can be said.
+                raise
+            await error_response(InternalError())(scope, receive, send_with_headers)
+        finally:
+            self._record(scope, status, watch.seconds)
+            request_id_var.reset(token)
 
-        Args:
-            scope: The request's, with its ``route`` if one was found.
-            status: Of the response; 0 where the client left before there was one.
-            seconds: Since the request came.
-        """
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count a request that is over and write its line in the log; status 0 is no response."""
         method = scope["method"] if scope["method"] in METHODS else "other"
         route = route_template(scope)
         code = status or 499
@@ -104,51 +119,6 @@ class RequestLog:
                     "latency_ms": round(seconds * 1000, 2),
                 },
             )
-
-
-class RequestContextMiddleware:
-    """Gives each request an id and a clock, and tells what became of it.
-
-    It is the outermost layer, so that even a crash is answered in the one error shape, with
-    the headers every response has.
-    """
-
-    def __init__(self, app: ASGIApp, *, requests: RequestLog) -> None:
-        self._app = app
-        self._log = requests
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        watch = Stopwatch()
-        request_id = request_id_of(scope["headers"])
-        token = request_id_var.set(request_id)
-        status = 0
-
-        async def send_with_headers(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = self._log.headers(message["headers"], request_id, watch.seconds)
-                message = {**message, "headers": headers}
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_with_headers)
-        except ClientDisconnect:
-            # It left while its body was being read: nobody is there to be answered.
-            pass
-        except Exception:
-            log.exception("unhandled exception")
-            if status:
-                # The response has begun: ending it early is all that can be said.
-                raise
-            await error_response(InternalError())(scope, receive, send_with_headers)
-        finally:
-            self._log.record(scope, status, watch.seconds)
-            request_id_var.reset(token)
 
 
 class BodyLimitMiddleware:
@@ -181,17 +151,21 @@ class BodyLimitMiddleware:
         await self._app(scope, limited_receive, send)
 
 
-def secured(headers: HeaderPairs) -> HeaderList:
-    """A response's headers, and what tells browsers and proxies what they may do with it.
+def common_headers(headers: HeaderPairs, request_id: str, seconds: float) -> HeaderList:
+    """A response's headers and those that every response has: security, request id and time.
 
     Args:
         headers: Its own, which go first; their names are lower case, as ASGI has them.
+        request_id: The request's id.
+        seconds: Since the request came.
     """
     own = dict(headers)
     added = [pair for pair in _SECURITY_HEADERS if pair[0] not in own]
     if _POLICY not in own:
         is_page = own.get(b"content-type", b"").startswith(b"text/html")
         added.append((_POLICY, _PAGE_POLICY if is_page else _DATA_POLICY))
+    added.append((b"x-request-id", request_id.encode()))
+    added.append((b"x-process-time", b"%.6f" % seconds))
     return [*headers, *added]
 
 
@@ -215,7 +189,7 @@ def new_request_id() -> str:
     return f"req-{random.getrandbits(128):032x}"  # nosec B311
 
 
-def request_id_of(headers: HeaderPairs) -> str:
+def _request_id(headers: HeaderPairs) -> str:
     """The caller's id where it is harmless in a log, else a new one."""
     given = _value(headers, b"x-request-id").decode("latin-1")
     return given if given and _SANE_REQUEST_ID.fullmatch(given) else new_request_id()

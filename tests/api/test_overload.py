@@ -6,19 +6,14 @@ from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import httpx
-import msgspec
 import pytest
-from starlette.types import Scope
 
-from app.api.early_refusals import EarlyRefusals
 from app.api.load_shedding import LoadShedding
-from app.api.server.guard import GuardedApplication
 from app.bench.targets import Route, Target
 from app.llm.engine.client import EngineClient, EngineState
 from app.utils.errors import OverloadedError
 from benchmarks.overload import overload
-from tests.support.application import KEY, OTHER, Client, start
-from tests.support.asgi import Received, Sent, http_scope
+from tests.support.application import OTHER, Client, start
 from tests.support.live import LONG, generate, open_stream
 from tests.support.raw import KEY as KEY_HEADER
 from tests.support.raw import LIVEZ, RawClient, chunked, post
@@ -123,86 +118,6 @@ async def test_what_needs_no_place_is_answered() -> None:
         counted = await client.http.post("/v1/tokenize", json={"text": "abc"})
         assert counted.json()["count"] == 3
         assert (await client.http.get("/v1/models")).status_code == 200
-
-
-def front(client: Client) -> EarlyRefusals:
-    """What connections ask before the application."""
-    return cast("GuardedApplication", client.app).refusals
-
-
-def a_scope(path: str, *, root_path: str = "", method: str = "POST", key: str = KEY) -> Scope:
-    """A request that a server has taken."""
-    scope = http_scope(method, root_path + path, headers={"X-API-Key": key})
-    return scope | {"root_path": root_path, "state": {}}
-
-
-async def test_a_request_is_let_in_once() -> None:
-    """What a full engine lets pass has its key and its bucket asked in the connection, only."""
-    limits = {"enabled": True, "requests_per_minute": 1, "burst_size": 10}
-    async with a_full_engine(rate_limit=limits) as client:
-        asked = msgspec.json.encode(KEPT)
-        refused = front(client).find(a_scope("/v1/generate"), b"another")
-        assert refused is not None
-        left = [int(dict(refused.headers)[b"x-ratelimit-remaining"])]
-        await client.http.post("/v1/generate", content=asked)
-        for _ in range(2):
-            scope = a_scope("/v1/generate")
-            assert front(client).find(scope, asked) is None
-            sent = Sent()
-            await client.app(scope, Received(asked), sent)
-            assert sent.status == 200
-            left.append(int(sent.headers["x-ratelimit-remaining"]))
-    assert left == [left[0], left[0] - 2, left[0] - 3]
-
-
-@pytest.mark.parametrize("root_path", ["", "/below"])
-async def test_a_refusal_comes_before_the_application(root_path: str) -> None:
-    """It is whole, and told as any other; what else there is goes on."""
-    async with a_full_engine(security={"max_body_bytes": 2000}) as client:
-        assert front(client).are_near
-        refused = front(client).find(a_scope("/v1/chat", root_path=root_path), b"{")
-        assert refused is not None
-        assert (refused.status, msgspec.json.decode(refused.body)["error"]["code"]) == (
-            (503, "overloaded")
-        )
-        headers = dict(refused.headers)
-        assert int(headers[b"retry-after"]) >= 1
-        assert int(headers[b"content-length"]) == len(refused.body)
-        assert headers[b"x-content-type-options"] == b"nosniff"
-        assert headers[b"x-request-id"].decode() in refused.body.decode()
-        for path, body in (("/v1/tokenize", b"{"), ("/other", b""), ("/v1/chat", b"x" * 2001)):
-            assert front(client).find(a_scope(path, root_path=root_path), body) is None
-        assert front(client).find(a_scope("/v1/chat", method="GET"), b"") is None
-        labels = {"method": "POST", "endpoint": "/v1/chat", "status": "503"}
-        registry = client.services.metrics.registry
-        assert registry.get_sample_value("http_requests_total", labels) == 1
-
-
-async def test_a_fault_in_a_connection_is_answered_as_everywhere() -> None:
-    """With 500 in the one error shape, and nothing of what went wrong in it."""
-
-    def stumble(_: object) -> None:
-        raise RuntimeError("over a secret")
-
-    async with a_full_engine() as client:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(client.services.keys, "authenticate", stumble)
-            found = front(client).find(a_scope("/v1/chat"), b"{")
-    assert found is not None
-    assert (found.status, msgspec.json.decode(found.body)["error"]["code"]) == (
-        (500, "internal_error")
-    )
-    assert b"secret" not in found.body
-
-
-async def test_there_is_room_again() -> None:
-    """Once a place is free nothing is refused in a connection."""
-    async with start(engine={"max_running": 1, "max_waiting": 0}) as client:
-        assert not front(client).are_near
-        place = client.services.engine.admit("somebody")
-        assert front(client).are_near
-        place.release()
-        assert not front(client).are_near
 
 
 def test_a_full_service_refuses_over_its_sockets() -> None:

@@ -5,8 +5,6 @@ import logging
 import resource
 import socket
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 from starlette.types import Receive, Scope, Send
@@ -14,7 +12,6 @@ from uvicorn import Config
 from uvicorn.lifespan.on import LifespanOn
 from uvicorn.server import ServerState
 
-from app.api.early_refusals import EarlyRefusals
 from app.api.server import connections as module
 from app.api.server.connections import Connections
 from app.api.server.protocol import GuardedProtocol
@@ -108,10 +105,9 @@ async def test_a_reader_that_two_watches_give_up_is_one_dropped_connection() -> 
     config = Config(stream, log_config=None, access_log=False)
     config.load()
     made: list[GuardedProtocol] = []
-    refusals = cast("EarlyRefusals", SimpleNamespace(are_near=False))
 
     def protocol() -> GuardedProtocol:
-        made.append(GuardedProtocol(connections, refusals, config, ServerState(), {}))
+        made.append(GuardedProtocol(connections, config, ServerState(), {}))
         return made[-1]
 
     loop = asyncio.get_running_loop()

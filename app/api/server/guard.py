@@ -5,12 +5,10 @@ from functools import partial
 from typing import Any, cast
 
 from fastapi import FastAPI
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from app.api.early_refusals import EarlyRefusals
-from app.api.middleware import RequestContextMiddleware
 from app.api.server.connections import Connections
 from app.api.server.protocol import GuardedProtocol
 from app.core.logging import get_logger
@@ -27,26 +25,11 @@ class GuardedApplication(FastAPI):
     begins the lifespan before it takes the first connection, the lifespan's ``receive`` is a
     method of an object that holds the server's configuration, and the class named in there is
     asked for each connection's protocol.
-
-    Attributes:
-        refusals: Asked by connections before the application is; set before it runs.
     """
-
-    refusals: EarlyRefusals
 
     def __init__(self, *, connections: Connections, **options: Any) -> None:
         super().__init__(**options)
         self._connections = connections
-
-    def build_middleware_stack(self) -> ASGIApp:
-        """The layers of the application, from the request's context on.
-
-        What the framework puts around that answers crashes, of which it leaves none.
-        """
-        stack: Any = super().build_middleware_stack()
-        while not isinstance(stack, RequestContextMiddleware):
-            stack = stack.app
-        return stack
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the lifespan."""
@@ -67,6 +50,6 @@ class GuardedApplication(FastAPI):
             return False
         if config.timeout_keep_alive != _DEFAULT_KEEP_ALIVE:
             log.warning("uvicorn's --timeout-keep-alive is not used: see server.keep_alive_seconds")
-        protocol = partial(GuardedProtocol, self._connections, self.refusals)
+        protocol = partial(GuardedProtocol, self._connections)
         config.http_protocol_class = cast("Any", protocol)
         return True

@@ -7,7 +7,7 @@ and why its protocol is extended rather than replaced.
 import asyncio
 from enum import Enum
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import httptools
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,9 +15,8 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
-from app.api.early_refusals import EarlyRefusals
 from app.api.server.connections import Connections
-from app.api.server.messages import last_response, whole_response
+from app.api.server.messages import last_response
 from app.api.server.strict import StrictProtocol
 from app.api.server.transport import GentleTransport
 from app.utils.errors import (
@@ -63,7 +62,6 @@ class GuardedProtocol(StrictProtocol):
     def __init__(
         self,
         connections: Connections,
-        refusals: EarlyRefusals,
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
@@ -73,14 +71,10 @@ class GuardedProtocol(StrictProtocol):
         self.address: str | None = None
         self.probes_only = False
         self._all = connections
-        self._refusals = refusals
         self._limits = connections.limits
         self._phase = _Phase.HEAD
         self._since = 0.0
         self._answering: RequestResponseCycle | None = None
-        # The application that gets the request unless it is refused as soon as all of it has come.
-        self._held_from: ASGIApp | None = None
-        self._feeding = False
         # What has come behind a request that is still being answered.
         self._ahead = bytearray()
         # Of the request that is coming in.
@@ -202,11 +196,7 @@ class GuardedProtocol(StrictProtocol):
             self._feed(data)
 
     def _feed(self, data: bytes) -> None:
-        self._feeding = True
         self._take_pieces(data)
-        self._feeding = False
-        # More of it is to come: the application may have something to say before that.
-        self._let_in()
         if self.pipeline:
             self.flow.resume_reading()
 
@@ -278,42 +268,14 @@ class GuardedProtocol(StrictProtocol):
         self.cycle.more_body = False
         if self.cycle is self._answering and self._phase is _Phase.BODY:
             self._enter(_Phase.IDLE if self.cycle.response_complete else _Phase.ANSWER)
-        if self._held_from is not None:
-            self._refuse_or_let_in(self.cycle)
 
     # --- What goes out ----------------------------------------------------------------------------
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
         self._answering = cycle
         self._enter(_Phase.BODY if cycle.more_body else _Phase.ANSWER)
-        self._held_from = app
-        # What comes in one piece, as nearly all requests do, may be refused without a task.
-        may_wait = self._feeding and cycle.more_body and not cycle.waiting_for_100_continue
-        if not (may_wait and self._refusals.are_near):
-            self._let_in()
-
-    def _let_in(self) -> None:
-        """Hand the request to the application, if it has been held from it."""
-        app, cycle = self._held_from, self._answering
-        if app is None or cycle is None:
-            return
-        self._held_from = None
         answer: Any = partial(self._answer, cycle, app)
         super()._start_asgi_task(cycle, answer)
-
-    def _refuse_or_let_in(self, cycle: RequestResponseCycle) -> None:
-        refusal = self._refusals.find(cast("Scope", cycle.scope), bytes(cycle.body))
-        if refusal is None:
-            self._let_in()
-            return
-        self._held_from = None
-        cycle.response_started = cycle.response_complete = True
-        last = not cycle.keep_alive
-        headers = [*self.server_state.default_headers, *refusal.headers]
-        self.transport.write(whole_response(refusal.status, headers, refusal.body, last=last))
-        if last:
-            self.transport.close()
-        self.on_response_complete()
 
     async def _answer(
         self, cycle: RequestResponseCycle, app: ASGIApp, scope: Scope, receive: Receive, send: Send
