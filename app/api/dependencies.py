@@ -66,11 +66,6 @@ def services_of(request: Request) -> Services:
     return cast("Services", request.app.state.services)
 
 
-def send_timeout(request: Request) -> float:
-    """Seconds in which the reader of a stream must take an event."""
-    return services_of(request).settings.server.send_timeout_seconds
-
-
 # Coroutines, though they wait for nothing: FastAPI runs plain functions in a thread.
 
 

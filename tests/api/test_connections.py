@@ -169,7 +169,7 @@ def test_a_refused_body_that_drips_is_ended(impatient: Service) -> None:
 @pytest.mark.parametrize("filling", FILLINGS.values(), ids=FILLINGS)
 def test_a_reader_that_takes_nothing_is_dropped(impatient: Service, filling: bytes) -> None:
     """A client that does not read is dropped, in a stream or an answer; it is no error of ours."""
-    count = dropped(impatient, "send_timeout")
+    count, lines = dropped(impatient, "send_timeout"), len(impatient.log())
     with RawClient(impatient, receive_buffer=4096) as client:
         client.send(filling)
         impatient.wait_for(lambda: dropped(impatient, "send_timeout") > count, "the drop")
@@ -177,6 +177,8 @@ def test_a_reader_that_takes_nothing_is_dropped(impatient: Service, filling: byt
         impatient.wait_for_metric("http_connections_open", 1)
     impatient.wait_for_metric("llm_requests_running", 0)
     assert dropped(impatient, "send_timeout") == count + 1
+    told = [e["message"] for e in impatient.log()[lines:] if e["level"] == "WARNING"]
+    assert told == ["a client took nothing of its answer in time and was dropped"]
     assert [e for e in impatient.log() if e["level"] in ("ERROR", "CRITICAL")] == []
 
 

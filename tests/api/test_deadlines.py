@@ -1,7 +1,6 @@
-"""X-Request-Timeout, the time to read a stream, the queue's timeout, and fair turns, over HTTP."""
+"""X-Request-Timeout, the queue's timeout, and fair turns, over HTTP."""
 
 import asyncio
-import json
 import re
 import threading
 from collections.abc import Iterator
@@ -10,12 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.types import Message
 
-from app.api import sse
 from tests.contract.test_openapi import document
 from tests.support.application import KEY, OTHER, Client, start
-from tests.support.asgi import Stalling, http_scope
 from tests.support.sse import parse
 
 # An answer that takes a minute and a half.
@@ -97,57 +93,6 @@ async def test_a_stream_says_that_its_time_is_over() -> None:
         assert streamed.events[-1]["error"]["code"] == "deadline_exceeded"
         assert "".join(streamed.pieces).startswith("x")
         await idle(client)
-
-
-@pytest.mark.parametrize("takes_pings", [True, False])
-async def test_a_reader_that_takes_nothing_is_dropped(
-    monkeypatch: pytest.MonkeyPatch, *, takes_pings: bool
-) -> None:
-    """After server.send_timeout_seconds its place is free, whether or not pings come through."""
-    monkeypatch.setattr(sse, "PING_SECONDS", 0.02)
-    async with start(**SLOW, server={"send_timeout_seconds": 0.5}) as client:
-        body = json.dumps({**LONG, "stream": True}).encode()
-        reader = Stalling(body, takes_pings=takes_pings)
-        scope = http_scope("POST", "/v1/generate", {"X-API-Key": KEY})
-        async with asyncio.timeout(10):
-            await client.app(scope, reader.receive, reader.send)
-        assert reader.pings > (1 if takes_pings else 0)
-        await idle(client)
-
-
-async def test_each_message_of_a_stream_has_its_own_time() -> None:
-    """The deadline is that of the message that has waited longest, whichever ends first."""
-
-    async def sending(free: asyncio.Event) -> asyncio.Task[None]:
-        async def send(_: Message) -> None:
-            await free.wait()
-
-        task = asyncio.create_task(limit.send(send, {}))
-        await asyncio.sleep(0.001)
-        return task
-
-    limit = sse._SendLimit(30)
-    when = limit.timeout.when
-    async with limit.timeout:
-        event, ping = asyncio.Event(), asyncio.Event()
-        first = await sending(event)
-        deadline = when()
-        assert deadline is not None
-        second = await sending(ping)
-        assert when() == deadline
-        ping.set()
-        await second
-        assert when() == deadline
-        ping.clear()
-        second = await sending(ping)
-        event.set()
-        await first
-        later = when()
-        assert later is not None
-        assert later > deadline
-        ping.set()
-        await second
-        assert when() is None
 
 
 async def test_the_services_own_limit_holds_where_it_is_shorter() -> None:

@@ -96,24 +96,3 @@ class Leaving:
         """Take a message; the first that holds text is the last one wanted."""
         if b'"text"' in message.get("body", b""):
             self._left.set()
-
-
-class Stalling(Leaving):
-    """A client that takes no more text after the first piece, but stays.
-
-    Attributes:
-        pings: Comments it was sent, taken or not.
-    """
-
-    def __init__(self, body: bytes, *, takes_pings: bool) -> None:
-        super().__init__(body)
-        self._takes_pings = takes_pings
-        self.pings = 0
-
-    async def send(self, message: Any) -> None:
-        """Take a message, or never return."""
-        body = message.get("body", b"")
-        ping = body.startswith(b":")
-        self.pings += ping
-        if b'"text"' in body or (ping and not self._takes_pings):
-            await asyncio.Event().wait()

@@ -3,24 +3,20 @@
 import asyncio
 import logging
 import resource
-import socket
 from collections.abc import Callable
 
 import pytest
-from starlette.types import Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.lifespan.on import LifespanOn
 from uvicorn.server import ServerState
 
 from app.api.server import connections as module
 from app.api.server.connections import Connections
-from app.api.server.protocol import GuardedProtocol
 from app.core.config_server import ServerSettings
 from app.core.metrics import Metrics
 from app.core.rate_limit import ClientAddress
 from app.main import create_app
 from tests.conftest import make_settings
-from tests.support.raw import LIVEZ
 
 
 class Fake:
@@ -89,42 +85,6 @@ async def test_a_fault_ends_its_connection_only() -> None:
     watch.cancel()
     assert bad.aborted >= 1
     assert good.aborted == 0
-
-
-async def test_a_reader_that_two_watches_give_up_is_one_dropped_connection() -> None:
-    """The connection's watch and the stream's own limit have the same time, and may meet."""
-    streaming, given_up = asyncio.Event(), asyncio.Event()
-
-    async def stream(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"x" * 20_000_000, "more_body": True})
-        streaming.set()
-        await given_up.wait()
-
-    connections = bounds()
-    config = Config(stream, log_config=None, access_log=False)
-    config.load()
-    made: list[GuardedProtocol] = []
-
-    def protocol() -> GuardedProtocol:
-        made.append(GuardedProtocol(connections, config, ServerState(), {}))
-        return made[-1]
-
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(protocol, "127.0.0.1", 0)
-    with socket.create_connection(server.sockets[0].getsockname()) as client:
-        client.sendall(LIVEZ)
-        async with asyncio.timeout(10):
-            await streaming.wait()
-        made[0].check(loop.time())
-        given_up.set()
-        made[0].check(loop.time() + 1000)
-        await asyncio.sleep(0.1)
-    server.close()
-    dropped = connections.metrics.registry.get_sample_value(
-        "http_connections_dropped_total", {"reason": "send_timeout"}
-    )
-    assert dropped == 1
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from app.api.server.connections import Connections
 from app.api.server.messages import last_response
 from app.api.server.strict import StrictProtocol
 from app.api.server.transport import GentleTransport
+from app.core.logging import get_logger
 from app.utils.errors import (
     HeadersTooLargeError,
     MalformedHTTPError,
@@ -26,6 +27,8 @@ from app.utils.errors import (
     ServiceError,
     TooManyConnectionsError,
 )
+
+log = get_logger()
 
 PROBES = frozenset({b"/health", b"/livez", b"/readyz"})
 
@@ -146,8 +149,8 @@ class GuardedProtocol(StrictProtocol):
             self._check_phase(now - self._since)
 
     def _drop_reader(self) -> None:
-        """Close on a client that takes nothing; its stream may find that in the same moment."""
         if not self._gentle.aborted:
+            log.warning("a client took nothing of its answer in time and was dropped")
             self._all.drops("send_timeout")
             self._gentle.abort()
 
@@ -295,11 +298,6 @@ class GuardedProtocol(StrictProtocol):
             await send(message)
 
         await app(scope, receive, deciding)
-        if cycle.response_started and not (cycle.response_complete or cycle.disconnected):
-            # The application has given its reader up (app/api/sse.py). uvicorn would call that an
-            # error of the application, and keep the connection for what is still unsent.
-            self._drop_reader()
-            self._disconnect(cycle)
 
     def _stays(self, cycle: RequestResponseCycle) -> bool:
         """Whether another request can follow: at once, or after a rest of a body not too long."""
