@@ -85,11 +85,6 @@ class ModelSettings(Section):
         description="int8 computes large linear layers in 8-bit integers: faster, a little less "
         "exact; transformers engine on a CPU.",
     )
-    cuda_graphs: bool = Field(
-        True,
-        description="Capture and replay small steps on a CUDA device, if a trial at the start "
-        "gives the same answers.",
-    )
     cuda_memory_share: float = Field(
         0.8,
         gt=0,

@@ -183,6 +183,5 @@ def _start_backend(
         pipe,
         info,
         max_running=max_running,
-        cuda_graphs=settings.cuda_graphs,
         cuda_memory_share=settings.cuda_memory_share,
     )

@@ -8,10 +8,10 @@ is one message, a cancellation takes effect before the next step, and nothing wa
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, Pipeline
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
@@ -34,7 +34,6 @@ from app.llm.engine.base import (
 )
 from app.llm.engine.cpu_sizing import PROMPT_TOKENS_PER_STEP, cache_tokens
 from app.llm.engine.sampling import RequestSampler, choose
-from app.llm.engine.step_runner import StepRunner, try_graphs
 from app.llm.engine.token_masks import GrammarCompiler
 
 log = get_logger("engine")
@@ -84,7 +83,6 @@ class TransformersBackend:
         info: EngineInfo,
         *,
         max_running: int,
-        cuda_graphs: bool = True,
         cuda_memory_share: float = 0.8,
     ) -> None:
         """Take over a loaded pipeline.
@@ -93,7 +91,6 @@ class TransformersBackend:
             pipe: A text-generation pipeline; its model is moved to paged attention.
             info: What is being served.
             max_running: Requests generated at once.
-            cuda_graphs: Whether a GPU may capture and replay small steps.
             cuda_memory_share: Share of a GPU's free memory that the KV cache and the steps' own
                 tensors may take.
         """
@@ -102,17 +99,15 @@ class TransformersBackend:
         self._collector = _Collector()
         self._running: dict[str, _Running] = {}
         self._grammars = GrammarCompiler(info.tokenizer_json, info.vocabulary_size, self._eos)
-        config = batching_config(pipe.model, max_running, cuda_graphs, cuda_memory_share)
-        self._batching = self._start_batching(pipe.model, config)
-        runner = StepRunner(self._batching.model_runner, self._choose)
-        self._batching.model_runner = runner
-        if runner.uses_graphs:
-            try_graphs(self, runner)
-        attention = pipe.model.config._attn_implementation
-        graphs = "with" if runner.uses_graphs else "without"
-        log.info("attention is %s, %s CUDA graphs", attention, graphs)
+        self._model = pipe.model
+        # Without the argument a model computes the logits of every token.
+        self._computes_logits_at = "logits_to_keep" in signature(pipe.model.forward).parameters
+        config = batching_config(pipe.model, max_running, cuda_memory_share)
+        self._batching = self._start_batching(config)
+        log.info("attention is %s", pipe.model.config._attn_implementation)
 
-    def _start_batching(self, model: Any, config: ContinuousBatchingConfig) -> Any:
+    def _start_batching(self, config: ContinuousBatchingConfig) -> Any:
+        model = self._model
         prefer_flash_attention(model)
         generation = GenerationConfig(do_sample=False, eos_token_id=sorted(self._eos) or None)
         self._manager = model.init_continuous_batching(
@@ -120,11 +115,8 @@ class TransformersBackend:
         )
         per_request = attend_per_request(model)
         resolved = self._manager.continuous_batching_config
-        if per_request:
-            # A plan is made in Python for every step, which a graph would not repeat.
-            resolved.use_cuda_graph = (False, False)
         if resolved.max_blocks_per_request:
-            # Flash attention reads the cache where it lies, for requests of any length.
+            # Flash attention reads the cache in place, for requests of any length.
             resolved.page_size = page_size_for(model)
             resolved.max_blocks_per_request = -(-context_length(model.config) // resolved.page_size)
         self._manager.output_router = self._collector
@@ -168,9 +160,6 @@ class TransformersBackend:
             eos_token_id=sorted(self._eos),
         )
 
-    def _choose(self, scores: Tensor, request_ids: Sequence[str]) -> Tensor:
-        return choose(scores, [self._running[name].sampler for name in request_ids])
-
     def cancel(self, request_id: str) -> None:
         """Free a request's place and its pages before the next step."""
         if self._running.pop(request_id, None):
@@ -180,10 +169,26 @@ class TransformersBackend:
         """One forward pass over every running request and a piece of the waiting prompts."""
         with torch.inference_mode():
             if self._batching.prepare_next_batch():
-                self._manager._generation_step()
+                self._compute()
                 self._batching.update_batch()
         events = [self._event(output) for output in self._collector.take()]
         return [event for event in events if event is not None]
+
+    def _compute(self) -> None:
+        """Run the model over the prepared batch, and write the next tokens into it."""
+        batch = self._batching.inputs_and_outputs
+        inputs = batch.get_model_kwargs()
+        places = inputs["logits_indices"]
+        if self._computes_logits_at:
+            logits = self._model(**inputs, logits_to_keep=places).logits[0]
+        else:
+            logits = self._model(**inputs).logits[0, places]
+        names = [r.state.request_id for r in batch.requests_in_batch if r.has_new_token]
+        if names:
+            # The rows after theirs belong to prompts that are not finished.
+            scores = logits[: len(names)].float()
+            samplers = [self._running[name].sampler for name in names]
+            batch.output_ids[0, : len(names)] = choose(scores, samplers)
 
     def _event(self, output: GenerationOutput) -> TokenEvent | None:
         running = self._running.get(output.request_id)
@@ -229,7 +234,7 @@ class TransformersBackend:
 
 
 def batching_config(
-    model: Any, max_running: int, cuda_graphs: bool, cuda_memory_share: float
+    model: Any, max_running: int, cuda_memory_share: float
 ) -> ContinuousBatchingConfig:
     """What transformers' continuous batching is told; the rest it finds out by itself."""
     on_gpu = runs_on_gpu(model)
@@ -239,7 +244,8 @@ def batching_config(
         max_batch_tokens=None if on_gpu else PROMPT_TOKENS_PER_STEP + max_running,
         max_memory_percent=cuda_memory_share if on_gpu else None,
         max_requests_per_batch=max_running,
-        use_cuda_graph=on_gpu and cuda_graphs,
+        # A graph repeats no Python, which is what chooses the tokens.
+        use_cuda_graph=False,
         # Each choice needs the tokens of the step before: penalties and grammars count them.
         use_async_batching=False,
         # prefer_flash_attention() has done so.
