@@ -10,6 +10,7 @@ import torch
 from app.llm.engine import attention_choice
 from app.llm.engine.attention_choice import (
     attend_per_request,
+    attention_of,
     page_size_for,
     prefer_flash_attention,
 )
@@ -17,8 +18,6 @@ from app.llm.engine.attention_choice import (
 
 class _Model:
     """What the choice looks at."""
-
-    _supports_flash_attn = True
 
     def __init__(self, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
         self.device = torch.device(device)
@@ -52,7 +51,7 @@ def test_an_installed_flash_attention_is_used(
     model = _Model("cuda")
     prefer_flash_attention(model)
     assert not attend_per_request(model)
-    assert model.config._attn_implementation == chosen
+    assert attention_of(model) == chosen
     assert page_size_for(model) == page
 
 
@@ -65,7 +64,7 @@ def test_flash_attention_is_not_asked_for_what_it_cannot(
     """It runs neither on a CPU nor in 32 bits, wherever it is installed."""
     _installed(monkeypatch, 2, 3)
     prefer_flash_attention(model)
-    assert model.config._attn_implementation == "sdpa"
+    assert attention_of(model) == "sdpa"
 
 
 def test_a_flash_attention_that_refuses_gives_way(
@@ -77,5 +76,5 @@ def test_a_flash_attention_that_refuses_gives_way(
     model.refused.add("flash_attention_3")
     with caplog.at_level(logging.WARNING, logger="llm_service"):
         prefer_flash_attention(model)
-    assert model.config._attn_implementation == "flash_attention_2"
+    assert attention_of(model) == "flash_attention_2"
     assert "flash attention 3 cannot be used: flash_attention_3 needs another GPU" in caplog.text

@@ -1,5 +1,6 @@
 """Attention over a paged cache equals the textbook's, however requests are laid out."""
 
+import logging
 import random
 import shutil
 from pathlib import Path
@@ -17,14 +18,12 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
 )
-from transformers.generation import GenerationConfig
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from app.llm.engine import paged_attention
-from app.llm.engine.attention_choice import attend_per_request, plan_attention
+from app.core.config import ModelSettings
+from app.llm.engine import paged_attention, transformers_backend
 from app.llm.engine.paged_attention import NAME, attend, make_plan
-from tests.support.backends import load_local, refusal, request, run, tokens
+from tests.support.backends import load, refusal, request, run, tokens
 
 HEAD = 8
 NOTHING_CACHED = torch.empty(0, dtype=torch.int64)
@@ -173,32 +172,32 @@ MODELS: dict[str, tuple[type[PreTrainedModel], object]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_whole_models_say_what_they_say_with_their_own_attention(name: str) -> None:
+def test_whole_models_say_what_they_say_with_their_own_attention(
+    name: str,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Prompts in pieces, beside running requests, against the model's plain forward pass."""
-    torch.manual_seed(1)
+    folder = shutil.copytree(tiny_model_dir, tmp_path / name)
     kind, config = MODELS[name]
-    model = kind(config).eval()
-    model.set_attn_implementation("eager")
-    prompts = [[(7 * i + j) % 290 + 3 for j in range(5 + 23 * i)] for i in range(4)]
-    expected = [_greedy(model, prompt, 12) for prompt in prompts]
-    got = _continuous(model, prompts, 12)
-    assert model.config._attn_implementation == NAME
-    assert got == expected
-
-
-def test_a_model_that_caps_its_scores_is_served(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Fused attention has no such cap in torch, and transformers refuses to load it with that."""
-    folder = shutil.copytree(tiny_model_dir, tmp_path / "gemma")
-    kind, config = MODELS["gemma2"]
     torch.manual_seed(1)
     model = kind(config).eval()
     model.save_pretrained(folder)
-    prompt = list(range(40, 80))
-    backend = load_local(folder, engine="transformers")
-    answer = tokens(run(backend, request("r", prompt))["r"])
     model.set_attn_implementation("eager")
-    assert answer == _greedy(model, prompt, len(answer))
-    assert len(answer) >= 4
+    # Steps of 24 tokens, four of them for the running requests.
+    monkeypatch.setattr(transformers_backend, "PROMPT_TOKENS_PER_STEP", 20)
+    settings = {"source": "local", "name": str(folder), "engine": "transformers"}
+    with caplog.at_level(logging.INFO, logger="llm_service"):
+        backend = load(ModelSettings(**settings, dtype="float32"), max_running=4)
+    assert f"attention is {NAME}" in caplog.text
+    prompts = {f"r{i}": [(7 * i + j) % 290 + 3 for j in range(5 + 23 * i)] for i in range(4)}
+    events = run(backend, *(request(r, prompt, 12) for r, prompt in prompts.items()))
+    for r, prompt in prompts.items():
+        answer = tokens(events[r])
+        assert answer == _greedy(model, prompt, len(answer))
+        assert len(answer) >= 4
 
 
 @pytest.mark.parametrize("feature", ["s_aux", "position_bias"])
@@ -233,29 +232,3 @@ def _greedy(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
             logits = model(torch.tensor([tokens]), use_cache=False).logits
             tokens.append(int(logits[0, -1].argmax()))
     return tokens[len(prompt) :]
-
-
-def _continuous(model: PreTrainedModel, prompts: list[list[int]], count: int) -> list[list[int]]:
-    manager = model.init_continuous_batching(
-        generation_config=GenerationConfig(do_sample=False, eos_token_id=None),
-        continuous_batching_config=ContinuousBatchingConfig(
-            page_size=32, num_blocks=64, max_batch_tokens=24, use_cuda_graph=False
-        ),
-    )
-    attend_per_request(model)
-    batching = manager._create_batch_processor()
-    manager.batch_processor = batching
-    plan_attention(batching.inputs_and_outputs, batching.cache)
-    for i, prompt in enumerate(prompts):
-        manager.add_request(prompt, request_id=str(i), max_new_tokens=count)
-    answers: dict[str, list[int]] = {}
-    while len(answers) < len(prompts):
-        with torch.inference_mode():
-            if batching.prepare_next_batch():
-                manager._generation_step()
-                batching.update_batch()
-        while not manager.output_router.output_queue.empty():
-            output = manager.output_router.output_queue.get()
-            assert output.error is None
-            answers[output.request_id] = output.generated_tokens
-    return [answers[str(i)] for i in range(len(prompts))]

@@ -23,13 +23,18 @@ def runs_on_gpu(model: Any) -> bool:
     return bool(model.device.type == "cuda")
 
 
+def attention_of(model: Any) -> str:
+    """Name of the attention function that a model uses."""
+    return str(model.config._attn_implementation)
+
+
 def prefer_flash_attention(model: Any) -> None:
     """Have a model use flash attention on a GPU, where a package for it is installed.
 
     transformers would do so for float32 and for models on a CPU too, where it fails, and with its
     package ``kernels`` would rather download compiled code from the hub.
     """
-    if not (runs_on_gpu(model) and model.dtype.itemsize == 2 and model._supports_flash_attn):
+    if not (runs_on_gpu(model) and model.dtype.itemsize == 2):
         return
     for version, is_available in ((3, is_flash_attn_3_available), (2, is_flash_attn_2_available)):
         if is_available():
@@ -47,7 +52,7 @@ def attend_per_request(model: Any) -> bool:
     Flash attention, which is chosen by then where it is installed, works request by request
     itself, and a GPU hides the cost of ``sdpa``'s mask.
     """
-    chosen = model.config._attn_implementation
+    chosen = attention_of(model)
     if is_flash_attention_requested(requested_attention_implementation=chosen) or (
         runs_on_gpu(model) and chosen == "sdpa"
     ):
@@ -56,22 +61,8 @@ def attend_per_request(model: Any) -> bool:
     return True
 
 
-def plan_attention(inputs: Any, cache: Any) -> None:
-    """Have each step's inputs say how the attention is cut into requests."""
-    collect = inputs.get_model_kwargs
-
-    def planned(*args: Any, **options: Any) -> dict[str, Any]:
-        kwargs: dict[str, Any] = collect(*args, **options)
-        plans = paged_attention.plans_for(kwargs, cache.cache_allocators)
-        kwargs[paged_attention.PLAN] = plans
-        kwargs["read_index"] = [plans[kind].read_index for kind in cache.cache_allocators]
-        return kwargs
-
-    inputs.get_model_kwargs = planned
-
-
 def page_size_for(model: Any) -> int:
     """Tokens in a page of a cache that the model's flash attention reads where it lies."""
-    chosen = model.config._attn_implementation
+    chosen = attention_of(model)
     version_2 = is_flash_attention_requested(requested_attention_implementation=chosen, version=2)
     return _FLASH_2_PAGE_SIZE if version_2 else PAGE_SIZE

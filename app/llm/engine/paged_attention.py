@@ -114,24 +114,26 @@ def make_plan(
     return Plan(pieces, torch.cat(indices) if reads else read_index)
 
 
-def plans_for(kwargs: Mapping[str, Any], allocators: Mapping[str, Any]) -> dict[str, Plan]:
-    """The plan of each kind of layer for one step.
+def plan_step(inputs: dict[str, Any], allocators: Mapping[str, Any]) -> None:
+    """Add the plan of each kind of layer to the inputs of one step.
 
     Args:
-        kwargs: What transformers' continuous batching hands to the model's forward pass.
+        inputs: Keyword arguments that transformers' continuous batching made for the model.
         allocators: Its cache allocators, one for each kind of layer.
     """
-    query_lengths = _differences(kwargs["cu_seq_lens_q"])
-    return {
+    query_lengths = _differences(inputs["cu_seq_lens_q"])
+    plans = {
         kind: make_plan(
             query_lengths,
-            _differences(kwargs["cu_seq_lens_k"][kind]),
-            kwargs["read_index"][allocator.index],
+            _differences(inputs["cu_seq_lens_k"][kind]),
+            inputs["read_index"][allocator.index],
             dtype=allocator.cache_dtype,
             window=getattr(allocator, "sliding_window", None),
         )
         for kind, allocator in allocators.items()
     }
+    inputs[PLAN] = plans
+    inputs["read_index"] = [plan.read_index for plan in plans.values()]
 
 
 def attend(

@@ -6,7 +6,6 @@ this backend drives the same parts step by step from the engine's loop instead, 
 is one message, a cancellation takes effect before the next step, and nothing waits on a lock.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -21,8 +20,8 @@ from app.llm.description import cache_values_per_token, context_length, eos_toke
 from app.llm.engine.attention_choice import (
     PAGE_SIZE,
     attend_per_request,
+    attention_of,
     page_size_for,
-    plan_attention,
     prefer_flash_attention,
     runs_on_gpu,
 )
@@ -33,36 +32,11 @@ from app.llm.engine.base import (
     TokenEvent,
 )
 from app.llm.engine.cpu_sizing import PROMPT_TOKENS_PER_STEP, cache_tokens
+from app.llm.engine.paged_attention import plan_step
 from app.llm.engine.sampling import RequestSampler, choose
 from app.llm.engine.token_masks import GrammarCompiler
 
 log = get_logger("engine")
-
-
-class _Collector:
-    """Stands in for the manager's output router: keeps what a step brought."""
-
-    def __init__(self) -> None:
-        self.outputs: list[GenerationOutput] = []
-
-    def deliver(self, output: GenerationOutput) -> None:
-        """Keep one output."""
-        self.outputs.append(output)
-
-    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        """Keep all outputs of a step."""
-        self.outputs += outputs
-
-    def fail_and_deliver(self, state: Any, error: Exception) -> None:
-        """Keep the failure of one request."""
-        state.status = RequestStatus.FAILED
-        state.error = str(error)
-        self.deliver(state.to_generation_output())
-
-    def take(self) -> list[GenerationOutput]:
-        """Hand over what was kept."""
-        outputs, self.outputs = self.outputs, []
-        return outputs
 
 
 @dataclass
@@ -71,7 +45,7 @@ class _Running:
 
     sampler: RequestSampler
     told: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
 
 
 class TransformersBackend:
@@ -96,7 +70,6 @@ class TransformersBackend:
         """
         self.info = info
         self._eos = eos_token_ids(pipe.model.generation_config, pipe.tokenizer)
-        self._collector = _Collector()
         self._running: dict[str, _Running] = {}
         self._grammars = GrammarCompiler(info.tokenizer_json, info.vocabulary_size, self._eos)
         self._model = pipe.model
@@ -104,7 +77,7 @@ class TransformersBackend:
         self._computes_logits_at = "logits_to_keep" in signature(pipe.model.forward).parameters
         config = batching_config(pipe.model, max_running, cuda_memory_share)
         self._batching = self._start_batching(config)
-        log.info("attention is %s", pipe.model.config._attn_implementation)
+        log.info("attention is %s", attention_of(pipe.model))
 
     def _start_batching(self, config: ContinuousBatchingConfig) -> Any:
         model = self._model
@@ -113,30 +86,15 @@ class TransformersBackend:
         self._manager = model.init_continuous_batching(
             generation_config=generation, continuous_batching_config=config
         )
-        per_request = attend_per_request(model)
+        self._plans_attention = attend_per_request(model)
         resolved = self._manager.continuous_batching_config
         if resolved.max_blocks_per_request:
             # Flash attention reads the cache in place, for requests of any length.
             resolved.page_size = page_size_for(model)
             resolved.max_blocks_per_request = -(-context_length(model.config) // resolved.page_size)
-        self._manager.output_router = self._collector
-        batching = self._manager._create_batch_processor()
-        self._manager.batch_processor = batching
-        self._count_prefix_hits(batching.cache)
-        if per_request:
-            plan_attention(batching.inputs_and_outputs, batching.cache)
-        return batching
-
-    def _count_prefix_hits(self, cache: Any) -> None:
-        search = cache.search_prefix_match
-
-        def counting(request_id: str, tokens: Sequence[int]) -> int:
-            hit: int = search(request_id, tokens)
-            if running := self._running.get(request_id):
-                running.cached_tokens = hit
-            return hit
-
-        cache.search_prefix_match = counting
+        # Without graphs there is nothing to warm up; this makes the batch processor.
+        self._manager.warmup()
+        return self._manager.batch_processor
 
     def add(self, request: GenerationRequest) -> None:
         """Take a request into the next step's batch.
@@ -171,32 +129,36 @@ class TransformersBackend:
             if self._batching.prepare_next_batch():
                 self._compute()
                 self._batching.update_batch()
-        events = [self._event(output) for output in self._collector.take()]
-        return [event for event in events if event is not None]
+        outputs = self._manager.output_router.output_queue
+        return [self._event(outputs.get()) for _ in range(outputs.qsize())]
 
     def _compute(self) -> None:
         """Run the model over the prepared batch, and write the next tokens into it."""
         batch = self._batching.inputs_and_outputs
         inputs = batch.get_model_kwargs()
+        if self._plans_attention:
+            plan_step(inputs, self._batching.cache.cache_allocators)
         places = inputs["logits_indices"]
         if self._computes_logits_at:
             logits = self._model(**inputs, logits_to_keep=places).logits[0]
         else:
             logits = self._model(**inputs).logits[0, places]
-        names = [r.state.request_id for r in batch.requests_in_batch if r.has_new_token]
-        if names:
+        samplers = []
+        for scheduled in batch.requests_in_batch:
+            running = self._running[scheduled.state.request_id]
+            if running.cached_tokens is None:
+                running.cached_tokens = scheduled.state.position_offset - scheduled.query_length
+            if scheduled.has_new_token:
+                samplers.append(running.sampler)
+        if samplers:
             # The rows after theirs belong to prompts that are not finished.
-            scores = logits[: len(names)].float()
-            samplers = [self._running[name].sampler for name in names]
-            batch.output_ids[0, : len(names)] = choose(scores, samplers)
+            rows = len(samplers)
+            batch.output_ids[0, :rows] = choose(logits[:rows].float(), samplers)
 
-    def _event(self, output: GenerationOutput) -> TokenEvent | None:
-        running = self._running.get(output.request_id)
-        if running is None:
-            # Cancelled between scheduling and update; its terminal event has been sent.
-            return None
+    def _event(self, output: GenerationOutput) -> TokenEvent:
+        running = self._running[output.request_id]
         new = output.generated_tokens[running.told :]
-        cached = running.cached_tokens if running.told == 0 else 0
+        cached = (running.cached_tokens or 0) if running.told == 0 else 0
         running.told += len(new)
         running.sampler.accept(new)
         finish, error = None, output.error
