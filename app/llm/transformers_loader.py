@@ -97,7 +97,6 @@ def load_pipeline(settings: ModelSettings, snapshot: Snapshot) -> "Pipeline":
 def _from_pretrained(
     settings: ModelSettings, snapshot: Snapshot, weights: dict[str, Any]
 ) -> "Pipeline":
-    import torch
     from transformers import AutoModelForCausalLM, pipeline
 
     tokenizer = load_tokenizer(settings, snapshot)
@@ -105,14 +104,14 @@ def _from_pretrained(
         # A folder is read that is here already, see pretrained_source.
         model, report = AutoModelForCausalLM.from_pretrained(  # nosec B615
             snapshot.directory,
-            dtype=_dtype(settings, snapshot, torch),
+            dtype=weight_dtype(settings, snapshot),
             output_loading_info=True,
             **weights,
             **pretrained_source(snapshot),
         )
         # Capped scores are the one thing beyond fused attention that paged_attention.py has.
         capped = getattr(model.config, "attn_logit_softcapping", None)
-        if not (model._supports_attention_backend and (model._supports_sdpa or capped)):
+        if not (model.is_backend_compatible() and (model._supports_sdpa or capped)):
             raise ValueError("its attention does not support a paged cache")
         if missing := sorted(report["missing_keys"]):
             # transformers would fill them with random numbers, and nonsense would be served.
@@ -138,16 +137,18 @@ def _reading_gguf_once() -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = originals
 
 
-def _dtype(settings: ModelSettings, snapshot: Snapshot, torch: Any) -> "torch.dtype | str":
+def weight_dtype(settings: ModelSettings, snapshot: Snapshot) -> "torch.dtype | str":
     """The precision of the weights, as ``from_pretrained`` takes it."""
+    import torch
+
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
     if settings.device == "cuda":
         # As stored; what a GGUF file packs would be unpacked to float32.
         return torch.bfloat16 if snapshot.gguf else "auto"
     # Without bfloat16 instructions a CPU converts at every step, which is slower than float32.
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32  # type: ignore[no-any-return]
+    cpu = torch.cpu.get_capabilities()
+    return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_tile") else torch.float32
 
 
 def _start_backend(

@@ -17,7 +17,7 @@ from app.llm.engine.base import Backend
 from app.llm.engine.echo import EchoBackend
 from app.llm.loader import find_model
 from app.llm.snapshot import Snapshot
-from app.llm.transformers_loader import _dtype
+from app.llm.transformers_loader import weight_dtype
 from app.utils.errors import ModelLoadError
 from tests.support import backends
 from tests.support.backends import load_local, request, run, tokens
@@ -78,8 +78,7 @@ def test_dtype_auto_is_what_the_cpu_is_fast_at(
     """On a CPU, auto is bfloat16 where the processor has instructions for it, else float32."""
     import torch
 
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: has_instructions)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_instructions})
     assert load(tiny_model_dir, dtype="auto").info.dtype == dtype
 
 
@@ -88,8 +87,8 @@ def test_dtype_auto_on_a_gpu(tmp_path: Path) -> None:
     import torch
 
     settings = ModelSettings(device="cuda")
-    assert _dtype(settings, Snapshot(tmp_path, None), torch) == "auto"
-    assert _dtype(settings, Snapshot(tmp_path, "model.gguf"), torch) is torch.bfloat16
+    assert weight_dtype(settings, Snapshot(tmp_path, None)) == "auto"
+    assert weight_dtype(settings, Snapshot(tmp_path, "model.gguf")) is torch.bfloat16
 
 
 def test_shards_are_joined(model: Path, tiny_model_dir: Path) -> None:

@@ -29,7 +29,6 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.bias: Tensor | None = linear.bias
 
@@ -83,13 +82,12 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear, quantize: RowQuantizer) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
         self._quantize = quantize
         weight = linear.weight.detach().float()
         self._scales = (weight.abs().amax(1) / _LARGEST).clamp_min_(_SMALLEST_SCALE)
         integers = torch.round(weight / self._scales.unsqueeze(-1)).to(torch.int8)
         self._packed = torch.ops.onednn.qlinear_prepack(integers, None)
-        self._zero_points = torch.zeros(self.out_features, dtype=torch.int64)
+        self._zero_points = torch.zeros(linear.out_features, dtype=torch.int64)
         self.bias: Tensor | None = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,20 +112,21 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y.add_(self.bias)
 
 
-def replace_linears(model: nn.Module, quantization: Quantization, dtype: torch.dtype) -> int:
+def can_pack() -> bool:
+    """Whether oneDNN multiplies in bfloat16 on this CPU."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def replace_linears(model: nn.Module, quantization: Quantization, dtype: torch.dtype) -> None:
     """Exchange a model's linear layers, in place, for the fastest that do the same.
 
     Args:
         model: On a CPU; its other layers stay.
         quantization: Whether layers large enough to gain by it go over to 8-bit integers.
         dtype: Precision of the weights.
-
-    Returns:
-        How many were exchanged.
     """
     quantize = RowQuantizer()
-    can_pack = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    count = 0
+    packs = dtype == torch.bfloat16 and can_pack()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             # A subclass may do more than multiply.
@@ -135,17 +134,14 @@ def replace_linears(model: nn.Module, quantization: Quantization, dtype: torch.d
                 continue
             if quantization == "int8" and child.weight.numel() >= _WORTH_QUANTIZING:
                 setattr(parent, name, Int8Linear(child, quantize))
-            elif can_pack:
+            elif packs:
                 setattr(parent, name, PackedLinear(child))
-            else:
-                continue
-            count += 1
-    return count
 
 
 def why_no_int8(dtype: torch.dtype) -> str | None:
     """Why 8-bit integers cannot be had on this CPU; ``None`` where they can."""
-    if not (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()):
+    cpu = torch.cpu.get_capabilities()
+    if not (cpu.get("avx512_vnni") or cpu.get("amx_tile")):
         return (
             "model.quantization is int8, but this CPU has no VNNI instructions: "
             "set MODEL__QUANTIZATION=none"
