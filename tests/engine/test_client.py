@@ -215,6 +215,7 @@ async def test_what_nobody_has_seen_a_token_of_is_tried_once_more() -> None:
         os.kill(await pid(), signal.SIGKILL)
         assert [len(events) for events in await asyncio.gather(*answers)] == [2, 2]
         assert engine.client.restarts == 1
+        assert engine.value("llm_requests_running") == engine.value("llm_requests_waiting") == 0
 
 
 async def test_only_the_request_that_kills_the_engine_twice_is_given_up() -> None:
@@ -238,6 +239,9 @@ async def test_waiting_for_the_engine_has_an_end() -> None:
         before = await pid()
         os.kill(before, signal.SIGKILL)
         await engine.until(EngineState.RESTARTING)
+        # What ran with the dead process waits for the next one.
+        assert engine.value("llm_requests_running") == 0
+        assert engine.value("llm_requests_waiting") == 1
         # It does not become ready in time.
         os.kill(await pid(other_than=before), signal.SIGSTOP)
         with pytest.raises(EngineUnavailableError):
