@@ -1,20 +1,13 @@
-"""What there is to know of a model beside its weights: its tokenizer and its configuration.
+"""What a model's files say beside its weights: its tokenizer and its configuration.
 
-transformers reads every tokenizer there is, but takes half a second and 100 MB that a process which
-computes with OpenVINO can spare. So there it runs in a process of its own beside the loading of the
-weights, ``python -m app.llm.description``, which answers with lines of JSON and leaves.
+transformers is imported inside the functions that need it, because an engine process that runs
+OpenVINO calls none of them: there :mod:`app.llm.tokenizer_process` does.
 """
 
-import gc
-import os
 import re
-import subprocess
-import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import IO, Any, Self, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -23,17 +16,15 @@ from app.llm.byte_level import BYTE_OF
 from app.llm.gguf_header import GgufHeader, read_header
 from app.llm.load_errors import explaining
 from app.llm.snapshot import OPENVINO_MODEL, Snapshot
-from app.utils.errors import ModelLoadError
 
 _GGUF_TOKENS = "tokenizer.ggml.tokens"
-_NICE = 10
 
 
 class UnknownShapeError(Exception):
     """A model's files are whole, but do not say in a known way what shape it has."""
 
 
-class ModelShape(msgspec.Struct, frozen=True):
+class ModelShape(msgspec.Struct, frozen=True, tag=True):
     """What a model's configuration says.
 
     Attributes:
@@ -49,7 +40,7 @@ class ModelShape(msgspec.Struct, frozen=True):
     weights: str
 
 
-class ModelTokenizer(msgspec.Struct, frozen=True):
+class ModelTokenizer(msgspec.Struct, frozen=True, tag=True):
     """A model's tokenizer.
 
     Attributes:
@@ -75,80 +66,6 @@ class Vocabulary(msgspec.Struct, frozen=True):
 
     tokens: Sequence[bytes]
     eos: int | None
-
-
-class _Failure(msgspec.Struct, frozen=True, tag=True):
-    message: str
-
-
-class _Shape(msgspec.Struct, frozen=True, tag=True):
-    shape: ModelShape
-
-
-class _Tokenizer(msgspec.Struct, frozen=True, tag=True):
-    tokenizer: ModelTokenizer
-
-
-_Answer = _Failure | _Shape | _Tokenizer
-T = TypeVar("T", _Shape, _Tokenizer)
-
-
-class DescriptionProcess:
-    """A description that is being read; the reading ends with the block."""
-
-    def __init__(self, settings: ModelSettings, snapshot: Snapshot) -> None:
-        """Start reading."""
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "app.llm.description",
-                settings.model_dump_json(),
-                str(snapshot.directory),
-                snapshot.weights or "",
-            ],
-            # The process ends when this pipe does, and so with the engine, whatever ends that.
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._process:
-            self._process.kill()
-
-    def shape(self) -> ModelShape:
-        """Wait for what the configuration says; asked for first.
-
-        Raises:
-            ModelLoadError: It cannot be read, or the weights are cut off.
-        """
-        return self._read(_Shape).shape
-
-    def tokenizer(self) -> ModelTokenizer:
-        """Wait for the tokenizer; asked for last.
-
-        Raises:
-            ModelLoadError: It cannot be read.
-        """
-        return self._read(_Tokenizer).tokenizer
-
-    def _read(self, kind: type[T]) -> T:
-        output: IO[bytes] | None = self._process.stdout
-        line = output.readline() if output else b""
-        if not line:
-            raise ModelLoadError(
-                f"reading the model's tokenizer ended with code {self._process.wait()}: start "
-                "again; if it stays, set MODEL__ENGINE=transformers"
-            )
-        answer = msgspec.json.decode(line, type=_Answer)
-        if isinstance(answer, _Failure):
-            raise ModelLoadError(answer.message)
-        if not isinstance(answer, kind):
-            raise TypeError(f"{answer!r} is out of turn")
-        return answer
 
 
 def read_gguf(settings: ModelSettings, snapshot: Snapshot) -> GgufHeader:
@@ -325,58 +242,3 @@ def _compression(directory: Path) -> str:
     xml = (directory / OPENVINO_MODEL).read_text(encoding="utf-8")
     noted = re.search(r'<weight_compression>.*?<mode value="(\w+)"', xml, re.DOTALL)
     return noted[1].lower() if noted else "uncompressed"
-
-
-def _keep_torch_out() -> None:
-    """Have transformers find no torch, which takes another second and a half and 200 MB.
-
-    It says once that models cannot be run without, which is not news here. Its reader of GGUF files
-    needs torch for weights only, so the reader of headers stands in for it.
-    """
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
-    reader = ModuleType("reader")
-    reader.__dict__["read_gguf_metadata"] = _gguf_metadata
-    sys.modules["transformers.integrations.gguf.reader"] = reader
-
-
-def _gguf_metadata(path: str, _: object = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Metadata and names of tensors, as transformers' own function returns them."""
-    header = read_header(Path(path), ("tokenizer.",))
-    return dict(header.metadata), tuple(header.shapes)
-
-
-def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
-    os._exit(1)
-
-
-def main(arguments: list[str]) -> int:
-    """Entry point; see the module's docstring."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    # The weights take longer, and are being loaded on one core.
-    os.nice(_NICE)
-    # Imports and a vocabulary make many objects, and the process ends before they are garbage.
-    gc.disable()
-    _keep_torch_out()
-    # The answers alone go to standard output, whatever a library may print.
-    output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def answer(what: _Answer) -> None:
-        output.write(msgspec.json.encode(what) + b"\n")
-        output.flush()
-
-    settings = ModelSettings.model_validate_json(arguments[0])
-    snapshot = Snapshot(Path(arguments[1]), arguments[2] or None)
-    try:
-        if not snapshot.gguf:
-            answer(_Shape(read_shape(settings, snapshot)))
-        answer(_Tokenizer(read_tokenizer(settings, snapshot)))
-    except ModelLoadError as error:
-        answer(_Failure(str(error)))
-    return 0
-
-
-if __name__ == "__main__":
-    os._exit(main(sys.argv[1:]))

@@ -7,7 +7,6 @@ from typing import Any
 from app.core.config import ModelSettings
 from app.core.logging import get_logger
 from app.llm.description import (
-    DescriptionProcess,
     ModelShape,
     UnknownShapeError,
     gguf_shape,
@@ -21,6 +20,7 @@ from app.llm.engine.resources import compute_threads
 from app.llm.gguf_header import GgufHeader
 from app.llm.load_errors import one_line
 from app.llm.snapshot import Progress, Snapshot
+from app.llm.tokenizer_process import TokenizerProcess
 
 log = get_logger("engine")
 
@@ -58,14 +58,14 @@ def load_openvino(
         ModelLoadError: Its files are not whole, or its tokenizer cannot be read.
     """
     progress(f"loading {settings.label} with OpenVINO")
-    with DescriptionProcess(settings, snapshot) as description:
+    with TokenizerProcess(settings, snapshot) as reader:
         header = read_gguf(settings, snapshot) if snapshot.gguf else None
         keep_telemetry_out()
         try:
             # Imported while the other process reads.
             from app.llm.engine.openvino_backend import SUPPORTED, OpenVinoBackend, start_pipeline
 
-            shape = gguf_shape(header) if header else description.shape()
+            shape = gguf_shape(header) if header else reader.shape()
             blocks = _cache_blocks(settings, shape, max_running)
             pipeline = start_pipeline(
                 str(snapshot.directory / (snapshot.gguf or "")),
@@ -76,7 +76,7 @@ def load_openvino(
             )
         except (ImportError, UnknownShapeError, RuntimeError) as error:
             raise OpenVinoUnsupportedError(_reason(error)) from error
-        tokenizer = description.tokenizer()
+        tokenizer = reader.tokenizer()
     info = EngineInfo(
         model=settings.label,
         revision=snapshot.revision,

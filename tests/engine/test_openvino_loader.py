@@ -12,16 +12,12 @@ import pytest
 
 from app.core.config import ModelSettings
 from app.llm import bundled
-from app.llm.description import (
-    DescriptionProcess,
-    Vocabulary,
-    gguf_vocabulary,
-    read_tokenizer,
-)
+from app.llm.description import Vocabulary, gguf_vocabulary, read_tokenizer
 from app.llm.engine.base import Backend
 from app.llm.gguf_header import GgufArray, GgufHeader, read_header
 from app.llm.openvino_loader import keep_telemetry_out
 from app.llm.snapshot import Snapshot
+from app.llm.tokenizer_process import TokenizerProcess
 from tests.support.backends import load_bundled, load_local, refusal, request, run, tokens
 from tests.support.tiny_gguf import make_tiny_gguf
 
@@ -145,14 +141,14 @@ def test_a_machine_without_a_folder_for_temporary_files(
     assert len(tokens(run(backend, request("r"))["r"])) == 8
 
 
-def test_the_description_is_read_without_torch(gguf: Path) -> None:
+def test_the_tokenizer_is_read_without_torch(gguf: Path) -> None:
     """And is the same as with it, and with the reader of GGUF files that transformers has."""
     settings = ModelSettings(source="local", name=str(gguf))
     snapshot = Snapshot(gguf.parent, gguf.name)
-    with DescriptionProcess(settings, snapshot) as description:
-        assert description.tokenizer() == read_tokenizer(settings, snapshot)
+    with TokenizerProcess(settings, snapshot) as reader:
+        assert reader.tokenizer() == read_tokenizer(settings, snapshot)
     program = (
-        "import os, sys; from app.llm import description; description.main(sys.argv[1:]); "
+        "import os, sys; from app.llm import tokenizer_process as p; p.main(sys.argv[1:]); "
         "sys.stderr.write(str(sys.modules['torch'])); sys.stderr.flush(); os._exit(0)"
     )
     # The process ends when its standard input does.
@@ -316,7 +312,7 @@ def test_the_reading_process_dies(gguf: Path, monkeypatch: pytest.MonkeyPatch) -
         process.kill()
         return process
 
-    monkeypatch.setattr("app.llm.description.subprocess.Popen", killed)
+    monkeypatch.setattr("app.llm.tokenizer_process.subprocess.Popen", killed)
     assert refusal(gguf) == (
         "reading the model's tokenizer ended with code -9: start again; if it stays, set "
         "MODEL__ENGINE=transformers"

@@ -1,0 +1,149 @@
+"""A short-lived third process that reads the tokenizer while the engine process loads weights.
+
+Reading a tokenizer needs transformers, which takes half a second and 100 MB to import. An engine
+process that runs OpenVINO needs transformers for nothing else, so it starts
+``python -m app.llm.tokenizer_process``, which writes its answers as lines of JSON and exits.
+"""
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any, Self, TypeVar
+
+import msgspec
+
+from app.core.config import ModelSettings
+from app.llm.description import ModelShape, ModelTokenizer, read_shape, read_tokenizer
+from app.llm.gguf_header import read_header
+from app.llm.snapshot import Snapshot
+from app.utils.errors import ModelLoadError
+
+_NICE = 10
+
+
+class _Failure(msgspec.Struct, frozen=True, tag=True):
+    message: str
+
+
+_Answer = _Failure | ModelShape | ModelTokenizer
+T = TypeVar("T", ModelShape, ModelTokenizer)
+
+
+class TokenizerProcess:
+    """The engine process's handle on the third process, which is killed when the block ends."""
+
+    def __init__(self, settings: ModelSettings, snapshot: Snapshot) -> None:
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "app.llm.tokenizer_process",
+                settings.model_dump_json(),
+                str(snapshot.directory),
+                snapshot.weights or "",
+            ],
+            # The process exits when this pipe closes, so it never outlives the engine process.
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._process:
+            self._process.kill()
+
+    def shape(self) -> ModelShape:
+        """Wait for the model's shape; call this before :meth:`tokenizer`, and not for a GGUF file.
+
+        Raises:
+            ModelLoadError: The configuration cannot be read.
+        """
+        return self._read(ModelShape)
+
+    def tokenizer(self) -> ModelTokenizer:
+        """Wait for the tokenizer.
+
+        Raises:
+            ModelLoadError: It cannot be read.
+        """
+        return self._read(ModelTokenizer)
+
+    def _read(self, kind: type[T]) -> T:
+        output: IO[bytes] | None = self._process.stdout
+        line = output.readline() if output else b""
+        if not line:
+            raise ModelLoadError(
+                f"reading the model's tokenizer ended with code {self._process.wait()}: start "
+                "again; if it stays, set MODEL__ENGINE=transformers"
+            )
+        answer = msgspec.json.decode(line, type=_Answer)
+        if isinstance(answer, _Failure):
+            raise ModelLoadError(answer.message)
+        if not isinstance(answer, kind):
+            raise TypeError(f"{answer!r} is out of turn")
+        return answer
+
+
+def _keep_torch_out() -> None:
+    """Hide torch from transformers, because its import takes another 1.5 seconds and 200 MB.
+
+    transformers warns once that models cannot run without torch; the warning is switched off. Its
+    GGUF reader imports torch for weights alone, so a module that reads headers stands in for it.
+    """
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    reader = ModuleType("reader")
+    reader.__dict__["read_gguf_metadata"] = _gguf_metadata
+    sys.modules["transformers.integrations.gguf.reader"] = reader
+
+
+def _gguf_metadata(path: str, _: object = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Metadata and names of tensors, as transformers' ``read_gguf_metadata`` returns them."""
+    header = read_header(Path(path), ("tokenizer.",))
+    return dict(header.metadata), tuple(header.shapes)
+
+
+def _exit_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def main(arguments: list[str]) -> int:
+    """Write the model's shape, unless it is a GGUF file, and its tokenizer to standard output.
+
+    Args:
+        arguments: The ``model`` section as JSON, and the snapshot's directory and weights.
+    """
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    # Loading the weights takes longer, and needs the core more.
+    os.nice(_NICE)
+    # Imports and a vocabulary make many objects, and the process exits before they are garbage.
+    gc.disable()
+    _keep_torch_out()
+    # Only answers go to standard output: what a library prints goes to standard error.
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def answer(what: _Answer) -> None:
+        output.write(msgspec.json.encode(what) + b"\n")
+        output.flush()
+
+    settings = ModelSettings.model_validate_json(arguments[0])
+    snapshot = Snapshot(Path(arguments[1]), arguments[2] or None)
+    try:
+        if not snapshot.gguf:
+            answer(read_shape(settings, snapshot))
+        answer(read_tokenizer(settings, snapshot))
+    except ModelLoadError as error:
+        answer(_Failure(str(error)))
+    return 0
+
+
+if __name__ == "__main__":
+    os._exit(main(sys.argv[1:]))
