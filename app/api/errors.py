@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from app.api.schemas import ErrorResponse
 from app.core.logging import get_logger, request_id_var
 from app.utils.errors import (
     InternalError,
@@ -32,6 +32,24 @@ _MAX_FAULTS = 3
 _MAX_NAME = 64
 # Members of a union stand in an error's location as type names, which mean nothing to a caller.
 _UNION_MEMBER = re.compile(r"str|constrained-str|list\[.*|literal\[.*|[A-Z]\w*Choice")
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    model_config = ConfigDict(extra="allow")
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    request_id: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The one error shape of every route."""
+
+    error: ErrorBody
 
 
 def error_content(error: ServiceError) -> dict[str, Any]:

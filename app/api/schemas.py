@@ -1,4 +1,4 @@
-"""Responses of the native routes, and the error shape of all routes."""
+"""Responses of the native routes."""
 
 from datetime import date
 from typing import Any, Literal
@@ -201,24 +201,6 @@ class ProbeResponse(BaseModel):
     """Answer of GET /livez and /readyz."""
 
     status: str
-
-
-class ErrorBody(BaseModel):
-    """What went wrong."""
-
-    model_config = ConfigDict(extra="allow")
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-    request_id: str | None
-
-
-class ErrorResponse(BaseModel):
-    """The one error shape of every route."""
-
-    error: ErrorBody
 
 
 def answer_fields(answer: Answer) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from app.llm.detokenizer import Detokenizer, StopMatcher
+from app.llm.ebnf.check import check_grammar, grammar_param
 from app.llm.engine.admission import Place
 from app.llm.engine.base import (
     NEUTRAL_SAMPLING,
@@ -16,7 +17,6 @@ from app.llm.engine.base import (
     TokenEvent,
 )
 from app.llm.engine.client import EngineClient
-from app.llm.grammar import check_grammar, grammar_param
 from app.llm.system_prompt import with_system_prompt
 from app.llm.tokenizer import PromptTokenizer
 from app.llm.tools import ChatMessage, Tool, ToolFormat

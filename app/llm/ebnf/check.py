@@ -1,10 +1,11 @@
-"""Refusing a grammar before the engine sees it, in the API process."""
+"""The API process checks a grammar before the engine process sees it.
+
+The compiler is imported with the first grammar: a service that is sent none does without it.
+"""
 
 import asyncio
 from typing import Final
 
-from app.llm.ebnf.errors import GrammarError
-from app.llm.ebnf.grammars import to_ebnf
 from app.llm.engine.base import (
     EngineInfo,
     Grammar,
@@ -34,8 +35,15 @@ async def check_grammar(grammar: Grammar, info: EngineInfo) -> None:
             param=grammar_param(grammar),
         )
     vocabulary_size = info.vocabulary_size if info.backend == "openvino" else None
+    await asyncio.to_thread(_translate, grammar, vocabulary_size)
+
+
+def _translate(grammar: Grammar, vocabulary_size: int | None) -> None:
+    from app.llm.ebnf.errors import GrammarError
+    from app.llm.ebnf.grammars import to_ebnf
+
     try:
-        await asyncio.to_thread(to_ebnf, grammar, vocabulary_size)
+        to_ebnf(grammar, vocabulary_size)
     except GrammarError as error:
         raise InvalidGrammarError(
             f"The {_name(grammar)} cannot be used: {error}.", param=grammar_param(grammar)
