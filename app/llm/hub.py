@@ -32,9 +32,11 @@ from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 from app.llm.snapshot import OPENVINO_MODEL, Progress, Snapshot, choose_weights
 from app.utils.errors import ModelLoadError
 
+PROGRESS_SECONDS = 2.0
+"""Least time between two reports of progress."""
+
 # What a tokenizer, a configuration or a chat template may lie in, beside the weights.
 _COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-_PROGRESS_SECONDS = 2.0
 # A file that is being downloaded is written to all the time; one this old was left by a killed run.
 _ABANDONED_SECONDS = 3600.0
 _ALTERNATIVES = "choose another MODEL__NAME, or set MODEL__SOURCE=bundled"
@@ -286,7 +288,7 @@ def _progress_bar(repo: str, progress: Progress) -> type[hub_tqdm]:
             nonlocal last
             super().update(n)
             with lock:
-                due = self._counts_bytes and time.monotonic() - last >= _PROGRESS_SECONDS
+                due = self._counts_bytes and time.monotonic() - last >= PROGRESS_SECONDS
                 if due:
                     last = time.monotonic()
             if due and self.total:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from app.core.config import ModelSettings
 from app.core.logging import get_logger
-from app.llm import bundled
+from app.llm import bundled, gguf_header
 from app.llm.engine.base import (
     NEUTRAL_SAMPLING,
     Backend,
@@ -29,8 +29,6 @@ from app.llm.transformers_loader import check_device, load_transformers
 from app.utils.errors import ModelLoadError
 
 log = get_logger("engine")
-
-_GGUF_MAGIC = b"GGUF"
 
 
 def load_backend(
@@ -192,7 +190,7 @@ def check_weights(snapshot: Snapshot) -> None:
     if snapshot.gguf:
         path = snapshot.directory / snapshot.gguf
         with path.open("rb") as file:
-            if file.read(4) != _GGUF_MAGIC:
+            if file.read(4) != gguf_header.MAGIC:
                 raise ModelLoadError(f"{path} is not a GGUF file: download it again")
         return
     if snapshot.weights:

@@ -14,7 +14,6 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
@@ -39,7 +38,6 @@ DEFAULT_CHAT_TEMPLATE = (
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
-@cache
 def template_library() -> ModuleType:
     """The part of transformers that renders chat templates.
 
@@ -78,11 +76,9 @@ class PromptTokenizer:
         self._nonce = secrets.token_hex(8)
         self._placeholder = re.compile(f"\ue000{self._nonce}:(\\d+)\ue001")
         self._chat_mark = f"\ue000{self._nonce}!\ue001"
-        self._exact = re.compile(f"\ue000{self._nonce}#([\\d,]+)\ue001")
+        self._exact = re.compile(f"\ue000{self._nonce}#(?P<exact>[\\d,]+)\ue001")
+        self._boundary = re.compile(f"{self._exact.pattern}|{self._spelling.pattern}")
         self._spellings = spellings
-        self._boundary = re.compile(
-            f"\ue000{self._nonce}#(?P<exact>[\\d,]+)\ue001|{self._spelling.pattern}"
-        )
         self._added = {token_id: token.content.encode() for token_id, token in added.items()}
         self._is_byte_level = b'"ByteLevel"' in self.decoder.decoder.__getstate__()
         self._takes_system = self._probe_system_role()

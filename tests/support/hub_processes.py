@@ -40,7 +40,7 @@ import json, logging, sys
 logging.basicConfig(level=logging.DEBUG)
 from app.llm import hub
 from app.utils.errors import ModelLoadError
-hub._PROGRESS_SECONDS = 0
+hub.PROGRESS_SECONDS = 0
 for line in sys.stdin:
     said = []
     try:

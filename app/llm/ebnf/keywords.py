@@ -76,10 +76,9 @@ def check(schema: Schema) -> None:
         if keyword not in _SAYS_NOTHING or value != _SAYS_NOTHING[keyword]:
             raise GrammarError(f"the keyword {keyword[:40]} is not supported")
     combining = [keyword for keyword in COMBINING if keyword in schema]
-    for first in combining[:1]:
-        for other in (*combining[1:], *schema):
-            if other != first and (other in combining or other in _KNOWN - {"type"}):
-                raise GrammarError(f"{first} beside {other} is not supported")
+    for other in (*combining[1:], *schema) if combining else ():
+        if other in _KNOWN and other not in ("type", combining[0]):
+            raise GrammarError(f"{combining[0]} beside {other} is not supported")
 
 
 def types(schema: Schema) -> list[str] | None:

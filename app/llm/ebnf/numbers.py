@@ -13,6 +13,7 @@ _WHOLE_DIGITS: Final = 15
 _DECIMALS = 6
 # Digits that a bound may have, on either side of the point.
 _MOST_DIGITS = 20
+_NONE = "no number lies between the bounds"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def number(bounds: Bounds) -> str:
     whole, fine = bounds.scaled(0), bounds.scaled(decimals)
     ranges = [(r, n) for r, n in ((whole, 0), (fine, decimals)) if r[0] <= r[1]]
     if not ranges:
-        _in_range(*fine, decimals=decimals)
+        raise GrammarError(_NONE)
     return alternatives(_in_range(*r, decimals=n) for r, n in ranges)
 
 
@@ -103,7 +104,7 @@ def _in_range(first: int, last: int, *, decimals: int) -> str:
         GrammarError: There is none.
     """
     if first > last:
-        raise GrammarError("no number lies between the bounds")
+        raise GrammarError(_NONE)
     parts = []
     if first < 0:
         parts.append(sequence([literal("-"), _digits(max(1, -last), -first, decimals)]))

@@ -4,6 +4,7 @@ Read is what JSON Schema recommends of ECMA-262 and more: alternatives, groups, 
 escapes and quantifiers. What looks around or back is refused.
 """
 
+import math
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -283,25 +284,20 @@ def _positions(node: Node) -> int:
             return 1
 
 
-def lengths(node: Node) -> tuple[int, int | None]:
-    """How many characters a match has, at least and at most; ``None`` is no limit."""
+def lengths(node: Node) -> tuple[int, float]:
+    """How many characters a match has, at least and at most; ``math.inf`` is no limit."""
     match node:
         case Sequence(parts):
             every = [lengths(part) for part in parts]
-            longest = [most for _, most in every]
-            return sum(least for least, _ in every), (
-                None if None in longest else sum(m for m in longest if m is not None)
-            )
+            return sum(least for least, _ in every), sum(most for _, most in every)
         case Alternatives(options):
             every = [lengths(option) for option in options]
-            longest = [most for _, most in every]
-            return min(least for least, _ in every), (
-                None if None in longest else max(m for m in longest if m is not None)
-            )
+            return min(least for least, _ in every), max(most for _, most in every)
         case Repeat(part, least, most):
-            shortest, longest_part = lengths(part)
-            unlimited = most is None or longest_part is None
-            return shortest * least, None if unlimited else longest_part * most  # type: ignore[operator]
+            shortest, longest = lengths(part)
+            if most is None or math.isinf(longest):
+                return shortest * least, math.inf
+            return shortest * least, longest * most
         case _:
             return 1, 1
 

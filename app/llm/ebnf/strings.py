@@ -1,6 +1,7 @@
 """JSON strings: plain, of some length, of a pattern, of a format."""
 
 import json
+import math
 from typing import Final
 
 from app.llm.ebnf import regex, writer
@@ -78,7 +79,7 @@ def matching(rules: Rules, node: regex.Node, least: int, most: int | None) -> st
         GrammarError: The lengths do not follow from the expression.
     """
     shortest, longest = regex.lengths(node)
-    if shortest < least or (most is not None and (longest is None or longest > most)):
+    if shortest < least or longest > (math.inf if most is None else most):
         raise GrammarError(
             "minLength and maxLength beside pattern or format are only supported where every "
             "match has such a length"

@@ -61,11 +61,6 @@ def one_of(ranges: Sequence[Range]) -> str:
     return f"[{''.join(_member(r) for r in ordered)}]"
 
 
-def none_of(ranges: Sequence[Range]) -> str:
-    """Exactly one character outside these ranges."""
-    return one_of(complement(ranges))
-
-
 def _member(characters: Range) -> str:
     first, last = (_in_class(chr(code)) for code in characters)
     return first if first == last else f"{first}-{last}"
