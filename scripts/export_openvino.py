@@ -1,7 +1,7 @@
-"""Turn a safetensors model into OpenVINO's own format, for ``MODEL__ENGINE=openvino``.
+"""Convert a safetensors model to OpenVINO's own format, for ``MODEL__ENGINE=openvino``.
 
-The exporter, optimum-intel, wants an older transformers than the service runs, so it gets an
-environment of its own, made once under .tools/ (git-ignored; several GB, since it needs torch).
+The exporter, optimum-intel, needs an older transformers than the service. It is installed once, in
+a separate environment under .tools/ (git-ignored; several GB, because it needs torch).
 """
 
 import argparse
@@ -15,17 +15,17 @@ from pathlib import Path
 from app.core.config import PROJECT_ROOT
 
 TOOLS = PROJECT_ROOT / ".tools" / "optimum"
-# It reports each use to Google Analytics, and openvino and nncf do without it.
+# This package reports each use to Google Analytics; openvino and nncf work without it.
 UNWANTED = "openvino-telemetry"
 REQUIREMENTS = ("optimum-intel==2.2.0", "openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0")
 WEIGHTS = ("int8", "int4")
 
 
 def make_tools(folder: Path = TOOLS) -> Path:
-    """Install the exporter, unless it is there; returns its program.
+    """Install the exporter into ``folder`` unless it is there, and return the path of its program.
 
     Raises:
-        subprocess.CalledProcessError: It cannot be installed.
+        subprocess.CalledProcessError: pip cannot install it.
     """
     program = folder / "bin" / "optimum-cli"
     stamp = folder / f".{'-'.join(REQUIREMENTS)}-without-{UNWANTED}"
@@ -52,7 +52,7 @@ def export_command(program: Path, model: str, weights: str, output: Path) -> lis
 
 
 def default_output(model: str, weights: str) -> Path:
-    """Where a model goes: models/NAME-WEIGHTS-openvino."""
+    """The default folder of a converted model: models/NAME-WEIGHTS-openvino."""
     return PROJECT_ROOT / "models" / f"{Path(model).name}-{weights}-openvino"
 
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if output.exists():
         print(f"{output} is there already: remove it, or name another --output", file=sys.stderr)
         return 1
-    # A model that was only half written must not look like one.
+    # The name is given at the end, so that a half-written model never has it.
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

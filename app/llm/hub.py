@@ -33,18 +33,18 @@ from app.llm.snapshot import OPENVINO_MODEL, Progress, Snapshot, choose_weights
 from app.utils.errors import ModelLoadError
 
 PROGRESS_SECONDS = 2.0
-"""Least time between two reports of progress."""
+"""Minimum time between two reports of progress."""
 
-# What a tokenizer, a configuration or a chat template may lie in, beside the weights.
+# Suffixes of the files that hold a tokenizer, a configuration or a chat template.
 _COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-# A file that is being downloaded is written to all the time; one this old was left by a killed run.
+# A download writes to its file all the time: one this old was left behind by a killed process.
 _ABANDONED_SECONDS = 3600.0
 _ALTERNATIVES = "choose another MODEL__NAME, or set MODEL__SOURCE=bundled"
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What was asked for: a repository, a GGUF file in it if one is named, and a revision."""
+    """The request: a repository, a GGUF file in it if one is named, and a revision."""
 
     repo: str
     file: str | None
@@ -60,21 +60,21 @@ def download(
     progress: Progress,
     openvino: bool = False,
 ) -> Snapshot:
-    """Bring a hub model onto this machine, or find it in the cache.
+    """Download a model from the hub, or find it in the cache.
 
     Args:
         name: ``owner/name``, or ``owner/name/FILE.gguf``.
-        revision: Branch, tag or commit; ``None`` is the repository's default.
+        revision: Branch, tag or commit; ``None`` is the default branch.
         token: Hub token; never logged.
-        progress: Told how far it is.
+        progress: Called with the progress of the download.
         openvino: See :func:`choose_weights`.
 
     Raises:
-        ModelLoadError: It cannot be had; the message says what to do.
+        ModelLoadError: The model is not available; the message says what to do.
     """
     wanted = _parse_name(name, revision, openvino=openvino)
     token = _checked_token(token)
-    # The library would print beside the service's log what it also sends through it.
+    # The library would print its log lines a second time, beside the service's log.
     logging.getLogger("huggingface_hub").handlers.clear()
     progress(f"looking up {wanted.repo} on the hub")
     try:
@@ -107,10 +107,10 @@ def _parse_name(name: str, revision: str | None, *, openvino: bool) -> _Wanted:
 
 
 def _checked_token(token: str | None) -> str | None:
-    """The token without the line end that secret files carry.
+    """The token without the trailing line break of a secret file.
 
     Raises:
-        ModelLoadError: It cannot be sent; the HTTP client's own error would quote it.
+        ModelLoadError: No header can hold it; the HTTP client's own error would quote the token.
     """
     token = (token or "").strip()
     if not (token.isascii() and token.isprintable()) or " " in token:
@@ -121,7 +121,6 @@ def _checked_token(token: str | None) -> str | None:
 
 
 def _explain_refusal(error: HfHubHTTPError, wanted: _Wanted, *, has_token: bool) -> str:
-    """One line on what the hub refused, and what to do."""
     repo, status = wanted.repo, error.response.status_code
     if isinstance(error, GatedRepoError):
         hint = (
@@ -174,7 +173,7 @@ def _download(wanted: _Wanted, token: str | None, progress: Progress) -> Snapsho
     try:
         directory = snapshot_download(
             wanted.repo,
-            # The commit that was just looked up: a push in between must not mix two versions.
+            # A commit, not a branch: a push in between must not mix two versions.
             revision=info.sha,
             token=token or False,
             allow_patterns=files,
@@ -190,17 +189,17 @@ def _download(wanted: _Wanted, token: str | None, progress: Progress) -> Snapsho
 
 
 def _from_cache(wanted: _Wanted, progress: Progress, reason: str, advice: str) -> Snapshot:
-    """The model as it was last downloaded, if all of it was."""
+    """Find the last download of the model, if it is complete."""
     repo, revision = wanted.repo, wanted.revision
     try:
-        # Nothing matches the empty list, so this finds the folder without judging its contents.
+        # The empty list matches no file, so the folder is found even where files are missing.
         folder = snapshot_download(
             repo, revision=revision, local_files_only=True, allow_patterns=[]
         )
         try:
             names = [file.path for file in get_cached_repo_tree(repo, revision=revision)]
         except CachedRepoTreeNotFoundError:
-            # Another program downloaded it; what lies there is all there is to know.
+            # Another program downloaded it, so the files in the folder are taken for all there are.
             files = (path for path in Path(folder).rglob("*") if path.is_file())
             names = [path.relative_to(folder).as_posix() for path in files]
         weights = choose_weights(names, repo, wanted.file, openvino=wanted.openvino)
@@ -227,31 +226,31 @@ def _cache_folder(repo: str) -> Path:
 
 
 def _remember(cache: Path, revision: str | None, commit: str) -> None:
-    """Note which commit a branch or tag stands for, so that it is found without the hub.
+    """Record the commit of a branch or tag, so that it is found without the hub.
 
-    ``snapshot_download`` does so only when it looks the revision up itself. This is the cache's
-    documented layout, and written last: a download that broke must not hide an older, whole one.
+    ``snapshot_download`` records it only when it looks the revision up itself. The layout of the
+    cache is documented. This is written last, so that a broken download hides no older, whole one.
     """
     ref = cache / "refs" / (revision or constants.DEFAULT_REVISION)
     if ref.name == commit:
         return
-    # A whole model in a cache that is mounted read-only can be served all the same.
+    # A whole model can be served from a cache that is mounted read-only.
     with contextlib.suppress(OSError):
         ref.parent.mkdir(parents=True, exist_ok=True)
         ref.write_text(commit, encoding="ascii")
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Delete what killed downloads left; nothing goes on from it, and it fills the disk."""
+    """Delete the partial files of killed downloads, which are never resumed and fill the disk."""
     for path in cache.glob("blobs/*.incomplete"):
-        # It may be gone by now, or belong to somebody else.
+        # The file may be gone by now, or belong to another user.
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()
 
 
 def _needed(names: list[str], weights: str | None) -> list[str]:
-    """Weights and their companions; nothing from subfolders, which hold other formats."""
+    """The weights and the files beside them; subfolders hold other formats."""
     top = [n for n in names if "/" not in n]
     companions = [n for n in top if n.endswith(_COMPANION_SUFFIXES)]
     if weights == OPENVINO_MODEL:
@@ -260,29 +259,29 @@ def _needed(names: list[str], weights: str | None) -> list[str]:
     if weights:
         return [*companions, weights]
     tensors = [n for n in top if n.endswith(".safetensors")]
-    # Beside transformers' own files some repositories hold the same weights in a second layout.
+    # Some repositories hold the same weights twice: as transformers' files and in another layout.
     own = [n for n in tensors if n.startswith("model")]
     return [*companions, *(own or tensors)]
 
 
 def _progress_bar(repo: str, progress: Progress) -> type[hub_tqdm]:
-    """A progress bar that reports lines instead of drawing."""
+    """A class of progress bars that call ``progress`` instead of drawing."""
     lock = threading.Lock()
     last = time.monotonic()
 
     class ReportingBar(hub_tqdm):
-        # A bar that draws nothing needs no thread that looks after its drawing.
+        # No monitor thread: nothing is drawn.
         monitor_interval = 0
 
         def __init__(self, *args: Any, name: str | None = None, **kwargs: Any) -> None:
-            # One bar counts what comes in, another what is written; one of them is enough.
+            # One bar counts bytes received, another bytes written: only the latter reports.
             self._counts_bytes = kwargs.get("unit") == "B" and not str(name).endswith(".transfer")
             kwargs |= {"disable": False, "file": io.StringIO()}
-            # hub_tqdm's own __init__ turns a bar off where HF_HUB_DISABLE_PROGRESS_BARS is set.
+            # hub_tqdm's __init__ is skipped: HF_HUB_DISABLE_PROGRESS_BARS would turn the bar off.
             super(hub_tqdm, self).__init__(*args, **kwargs)
 
         def display(self, *_args: Any, **_kwargs: Any) -> None:
-            """Draw nothing: a server's log is not a terminal."""
+            """Draw nothing."""
 
         def update(self, n: float | None = 1) -> None:
             nonlocal last

@@ -1,4 +1,4 @@
-"""Whatever the libraries meet first in a model's files, as one line that says what to do."""
+"""Turns any library's error about a model's files into one line that says what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +10,20 @@ from app.utils.errors import ModelLoadError
 
 @contextmanager
 def explaining(part: str, settings: ModelSettings, snapshot: Snapshot) -> Iterator[None]:
-    """Turn whatever the libraries meet first in a broken file into a :class:`ModelLoadError`."""
+    """Turn any exception of the block into a :class:`ModelLoadError`.
+
+    Args:
+        part: What is being loaded: ``file``, ``configuration``, ``tokenizer`` or ``model``.
+        settings: The ``model`` section.
+        snapshot: The model's files.
+    """
     try:
         yield
-    except Exception as error:  # tokenizers raises no better type.
+    except Exception as error:  # tokenizers raises the bare Exception.
         raise ModelLoadError(_explain(error, part, settings, snapshot)) from error
 
 
-# What transformers says of a model that it cannot run however whole its files are.
+# Parts of transformers' errors about a kind of model that it cannot run.
 _UNSUPPORTED = (
     "does not recognize this architecture",
     "Unrecognized configuration class",
@@ -27,7 +33,6 @@ _UNSUPPORTED = (
 
 
 def _explain(error: Exception, part: str, settings: ModelSettings, snapshot: Snapshot) -> str:
-    """One line on why the tokenizer or the model cannot be loaded, and what to do."""
     text = one_line(error)
     name = settings.label
     if "trust_remote_code" in text:
@@ -61,5 +66,5 @@ def _explain(error: Exception, part: str, settings: ModelSettings, snapshot: Sna
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, on one line."""
+    """The message of an error, on one line."""
     return " ".join(str(error).split()) or repr(error)

@@ -1,6 +1,6 @@
-"""Where a model comes from (bundled, hub, local) and which backend runs it.
+"""Finds the model (bundled, hub, local) and chooses the backend that runs it.
 
-Runs in the engine process, once, at its start. Weights are safetensors, GGUF or OpenVINO's own
+The engine process calls this once, at its start. Weights are safetensors, GGUF or OpenVINO's own
 format; pickles and code from a repository are refused. Every foreseeable failure is a
 :class:`ModelLoadError` of one line.
 """
@@ -45,15 +45,15 @@ def load_backend(
 
     Args:
         settings: The ``model`` section.
-        max_running: Requests generated at once.
-        echo_step_seconds: Time the echo backend takes for a step.
+        max_running: Maximum number of requests in a batch.
+        echo_step_seconds: Duration of a step of the echo backend.
         token: Hub token, for gated models.
-        progress: Told what is being done, for the log.
-        fetch_progress: Told instead of ``progress`` while the model's files are being fetched.
-        loaded: Told of the model once it is loaded, before it is tried out.
+        progress: Called with each stage of loading.
+        fetch_progress: Called instead of ``progress`` while the model's files are fetched.
+        loaded: Called with the model's description once it is loaded, before the warm-up.
 
     Raises:
-        ModelLoadError: It cannot be loaded; one line that says what to do.
+        ModelLoadError: The model cannot be loaded; one line that says what to do.
     """
     if settings.engine == "echo":
         echo = EchoBackend(step_seconds=echo_step_seconds)
@@ -84,7 +84,7 @@ def load_backend(
 
 
 def _try_out(backend: Backend, loaded: Callable[[EngineInfo], None]) -> Backend:
-    """Generate a little, so that the first caller does not wait for kernels to be made."""
+    """Warm up with a short generation, so that the first caller waits for no kernel to compile."""
     loaded(backend.info)
     backend.add(
         GenerationRequest(
@@ -97,10 +97,10 @@ def _try_out(backend: Backend, loaded: Callable[[EngineInfo], None]) -> Backend:
 
 
 def _why_not_openvino(settings: ModelSettings, snapshot: Snapshot) -> str | None:
-    """Why transformers runs the model; ``None`` where OpenVINO is to be tried.
+    """The reason to run the model with transformers; ``None`` where OpenVINO is tried first.
 
     Raises:
-        ModelLoadError: OpenVINO was asked for by name, and cannot.
+        ModelLoadError: ``model.engine`` is ``openvino``, which cannot run the model.
     """
     if settings.engine == "transformers":
         return "model.engine is transformers"
@@ -123,15 +123,20 @@ def _why_not_openvino(settings: ModelSettings, snapshot: Snapshot) -> str | None
 def find_model(settings: ModelSettings, *, token: str | None, progress: Progress) -> Snapshot:
     """Bring the model's files onto this machine.
 
+    Args:
+        settings: The ``model`` section.
+        token: Hub token, for gated models.
+        progress: Called with the progress of a download.
+
     Raises:
-        ModelLoadError: They cannot be had, or are of a kind that is refused.
+        ModelLoadError: The files are not available, or their format is refused.
     """
     if settings.source == "bundled":
         return _fetch_bundled(progress)
     if settings.source == "local":
         path = Path(settings.name).expanduser()
         return _find_local(path, openvino=_may_use_openvino(settings))
-    # It brings a client of the hub along, which takes a tenth of a second for nothing otherwise.
+    # The client of the hub takes a tenth of a second to import.
     from app.llm import hub
 
     return hub.download(
@@ -182,10 +187,10 @@ def _find_local(path: Path, *, openvino: bool) -> Snapshot:
 
 
 def check_weights(snapshot: Snapshot) -> None:
-    """Refuse weights that are truncated or not what their name says, before loading them.
+    """Reject truncated weights, and files that are not what their name says, before loading them.
 
     Raises:
-        ModelLoadError: Naming the file.
+        ModelLoadError: It names the file.
     """
     if snapshot.gguf:
         path = snapshot.directory / snapshot.gguf
@@ -194,7 +199,7 @@ def check_weights(snapshot: Snapshot) -> None:
                 raise ModelLoadError(f"{path} is not a GGUF file: download it again")
         return
     if snapshot.weights:
-        # Without its weights the file that describes the model still loads.
+        # OpenVINO loads the .xml file even where its weights are missing.
         path = (snapshot.directory / snapshot.weights).with_suffix(".bin")
         if not path.is_file() or not path.stat().st_size:
             raise ModelLoadError(f"{path} is missing or empty: download the model again")
@@ -229,7 +234,6 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _check_shards(directory: Path) -> None:
-    """Every file that the weights' index names must be there."""
     index = directory / "model.safetensors.index.json"
     if not index.is_file():
         return

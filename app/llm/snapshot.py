@@ -1,4 +1,4 @@
-"""A model's files on this machine, and which of them hold its weights."""
+"""A model's files on this machine, and the choice of the file that holds its weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from pathlib import Path
 from app.utils.errors import ModelLoadError
 
 Progress = Callable[[str], None]
-"""Called with a line for the log and for /status."""
+"""Called with one line on the progress, for the log and for /status."""
 
 OPENVINO_MODEL = "openvino_model.xml"
-"""The file that tells a folder with OpenVINO's own format; its weights lie in a .bin beside it."""
+"""The file that marks a folder in OpenVINO's own format; a .bin file beside it has the weights."""
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -20,9 +20,9 @@ class Snapshot:
     """A model's files on this machine.
 
     Attributes:
-        directory: Folder that holds them.
-        weights: Name of the GGUF file in it, or :data:`OPENVINO_MODEL`; ``None`` for safetensors.
-        revision: Commit of the hub repository, where it came from one.
+        directory: Folder of the files.
+        weights: Name of the GGUF file, or :data:`OPENVINO_MODEL`; ``None`` for safetensors.
+        revision: Commit of the hub repository; the checksum of the bundled model; else ``None``.
     """
 
     directory: Path
@@ -31,31 +31,31 @@ class Snapshot:
 
     @property
     def is_openvino(self) -> bool:
-        """Whether this is a folder in OpenVINO's own format."""
+        """Whether the model is in OpenVINO's own format."""
         return self.weights == OPENVINO_MODEL
 
     @property
     def gguf(self) -> str | None:
-        """Name of the GGUF file, if it is one."""
+        """Name of the GGUF file; ``None`` for the other formats."""
         return None if self.is_openvino else self.weights
 
 
 def choose_weights(
     names: list[str], where: str, wanted: str | None = None, *, openvino: bool = False
 ) -> str | None:
-    """Which file holds the weights.
+    """Choose the file that holds the weights.
 
     Args:
-        names: Files there are, relative to the model's folder.
-        where: The repository or the folder, as MODEL__NAME names it.
-        wanted: The GGUF file that was asked for by name.
-        openvino: Whether OpenVINO may run the model; its own format is then taken first.
+        names: Paths of the files, relative to the model's folder.
+        where: The repository or the folder, as MODEL__NAME gives it.
+        wanted: The GGUF file that MODEL__NAME names, if it names one.
+        openvino: Whether OpenVINO may run the model; its own format is then preferred.
 
     Returns:
-        ``None`` for safetensors, else a GGUF file's name or :data:`OPENVINO_MODEL`.
+        ``None`` for safetensors, else the name of the GGUF file or :data:`OPENVINO_MODEL`.
 
     Raises:
-        ModelLoadError: There are only pickled weights, none at all, or several GGUF files.
+        ModelLoadError: The model has no weights, only pickled ones, or several GGUF files.
     """
     gguf = sorted(n for n in names if n.endswith(".gguf"))
     if wanted:
@@ -65,7 +65,7 @@ def choose_weights(
             f"{where} has no file {wanted}: correct MODEL__NAME; "
             f"it has {', '.join(gguf) or 'no GGUF file'}"
         )
-    # Subfolders hold other formats, or the parts of another kind of model.
+    # Subfolders hold other formats, or parts of other kinds of models.
     top = [n for n in names if "/" not in n]
     if openvino and OPENVINO_MODEL in top:
         return OPENVINO_MODEL

@@ -1,4 +1,4 @@
-"""The system message of chats that bring none: base_system.txt."""
+"""The default system message, prompts/base_system.txt."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ SYSTEM_PROMPT: Final = _FILE.read_text(encoding="utf-8").strip()
 
 
 def with_system_prompt(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """Messages behind a system message; a first one of the caller's takes its place."""
+    """``messages`` with the default system message first, unless they start with one."""
     if messages and messages[0]["role"] == "system":
         return list(messages)
     return [{"role": "system", "content": SYSTEM_PROMPT}, *messages]

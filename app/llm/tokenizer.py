@@ -1,12 +1,12 @@
-"""Text to token ids and back, in the API process, off its event loop.
+"""Text to token ids and back, in the API process.
 
-One thread owns the encoder: the ``tokenizers`` library is not safe to share between threads
-while its settings change. Decoding uses a second copy, on the event loop, where it takes
-microseconds.
+One thread encodes, off the event loop: the ``tokenizers`` library is not safe to share between
+threads while its settings change. Decoding takes microseconds, and uses a second copy of the
+tokenizer on the event loop.
 
-Text that callers wrote stays text. Where a message contains the spelling of a special token
-(``<|im_end|>``), the spelling is replaced by a placeholder before the chat template is rendered,
-and encoded as plain characters afterwards; a forged turn therefore never becomes a turn.
+A caller's text stays text. Where a message contains the spelling of a special token
+(``<|im_end|>``), a placeholder replaces the spelling before the chat template is rendered, and the
+spelling is encoded as plain characters afterwards. So a caller cannot forge a turn.
 """
 
 import asyncio
@@ -28,33 +28,35 @@ from app.utils.errors import ChatTemplateError
 
 T = TypeVar("T")
 
-# Stands in for a model that has no chat template of its own.
+# For models that have no chat template.
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 
-# Vocabularies of SentencePiece write the bytes of characters they lack like this.
+# SentencePiece vocabularies have such a token for each byte, for characters that they lack.
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 def template_library() -> ModuleType:
-    """The part of transformers that renders chat templates.
+    """Import the part of transformers that renders chat templates.
 
-    It takes most of a second to import, which is better spent while the model loads.
+    The first import takes most of a second: call this while the model loads.
     """
     return import_module("transformers.utils.chat_template_utils")
 
 
 class PromptTokenizer:
-    """Renders and encodes prompts for one model."""
+    """Renders and encodes prompts for one model.
+
+    Attributes:
+        decoder: The copy of the tokenizer for the event loop.
+        tool_format: How the model writes calls of tools.
+        template_tokens: Spellings of the special tokens that frame turns in the chat template.
+        special_token_ids: Ids of all special tokens.
+    """
 
     def __init__(self, info: EngineInfo) -> None:
-        """Build both copies of the tokenizer.
-
-        Args:
-            info: What the engine said about the model it loaded.
-        """
         self._encoder = Tokenizer.from_str(info.tokenizer_json)
         self._encoder.no_truncation()
         self._encoder.no_padding()
@@ -66,13 +68,13 @@ class PromptTokenizer:
         self._special = {
             token.content: token_id for token_id, token in added.items() if token.special
         }
-        # The spellings that frame turns. Others, such as <s>, may well be meant in an answer.
+        # The other special tokens, such as <s>, may be meant in an answer.
         self.template_tokens = tuple(t for t in self._special if t in self._template)
         self.special_token_ids = frozenset(self._special.values())
-        # Longest first: a token takes priority over the tokens it contains.
+        # Longest first, so that a token is found before the tokens that it contains.
         spellings = sorted(self._special, key=len, reverse=True)
         self._spelling = re.compile("|".join(map(re.escape, spellings)) or "(?!)")
-        # Private-use characters around a nonce nobody can guess: a caller cannot write one.
+        # A caller cannot write a placeholder, because nobody can guess the nonce in it.
         self._nonce = secrets.token_hex(8)
         self._placeholder = re.compile(f"\ue000{self._nonce}:(\\d+)\ue001")
         self._chat_mark = f"\ue000{self._nonce}!\ue001"
@@ -85,11 +87,11 @@ class PromptTokenizer:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
-        """Call one of the methods below on the owner's thread."""
+        """Call one of the methods below on the encoder's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
     def close(self) -> None:
-        """End the owner's thread."""
+        """End the encoder's thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()) -> str:
@@ -109,18 +111,18 @@ class PromptTokenizer:
         return self.encode_rendered(self.render_chat(messages, tools))
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()) -> str:
-        """The prompt for a chat, ending where the assistant is to speak.
+        """The prompt for a chat, which ends where the assistant's turn begins.
 
         Args:
-            messages: Each with ``role`` and ``content``, and ``token_ids`` where the content is
-                an answer whose tokens are known: these very tokens are then encoded.
-            tools: Functions that the model is told of.
+            messages: Each with ``role`` and ``content``. An earlier answer may have ``token_ids``:
+                these are then used in place of encoding its content.
+            tools: Functions that the model may call.
 
         Returns:
-            Text for :meth:`encode_rendered`; placeholders stand for special spellings in it.
+            Text for :meth:`encode_rendered`, with placeholders for spellings of special tokens.
 
         Raises:
-            ChatTemplateError: The model's template refuses the messages.
+            ChatTemplateError: The model's template rejects the messages.
         """
         messages = self.tool_format.for_template(messages, tools)
         if not self._takes_system:
@@ -136,13 +138,13 @@ class PromptTokenizer:
         if exact == plain:
             return rendered
         with_tokens = self._render(messages, exact, definitions)
-        # A template may look at an answer's text, or cut it: then the tokens would be wrong.
+        # Where the template reads or changes an answer's text, its tokens would be wrong.
         texts = dict(zip(exact, plain, strict=True))
         unchanged = self._exact.sub(lambda match: texts[match.group()], with_tokens) == rendered
         return with_tokens if unchanged else rendered
 
     def _probe_system_role(self) -> bool:
-        """Whether the template has a place for a system message; Gemma's first two refuse it."""
+        """Whether the template accepts a system message; those of Gemma 1 and 2 do not."""
         turns = [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]
         try:
             self._render(turns, ["x", "x"])
@@ -169,7 +171,7 @@ class PromptTokenizer:
                 **self._template_variables,
             )
         except jinja2.TemplateError as error:
-            # Templates raise in words meant for callers; anything longer is not one of these.
+            # The template's author wrote the text for callers; what is longer is something else.
             reason = " ".join(str(error).split())[:200]
             raise ChatTemplateError(
                 f"The model's chat template refuses these messages: {reason}", param="messages"
@@ -177,7 +179,7 @@ class PromptTokenizer:
         return str(rendered[0])
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token stands for; nothing for an id that is padding of the embeddings."""
+        """The bytes of one token; none for an id that only pads the embeddings."""
         if (added := self._added.get(token_id)) is not None:
             return added
         token = self.decoder.id_to_token(token_id) or ""
@@ -188,11 +190,11 @@ class PromptTokenizer:
         return token.replace("\u2581", " ").encode()
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a bare prompt, all of it plain text, with the model's own opening token."""
+        """Token ids of a bare prompt: plain text, with the special tokens that the model adds."""
         return self._encode(text, specials_are_text=True, add_special_tokens=True)
 
     def encode_rendered(self, rendered: str) -> list[int]:
-        """Token ids of what :meth:`render_chat` returned; only the template's specials count."""
+        """Token ids of a prompt from :meth:`render_chat`; its special tokens are the template's."""
         if self._nonce not in rendered:
             return self._encode(rendered)
         ids: list[int] = []
@@ -227,7 +229,7 @@ class PromptTokenizer:
         )
 
     def _escape_within(self, value: Any) -> Any:
-        """A JSON value with the strings in it escaped, names of members too."""
+        """A JSON value with every string in it escaped, names of members included."""
         if isinstance(value, str):
             return self._escape(value)
         if isinstance(value, Mapping):
@@ -238,7 +240,7 @@ class PromptTokenizer:
 
 
 def _fold_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The system message in front of the first user message, for templates that know no other."""
+    """Put the system message in front of the first user message, for templates without one."""
     if messages[0]["role"] != "system":
         return list(messages)
     system, *rest = messages

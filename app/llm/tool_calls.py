@@ -1,4 +1,4 @@
-"""Reads the calls out of a model's answer while it comes."""
+"""Parses the calls of tools in a model's answer while it arrives."""
 
 import re
 import uuid
@@ -9,7 +9,7 @@ from app.llm.detokenizer import overlap
 from app.llm.tools import ToolFormat
 
 _SPACE = " \t\r\n"
-# A function's name has at most 64 characters; white space may stand between the rest.
+# A function's name has at most 64 characters; the rest leaves room for white space.
 _LONGEST_HEAD = 256
 
 
@@ -18,9 +18,9 @@ class CallPiece:
     """A part of a call.
 
     Attributes:
-        index: Which call of the answer, from 0.
-        id: Of the call; on its first piece only.
-        name: The function's; on the first piece only.
+        index: Number of the call in the answer, from 0.
+        id: Id of the call; only in its first piece.
+        name: Name of the function; only in the first piece.
         arguments: A further part of the arguments' JSON text.
     """
 
@@ -34,27 +34,29 @@ Piece = str | CallPiece
 
 
 class ToolCallParser:
-    """Splits an answer that comes in pieces into text and calls.
+    """Splits one answer, which arrives in pieces, into text and calls.
 
-    What is not a call of a known function stays text, unchanged. White space beside calls goes.
+    Text that is not a call of a known function is passed on unchanged. White space around calls is
+    dropped.
+
+    Args:
+        form: How the model writes calls.
+        names: Names of the functions that may be called.
+
+    Attributes:
+        calls: Number of calls so far.
     """
 
     def __init__(self, form: ToolFormat, names: Collection[str]) -> None:
-        """Begin an answer.
-
-        Args:
-            form: How the model writes calls.
-            names: Functions that may be called.
-        """
         self._names = names
         self._trigger = form.trigger
         self._opening_length = len(form.opening)
-        # Not \s, which takes characters for white space that are none to JSON: what is taken here
-        # must be what is dropped where an answer is cut.
+        # Not \s, which matches more than JSON's white space. The same characters have to match
+        # here and where white space is stripped, or the text would depend on how it is cut.
         gap = f"[{_SPACE}]*"
         parts = (r"\{", '"name"', ":", r'"([\w-]+)"', ",", f'"{form.arguments_key}"', ":", "")
         self._head = re.compile(gap + gap.join(parts))
-        # Llama puts a semicolon between calls and nothing after them.
+        # Llama writes a semicolon between calls, and nothing after them.
         self._closing = "}" + form.closing
         self._separators = _SPACE if form.closing else _SPACE + ";"
         self._buffer = ""
@@ -64,7 +66,7 @@ class ToolCallParser:
         self.calls = 0
 
     def feed(self, text: str) -> list[Piece]:
-        """What a further part of the answer brings."""
+        """Parse a further part of the answer; returns the pieces that it completes."""
         self._buffer += text
         pieces: list[Piece] = []
         while self._state(pieces):
@@ -72,7 +74,7 @@ class ToolCallParser:
         return pieces
 
     def flush(self) -> list[Piece]:
-        """What was held back, once no more text can come."""
+        """The pieces held back; call this at the end of the answer."""
         rest, self._buffer = self._buffer, ""
         in_call = self._state != self._read_text
         if in_call or (self._after_call and not rest.strip(self._separators)):
@@ -80,7 +82,7 @@ class ToolCallParser:
         return [rest] if rest else []
 
     def _read_text(self, pieces: list[Piece]) -> bool:
-        """Pass text on up to a call; whether one begins."""
+        """Pass on the text before the next call; returns whether to go on parsing."""
         if self._after_call:
             self._buffer = self._buffer.lstrip(self._separators)
         at = self._buffer.find(self._trigger)
@@ -115,7 +117,7 @@ class ToolCallParser:
         return self._value.ended
 
     def _read_closing(self, _: list[Piece]) -> bool:
-        """Skip what closes a call, as far as it is there."""
+        """Skip the text that closes a call; returns whether to go on parsing."""
         matched = position = 0
         for position, character in enumerate(self._buffer):  # noqa: B007 - used after the loop
             if matched < len(self._closing) and character == self._closing[matched]:
@@ -132,7 +134,7 @@ class ToolCallParser:
         return True
 
     def _pass_text(self, pieces: list[Piece], length: int) -> None:
-        """Pass on the buffer's first characters, but for white space at their end."""
+        """Pass on the buffer's first characters without the white space at their end."""
         text = self._buffer[:length].rstrip(_SPACE)
         if text:
             pieces.append(text)
@@ -141,7 +143,7 @@ class ToolCallParser:
 
 
 class _JsonValue:
-    """Finds the end of one JSON value in text that comes in pieces."""
+    """Finds the end of one JSON value in text that arrives in pieces."""
 
     def __init__(self) -> None:
         self.began = self.ended = False
@@ -150,7 +152,7 @@ class _JsonValue:
         self._escaped = False
 
     def feed(self, text: str) -> int:
-        """How many of these characters belong to the value."""
+        """Read further text; returns how many of its characters belong to the value."""
         self.began = self.began or bool(text)
         for position, character in enumerate(text):
             if self._in_string:
@@ -161,7 +163,7 @@ class _JsonValue:
                 self._depth += 1
             elif character in "}]":
                 if self._depth == 0:
-                    # The object around a value that is a number or a word ends.
+                    # The value is a number or a word, and the object around it ends here.
                     self.ended = True
                     return position
                 self._depth -= 1

@@ -1,9 +1,9 @@
-"""Tools: how a model is told of functions, how it calls them, and how its calls are read.
+"""Tools: how a model learns of functions, and the text format in which it calls them.
 
-A model's chat template decides the form where it has one for tools: Hermes's, which Qwen and many
-others share, or Llama 3's. Models without one are told in the system message to use Hermes's.
-Calls in a conversation's history become the text that the model itself would have written, so that
-prompts are the same whether a session or the caller kept them.
+If the model's chat template has a format for tools, that is used: Hermes's, which Qwen and many
+others share, or Llama 3's. The other models get instructions in the system message to use
+Hermes's. Calls in a conversation's history become the text that the model would have written, so
+that prompts are the same whether a session or the caller kept the history.
 """
 
 import json
@@ -34,8 +34,8 @@ class Tool:
 
     Attributes:
         name: Letters, digits, ``_`` and ``-``.
-        description: What it is for.
-        parameters: JSON Schema of its arguments, an object; ``None`` for none.
+        description: What the function does.
+        parameters: JSON Schema of its arguments, which are an object; ``None`` for no arguments.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Tool:
     parameters: Mapping[str, Any] | None = None
 
     def definition(self) -> dict[str, Any]:
-        """The function as chat templates expect it."""
+        """The function in the form that chat templates expect."""
         function: dict[str, Any] = {"name": self.name}
         if self.description is not None:
             function["description"] = self.description
@@ -53,12 +53,12 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """What a request says about tools.
+    """The tools of one request.
 
     Attributes:
-        tools: What may be called.
-        choice: ``auto`` leaves it to the model, ``required`` makes it call; a tool's name makes it
-            call that one, written ``=name``.
+        tools: The functions.
+        choice: ``auto``: the model decides. ``required``: it calls at least one. ``=name``: it
+            calls the one with this name.
         parallel: Whether one answer may hold several calls.
     """
 
@@ -75,14 +75,14 @@ class ToolUse:
 
 
 class CalledFunction(TypedDict):
-    """A function and its arguments, as JSON text."""
+    """A function's name, and its arguments as JSON text."""
 
     name: str
     arguments: str
 
 
 class ToolCall(TypedDict):
-    """A call as OpenAI writes it."""
+    """A call in OpenAI's form."""
 
     id: str
     type: Literal["function"]
@@ -90,9 +90,9 @@ class ToolCall(TypedDict):
 
 
 class ChatMessage(TypedDict):
-    """A message as the services pass it; see :meth:`PromptTokenizer.render_chat`.
+    """A message of a chat; see :meth:`PromptTokenizer.render_chat`.
 
-    ``tool_calls`` are in messages of callers alone: :meth:`ToolFormat.as_text` makes them content.
+    Only messages from callers have ``tool_calls``: :meth:`ToolFormat.as_text` turns them into text.
     """
 
     role: str
@@ -106,11 +106,10 @@ class ToolFormat:
     """How a model writes calls.
 
     Attributes:
-        opening: What stands before a call's JSON object; may be empty.
-        closing: What stands after it; may be empty.
+        opening: Text before a call's JSON object; may be empty.
+        closing: Text after it; may be empty.
         arguments_key: Member of the object that holds the arguments.
-        in_template: Whether the chat template tells the model of the tools, and takes their
-            results.
+        in_template: Whether the chat template renders tools and their results.
     """
 
     opening: str
@@ -128,22 +127,22 @@ class ToolFormat:
 
     @property
     def trigger(self) -> str:
-        """The text with which every call begins."""
+        """The text that every call begins with."""
         return self.opening or '{"name": "'
 
     def grammar(self, use: ToolUse) -> TagsGrammar:
-        """What an answer must look like, so that its calls are calls of these tools."""
+        """The grammar of answers whose calls are calls of these tools."""
         tags = [
             Tag(self._head(t.name), json.dumps(t.parameters or _ANY_OBJECT), self._tail)
             for t in use.allowed
         ]
         required = use.choice != "auto"
-        # A named choice is for one call, as with OpenAI.
+        # A named tool is called once, as with OpenAI.
         single = not use.parallel or use.choice.startswith("=")
         return TagsGrammar(tags, self.trigger, required=required, single=single)
 
     def as_text(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-        """Messages without calls: each call is the text that the model would have written."""
+        """Messages whose calls are replaced by the text that the model would have written."""
         return [self._message_as_text(m) for m in messages]
 
     def _message_as_text(self, message: ChatMessage) -> ChatMessage:
@@ -160,7 +159,7 @@ class ToolFormat:
     def for_template(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]
     ) -> list[Mapping[str, Any]]:
-        """Messages for a template that knows nothing of tools; unchanged for one that does."""
+        """Messages with tools and results as text; unchanged if the template renders tools."""
         if self.in_template:
             return list(messages)
         converted = _results_as_user(messages)
@@ -180,14 +179,10 @@ DEFAULT_FORMAT = ToolFormat("<tool_call>", "</tool_call>", "arguments", in_templ
 
 
 def tool_format(template: str) -> ToolFormat:
-    """The form of calls that a chat template teaches.
-
-    Args:
-        template: The model's Jinja template.
-    """
+    """The format of calls that a Jinja chat template uses, or the default one."""
     if not re.search(r"\btools\b", template):
         return DEFAULT_FORMAT
-    # Qwen3-Coder has Hermes's tags around arguments in XML.
+    # Qwen3-Coder writes arguments as XML in Hermes's tags.
     if "<tool_call>" in template and "<function=" not in template:
         return _HERMES
     if "<|python_tag|>" in template and '"parameters": ' in template:
@@ -196,7 +191,7 @@ def tool_format(template: str) -> ToolFormat:
 
 
 def _results_as_user(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Tools' results as what the user says; those that follow each other in one message."""
+    """Turn results of tools into user messages; adjacent results share one message."""
     converted: list[Mapping[str, Any]] = []
     after_result = False
     for message in messages:

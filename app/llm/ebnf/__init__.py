@@ -1,7 +1,7 @@
-"""Grammars as EBNF, for engines whose library reads that: openvino-genai, and xgrammar inside it.
+"""Translates grammars to EBNF, which xgrammar reads, the library inside openvino-genai.
 
-The library's own translation of JSON Schema leaves keywords out with at most a line in the log,
-allows white space without an end, and mistakes some letters; so the translation is here, and what
-it cannot honour it refuses. It needs no engine, so that the API process refuses a grammar with the
-same code with which the engine process translates it. docs/adr/0017 has the measurements.
+xgrammar's own translation of JSON Schema ignores some keywords, allows endless white space, and
+gets some characters wrong. This translation rejects what it cannot enforce. It needs no engine, so
+the API process checks a grammar with the code that the engine process compiles it with.
+docs/adr/0017 has the measurements.
 """

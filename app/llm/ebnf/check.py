@@ -1,6 +1,6 @@
-"""The API process checks a grammar before the engine process sees it.
+"""Checks a grammar in the API process, before the engine process gets it.
 
-The compiler is imported with the first grammar: a service that is sent none does without it.
+The compiler is imported with the first grammar, because most services get none.
 """
 
 import asyncio
@@ -16,18 +16,18 @@ from app.llm.engine.base import (
 from app.utils.errors import InvalidGrammarError
 
 MAX_CHARACTERS: Final = 64 * 1024
-"""Of a grammar's schemas and texts together. Reading one of these takes tens of milliseconds."""
+"""Limit for a grammar's schemas and texts together, whose check takes tens of milliseconds."""
 
 
 async def check_grammar(grammar: Grammar, info: EngineInfo) -> None:
-    """Refuse a grammar that cannot be compiled, or that would not be honoured in full.
+    """Reject a grammar that cannot be compiled, or that would not be enforced in full.
 
-    It is translated as for the openvino backend, whatever runs, so that all refuse the same; only
-    how many characters may be counted depends on the backend. The time of that is bounded by the
-    limits it sets, and it is spent off the event loop.
+    The grammar is translated as for the openvino backend, so that every backend rejects the same
+    grammars; only the limit on counted characters depends on the backend. The translation runs in
+    a thread, and its limits bound its time.
 
     Raises:
-        InvalidGrammarError: Saying why.
+        InvalidGrammarError: It says why.
     """
     if _size(grammar) > MAX_CHARACTERS:
         raise InvalidGrammarError(
@@ -51,7 +51,7 @@ def _translate(grammar: Grammar, vocabulary_size: int | None) -> None:
 
 
 def grammar_param(grammar: Grammar) -> str:
-    """The request field that a grammar comes from."""
+    """Name of the request field that holds the grammar."""
     return "tools" if isinstance(grammar, TagsGrammar) else "response_format"
 
 

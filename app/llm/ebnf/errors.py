@@ -1,8 +1,8 @@
-"""Why a grammar cannot be honoured."""
+"""The error of a grammar that cannot be enforced."""
 
 
 class GrammarError(ValueError):
-    """A grammar that cannot be compiled, or that says more than would be honoured.
+    """A grammar cannot be compiled, or has a rule that would not be enforced.
 
-    The message goes to callers: a clause about the grammar, with at most a keyword of theirs.
+    The message goes to callers: a clause about the grammar, which quotes a keyword at most.
     """

@@ -1,4 +1,4 @@
-"""The grammars of a request as EBNF."""
+"""Translates the grammar of a request to EBNF."""
 
 import json
 import math
@@ -10,23 +10,23 @@ from app.llm.ebnf.schema import SchemaCompiler
 from app.llm.ebnf.writer import Rules, alternatives, literal, one_of, optional, sequence
 from app.llm.engine.base import Grammar, JsonSchemaGrammar, RegexGrammar, TagsGrammar
 
-# Compiling these takes 0.4 s on two cores, in which the engine does nothing else. Measured with
-# vocabularies of 49,152 and 256,000: five times the tokens take about ten times as long.
+# The library takes 0.4 s on two cores to compile this many, while the engine does nothing else.
+# Measured with vocabularies of 49,152 and 256,000: five times the tokens take ten times as long.
 _COUNTED_CHARACTERS = 100
 _VOCABULARY = 50_000
 
 
 def to_ebnf(grammar: Grammar, vocabulary_size: int | None) -> str:
-    """A grammar in xgrammar's dialect; its first rule is ``root``.
+    """Translate a grammar to xgrammar's dialect of EBNF; its first rule is ``root``.
 
     Args:
-        grammar: What the answer must look like.
-        vocabulary_size: Of the model. The more tokens there are, the longer the library takes to
-            compile counted characters, and the fewer may be counted. ``None`` asks whether the
-            grammar can be honoured by an engine to which they cost nothing.
+        grammar: The grammar of the answer.
+        vocabulary_size: Number of the model's tokens. The more there are, the longer the library
+            takes to compile counted characters, and the fewer may be counted. ``None`` is for an
+            engine to which counted characters cost nothing.
 
     Raises:
-        GrammarError: It cannot be compiled, or says more than would be honoured.
+        GrammarError: The grammar cannot be compiled, or would not be enforced in full.
     """
     rules = Rules(_budget(vocabulary_size))
     if isinstance(grammar, JsonSchemaGrammar):
@@ -44,10 +44,10 @@ def _budget(vocabulary_size: int | None) -> float:
 
 
 def parse_schema(text: str) -> Any:
-    """A JSON schema from its text.
+    """Parse the text of a JSON schema.
 
     Raises:
-        GrammarError: It is not JSON.
+        GrammarError: The text is not JSON.
     """
     try:
         return json.loads(text)
@@ -61,12 +61,12 @@ def _tags(grammar: TagsGrammar, rules: Rules) -> str:
     parts = []
     for tag in grammar.tags:
         value = SchemaCompiler(parse_schema(tag.schema), rules).compile()
-        # Where text may stand beside the tags, the library has read the trigger already.
+        # If the answer may hold other text, the library has consumed the trigger by then.
         begin = tag.begin if grammar.required else tag.begin[len(grammar.trigger) :]
         parts.append(sequence([literal(begin), value, literal(tag.end)]))
     tagged = rules.name(alternatives(parts))
     if not grammar.required:
-        # The library reads this as one string; see writer.literal for what must not be in it.
+        # The library wants one string here: literal() writes several where a character needs it.
         trigger = literal(grammar.trigger)
         if not grammar.trigger or not grammar.trigger.isascii() or '" "' in trigger:
             raise GrammarError("the trigger is empty or not plain text")

@@ -1,4 +1,7 @@
-"""Looking at JSON schemas: keywords, types, references, and what tells two of them apart."""
+"""Reads JSON schemas: keywords, types, references, and whether two schemas exclude each other.
+
+A malformed schema raises :class:`GrammarError`.
+"""
 
 import json
 from collections.abc import Mapping
@@ -28,7 +31,7 @@ ANNOTATIONS: Final = frozenset(
         "definitions",
     ]
 )
-"""Keywords that say nothing of the answer's form."""
+"""Keywords that do not restrict the answer."""
 
 _NUMBER = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
 BY_TYPE: Final[dict[str, frozenset[str]]] = {
@@ -40,13 +43,13 @@ BY_TYPE: Final[dict[str, frozenset[str]]] = {
     "boolean": frozenset(),
     "null": frozenset(),
 }
-"""Keywords that say what a value of a type is like."""
+"""Keywords that restrict the values of each type."""
 
 COMBINING: Final = ("$ref", "const", "enum", "allOf", "anyOf", "oneOf")
-"""Keywords of which a schema has one, if any, and then none of :data:`BY_TYPE`."""
+"""Keywords of which a schema may have one, and then none of :data:`BY_TYPE`."""
 
 _KNOWN = frozenset(("type", *COMBINING)).union(*BY_TYPE.values())
-# Values with which a keyword that is not supported says nothing.
+# Values with which an unsupported keyword does not restrict the answer.
 _SAYS_NOTHING: Final[dict[str, Any]] = {
     "uniqueItems": False,
     "minProperties": 0,
@@ -65,11 +68,7 @@ _PYTHON_TYPES: Final[dict[str, tuple[type, ...]]] = {
 
 
 def check(schema: Schema) -> None:
-    """Refuse a schema with a keyword that would not be honoured.
-
-    Raises:
-        GrammarError: It names the first of them.
-    """
+    """Reject a schema with a keyword that would not be enforced."""
     for keyword, value in schema.items():
         if keyword in _KNOWN or keyword in ANNOTATIONS or keyword.startswith("x-"):
             continue
@@ -82,11 +81,7 @@ def check(schema: Schema) -> None:
 
 
 def types(schema: Schema) -> list[str] | None:
-    """The types that a schema names; ``None`` where it names none.
-
-    Raises:
-        GrammarError: There is no such type.
-    """
+    """The types that a schema names; ``None`` if it names none."""
     given = schema.get("type")
     if given is None:
         return None
@@ -97,16 +92,12 @@ def types(schema: Schema) -> list[str] | None:
 
 
 def meant(schema: Schema) -> list[str]:
-    """The types whose keywords a schema has."""
+    """The types to which a schema's keywords belong."""
     return [t for t, names in BY_TYPE.items() if t != "integer" and names & schema.keys()]
 
 
 def values(schema: Schema) -> list[Any] | None:
-    """The values that a schema lists, of the type it names; ``None`` where it lists none.
-
-    Raises:
-        GrammarError: ``enum`` is not a list.
-    """
+    """The values that a schema lists, if they have its type; ``None`` if it lists none."""
     if "const" not in schema and "enum" not in schema:
         return None
     listed = schema["enum"] if "enum" in schema else [schema["const"]]
@@ -123,11 +114,7 @@ def _is(value: Any, name: str) -> bool:
 
 
 def count(schema: Schema, keyword: str) -> int | None:
-    """The value of a keyword that counts something.
-
-    Raises:
-        GrammarError: It is not a whole number from 0 up.
-    """
+    """The value of a keyword that is a count, such as ``minItems``; ``None`` if it is absent."""
     value = schema.get(keyword)
     if value is None:
         return None
@@ -139,11 +126,7 @@ def count(schema: Schema, keyword: str) -> int | None:
 
 
 def bound(schema: Schema, keyword: str) -> Decimal | None:
-    """The value of a keyword that bounds a number.
-
-    Raises:
-        GrammarError: It is not a number.
-    """
+    """The value of a keyword that bounds numbers; ``None`` if it is absent."""
     value = schema.get(keyword)
     if value is None:
         return None
@@ -156,11 +139,7 @@ def bound(schema: Schema, keyword: str) -> Decimal | None:
 
 
 def resolve(root: Any, reference: Any) -> Any:
-    """The part of a schema that a ``$ref`` names.
-
-    Raises:
-        GrammarError: There is no such part, or it is elsewhere.
-    """
+    """The part of the schema ``root`` that a ``$ref`` names."""
     if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
         raise GrammarError("a $ref leads out of the schema")
     part = root
@@ -176,7 +155,7 @@ def resolve(root: Any, reference: Any) -> Any:
 
 
 def apart(root: Any, first: Any, second: Any, *, depth: int = 3) -> bool:
-    """Whether no value can be of both schemas; ``False`` also where that cannot be told."""
+    """Whether no value can match both schemas; ``False`` also if that is not certain."""
     first, second = target(root, first), target(root, second)
     one, other = values(first), values(second)
     if one is not None and other is not None:
@@ -194,7 +173,7 @@ def apart(root: Any, first: Any, second: Any, *, depth: int = 3) -> bool:
 
 
 def target(root: Any, schema: Any) -> Schema:
-    """What a chain of references leads to; nothing is known of one that leads nowhere."""
+    """The schema at the end of a chain of references; empty if the chain has no end."""
     for _ in range(8):
         if not isinstance(schema, dict) or "$ref" not in schema:
             break

@@ -1,4 +1,7 @@
-"""Numbers between bounds, as expressions over their decimal digits."""
+"""Writes numbers between bounds as expressions over their decimal digits.
+
+Bounds without a number between them, or with too many digits, raise :class:`GrammarError`.
+"""
 
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
@@ -7,24 +10,24 @@ from typing import Final
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.writer import EMPTY, alternatives, literal, one_of, optional, repeat, sequence
 
-# Digits of a number that has no bound: without an end a small model goes on and on. A reader that
-# keeps 64-bit floats loses none of them.
+# Digits of a number without a bound: a small model would not stop by itself. A 64-bit float holds
+# the whole digits exactly.
 _WHOLE_DIGITS: Final = 15
 _DECIMALS = 6
-# Digits that a bound may have, on either side of the point.
+# Maximum number of digits of a bound, on either side of the point.
 _MOST_DIGITS = 20
-_NONE = "no number lies between the bounds"
+_NONE = "there is no number between the bounds"
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number must lie between; ``None`` is no bound.
+    """The bounds of a number; ``None`` is no bound.
 
     Attributes:
-        minimum: The smallest.
-        maximum: The largest.
-        above: It is larger than this.
-        below: It is smaller than this.
+        minimum: The smallest value.
+        maximum: The largest value.
+        above: Every value is larger than this.
+        below: Every value is smaller than this.
     """
 
     minimum: Decimal | None = None
@@ -34,14 +37,14 @@ class Bounds:
 
     @property
     def given(self) -> list[Decimal]:
-        """Those that there are."""
+        """The bounds that are not ``None``."""
         every = (self.minimum, self.maximum, self.above, self.below)
         return [bound for bound in every if bound is not None]
 
     def scaled(self, decimals: int) -> tuple[int, int]:
-        """The first and the last number of so many decimals, as multiples of the last place.
+        """The first and the last number with this many decimals, in units of the last place.
 
-        The first may be larger than the last: then there is none.
+        If there is no such number, the first is larger than the last.
         """
         largest = 10 ** (_WHOLE_DIGITS + decimals) - 1
         first, last = [-largest], [largest]
@@ -61,28 +64,20 @@ def _scale(bound: Decimal, decimals: int, rounding: str) -> int:
 
 
 def integer(bounds: Bounds) -> str:
-    """A whole number.
-
-    Raises:
-        GrammarError: There is no such number, or a bound has too many digits.
-    """
+    """The expression of a whole number."""
     _check(bounds)
     return _in_range(*bounds.scaled(0), decimals=0)
 
 
 def number(bounds: Bounds) -> str:
-    """A whole number or one with decimals, without an exponent.
-
-    Raises:
-        GrammarError: There is no such number, or a bound has too many digits.
-    """
+    """The expression of a whole number or one with decimals, without an exponent."""
     _check(bounds)
     if not bounds.given:
         return sequence(
             [optional(literal("-")), _digits(0, 10 ** (_WHOLE_DIGITS + _DECIMALS) - 1, _DECIMALS)]
         )
     places = [-int(bound.as_tuple().exponent) for bound in bounds.given]
-    # One place more than the bounds have lies between any two of them.
+    # With one decimal more than the bounds have, there is a number between any two of them.
     decimals = max(1, *places) + 1
     whole, fine = bounds.scaled(0), bounds.scaled(decimals)
     ranges = [(r, n) for r, n in ((whole, 0), (fine, decimals)) if r[0] <= r[1]]
@@ -98,11 +93,7 @@ def _check(bounds: Bounds) -> None:
 
 
 def _in_range(first: int, last: int, *, decimals: int) -> str:
-    """Multiples of the last of so many decimals.
-
-    Raises:
-        GrammarError: There is none.
-    """
+    """Numbers from ``first`` to ``last``, in units of the last of this many decimals."""
     if first > last:
         raise GrammarError(_NONE)
     parts = []
@@ -114,7 +105,7 @@ def _in_range(first: int, last: int, *, decimals: int) -> str:
 
 
 def _digits(first: int, last: int, decimals: int) -> str:
-    """Numbers from 0 up, by how many digits they have; all have one before the point."""
+    """Numbers from 0 up, one alternative per length; each has a digit before the point."""
     shortest = max(len(str(first)), decimals + 1)
     longest = max(len(str(last)), shortest)
     parts, whole_lengths = [], []
@@ -133,7 +124,7 @@ def _digits(first: int, last: int, decimals: int) -> str:
 
 
 def _between(low: str, high: str, decimals: int) -> str:
-    """Digits of one length between two of that length; a point stands before ``decimals``."""
+    """Digits between two of the same length, with a point before the last ``decimals``."""
     if not low:
         return EMPTY
     if set(low) == {"0"} and set(high) == {"9"}:
@@ -157,7 +148,7 @@ def _between(low: str, high: str, decimals: int) -> str:
 
 
 def _any_digits(count: int, decimals: int) -> str:
-    """That many digits; those after the point may be left out from the end, since they may be 0."""
+    """This many digits; zeros at the end of the decimals may be left out."""
     if count < decimals:
         return repeat(_digit("0", "9"), 0, count)
     whole = count - decimals
@@ -165,7 +156,7 @@ def _any_digits(count: int, decimals: int) -> str:
 
 
 def _fraction(decimals: int) -> str:
-    """The point and so many digits at most, or nothing."""
+    """The point and at most this many digits, or nothing."""
     if decimals == 0:
         return EMPTY
     return optional(sequence([literal("."), repeat(_digit("0", "9"), 1, decimals)]))

@@ -1,7 +1,7 @@
-"""Regular expressions: a parser for what can be honoured, and their form as EBNF.
+"""Parses regular expressions and writes them as EBNF.
 
-Read is what JSON Schema recommends of ECMA-262 and more: alternatives, groups, classes, the usual
-escapes and quantifiers. What looks around or back is refused.
+Supported is the subset of ECMA-262 that JSON Schema recommends, and more: alternatives, groups,
+classes, the usual escapes and quantifiers. Lookarounds and backreferences are rejected.
 """
 
 import math
@@ -15,18 +15,18 @@ from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.writer import EMPTY, Range
 
 MAX_LENGTH: Final = 10_000
-"""Characters of a regular expression."""
+"""Maximum number of characters of a regular expression."""
 
 _MAX_DEPTH = 32
-# More than 128 the library counts at run time, which takes a second for a token.
+# xgrammar counts more repetitions at run time, which takes a second for each token.
 _MAX_COUNT = 128
-# Positions of the expression written out, which is what compiling it costs.
+# Characters of the expression with its repetitions written out: the cost of compiling it.
 _MAX_POSITIONS = 10_000
 
 _DIGITS: list[Range] = [(0x30, 0x39)]
 _WORD: list[Range] = [(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)]
 _SPACE: list[Range] = [(0x09, 0x0D), (0x20, 0x20)]
-# The negated ones hold no letters beyond ASCII: which of them are meant depends on who is asked.
+# Negated classes hold ASCII only: dialects differ on which other letters are in them.
 _CLASSES: dict[str, list[Range]] = {
     "d": _DIGITS,
     "w": _WORD,
@@ -49,21 +49,21 @@ class Characters:
 
 @dataclass(frozen=True)
 class Sequence:
-    """One after the other."""
+    """The parts, one after the other."""
 
     parts: tuple["Node", ...]
 
 
 @dataclass(frozen=True)
 class Alternatives:
-    """Any one of them."""
+    """One of the options."""
 
     options: tuple["Node", ...]
 
 
 @dataclass(frozen=True)
 class Repeat:
-    """The part, so often; ``None`` is no limit."""
+    """The part, ``least`` to ``most`` times; ``None`` is no limit."""
 
     part: "Node"
     least: int
@@ -83,15 +83,15 @@ _ANY_TEXT = Repeat(Characters(tuple(writer.complement([]))), 0, None)
 
 
 def parse(pattern: str, *, whole: bool) -> Node:
-    """Read a regular expression; what is returned holds no anchors.
+    """Parse a regular expression into a tree without anchors.
 
     Args:
         pattern: The expression.
-        whole: Whether it describes the whole text; otherwise text may stand beside it wherever it
-            has no anchor, as in JSON Schema.
+        whole: Whether it has to match the whole text. Otherwise other text may come before and
+            after a match where there is no anchor, as in JSON Schema.
 
     Raises:
-        GrammarError: It is malformed, too large, or uses what cannot be honoured.
+        GrammarError: The expression is malformed, too large, or uses an unsupported feature.
     """
     if len(pattern) > MAX_LENGTH:
         raise GrammarError(f"a regular expression has more than {MAX_LENGTH} characters")
@@ -147,7 +147,7 @@ class _Parser:
             if quantified or isinstance(node, Anchor):
                 raise GrammarError("a regular expression repeats what cannot be repeated")
             node, quantified = Repeat(node, *bounds), True
-            # Lazy or not, the texts that match are the same.
+            # A lazy quantifier matches the same texts.
             self._takes("?")
         return node
 
@@ -245,7 +245,7 @@ class _Parser:
 
 
 def _anchored(node: Node, *, whole: bool) -> Node:
-    """Each alternative without its anchors, and with any text where it has none."""
+    """Remove the anchors of each alternative, and add any text where there is none."""
     if isinstance(node, Alternatives):
         return Alternatives(tuple(_anchored(option, whole=whole) for option in node.options))
     parts = list(node.parts) if isinstance(node, Sequence) else [node]
@@ -278,14 +278,14 @@ def _positions(node: Node) -> int:
         case Sequence(parts) | Alternatives(parts):
             return sum(map(_positions, parts))
         case Repeat(part, least, most):
-            # Without a limit, what may come again is written once more.
+            # Without a limit, the part is written once more for the further repetitions.
             return _positions(part) * (least + 1 if most is None else max(1, most))
         case _:
             return 1
 
 
 def lengths(node: Node) -> tuple[int, float]:
-    """How many characters a match has, at least and at most; ``math.inf`` is no limit."""
+    """Minimum and maximum number of characters of a match; ``math.inf`` is no limit."""
     match node:
         case Sequence(parts):
             every = [lengths(part) for part in parts]
@@ -303,7 +303,7 @@ def lengths(node: Node) -> tuple[int, float]:
 
 
 def cost(node: Node) -> float:
-    """What compiling it costs, in the unit of :func:`writer.cost_of`."""
+    """Cost of compiling a tree, in the unit of :func:`writer.cost_of`."""
     match node:
         case Sequence(parts) | Alternatives(parts):
             return sum(map(cost, parts))
@@ -316,12 +316,11 @@ def cost(node: Node) -> float:
 
 
 def expression(node: Node, characters: Callable[[tuple[Range, ...]], str]) -> str:
-    """A parsed regular expression as EBNF.
+    """A tree as EBNF.
 
     Args:
-        node: From :func:`parse`.
-        characters: The expression of one character of some ranges, which depends on where it
-            stands: in a JSON string some are written as escapes.
+        node: The tree from :func:`parse`.
+        characters: Writes one character of some ranges; a JSON string needs escapes for some.
     """
     match node:
         case Sequence(parts):
@@ -337,7 +336,7 @@ def expression(node: Node, characters: Callable[[tuple[Range, ...]], str]) -> st
 
 
 def canonical(node: Node) -> str:
-    """A parsed regular expression in the plainest spelling, that every engine reads alike."""
+    """A tree as a regular expression that every engine reads in the same way."""
     match node:
         case Sequence(parts):
             return "".join(map(canonical, parts))

@@ -1,8 +1,8 @@
-"""JSON Schema as EBNF.
+"""Translates JSON Schema to EBNF.
 
-The answers of the grammar are some of those that the schema allows, never others: JSON on one
-line, properties in the order of the schema, and none that it does not list. What cannot be said
-that way is refused, never left out.
+Every answer of the grammar is valid under the schema, but not the reverse: answers are JSON on one
+line, with properties in the order of the schema and no unlisted ones. A schema that is malformed,
+too large, cannot be satisfied or cannot be translated in full raises :class:`GrammarError`.
 """
 
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from app.llm.ebnf.keywords import Schema
 from app.llm.ebnf.writer import EMPTY, Rules, alternatives, literal, optional, repeat, sequence
 
 MAX_ITEMS: Final = 1_000
-"""Largest minItems and maxItems."""
+"""Limit for minItems and maxItems."""
 
 MAX_PARTS: Final = 1_000
-"""Properties and values of enums together."""
+"""Limit for properties and values of enums together."""
 
 MAX_OPTIONAL: Final = 100
-"""Properties of one object that may be left out: each token has all those that follow to choose."""
+"""Limit for optional properties of one object, since any of those left may come next."""
 
 MAX_DEPTH: Final = 32
-"""Objects, arrays and alternatives inside each other."""
+"""Limit for nested objects, arrays and alternatives."""
 
-# Pairs of schemas that oneOf has compared, of which each takes microseconds.
+# Limit for pairs of schemas that oneOf compares; each pair takes microseconds.
 _MAX_PAIRS = 3_000
 
 _BOOLEAN = alternatives([literal("true"), literal("false")])
@@ -33,12 +33,12 @@ _BOOLEAN = alternatives([literal("true"), literal("false")])
 
 @dataclass(frozen=True)
 class _Path:
-    """How a part of the schema was reached.
+    """The way from the root of the schema to one of its parts.
 
     Attributes:
-        depth: Parts around it.
+        depth: Number of parts around this one.
         forced: References on the way that every answer has to follow.
-        unwritten: References on the way since when nothing was written.
+        unwritten: References on the way after which the grammar has written nothing yet.
     """
 
     depth: int = 0
@@ -46,11 +46,10 @@ class _Path:
     unwritten: frozenset[str] = frozenset()
 
     def inside(self, *, forced: bool) -> "_Path":
-        """A part of an object or an array, and whether it cannot be left out."""
+        """The path to a part of an object or array; ``forced`` if every answer has the part."""
         return self._deeper(self.forced if forced else frozenset(), frozenset())
 
     def option(self) -> "_Path":
-        """One of several alternatives."""
         return self._deeper(frozenset(), self.unwritten)
 
     def _deeper(self, forced: frozenset[str], unwritten: frozenset[str]) -> "_Path":
@@ -59,7 +58,6 @@ class _Path:
         return _Path(self.depth + 1, forced, unwritten)
 
     def follow(self, reference: str) -> "_Path":
-        """What a reference names."""
         if reference in self.forced | self.unwritten:
             raise GrammarError("a $ref leads to itself, so that no answer could end")
         one = frozenset((reference,))
@@ -67,15 +65,14 @@ class _Path:
 
 
 class SchemaCompiler:
-    """Compiles one JSON schema."""
+    """Compiles one JSON schema.
+
+    Args:
+        schema: Parsed JSON, with numbers as int and float.
+        rules: Gets the rules that the schema needs.
+    """
 
     def __init__(self, schema: Any, rules: Rules) -> None:
-        """Take a schema.
-
-        Args:
-            schema: Parsed JSON; numbers as int and float.
-            rules: Where to define the rules that it needs.
-        """
         self._root = schema
         self._rules = rules
         self._references: dict[str, str] = {}
@@ -86,12 +83,7 @@ class SchemaCompiler:
         self._parts = 0
 
     def compile(self) -> str:
-        """The values of the schema, as an expression.
-
-        Raises:
-            GrammarError: It is malformed, too large, cannot be satisfied, or has a keyword that
-                would not be honoured.
-        """
+        """The expression of the values that match the schema."""
         return self._value(self._root, _Path())
 
     def _value(self, schema: Any, path: _Path) -> str:
@@ -150,7 +142,7 @@ class SchemaCompiler:
             raise GrammarError("oneOf is not supported where a value could be of two; use anyOf")
 
     def _check_type(self, schema: Schema, parts: list[Any]) -> None:
-        """A type beside other schemas must be what they say, too."""
+        """Reject a type beside schemas that allow other types."""
         if (named := keywords.types(schema)) is None:
             return
         for part in parts:
@@ -159,7 +151,7 @@ class SchemaCompiler:
                 raise GrammarError("type beside $ref, allOf, anyOf or oneOf is not supported")
 
     def _typed(self, schema: Schema, path: _Path) -> str:
-        # Without a type, the keywords say which is meant.
+        # A schema without a type gets the types that its keywords belong to.
         names = keywords.types(schema) or keywords.meant(schema)
         if not names:
             return self._anything()
@@ -212,7 +204,7 @@ class SchemaCompiler:
         return self._rules.name(sequence([strings.as_written(name), self._colon, value]))
 
     def _members(self, members: list[tuple[str, bool]]) -> str:
-        """Members in order, each with whether it must be there, and commas between them."""
+        """Members in order with commas between them; each is paired with whether it is required."""
         first = next((i for i, (_, required) in enumerate(members) if required), None)
         if first is None:
             return self._optional_members([member for member, _ in members])
@@ -224,7 +216,7 @@ class SchemaCompiler:
         return sequence(parts)
 
     def _optional_members(self, members: list[str]) -> str:
-        """Any of the members: one of them comes first, and the others after a comma."""
+        """Any of the members in order: one comes first, and each other one after a comma."""
         beginnings, rest = [], EMPTY
         for member in reversed(members):
             beginnings.append(sequence([member, rest]))
@@ -233,7 +225,7 @@ class SchemaCompiler:
         return alternatives([EMPTY, *reversed(beginnings)])
 
     def _map(self, others: Any, path: _Path) -> str:
-        """An object of any names."""
+        """An object whose members may have any names."""
         if others is False:
             return literal("{}")
         value = self._value(others, path.inside(forced=False))
@@ -284,10 +276,9 @@ class SchemaCompiler:
         return sequence([literal("["), f" {self._comma} ".join(items), literal("]")])
 
     def _anything(self) -> str:
-        """Any JSON value."""
         if self._json is None:
             self._json = self._rules.reserve()
-            # Every integer is a number.
+            # Integers are numbers already.
             names = [name for name in keywords.BY_TYPE if name != "integer"]
             kinds = [self._of_type(name, {}, _Path()) for name in names]
             self._rules.define(self._json, alternatives(kinds))

@@ -1,4 +1,7 @@
-"""JSON strings: plain, of some length, of a pattern, of a format."""
+"""Writes JSON strings as expressions: by length, by pattern or by format.
+
+A length or a pattern that cannot be enforced raises :class:`GrammarError`.
+"""
 
 import json
 import math
@@ -9,16 +12,16 @@ from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.writer import Range, Rules, alternatives, literal, one_of, repeat, sequence
 
 MAX_LENGTH: Final = 10_000
-"""Largest minLength and maxLength; no answer is longer."""
+"""Limit for minLength and maxLength; no answer is longer."""
 
-# More characters xgrammar counts at run time, at a second for each token.
+# xgrammar counts more characters at run time, which takes a second for each token.
 _MAX_COMPILED_LENGTH = 128
 
 _QUOTE = literal('"')
 _MUST_BE_ESCAPED: list[Range] = [(0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C)]
 _PLAIN: list[Range] = writer.complement(_MUST_BE_ESCAPED)
 _SHORT_ESCAPES = {'"': '"', "\\": "\\", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
-# Without \uXXXX, with which a small model writes half characters: all can be said without.
+# \uXXXX is left out: a small model writes half characters with it, and nothing else needs it.
 _ESCAPE = sequence([literal("\\"), one_of(writer.union((ord(c), ord(c)) for c in '"\\/bfnrt'))])
 
 _YEAR = "(000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
@@ -46,15 +49,11 @@ FORMATS: Final = {
     "uuid": "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
     "uri": rf"https?://{_HOST}(:[0-9]{{1,4}})?(/[A-Za-z0-9._~-]*)*(\?[A-Za-z0-9._~=&-]*)?",
 }
-"""Formats that are honoured, as regular expressions; some leave out rare spellings."""
+"""Supported formats as regular expressions; some leave out rare spellings."""
 
 
 def plain(rules: Rules, least: int, most: int | None) -> str:
-    """A string of so many characters; if they are counted, of such as need no escape.
-
-    Raises:
-        GrammarError: There is none, or a number is too large.
-    """
+    """A string of ``least`` to ``most`` characters; counted characters need no escape."""
     longest = _MAX_COMPILED_LENGTH if rules.is_compiled else MAX_LENGTH
     if max(least, most or 0) > longest:
         raise GrammarError(f"minLength or maxLength is above {longest}")
@@ -67,17 +66,13 @@ def plain(rules: Rules, least: int, most: int | None) -> str:
 
 
 def _open_end(name: str) -> str:
-    """The rest of a string that may go on, by a rule of this name; the fastest form at run time."""
+    """The rest of a string without an end, as the rule ``name``: the fastest form at run time."""
     going_on = [sequence([one_of(_PLAIN), name]), sequence([_ESCAPE, name])]
     return alternatives([_QUOTE, *going_on])
 
 
 def matching(rules: Rules, node: regex.Node, least: int, most: int | None) -> str:
-    """A string that matches a parsed regular expression, and has so many characters.
-
-    Raises:
-        GrammarError: The lengths do not follow from the expression.
-    """
+    """A string that matches a parsed regular expression, of ``least`` to ``most`` characters."""
     shortest, longest = regex.lengths(node)
     if shortest < least or longest > (math.inf if most is None else most):
         raise GrammarError(
@@ -89,9 +84,9 @@ def matching(rules: Rules, node: regex.Node, least: int, most: int | None) -> st
 
 
 def _in_string(ranges: tuple[Range, ...]) -> str:
-    """One character of these ranges as it is written in a JSON string.
+    """One character of these ranges as a JSON string spells it.
 
-    What needs an escape is left out where many other characters are allowed.
+    Characters that need an escape are left out if more than 128 characters are allowed.
     """
     plain_ranges = writer.complement([*writer.complement(ranges), *_MUST_BE_ESCAPED])
     found = [one_of(plain_ranges)] if plain_ranges else []
@@ -105,11 +100,7 @@ def _in_string(ranges: tuple[Range, ...]) -> str:
 
 
 def as_written(value: object) -> str:
-    """The one JSON text of a value.
-
-    Raises:
-        GrammarError: It has none.
-    """
+    """The JSON text of a value, as an expression."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()

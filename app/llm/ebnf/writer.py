@@ -1,6 +1,7 @@
-"""Expressions and rules of the EBNF dialect that xgrammar reads.
+"""Writes expressions and rules of the EBNF dialect that xgrammar reads.
 
-An expression is its text. Every function here returns one that can stand in a sequence as it is.
+An expression is a string. Every function here returns one that needs no brackets in a sequence.
+A grammar that is too large or too costly raises :class:`GrammarError`.
 """
 
 import math
@@ -13,21 +14,21 @@ EMPTY: Final = '""'
 """The expression of the empty text."""
 
 MAX_TEXT: Final = 100_000
-"""Characters of all rules together; a schema needs about as many as it has itself."""
+"""Limit for the characters of all rules; a schema needs about as many as it has itself."""
 
 Range = tuple[int, int]
 """Code points, both ends included."""
 
 LAST_CODE_POINT: Final = 0x10FFFF
-# xgrammar compiles what it has printed itself, and prints these as \xN: whatever hexadecimal digit
-# follows one in a string would be read as part of it. Each is a string of its own therefore.
+# xgrammar prints a grammar before it compiles it, and prints these as \xN. It would read a
+# hexadecimal digit that follows in the string as part of N, so each of them is a string by itself.
 _PRINTED_AS_HEX = frozenset((*range(0x20), *range(0x7F, 0x100)))
 _CARET = ord("^")
 _ESCAPED = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def literal(text: str) -> str:
-    """Exactly this text."""
+    """The expression of exactly this text."""
     strings: list[str] = []
     run = ""
     for character in text:
@@ -47,11 +48,11 @@ def _escape(character: str) -> str:
 
 
 def one_of(ranges: Sequence[Range]) -> str:
-    """Exactly one character of these ranges; they are sorted and do not touch."""
+    """The expression of one character of ``ranges``, which are sorted and do not touch."""
     if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
         return literal(chr(ranges[0][0]))
-    # What is printed as \xN comes last, where only a backslash or the bracket follows; a caret
-    # must not be printed first.
+    # Characters printed as \xN come last, where only a backslash or the bracket follows them. A
+    # caret must not come first.
     ordered = sorted(
         ranges, key=lambda r: (r[1] in _PRINTED_AS_HEX, r[0] in _PRINTED_AS_HEX, r[0] == _CARET, r)
     )
@@ -72,7 +73,7 @@ def _in_class(character: str) -> str:
 
 
 def union(ranges: Iterable[Range]) -> list[Range]:
-    """The same characters, in ranges that are sorted and do not touch."""
+    """The same characters in ranges that are sorted and do not touch."""
     merged: list[Range] = []
     for first, last in sorted(ranges):
         if merged and first <= merged[-1][1] + 1:
@@ -83,7 +84,7 @@ def union(ranges: Iterable[Range]) -> list[Range]:
 
 
 def complement(ranges: Iterable[Range]) -> list[Range]:
-    """Every other character; surrogates, which no text has, are left out."""
+    """All other characters but surrogates, which no text contains."""
     outside: list[Range] = []
     start = 0
     for first, last in union([*ranges, (0xD800, 0xDFFF)]):
@@ -94,23 +95,23 @@ def complement(ranges: Iterable[Range]) -> list[Range]:
 
 
 def sequence(expressions: Iterable[str]) -> str:
-    """One after the other."""
+    """The expressions, one after the other."""
     return " ".join(e for e in expressions if e != EMPTY) or EMPTY
 
 
 def alternatives(expressions: Iterable[str]) -> str:
-    """Any one of them."""
+    """One of the expressions."""
     distinct = list(dict.fromkeys(expressions))
     return distinct[0] if len(distinct) == 1 else f"({' | '.join(distinct)})"
 
 
 def optional(expression: str) -> str:
-    """It, or nothing."""
+    """The expression, or nothing."""
     return alternatives([EMPTY, expression])
 
 
 def repeat(expression: str, least: int, most: int | None) -> str:
-    """It, this often; ``None`` is no limit."""
+    """The expression, ``least`` to ``most`` times; ``None`` is no limit."""
     if most == 0 or expression == EMPTY:
         return EMPTY
     if (least, most) == (1, 1):
@@ -119,7 +120,7 @@ def repeat(expression: str, least: int, most: int | None) -> str:
     if (least, most) == (0, None):
         return f"{group}*"
     if (least, most) == (1, None):
-        # The library takes a class and a star for one; its own plus makes a recursion of it.
+        # The library compiles a class with a star to a loop, but one with a plus to a recursion.
         return f"{group} {group}*" if group[0] == "[" else f"{group}+"
     if most is None:
         return f"{repeat(expression, least, least)} {group}*"
@@ -135,17 +136,15 @@ def _is_atom(expression: str) -> bool:
 class Rules:
     """The rules of one grammar.
 
+    Args:
+        budget: Limit for the cost of compiling, in the unit of :func:`cost_of`; infinite if the
+            library compiles nothing.
+
     Attributes:
-        is_compiled: Whether the library is to compile them.
+        is_compiled: Whether the library compiles the rules.
     """
 
     def __init__(self, budget: float) -> None:
-        """Begin.
-
-        Args:
-            budget: What compiling may cost, in the unit of :func:`cost_of`; infinite where
-                nothing has to be compiled.
-        """
         self.is_compiled = math.isfinite(budget)
         self._bodies: dict[str, str] = {}
         self._names: dict[str, str] = {}
@@ -153,17 +152,13 @@ class Rules:
         self._budget = budget
 
     def reserve(self) -> str:
-        """A name for a rule whose body comes later, so that the body may refer to it."""
+        """A name for a rule whose body comes later, so that the body can refer to it."""
         name = f"r{len(self._bodies)}"
         self._bodies[name] = EMPTY
         return name
 
     def define(self, name: str, body: str) -> None:
-        """Give a reserved name its body.
-
-        Raises:
-            GrammarError: The grammar has become too large.
-        """
+        """Give a reserved name its body."""
         self._size += len(body)
         if self._size > MAX_TEXT:
             raise GrammarError("it is too large")
@@ -174,10 +169,7 @@ class Rules:
 
         Args:
             body: An expression.
-            cost: See :func:`cost_of`; nothing for what costs little.
-
-        Raises:
-            GrammarError: The grammar has become too large, or too costly to compile.
+            cost: Cost of compiling it, see :func:`cost_of`; 0 if it is negligible.
         """
         if body not in self._names:
             self._budget -= cost
@@ -190,14 +182,14 @@ class Rules:
         return self._names[body]
 
     def shared(self, body: str, cost: float = 0.0) -> str:
-        """The same, for a rule that is not copied to where it is referred to.
+        """The name of a rule that refers to the rule with this body.
 
-        The library copies a rule that refers to no other, and compiles every copy.
+        The library copies a rule that refers to no other to each reference, and compiles each copy.
         """
         return self.name(self.name(body, cost))
 
     def recursive(self, body: Callable[[str], str]) -> str:
-        """The name of a rule whose body, given that name, refers to itself."""
+        """The name of a rule that refers to itself; ``body`` writes it, given the name."""
         key = body("itself")
         if key not in self._names:
             self._names[key] = self.reserve()
@@ -205,16 +197,16 @@ class Rules:
         return self._names[key]
 
     def text(self, root: str) -> str:
-        """The grammar, whose answers are those of the expression ``root``."""
+        """The text of the grammar whose answers match the expression ``root``."""
         lines = [f"{name} ::= {body}" for name, body in self._bodies.items()]
         return "\n".join([f"root ::= {root}", *lines, ""])
 
 
 def cost_of(ranges: Sequence[Range]) -> float:
-    """What compiling one place of these characters costs; 1 is a place of almost all characters.
+    """Cost of compiling one counted character of ``ranges``; almost any character costs 1.
 
-    Measured: the library looks up every token that may stand there and goes on with whatever
-    follows. A letter costs a quarter of any character, a digit and one character next to nothing.
+    Measured: the library looks up every token that fits, and goes on with what may follow it. A
+    letter costs a quarter of any character; a digit or a single character costs next to nothing.
     """
     characters = sum(last - first + 1 for first, last in ranges)
     if characters > 128:
