@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
 import uvicorn
 
@@ -48,13 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in _COMMANDS.items():
         commands.add_parser(name, help=function.__doc__)
-    commands.add_parser("bench", help="Put a running server under load.", add_help=False)
-    options, rest = parser.parse_known_args(arguments)
-    if options.command == "bench":
-        # The load generator shares nothing with the service, and nothing else needs it.
-        return int(import_module("app.bench.command").main(rest))
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options = parser.parse_args(arguments)
     try:
         return _COMMANDS[options.command]()
     except (StartupError, bundled.FetchError) as error:

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from app.bench.load import run
 from benchmarks import curve, overload, page, plots, side_by_side, soak
+from benchmarks.load.rounds import run
 from benchmarks.paths import RESULTS
 from benchmarks.servers import ENGINES
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 
-from app.bench.load import run_round
-from app.bench.report import number, seconds, table
-from app.bench.results import summarise
-from app.bench.workload import Lengths, Workload
 from benchmarks import machine
+from benchmarks.load.report import number, seconds, table
+from benchmarks.load.results import summarise
+from benchmarks.load.rounds import run_round
+from benchmarks.load.workload import Lengths, Workload
 from benchmarks.overload import PEAK_REQUESTS, limited, overload, steady_rate, window
 from benchmarks.overload import render as render_overload
 from benchmarks.servers import Server, StartError, ours, start

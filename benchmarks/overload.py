@@ -16,13 +16,13 @@ from typing import Any
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.bench.load import run_round
-from app.bench.report import number, seconds, table
-from app.bench.results import Outcome, Result, percentile, summarise
-from app.bench.targets import Target
-from app.bench.transport import HttpClient
-from app.bench.workload import Lengths, Workload
 from benchmarks import vitals
+from benchmarks.load.report import number, seconds, table
+from benchmarks.load.results import Outcome, Result, percentile, summarise
+from benchmarks.load.rounds import run_round
+from benchmarks.load.targets import Target
+from benchmarks.load.transport import HttpClient
+from benchmarks.load.workload import Lengths, Workload
 from benchmarks.servers import Row, ours, start
 
 # Waiting requests that the overloaded service accepts: enough to keep the batch full.

@@ -3,8 +3,8 @@
 import re
 from typing import Any
 
-from app.bench.report import number, seconds, table
 from benchmarks.goals import CLIENTS, median_of, ratios
+from benchmarks.load.report import number, seconds, table
 from benchmarks.paths import PAGE
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import msgspec
 
-from app.bench.load import run_round
-from app.bench.results import Outcome, Result, result_of, summarise
-from app.bench.targets import Target
-from app.bench.transport import HttpClient
-from app.bench.workload import Lengths, PlannedRequest, Workload
 from app.llm.engine.process import engine_environment
+from benchmarks.load.results import Outcome, Result, result_of, summarise
+from benchmarks.load.rounds import run_round
+from benchmarks.load.targets import Target
+from benchmarks.load.transport import HttpClient
+from benchmarks.load.workload import Lengths, PlannedRequest, Workload
 from benchmarks.paths import LOGS, ROOT
 from benchmarks.servers import Row, Server, StartError, environment_of
 

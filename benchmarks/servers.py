@@ -14,13 +14,13 @@ from pathlib import Path
 
 import msgspec
 
-from app.bench.load import run_round
-from app.bench.results import Outcome
-from app.bench.targets import Route, Target
-from app.bench.transport import HttpClient
-from app.bench.workload import Lengths, Workload
 from app.core.config import Settings
 from benchmarks import peers
+from benchmarks.load.results import Outcome
+from benchmarks.load.rounds import run_round
+from benchmarks.load.targets import Route, Target
+from benchmarks.load.transport import HttpClient
+from benchmarks.load.workload import Lengths, Workload
 from benchmarks.paths import LOGS, MODEL, ROOT
 
 KEY = "benchmark-key-0123456789abcdef0123456789"

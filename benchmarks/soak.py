@@ -18,12 +18,12 @@ from typing import Any
 
 import msgspec
 
-from app.bench.report import number, table
-from app.bench.results import Outcome, result_of
-from app.bench.targets import Route, Target
-from app.bench.transport import Exchange, HttpClient
-from app.bench.workload import Lengths, PlannedRequest, Workload
 from benchmarks import vitals
+from benchmarks.load.report import number, table
+from benchmarks.load.results import Outcome, result_of
+from benchmarks.load.targets import Route, Target
+from benchmarks.load.transport import Exchange, HttpClient
+from benchmarks.load.workload import Lengths, PlannedRequest, Workload
 from benchmarks.servers import ours, start
 
 # So many sessions and repeated prompts are in use.

@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from app.api.load_shedding import LoadShedding
-from app.bench.targets import Route, Target
 from app.llm.engine.client import EngineClient, EngineState
 from app.utils.errors import OverloadedError
+from benchmarks.load.targets import Route, Target
 from benchmarks.overload import overload
 from tests.support.application import OTHER, Client, start
 from tests.support.live import LONG, generate, open_stream

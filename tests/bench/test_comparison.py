@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from app.bench.results import Outcome, Result, summarise
 from app.llm.engine.base import GenerationRequest, SamplingParams
 from app.llm.engine.echo import EchoBackend
 from benchmarks import curve, overload, page, peers, plots
 from benchmarks.engine_alone import drive
 from benchmarks.goals import Ratio, divide, median_of, ratios
+from benchmarks.load.results import Outcome, Result, summarise
 from benchmarks.overload import steady_rate
 from benchmarks.page import replace_section
 from benchmarks.paths import PAGE

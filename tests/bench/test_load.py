@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from app import cli
-from app.bench.load import run_round
-from app.bench.results import Outcome, Result, summarise
-from app.bench.targets import Route, Target
-from app.bench.workload import Lengths, Workload
+from benchmarks.load.__main__ import main
+from benchmarks.load.results import Outcome, Result, summarise
+from benchmarks.load.rounds import run_round
+from benchmarks.load.targets import Route, Target
+from benchmarks.load.workload import Lengths, Workload
 from tests.support.service import API_KEY, Service, running_service
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -201,11 +201,11 @@ async def test_a_round_is_closed_or_open() -> None:
 def test_the_command_writes_a_table_and_json(
     echo_service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`llm-service bench` prints medians and keeps the figures of every round, without the key."""
+    """The command prints medians and writes the figures of every round, without the key."""
     file = tmp_path / "out.json"
     words = ["--url", echo_service.base_url, "--key", API_KEY, "--clients", "4"]
     words += ["--rounds", "2", "--max-ttft", "60", "--json", str(file)]
-    assert cli.main(["bench", *words]) == 0
+    assert main(words) == 0
     printed = capsys.readouterr().out
     assert "medians of 2 rounds" in printed
     assert "| TTFT" in printed
@@ -221,14 +221,14 @@ def test_the_command_says_that_nothing_was_completed(
 ) -> None:
     """Where there is no server the exit status is 1, and the table names the error."""
     words = ["--url", "http://127.0.0.1:9", "--rounds", "1", "--requests", "2", "--warm-up", "0"]
-    assert cli.main(["bench", *words]) == 1
+    assert main(words) == 1
     assert "error: no connection" in capsys.readouterr().out
 
 
 def test_the_command_refuses_what_it_cannot_plan(capsys: pytest.CaptureFixture[str]) -> None:
     """A wrong address or length is one line, and no traceback."""
-    assert cli.main(["bench", "--url", "ftp://h"]) == 2
+    assert main(["--url", "ftp://h"]) == 2
     assert capsys.readouterr().err == "'ftp://h' is no address: write http://host:port\n"
     with pytest.raises(SystemExit):
-        cli.main(["bench", "--prompt", "5-2"])
+        main(["--prompt", "5-2"])
     assert "'5-2' is not a length" in capsys.readouterr().err

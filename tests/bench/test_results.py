@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from app.bench.results import (
+from benchmarks.load.results import (
     LatencyTarget,
     Outcome,
     Result,
@@ -13,9 +13,9 @@ from app.bench.results import (
     result_of,
     summarise,
 )
-from app.bench.targets import Route, Target, read_stream
-from app.bench.transport import Exchange
-from app.bench.workload import PlannedRequest
+from benchmarks.load.targets import Route, Target, read_stream
+from benchmarks.load.transport import Exchange
+from benchmarks.load.workload import PlannedRequest
 
 
 def exchange(*pieces: tuple[float, str], status: int = 200, failure: str | None = None) -> Exchange:

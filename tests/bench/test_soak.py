@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.bench.targets import Route, Target
+from benchmarks.load.targets import Route, Target
 from benchmarks.soak import SETTINGS, Report, Tally, slope, soak
 from tests.support.service import API_KEY, running_service
 

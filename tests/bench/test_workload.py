@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from app.bench.workload import Lengths, Workload, WorkloadError
+from benchmarks.load.workload import Lengths, Workload, WorkloadError
 
 
 def test_equal_seeds_plan_equal_rounds() -> None:

@@ -20,7 +20,6 @@ from app.api.errors import validation_error
 from app.api.openai_schemas import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 from app.api.requests import ChatRequest, GenerateRequest
 from app.api.sse import ends_stream, frame, has_error_event
-from app.bench.targets import read_stream
 from app.core.config_security import SecuritySettings
 from app.core.pii import HOLD_BACK
 from app.core.rate_limit import ClientAddress
@@ -29,6 +28,7 @@ from app.llm.detokenizer import StopMatcher
 from app.llm.gguf_header import MAGIC, read_header
 from app.llm.tool_calls import ToolCallParser
 from app.utils.errors import InvalidAPIKeyError, InvalidJSONError
+from benchmarks.load.targets import read_stream
 from tests.data import pii_cases
 from tests.support.sse import data_lines
 from tests.unit import test_output_filter, test_pii, test_tools

@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from itertools import chain
 
-from app.bench.results import Result, result_of
-from app.bench.targets import Target
-from app.bench.transport import Exchange, HttpClient
-from app.bench.workload import PlannedRequest, Workload
+from benchmarks.load.results import Result, result_of
+from benchmarks.load.targets import Target
+from benchmarks.load.transport import Exchange, HttpClient
+from benchmarks.load.workload import PlannedRequest, Workload
 
 # uvloop takes a third of the time for each event, but there is none for Windows.
 if sys.platform == "win32":

@@ -1,4 +1,4 @@
-"""``llm-service bench``: puts a server under load and says how it did."""
+"""``python -m benchmarks.load``: puts a server under load and says how it did."""
 
 import argparse
 import json
@@ -13,11 +13,11 @@ from typing import Any
 
 import msgspec
 
-from app.bench.load import run, run_round
-from app.bench.report import describe
-from app.bench.results import LatencyTarget, Summary, median_figures, summarise
-from app.bench.targets import Route, Target
-from app.bench.workload import Lengths, Workload, WorkloadError
+from benchmarks.load.report import describe
+from benchmarks.load.results import LatencyTarget, Summary, median_figures, summarise
+from benchmarks.load.rounds import run, run_round
+from benchmarks.load.targets import Route, Target
+from benchmarks.load.workload import Lengths, Workload, WorkloadError
 
 
 def _lengths(text: str) -> Lengths:
@@ -31,7 +31,7 @@ def _lengths(text: str) -> Lengths:
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
-        prog="llm-service bench",
+        prog="python -m benchmarks.load",
         description="Put a server under load: this service, or any that speaks OpenAI's API.",
         epilog="Lengths are 32 (fixed), 16-128 (uniform) or 16,64,256 (drawn from a list).",
         allow_abbrev=False,
@@ -136,3 +136,7 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from app.bench.targets import Stream, error_text, read_stream
-from app.bench.transport import Exchange
+from benchmarks.load.targets import Stream, error_text, read_stream
+from benchmarks.load.transport import Exchange
 
 REFUSALS = (429, 503)
 PERCENTILES = (50, 90, 99)

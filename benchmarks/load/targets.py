@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from app.bench.workload import PlannedRequest
+from benchmarks.load.workload import PlannedRequest
 
 _DONE = b"[DONE]"
 _encode = msgspec.json.Encoder().encode

@@ -1,0 +1,1 @@
+"""The load generator behind ``python -m benchmarks.load``; it knows nothing of the service."""
