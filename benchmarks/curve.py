@@ -99,8 +99,7 @@ def render(data: dict[str, Any]) -> dict[str, str]:
             _lengths(found),
             render_overload(found["overload"]),
         ]
-    machine_lines = [f"- {name}: {value}" for name, value in data["machine"].items() if value]
-    return {"curve": "\n\n".join(["\n".join(machine_lines), *parts])}
+    return {"curve": "\n\n".join([machine.lines(data["machine"]), *parts])}
 
 
 def _clients(found: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -61,3 +62,8 @@ def describe(device: str) -> dict[str, str]:
         query = ("--query-gpu=name,memory.total", "--format=csv,noheader")
         found["GPU"] = _output("nvidia-smi", *query) or "unknown"
     return found
+
+
+def lines(description: Mapping[str, str]) -> str:
+    """A description as a Markdown list."""
+    return "\n".join(f"- {name}: {value}" for name, value in description.items() if value)

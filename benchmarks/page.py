@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from benchmarks import machine
 from benchmarks.goals import CLIENTS, median_of, ratios
 from benchmarks.load.report import number, seconds, table
 from benchmarks.paths import PAGE
@@ -27,11 +28,6 @@ def write(sections: dict[str, str]) -> None:
     for name, body in sections.items():
         text = replace_section(text, name, body)
     PAGE.write_text(text, encoding="utf-8")
-
-
-def machine(data: dict[str, Any]) -> str:
-    """Where the figures come from."""
-    return "\n".join(f"- {name}: {value}" for name, value in data["machine"].items() if value)
 
 
 def _speed(data: dict[str, Any]) -> str:
@@ -106,4 +102,8 @@ def side_by_side(data: dict[str, Any]) -> str:
 
 def render(data: dict[str, Any]) -> dict[str, str]:
     """The sections that ``python -m benchmarks table`` writes."""
-    return {"machine": machine(data), "goals": goals(data), "side by side": side_by_side(data)}
+    return {
+        "machine": machine.lines(data["machine"]),
+        "goals": goals(data),
+        "side by side": side_by_side(data),
+    }

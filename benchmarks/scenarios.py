@@ -102,7 +102,7 @@ async def follow_up(server: Server, rounds: int) -> dict[str, float]:
     """
     http = HttpClient(server.target.base_url, time_limit=300)
     workload = Workload(prompt_words=Lengths((HISTORY_WORDS,)))
-    first, second, cached = [], [], []
+    first, second = [], []
     for number, request in enumerate(workload.plan(rounds, round_name="follow-up")):
         extra = {"session_id": f"bench-{number}"}
         session = replace(server.target, system=None, extra=extra)
@@ -114,12 +114,10 @@ async def follow_up(server: Server, rounds: int) -> dict[str, float]:
             raise RuntimeError(f"a turn failed: {[turn.error for turn in turns]}")
         first.append(turns[0].ttft or 0.0)
         second.append(turns[1].ttft or 0.0)
-        cached.append(turns[1].cached_tokens or 0)
     http.close()
     return {
         "first_ttft": statistics.median(first),
         "second_ttft": statistics.median(second),
-        "cached_tokens": statistics.median(cached),
     }
 
 
@@ -170,20 +168,17 @@ async def long_prompt_gap(server: Server, *, streams: int, words: int) -> dict[s
     ended.set()
     await asyncio.gather(*running)
     http.close()
-    during: list[float] = []
-    before: list[float] = []
+    worst: float | None = None
     begin, end = long_result.sent_at, long_result.ended_at
     for result in results:
         at = result.sent_at + (result.ttft or 0.0)
         for gap in result.gaps:
             at += gap
-            # A gap counts where any part of it lay in the long prompt's time.
-            (during if at > begin and at - gap < end else before).append(gap)
-    failed = [r.error for r in [long_result, *results] if r.outcome is not Outcome.COMPLETED]
+            # A gap counts where any part of it was in the long prompt's time.
+            if at > begin and at - gap < end:
+                worst = max(gap, worst or 0.0)
     return {
         "prompt_tokens": long_result.prompt_tokens,
-        "prompt_ttft": long_result.ttft,
-        "worst_gap": max(during, default=None),
-        "median_gap_otherwise": statistics.median(before) if before else None,
-        "errors": failed,
+        "worst_gap": worst,
+        "errors": [r.error for r in [long_result, *results] if r.outcome is not Outcome.COMPLETED],
     }

@@ -30,7 +30,7 @@ from benchmarks.servers import ours, start
 _SESSIONS = 32
 _REPEATED = 20
 _SETTLE_SECONDS = 30.0
-_STILL_SECONDS = 3.0
+STILL_SECONDS = 3.0
 _TIME_LIMIT = 120.0
 
 SETTINGS = {
@@ -185,44 +185,20 @@ def _chat(text: str, max_tokens: int, **fields: Any) -> dict[str, Any]:
 # --- What the service uses ------------------------------------------------------------------------
 
 
-class Observer:
-    """Reads a service's vitals."""
-
-    def __init__(self, base_url: str, session: int) -> None:
-        self._http = HttpClient(base_url, time_limit=_TIME_LIMIT)
-        self._session = session
-        self.memory: list[tuple[float, dict[str, float]]] = []
-
-    async def read(self) -> vitals.Vitals:
-        """The vitals now."""
-        exchange = await self._http.get("/metrics")
-        text = b"".join(piece for _, piece in exchange.pieces).decode()
-        return vitals.read(self._session, text)
-
-    async def watch(self, interval: float) -> None:
-        """Note the memory again and again, until cancelled; seconds and MiB."""
-        while True:
-            found = await self.read()
-            memory = {label: process.memory for label, process in found.processes.items()}
-            self.memory.append((time.monotonic(), memory))
-            await asyncio.sleep(interval)
-
-    async def settled(self, wanted: Mapping[str, float] | None = None) -> dict[str, float]:
-        """The counts, once they are as wanted, or have not changed for 3 s; or after 30 s."""
-        end = time.monotonic() + _SETTLE_SECONDS
-        now, since = (await self.read()).counts(), time.monotonic()
-        while now != wanted and time.monotonic() < end:
-            await asyncio.sleep(0.5)
-            last, now = now, (await self.read()).counts()
-            if now != last:
-                since = time.monotonic()
-            elif wanted is None and time.monotonic() - since > _STILL_SECONDS:
-                break
-        return now
-
-    def close(self) -> None:
-        """Hang up."""
-        self._http.close()
+async def settled(
+    observer: vitals.Observer, wanted: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """The counts, once they are as wanted, or have not changed for 3 s; or after 30 s."""
+    end = time.monotonic() + _SETTLE_SECONDS
+    now, since = (await observer.read()).counts(), time.monotonic()
+    while now != wanted and time.monotonic() < end:
+        await asyncio.sleep(0.5)
+        last, now = now, (await observer.read()).counts()
+        if now != last:
+            since = time.monotonic()
+        elif wanted is None and time.monotonic() - since > STILL_SECONDS:
+            break
+    return now
 
 
 @dataclass
@@ -246,8 +222,7 @@ class Report:
     def problems(self) -> list[str]:
         """What is not as it should be."""
         found = [f"{times} times: {what}" for what, times in self.tally.surprises.items()]
-        # Answers stay in the cache on purpose, up to their number.
-        names = sorted((self.start.keys() | self.end.keys()) - {"cached answers"})
+        names = sorted(self.start.keys() | self.end.keys())
         pairs = [(name, self.start.get(name), self.end.get(name)) for name in names]
         found += [f"{name}: {old} before, {new} after" for name, old, new in pairs if old != new]
         for label, samples in self.memory.items():
@@ -301,20 +276,20 @@ async def soak(
         clients: How many requests there are at a time.
         seed: Decides what is sent.
     """
-    observer = Observer(target.base_url, session)
+    observer = vitals.Observer(target.base_url, session)
     warming = Traffic(target, seed + 1)
     await warming.run(warm_up, clients)
     await warming.end()
-    start_counts = await observer.settled()
+    start_counts = await settled(observer)
     traffic = Traffic(target, seed)
-    watching = asyncio.create_task(observer.watch(max(seconds / 240, 0.1)))
+    watching = asyncio.create_task(observer.watch_memory(max(seconds / 240, 0.1)))
     began = time.monotonic()
     await traffic.run(seconds, clients)
     lasted = time.monotonic() - began
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
     await traffic.end()
-    end_counts = await observer.settled(start_counts)
+    end_counts = await settled(observer, start_counts)
     observer.close()
     labels = {label for _, memory in observer.memory for label in memory}
     memory = {

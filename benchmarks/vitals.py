@@ -1,11 +1,14 @@
 """What a running service uses, by which a leak is seen: memory, files, threads, tasks, places."""
 
+import asyncio
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.load.transport import HttpClient
 from benchmarks.servers import label_of, session_members
 
 GAUGES = {
@@ -13,7 +16,6 @@ GAUGES = {
     "running": "llm_requests_running",
     "waiting": "llm_requests_waiting",
     "sessions": "chat_sessions_active",
-    "cached answers": "response_cache_entries",
 }
 """Names of this module, and the service's metrics that they stand for."""
 
@@ -86,3 +88,51 @@ def read(session: int, metrics: str) -> Vitals:
                 threads=int(fields["Threads"]),
             )
     return Vitals(processes, {name: samples[metric] for name, metric in GAUGES.items()})
+
+
+class Observer:
+    """Reads a service's vitals over ``/metrics`` and /proc.
+
+    Args:
+        base_url: Where the service listens.
+        session: The session that its processes are in.
+    """
+
+    def __init__(self, base_url: str, session: int) -> None:
+        self._http = HttpClient(base_url, time_limit=120.0)
+        self._session = session
+        self.memory: list[tuple[float, dict[str, float]]] = []
+        self.probes: list[float] = []
+
+    async def metrics(self) -> str:
+        """The text of ``/metrics``."""
+        exchange = await self._http.get("/metrics")
+        return b"".join(piece for _, piece in exchange.pieces).decode()
+
+    async def read(self) -> Vitals:
+        """The vitals now."""
+        return read(self._session, await self.metrics())
+
+    async def watch_memory(self, interval: float) -> None:
+        """Append the time and each process's MiB to ``memory`` until cancelled."""
+        while True:
+            processes = (await self.read()).processes
+            memory = {label: process.memory for label, process in processes.items()}
+            self.memory.append((time.monotonic(), memory))
+            await asyncio.sleep(interval)
+
+    async def watch_probe(self, interval: float) -> None:
+        """Append the seconds that ``/livez`` takes to ``probes`` until cancelled.
+
+        A probe that fails counts as infinitely slow.
+        """
+        while True:
+            exchange = await self._http.get("/livez")
+            succeeded = exchange.status == 200 and exchange.failure is None
+            seconds = exchange.ended_at - exchange.sent_at
+            self.probes.append(seconds if succeeded else float("inf"))
+            await asyncio.sleep(interval)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()

@@ -40,7 +40,6 @@ class Result:
         tokens: Tokens of the answer: the server's count, else the pieces of text.
         tokens_reported: Whether that is the server's count.
         prompt_tokens: The server's count, where it reports one.
-        cached_tokens: Prompt tokens found in the KV cache, where it says so.
         text: The answer.
         resent: Whether it was sent again because a kept connection had been closed.
     """
@@ -55,7 +54,6 @@ class Result:
     tokens: int = 0
     tokens_reported: bool = False
     prompt_tokens: int | None = None
-    cached_tokens: int | None = None
     text: str = ""
     resent: bool = False
 
@@ -100,7 +98,6 @@ def result_of(exchange: Exchange) -> Result:
         tokens=stream.completion_tokens if stream.completion_tokens is not None else len(times),
         tokens_reported=reported,
         prompt_tokens=stream.prompt_tokens,
-        cached_tokens=stream.cached_tokens,
         text=stream.text,
         resent=exchange.resent,
     )

@@ -101,14 +101,9 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
 class _Usage(msgspec.Struct):
     completion_tokens: int | None = None
     prompt_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
 
 
 class _Event(_Choice):
@@ -134,7 +129,6 @@ class Stream:
         done: Whether ``[DONE]`` came.
         completion_tokens: The server's count, where it reports one.
         prompt_tokens: The same for the prompt.
-        cached_tokens: Those of them that the server found in its KV cache, where it says so.
         error: The error it reported on the way.
     """
 
@@ -144,7 +138,6 @@ class Stream:
     done: bool = False
     completion_tokens: int | None = None
     prompt_tokens: int | None = None
-    cached_tokens: int | None = None
     error: str | None = None
 
 
@@ -193,8 +186,6 @@ def _read_usage(event: _Event, stream: Stream) -> None:
             break
     if usage.prompt_tokens is not None:
         stream.prompt_tokens = usage.prompt_tokens
-        details = usage.prompt_tokens_details or _Details()
-        stream.cached_tokens = details.cached_tokens
 
 
 def error_text(body: Any) -> str:

@@ -9,7 +9,7 @@ from tests.support.service import API_KEY, running_service
 
 async def test_a_soaked_service_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """All kinds of requests get the answers they should, and leave nothing behind."""
-    monkeypatch.setattr("benchmarks.soak._STILL_SECONDS", 1.0)
+    monkeypatch.setattr("benchmarks.soak.STILL_SECONDS", 1.0)
     with running_service(LOGGING__LEVEL="ERROR", **SETTINGS) as service:
         target = Target(service.base_url, Route.CHAT, API_KEY)
         report = await soak(target, service.process.pid, seconds=2, warm_up=1, clients=8)
@@ -20,7 +20,6 @@ async def test_a_soaked_service_is_as_it_was(monkeypatch: pytest.MonkeyPatch) ->
     }
     assert report.end["sessions"] == report.end["running"] == 0
     assert report.memory.keys() == {"API", "engine"}
-    assert "MiB/h" in report.describe()
 
 
 def a_report(**changed: float) -> Report:
@@ -44,7 +43,7 @@ def test_what_is_left_is_a_problem() -> None:
 
 
 def test_memory_may_rise_a_little() -> None:
-    """Below 16 MiB nothing is said; the slope is told in any case."""
+    """Growth below 16 MiB is no problem, and the slope is in MiB an hour."""
     assert Report(Tally(), 40.0, {}, {}, {"API": _growing(0.5)}).problems() == []
     assert slope(_growing(0.5)) == pytest.approx(1800)
     assert slope([(0.0, 1.0)]) == 0.0

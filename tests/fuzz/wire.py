@@ -26,7 +26,7 @@ _QUIET_SECONDS = 0.05
 # The longest that the end of a connection may take once the client has said that it is done.
 _END_SECONDS = 30.0
 _MAX_FAILURES = 20
-_MAY_STAY = ("sessions", "cached answers")
+_MAY_STAY = ("sessions",)
 
 SETTINGS = {
     # A line for each of a million refusals would fill a disk.
