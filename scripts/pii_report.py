@@ -10,7 +10,8 @@ import argparse
 from collections import Counter
 from dataclasses import dataclass, field
 
-from app.core.pii import KINDS, PiiScanner
+from app.core.pii.detectors import KINDS
+from app.core.pii.scanner import PiiScanner
 from tests.data.pii_corpus import Sample, negatives, positives
 
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from app.core.pii_patterns import WINDOW, BoundedPattern, HoldBack
+from app.core.pii.patterns import WINDOW, BoundedPattern, HoldBack
 
 # C0 and C1 but for tab, line feed and carriage return; the embeddings, overrides and isolates
 # that make text read otherwise than it is (CVE-2021-42574, Unicode UAX #9); and surrogates, which

@@ -7,7 +7,7 @@ from typing import Any
 from app.core.config import OutputSettings, PiiSettings
 from app.core.metrics import Metrics
 from app.core.output_filter import OutputFilter, StreamFilter
-from app.core.pii import PiiScanner, StreamRedactor
+from app.core.pii.scanner import PiiScanner, StreamRedactor
 from app.utils.errors import ConfigurationError, PiiDetectedError
 
 

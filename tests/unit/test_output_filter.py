@@ -8,7 +8,7 @@ import random
 import pytest
 
 from app.core.output_filter import Filtered, OutputFilter, StreamFilter
-from app.core.pii_patterns import WINDOW
+from app.core.pii.patterns import WINDOW
 from tests.support.costs import is_linear
 
 TOKENS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<end_of_turn>", "[INST]", "aab", "ab", " "]

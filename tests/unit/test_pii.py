@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 
-from app.core.pii import HOLD_BACK, KINDS, Entity, PiiScanner, StreamRedactor
-from app.core.pii_detectors import Detector, built_in
-from app.core.pii_patterns import WINDOW, BoundedPattern, LinearPattern, prefixes_of
+from app.core.pii.detectors import HOLD_BACK, KINDS, Detector, built_in
+from app.core.pii.patterns import WINDOW, BoundedPattern, LinearPattern, prefixes_of
+from app.core.pii.scanner import Entity, PiiScanner, StreamRedactor
 from scripts.pii_report import score
 from tests.data.pii_cases import FOUND, HOSTILE, LONG, MATCHING, NOT_FOUND, PIECES, SOURCES
 from tests.data.pii_corpus import OUT_OF_SCOPE, negatives, positives

@@ -1,13 +1,13 @@
 """The built-in kinds of personal data: what each looks like, and what rules it out.
 
-RE2 finds candidates, :mod:`app.core.pii_checks` decides about them. Each decision looks at most
+RE2 finds candidates, :mod:`app.core.pii.checks` decides about them. Each decision looks at most
 ``LEFT_CONTEXT`` characters back and :data:`HOLD_BACK` ahead. Digits are ASCII.
 """
 
 from collections.abc import Callable
 from typing import Protocol
 
-from app.core.pii_checks import (
+from app.core.pii.checks import (
     DASHES,
     SPACES,
     bare_phone_end,
@@ -20,7 +20,7 @@ from app.core.pii_checks import (
     nanp_end,
     ssn_end,
 )
-from app.core.pii_patterns import LinearPattern, prefixes_of
+from app.core.pii.patterns import LinearPattern, prefixes_of
 
 KINDS = ("email", "phone", "ssn", "card", "iban", "ip")
 """In the order in which one wins over another of the same place and length."""

@@ -8,7 +8,7 @@ and two past the end.
 import ipaddress
 import re
 
-from app.core.pii_patterns import LinearPattern
+from app.core.pii.patterns import LinearPattern
 
 LEFT_CONTEXT = 32
 """Characters before an entity that may decide about it ("version 1.2.3.4")."""

@@ -12,11 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from app.core.pii_checks import LEFT_CONTEXT
-from app.core.pii_detectors import HOLD_BACK, KINDS, Detector, built_in
-from app.core.pii_patterns import BoundedPattern, HoldBack
-
-__all__ = ["HOLD_BACK", "KINDS", "Entity", "PiiScanner", "StreamRedactor"]
+from app.core.pii.checks import LEFT_CONTEXT
+from app.core.pii.detectors import HOLD_BACK, KINDS, Detector, built_in
+from app.core.pii.patterns import BoundedPattern, HoldBack
 
 # Each call into RE2 costs the length of what it is given; blocks keep the total linear.
 _BLOCK = 256
