@@ -35,7 +35,7 @@ from app.api.routers import (
 from app.api.server.connections import Connections
 from app.api.server.guard import GuardedApplication
 from app.core.config import Settings, load_settings
-from app.core.config_security import SecuritySettings
+from app.core.config.security import SecuritySettings
 from app.core.event_loop import EventLoopMonitor
 from app.core.idempotency import IdempotencyStore
 from app.core.logging import configure_logging, get_logger

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from app.core.config import PROJECT_ROOT, Settings, load_settings
-from app.core.config_security import digest_of
+from app.core.config.security import digest_of
 from app.main import create_app
 from app.utils.errors import ConfigurationError
 from tests.support.service import isolated_environment, setting_names

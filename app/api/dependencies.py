@@ -19,7 +19,7 @@ from app.api.idempotency import PARAMETER as IDEMPOTENCY_KEY
 from app.api.idempotency import answer_once
 from app.api.load_shedding import LoadShedding
 from app.core.config import Settings
-from app.core.config_security import Scope as KeyScope
+from app.core.config.security import Scope as KeyScope
 from app.core.idempotency import IdempotencyStore
 from app.core.metrics import Metrics
 from app.core.rate_limit import CallerLimits, ClientAddress

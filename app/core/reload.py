@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from app.core.config import Settings, load_settings
-from app.core.config_security import SecuritySettings
+from app.core.config.security import SecuritySettings
 from app.core.logging import get_logger
 from app.utils.errors import ConfigurationError
 

@@ -4,7 +4,7 @@ import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from app.core.config_security import Scope, SecuritySettings, digest_of
+from app.core.config.security import Scope, SecuritySettings, digest_of
 from app.utils.errors import InsufficientScopeError, InvalidAPIKeyError
 
 

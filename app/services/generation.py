@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from app.core.cache import CacheStatistics
 from app.core.config import ModelSettings
-from app.core.config_security import SecuritySettings
+from app.core.config.security import SecuritySettings
 from app.core.usage import UsageLedger
 from app.llm.engine.admission import Place
 from app.llm.engine.base import Grammar, SamplingParams

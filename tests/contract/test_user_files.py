@@ -36,7 +36,7 @@ PACKAGES = (
 FILES = (
     *("app/api/routers/chat.py", "app/api/routers/health.py", "app/api/routers/inference.py"),
     *("app/api/dependencies.py", "app/api/schemas.py"),
-    *("app/core/cache.py", "app/core/config.py", "app/core/logging.py"),
+    *("app/core/cache.py", "app/core/config/__init__.py", "app/core/logging.py"),
     *("app/core/rate_limit.py", "app/core/security.py"),
     *("app/llm/chain.py", "app/llm/loader.py", "app/llm/prompts/base_system.txt"),
     *("app/utils/errors.py", "app/utils/timing.py", "app/main.py"),

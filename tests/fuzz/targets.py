@@ -20,7 +20,7 @@ from app.api.errors import validation_error
 from app.api.openai_schemas import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 from app.api.requests import ChatRequest, GenerateRequest
 from app.api.sse import ends_stream, frame, has_error_event
-from app.core.config_security import SecuritySettings
+from app.core.config.security import SecuritySettings
 from app.core.pii.detectors import HOLD_BACK
 from app.core.rate_limit import ClientAddress
 from app.core.security import KeyRing

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from app.core.config import LoggingSettings, ModelSettings
-from app.core.config_engine import EngineSettings
+from app.core.config.engine import EngineSettings
 from app.core.metrics import Metrics
 from app.llm.engine.client import EngineClient, EngineState
 

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from app.core.config_engine import EngineSettings
+from app.core.config.engine import EngineSettings
 from app.core.metrics import Metrics
 from app.llm.engine.admission import Place, RequestQueue
 from app.llm.engine.base import GenerationRequest, SamplingParams, TokenEvent

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from app.core.config_security import DEFAULT_API_KEY
+from app.core.config.security import DEFAULT_API_KEY
 from tests.support.settings import Load, check_refused
 
 STRONG_KEY = "0123456789abcdef" * 2

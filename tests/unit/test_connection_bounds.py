@@ -12,7 +12,7 @@ from uvicorn.server import ServerState
 
 from app.api.server import connections as module
 from app.api.server.connections import Connections
-from app.core.config_server import ServerSettings
+from app.core.config.server import ServerSettings
 from app.core.metrics import Metrics
 from app.core.rate_limit import ClientAddress
 from app.main import create_app

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 from pydantic import SecretStr
 
-from app.core.config_security import DEFAULT_API_KEY, NamedKey, SecuritySettings
+from app.core.config.security import DEFAULT_API_KEY, NamedKey, SecuritySettings
 from app.core.security import KeyRing, Principal
 from app.utils.errors import InsufficientScopeError, InvalidAPIKeyError
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from app.core.config_security import NamedKey, SecuritySettings
+from app.core.config.security import NamedKey, SecuritySettings
 from app.core.metrics import Metrics
 from app.core.security import KeyRing
 from app.core.usage import UsageLedger

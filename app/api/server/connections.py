@@ -13,7 +13,7 @@ import resource
 from collections import Counter
 from typing import Protocol
 
-from app.core.config_server import ServerSettings
+from app.core.config.server import ServerSettings
 from app.core.logging import get_logger
 from app.core.metrics import Metrics
 from app.core.rate_limit import ClientAddress

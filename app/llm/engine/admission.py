@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol, Self
 
-from app.core.config_engine import EngineSettings
+from app.core.config.engine import EngineSettings
 from app.core.metrics import Metrics
 from app.llm.engine.base import FinishReason, GenerationRequest, TokenEvent
 from app.llm.engine.fairness import FairQueue

@@ -12,7 +12,7 @@ from enum import StrEnum
 from functools import cache
 
 from app.core.config import LoggingSettings, ModelSettings
-from app.core.config_engine import EngineSettings
+from app.core.config.engine import EngineSettings
 from app.core.logging import get_logger
 from app.core.metrics import Metrics
 from app.llm.engine.admission import Place, PlaceListener, RequestQueue

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from app.core.config_errors import one_line, yaml_fault
+from app.core.config.errors import one_line, yaml_fault
 from app.utils.errors import ConfigurationError
 
 

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from app.core.config_base import Section
+from app.core.config.base import Section
 
 
 class EngineSettings(Section):

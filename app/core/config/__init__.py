@@ -22,15 +22,15 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from app.core.config_base import Section
-from app.core.config_engine import EngineSettings
-from app.core.config_errors import Origins
-from app.core.config_security import PRODUCTION_KEY_MIN_CHARS, SecuritySettings
-from app.core.config_server import ServerSettings
-from app.core.config_yaml import read_yaml
+from app.core.config.base import Section
+from app.core.config.engine import EngineSettings
+from app.core.config.errors import Origins
+from app.core.config.security import PRODUCTION_KEY_MIN_CHARS, SecuritySettings
+from app.core.config.server import ServerSettings
+from app.core.config.yaml_file import read_yaml
 from app.utils.errors import ConfigurationError
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+PROJECT_ROOT = Path(__file__).resolve().parents[3]
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
 
 

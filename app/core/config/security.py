@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, SecretStr, StringConstraints, field_validator, model_validator
 
-from app.core.config_base import Section
+from app.core.config.base import Section
 
 DEFAULT_API_KEY = "change-me-in-env"
 DEFAULT_KEY_NAME = "default"
