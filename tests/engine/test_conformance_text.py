@@ -26,6 +26,7 @@ from app.utils.errors import (
 )
 from tests.support.backends import GREEDY, request, rows, settings_of
 from tests.support.engine import EchoEngine, echo_engine
+from tests.support.queue import read
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -56,9 +57,10 @@ async def pieces(
     engine: EchoEngine, asked: GenerationOptions, prompt: str = PROMPT
 ) -> tuple[list[str], GenerationReport]:
     """An answer in pieces, and its report."""
-    report = GenerationReport()
-    stream = TextGenerator(engine.client).stream(prompt, asked, report)
-    return [piece async for piece in stream], report
+    said = [piece async for piece in TextGenerator(engine.client).stream(prompt, asked)]
+    report = said[-1].report
+    assert report is not None
+    return [str(piece) for piece in said], report
 
 
 async def test_pieces_are_the_text(engine: EchoEngine) -> None:
@@ -67,9 +69,7 @@ async def test_pieces_are_the_text(engine: EchoEngine) -> None:
     tokenizer = engine.client.tokenizer
     assert tokenizer is not None
     asked = request("raw", await tokenizer.run(tokenizer.encode_text, PROMPT), max_tokens=32)
-    ids = [
-        token async for event in engine.client.admit().generate(asked) for token in event.token_ids
-    ]
+    ids = [token for event in await read(engine.client.admit(), asked) for token in event.token_ids]
     assert "".join(said) == Detokenizer(tokenizer.decoder).feed(ids)
     assert report.completion_tokens == len(ids)
     assert report.finish_reason in {"stop", "length"}
@@ -123,23 +123,23 @@ async def test_leaving_frees_the_place(engine: EchoEngine) -> None:
     """A reader who leaves in the middle stops the engine; neighbours go on."""
     expected, _ = await pieces(engine, options())
     stays = asyncio.create_task(pieces(engine, options()))
-    report = GenerationReport()
-    async with aclosing(
-        TextGenerator(engine.client).stream("b" * 40, options(max_tokens=400), report)
-    ) as leaves:
-        assert await anext(leaves) == ""
-        await anext(leaves)
+    with engine.client.admit() as place:
+        asked = options(max_tokens=400, place=place)
+        async with aclosing(TextGenerator(engine.client).stream("b" * 40, asked)) as leaves:
+            await anext(leaves)
     assert "".join((await stays)[0]) == "".join(expected)
-    assert report.completion_tokens < 400
+    assert place.completion_tokens < 400
 
 
 async def test_a_deadline_ends_a_request(engine: EchoEngine) -> None:
     """Past its time it ends with that error, in the engine too; neighbours go on."""
     place = engine.client.admit()
-    place.set_deadlines(end=0.0, begin=60.0)
+    late = asyncio.create_task(read(place, request("late", max_tokens=400)))
+    while not place.completion_tokens:
+        await asyncio.sleep(0.001)
+    place.fail(DeadlineExceededError())
     with pytest.raises(DeadlineExceededError):
-        async for _ in place.generate(request("late", max_tokens=400)):
-            pass
+        await late
     assert (await pieces(engine, options()))[1].finish_reason is not None
 
 
@@ -167,9 +167,7 @@ async def test_a_token_the_model_does_not_have_fails_alone(engine: EchoEngine) -
     expected, _ = await pieces(engine, options())
     stays = asyncio.create_task(pieces(engine, options()))
     for bad in ([10, 10**6], [-1, 10], []):
-        place = engine.client.admit()
         with pytest.raises(InternalError):
-            async for _ in place.generate(request(f"bad{bad}", bad)):
-                pass
+            await read(engine.client.admit(), request(f"bad{bad}", bad))
     assert (await stays)[0] == expected
     assert engine.client.restarts == 0

@@ -4,7 +4,9 @@ import asyncio
 
 import pytest
 
-from app.utils.errors import DeadlineExceededError, OverloadedError
+from app.llm.generator import GenerationReport
+from app.services.flights import Flight
+from app.utils.errors import DeadlineExceededError, OverloadedError, ServiceError
 from tests.engine.test_client import collect, idle, request
 from tests.support.engine import EchoEngine, echo_engine
 
@@ -67,20 +69,21 @@ async def test_a_request_that_waits_too_long_is_refused_and_one_that_runs_is_not
 
 
 async def test_a_request_fails_while_its_prompt_is_prepared() -> None:
-    """Neither limit waits for the work before the turn; what fails is never run."""
+    """Neither limit waits for the work before the queue; what fails is never run."""
     async with echo_engine(queue_timeout_seconds=0.1) as engine:
-        place = engine.client.admit("a")
-        with pytest.raises(OverloadedError):
-            await place.prepare(asyncio.sleep(600))
-        with pytest.raises(OverloadedError):
-            await collect(engine.client, place=place)
-        place = engine.client.admit("a")
-        place.fail(DeadlineExceededError())
-        unwanted = asyncio.sleep(600)
-        with pytest.raises(DeadlineExceededError):
-            await place.prepare(unwanted)
-        unwanted.close()
-        place.release()
+        for error in (OverloadedError, DeadlineExceededError):
+            flight = Flight()
+
+            async def prepare(flight: Flight, error: type[ServiceError]) -> GenerationReport:
+                with engine.client.admit("a", flight) as place:
+                    if error is DeadlineExceededError:
+                        place.fail(DeadlineExceededError())
+                    await asyncio.sleep(600)
+                raise AssertionError
+
+            flight.start(prepare(flight, error))
+            with pytest.raises(error):
+                await flight.until_accepted()
         assert engine.value("llm_prompt_tokens_total") == 0
         assert engine.client.is_idle
 

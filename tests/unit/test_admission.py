@@ -1,6 +1,7 @@
 """Places: how many requests the engine gets, what a place tells its reader, and Retry-After."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -195,15 +196,31 @@ async def test_a_failure_comes_after_the_events_before_it(*, in_engine: bool) ->
     assert engine.queue.is_empty
 
 
+class Listener:
+    """Notes what it is told of a place."""
+
+    id = "listened"
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def accepted(self) -> None:
+        """The request is queued."""
+        self.told.append("accepted")
+
+    def failed(self, error: ServiceError) -> None:
+        """It failed before that."""
+        self.told.append(type(error))
+
+
 async def test_a_place_that_fails_before_it_is_started_says_so_once() -> None:
     """Then it cannot be started; its first error stays."""
     engine = ManualEngine()
-    place = engine.queue.admit(engine, "a")
-    told: list[ServiceError] = []
-    place.on_fail = told.append
+    listener = Listener()
+    place = engine.queue.admit(engine, "a", listener)
     place.fail(DrainingError())
     place.fail(DeadlineExceededError())
-    assert [type(error) for error in told] == [DrainingError]
+    assert listener.told == [DrainingError]
     with pytest.raises(DrainingError):
         await read(place, request())
     assert not place.accepted
@@ -214,12 +231,11 @@ async def test_a_place_that_fails_before_it_is_started_says_so_once() -> None:
 async def test_a_place_that_was_started_fails_by_its_events_alone() -> None:
     """Who prepared the prompt has nothing left to cancel."""
     engine = ManualEngine(request_timeout_seconds=0.05)
-    place = engine.queue.admit(engine, "a")
-    told: list[ServiceError] = []
-    place.on_fail = told.append
+    listener = Listener()
+    place = engine.queue.admit(engine, "a", listener)
     with pytest.raises(DeadlineExceededError):
         await read(place, request())
-    assert told == []
+    assert listener.told == ["accepted"]
 
 
 async def test_finishing_stops_the_engine_and_counts_as_served() -> None:
