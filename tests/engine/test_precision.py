@@ -53,11 +53,16 @@ class Reference:
     log_probs: list[Tensor]
 
 
-def log_probs(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
-    """Of the whole vocabulary at every place of an answer, [tokens, vocabulary]."""
+def logits_of(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
+    """Of the whole vocabulary at every place of an answer, float32 [tokens, vocabulary]."""
     with torch.inference_mode():
-        logits = model(torch.tensor([prompt + answer]), use_cache=False).logits
-    return torch.log_softmax(logits[0, len(prompt) - 1 : -1].float(), dim=-1)
+        logits: Tensor = model(torch.tensor([prompt + answer]), use_cache=False).logits
+    return logits[0, len(prompt) - 1 : -1].float()
+
+
+def log_probs(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
+    """As :func:`logits_of`, as log-probabilities."""
+    return torch.log_softmax(logits_of(model, prompt, answer), dim=-1)
 
 
 def greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
@@ -153,7 +158,8 @@ def test_the_backend_takes_tokens_the_plain_model_takes(reference: Reference) ->
     worst = 0.0
     for asked in requests:
         answer = tokens(events[asked.id])
-        scores = log_probs(reference.model, asked.prompt_token_ids, answer)
+        # Differences of logits are those of log-probabilities, without the rounding of a softmax.
+        scores = logits_of(reference.model, asked.prompt_token_ids, answer)
         taken = scores.gather(-1, torch.tensor(answer).unsqueeze(-1)).squeeze(-1)
         worst = max(worst, float((scores.max(-1).values - taken).max()))
     assert worst <= 0.25
