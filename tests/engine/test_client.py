@@ -83,7 +83,7 @@ async def test_an_answer_comes_whole_and_ends_once() -> None:
 
 
 async def test_nothing_is_admitted_while_loading() -> None:
-    """Before the model is there, a request is refused with a time to come back."""
+    """Before the model is loaded, a request is refused with a Retry-After."""
     engine = EchoEngine()
     with pytest.raises(ModelLoadingError) as refusal:
         engine.client.admit()
@@ -91,8 +91,8 @@ async def test_nothing_is_admitted_while_loading() -> None:
     assert engine.value("llm_requests_rejected_total", reason="model_loading") == 1
 
 
-async def test_places_are_bounded_and_refusal_is_immediate() -> None:
-    """Running plus waiting is the limit; the next request is refused, the others complete."""
+async def test_places_are_bounded_and_more_requests_are_refused_at_once() -> None:
+    """With all places taken the next request is refused; the others complete."""
     async with echo_engine(max_running=2, max_waiting=1, echo_step_seconds=0.01) as engine:
         places = [engine.client.admit() for _ in range(3)]
         with pytest.raises(OverloadedError) as refusal:
@@ -106,7 +106,7 @@ async def test_places_are_bounded_and_refusal_is_immediate() -> None:
 
 
 async def test_requests_of_one_caller_are_first_come_first_served() -> None:
-    """Requests of one caller that wait start in the order in which they came."""
+    """Waiting requests of one caller start in the order in which they came."""
     async with echo_engine(max_running=1, echo_step_seconds=0.001) as engine:
         order: list[int] = []
 
@@ -118,7 +118,7 @@ async def test_requests_of_one_caller_are_first_come_first_served() -> None:
         assert order == list(range(8))
 
 
-async def test_leaving_frees_the_place_in_both_processes() -> None:
+async def test_a_release_frees_the_slot_in_both_processes() -> None:
     """Releasing the place of a long answer leaves nothing running."""
     async with echo_engine(echo_step_seconds=0.01) as engine:
         place = engine.client.admit()
@@ -131,8 +131,8 @@ async def test_leaving_frees_the_place_in_both_processes() -> None:
         assert engine.value("llm_requests_cancelled_total") == 1
 
 
-async def test_leaving_the_queue_frees_the_place() -> None:
-    """A request cancelled while it waits is forgotten, and the next one is served."""
+async def test_a_cancelled_request_that_waits_frees_its_place() -> None:
+    """It no longer counts as waiting, and the next request is served."""
     async with echo_engine(max_running=1, max_waiting=2, echo_step_seconds=0.01) as engine:
         first = asyncio.create_task(collect(engine.client, "x" * 100))
         await asyncio.sleep(0.05)
@@ -158,7 +158,7 @@ async def test_the_deadline_counts_waiting_and_generating() -> None:
         await idle(engine)
 
 
-async def test_a_fault_of_one_request_leaves_its_neighbours_alone() -> None:
+async def test_a_fault_of_one_request_does_not_touch_the_others() -> None:
     """The faulty request gets an error; those in its batch get their whole answers."""
     async with echo_engine(echo_step_seconds=0.005) as engine:
         good, bad = await asyncio.gather(
@@ -173,7 +173,7 @@ async def test_a_fault_of_one_request_leaves_its_neighbours_alone() -> None:
 
 
 @pytest.mark.parametrize("how", ["kill", "[echo:crash]", "[echo:raise]"])
-async def test_a_dead_engine_is_told_and_replaced(how: str) -> None:
+async def test_a_dead_engine_process_is_replaced(how: str) -> None:
     """Running requests get an error, the engine comes back, and new requests succeed."""
     async with echo_engine(echo_step_seconds=0.01) as engine:
         client = engine.client
@@ -195,7 +195,7 @@ async def test_a_dead_engine_is_told_and_replaced(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["hang", "spin"])
 async def test_a_step_that_never_returns_is_noticed(how: str) -> None:
-    """One that waits is by its stillness, one that computes by engine.step_timeout_seconds."""
+    """A hanging step shows by the idle process, a busy one by engine.step_timeout_seconds."""
     seconds = 60 if how == "hang" else 1
     async with echo_engine(echo_step_seconds=0.01, step_timeout_seconds=seconds) as engine:
         running = asyncio.create_task(collect(engine.client, f"[echo:{how}]"))
@@ -207,8 +207,8 @@ async def test_a_step_that_never_returns_is_noticed(how: str) -> None:
         assert engine.client.restarts == 1
 
 
-async def test_what_nobody_has_seen_a_token_of_is_tried_once_more() -> None:
-    """Requests that wait, or have brought nothing yet, outlive the engine process."""
+async def test_requests_without_a_token_are_tried_once_more() -> None:
+    """Requests that wait or have got no token yet outlive the engine process."""
     async with echo_engine(max_running=1, echo_step_seconds=0.5) as engine:
         answers = [asyncio.create_task(collect(engine.client, text)) for text in ("a", "b")]
         await asyncio.sleep(0.05)
@@ -219,9 +219,9 @@ async def test_what_nobody_has_seen_a_token_of_is_tried_once_more() -> None:
 
 
 async def test_only_the_request_that_kills_the_engine_twice_is_given_up() -> None:
-    """Those that died with it once are not tried beside it, and get their whole answers."""
+    """The other requests that it killed are tried without it, and get their whole answers."""
     async with echo_engine(echo_step_seconds=0.2) as engine:
-        # While the first one's first step goes on, the others are submitted.
+        # The others are submitted during the first step of the first one.
         texts = ["the first", "[echo:poison]", "b", "c"]
         answers = await asyncio.gather(
             *(collect(engine.client, text) for text in texts), return_exceptions=True
@@ -231,26 +231,26 @@ async def test_only_the_request_that_kills_the_engine_twice_is_given_up() -> Non
         assert engine.client.restarts == 2
 
 
-async def test_waiting_for_the_engine_has_an_end() -> None:
-    """A request that would be tried again fails when that takes longer than the queue may."""
+async def test_waiting_for_a_new_engine_process_is_limited() -> None:
+    """A request to be tried again fails after engine.queue_timeout_seconds without an engine."""
     async with echo_engine(queue_timeout_seconds=0.3, echo_step_seconds=0.5) as engine:
         running = asyncio.create_task(collect(engine.client))
         await asyncio.sleep(0.05)
         before = await pid()
         os.kill(before, signal.SIGKILL)
         await engine.until(EngineState.RESTARTING)
-        # What ran with the dead process waits for the next one.
+        # The request that ran waits for the next process.
         assert engine.value("llm_requests_running") == 0
         assert engine.value("llm_requests_waiting") == 1
-        # It does not become ready in time.
+        # The next process does not become ready in time.
         os.kill(await pid(other_than=before), signal.SIGSTOP)
         with pytest.raises(EngineUnavailableError):
             await running
         await idle(engine)
 
 
-async def test_requests_meet_an_honest_error_while_the_engine_restarts() -> None:
-    """Between death and readiness a request is refused as engine_unavailable."""
+async def test_requests_are_refused_while_the_engine_restarts() -> None:
+    """Until the next process is ready the error is engine_unavailable."""
     async with echo_engine() as engine:
         os.kill(await pid(), signal.SIGKILL)
         await engine.until(EngineState.RESTARTING)
@@ -260,7 +260,7 @@ async def test_requests_meet_an_honest_error_while_the_engine_restarts() -> None
 
 
 async def test_a_model_that_cannot_be_loaded_is_fatal_with_one_line(tmp_path: Path) -> None:
-    """The engine does not try for ever, and says what is wrong."""
+    """The engine is not started again, and the line says what is wrong."""
     engine = EchoEngine(model=ModelSettings(source="local", name=str(tmp_path / "missing")))
     await engine.client.start()
     message = await engine.ended()
@@ -269,12 +269,12 @@ async def test_a_model_that_cannot_be_loaded_is_fatal_with_one_line(tmp_path: Pa
     assert "\n" not in message
 
 
-async def test_the_end_leaves_time_for_the_last_answers() -> None:
-    """An answer is written after its request gave its place back; it has to arrive, too."""
+async def test_there_is_time_to_send_the_last_errors_before_exit() -> None:
+    """An error is sent after its request has released its place, and before the service exits."""
     async with echo_engine(max_restarts=0, echo_step_seconds=0.1) as engine:
         running = asyncio.create_task(collect(engine.client, "x" * 100))
         async with asyncio.timeout(10):
-            # It is not tried again once something of its answer came.
+            # With a token it is not tried again.
             while not engine.value("tokens_generated_total", model="echo"):  # noqa: ASYNC110 - polls another process
                 await asyncio.sleep(0.01)
         os.kill(await pid(), signal.SIGKILL)
@@ -287,8 +287,8 @@ async def test_the_end_leaves_time_for_the_last_answers() -> None:
         assert "died 1 times" in await engine.ended()
 
 
-async def test_it_is_ready_once_the_service_is_prepared_too() -> None:
-    """What it waits for beside the model is done once, on a thread."""
+async def test_requests_are_taken_when_the_service_is_prepared_too() -> None:
+    """The preparation runs once, on a thread, and is not repeated when the engine restarts."""
     engine = EchoEngine()
     proceed = threading.Event()
     threads: list[int] = []
@@ -298,8 +298,8 @@ async def test_it_is_ready_once_the_service_is_prepared_too() -> None:
         assert proceed.wait(30)
 
     await engine.client.start(prepare)
-    # The engine process is ready in less than half a second, and stands still for longer than one
-    # may that has something to do.
+    # The engine process is ready in less than half a second, and then idle for longer than a
+    # process with work may be.
     await asyncio.sleep((STALLED_LOOKS + 4) * LOOK_SECONDS)
     assert engine.client.state is EngineState.LOADING
     with pytest.raises(ModelLoadingError):
@@ -317,13 +317,13 @@ async def test_it_is_ready_once_the_service_is_prepared_too() -> None:
 
 
 async def test_the_slowest_echo_is_ready_as_soon_as_any() -> None:
-    """Its tokens take their time; there is nothing in it to try out before."""
+    """Only its steps are slow; nothing is generated before it is ready."""
     async with echo_engine(echo_step_seconds=2.0) as engine:
         assert engine.client.restarts == 0
 
 
-async def test_a_service_that_cannot_be_prepared_ends() -> None:
-    """It is not tried again: what is missing stays missing."""
+async def test_a_service_that_cannot_be_prepared_exits() -> None:
+    """It is not tried again, since a restart of the engine would not repair it."""
     engine = EchoEngine()
 
     def prepare() -> None:
@@ -335,7 +335,7 @@ async def test_a_service_that_cannot_be_prepared_ends() -> None:
     assert engine.client.restarts == 0
 
 
-async def test_draining_takes_no_new_work_and_finishes_the_old() -> None:
+async def test_draining_finishes_requests_and_takes_no_new_ones() -> None:
     """A running request completes; a new one is refused."""
     async with echo_engine(echo_step_seconds=0.01) as engine:
         running = asyncio.create_task(collect(engine.client, "x" * 20))
@@ -346,8 +346,8 @@ async def test_draining_takes_no_new_work_and_finishes_the_old() -> None:
         assert (await running)[-1].finish_reason == "stop"
 
 
-async def test_aborting_ends_what_still_runs() -> None:
-    """After the grace, running requests end with an error."""
+async def test_aborting_ends_running_requests() -> None:
+    """They fail as draining, and nothing is left."""
     async with echo_engine(echo_step_seconds=0.01) as engine:
         running = asyncio.create_task(collect(engine.client, "x" * 5000))
         await asyncio.sleep(0.05)
@@ -367,7 +367,7 @@ async def test_stopping_leaves_no_process() -> None:
 
 
 async def test_timings_are_measured() -> None:
-    """One answer leaves its marks in every timing, and the gauges return to zero."""
+    """One answer is observed once in every timing, and the gauges return to zero."""
     async with echo_engine(echo_step_seconds=0.002) as engine:
         events = await collect(engine.client, "hello")
         count = sum(len(e.token_ids) for e in events)

@@ -12,7 +12,7 @@ from tests.support.engine import EchoEngine, echo_engine
 
 
 async def finished(engine: EchoEngine, callers: str) -> str:
-    """Send one request for each letter, in this order; the letters in the order of the answers."""
+    """Send one request for each letter, in this order; returns the order of the answers."""
     order: list[str] = []
 
     async def one(caller: str) -> None:
@@ -23,21 +23,21 @@ async def finished(engine: EchoEngine, callers: str) -> str:
     return "".join(order)
 
 
-async def test_a_hundred_requests_of_one_caller_do_not_keep_another_waiting() -> None:
-    """The other caller's request is answered next after the one that runs."""
+async def test_a_hundred_requests_of_one_caller_do_not_delay_another() -> None:
+    """The other caller's request is the next one after the one that runs."""
     async with echo_engine(max_running=1) as engine:
         assert await finished(engine, "a" * 100 + "b") == "ab" + "a" * 99
         assert engine.client.is_idle
 
 
-async def test_competing_callers_are_answered_in_turn() -> None:
-    """Three callers with unequal numbers of requests alternate while they have any."""
+async def test_competing_callers_alternate() -> None:
+    """So do three callers with unequal numbers of requests, while they have any."""
     async with echo_engine(max_running=1) as engine:
         assert await finished(engine, "aaaaabbbcc") == "abcabcabaa"
 
 
 async def test_one_caller_cannot_take_the_last_eighth_of_the_waiting_places() -> None:
-    """The engine refuses it, and admits another."""
+    """It is refused, another caller is admitted."""
     async with echo_engine(max_running=1, max_waiting=8) as engine:
         places = [engine.client.admit("a") for _ in range(8)]
         with pytest.raises(OverloadedError):
@@ -51,7 +51,7 @@ async def test_one_caller_cannot_take_the_last_eighth_of_the_waiting_places() ->
 
 
 async def test_a_request_that_waits_too_long_is_refused_and_one_that_runs_is_not() -> None:
-    """The queue's limit ends the waiting request alone, and says when to come back."""
+    """The waiting one gets a Retry-After."""
     async with echo_engine(
         max_running=1, queue_timeout_seconds=0.3, echo_step_seconds=0.02
     ) as engine:
@@ -62,14 +62,14 @@ async def test_a_request_that_waits_too_long_is_refused_and_one_that_runs_is_not
         assert 1 <= refusal.value.retry_after <= 60
         assert not running.done()
         assert engine.client.queue.snapshot().waiting == 0
-        # It runs for two seconds, far longer than a request may wait.
+        # It runs for two seconds, longer than a request may wait.
         assert (await running)[-1].finish_reason == "stop"
         assert engine.value("llm_requests_rejected_total", reason="queue_timeout") == 1
         assert engine.client.is_idle
 
 
 async def test_a_request_fails_while_its_prompt_is_prepared() -> None:
-    """Neither limit waits for the work before the queue; what fails is never run."""
+    """Both limits end it then, and the engine never gets it."""
     async with echo_engine(queue_timeout_seconds=0.1) as engine:
         for error in (OverloadedError, DeadlineExceededError):
             flight = Flight()
@@ -88,8 +88,8 @@ async def test_a_request_fails_while_its_prompt_is_prepared() -> None:
         assert engine.client.is_idle
 
 
-async def test_a_caller_that_leaves_makes_room_for_the_next_in_turn() -> None:
-    """Requests that leave, running or waiting, neither run nor keep a turn."""
+async def test_cancelled_requests_make_room_for_the_next() -> None:
+    """A cancelled request frees its slot, or never takes one."""
     async with echo_engine(max_running=1, echo_step_seconds=0.01) as engine:
         client = engine.client
         place = client.admit("a")

@@ -12,12 +12,12 @@ from tests.support.queue import ManualEngine
 
 
 def callers(ids: Sequence[str]) -> str:
-    """Whose requests these are, one letter each."""
+    """The callers of these requests, one letter each."""
     return "".join(name[0] for name in ids)
 
 
 async def serve(engine: ManualEngine) -> str:
-    """End the request that has run longest until none is left; whose requests ran, in order."""
+    """End the oldest running request until none is left; returns the callers in order."""
     while engine.running:
         await engine.end(next(iter(engine.running)))
     return callers(engine.order)
@@ -57,7 +57,7 @@ async def test_slots_are_shared_evenly() -> None:
     assert shares == ["aaab", "aabb", "aabb", "aabb", "aabb"]
 
 
-async def test_a_caller_that_stays_is_not_starved_by_callers_that_come_and_go() -> None:
+async def test_callers_that_come_and_go_do_not_starve_another() -> None:
     """Callers that return as soon as they are served never overtake one that waits."""
     engine = ManualEngine(max_running=1)
     for caller in "abca":
@@ -119,7 +119,7 @@ EVENTS = st.lists(
 
 
 async def happen(engine: ManualEngine, what: str, which: int) -> None:
-    """One event; nothing, where there is no request it could happen to."""
+    """Let one event happen, if there is a request that it can happen to."""
     if what == "ask":
         await engine.ask("abcd"[which % 4])
         return

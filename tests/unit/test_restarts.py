@@ -1,11 +1,11 @@
-"""When a dead engine process is started again, by a clock that the test moves."""
+"""When a dead engine process is started again, with a clock that the test sets."""
 
 from app.llm.engine.restarts import WINDOW_SECONDS, Restarts
 from tests.support.queue import Clock
 
 
 def test_the_delay_doubles_up_to_half_a_minute() -> None:
-    """The first restart is immediate, since most deaths come alone."""
+    """The first restart is immediate, since most deaths are single ones."""
     restarts = Restarts(100, Clock())
     delays = []
     for _ in range(9):
@@ -14,8 +14,8 @@ def test_the_delay_doubles_up_to_half_a_minute() -> None:
     assert delays == [0, 1, 2, 4, 8, 16, 30, 30, 30]
 
 
-def test_a_while_of_health_is_forgiving() -> None:
-    """Deaths that lie longer back than the window count neither for the delay nor for the end."""
+def test_old_deaths_do_not_count() -> None:
+    """Deaths before the window change neither the delay nor the number of restarts allowed."""
     clock = Clock()
     restarts = Restarts(1, clock)
     for _ in range(10):
@@ -24,21 +24,21 @@ def test_a_while_of_health_is_forgiving() -> None:
         clock.now += WINDOW_SECONDS + 1
 
 
-def test_too_many_deaths_in_a_while_are_the_end() -> None:
-    """One more than engine.max_restarts, whether or not it served in between."""
+def test_more_deaths_than_max_restarts_within_the_window_are_final() -> None:
+    """Also if the engine was ready each time."""
     restarts = Restarts(2, Clock())
     assert [restarts.died(was_ready=True) for _ in range(2)] == [None, None]
     reason = restarts.died(was_ready=True)
     assert reason == "the engine process died 3 times within 10 minutes (engine.max_restarts is 2)"
 
 
-def test_no_restart_at_all() -> None:
-    """With engine.max_restarts 0 the first death is the end."""
+def test_without_restarts_the_first_death_is_final() -> None:
+    """This is what engine.max_restarts 0 means."""
     assert Restarts(0, Clock()).died(was_ready=True) is not None
 
 
-def test_a_model_that_never_loads_is_the_end_however_long_it_takes() -> None:
-    """Three failed starts in a row; one that succeeds begins the count anew."""
+def test_three_failed_starts_in_a_row_are_final() -> None:
+    """However long each takes; a start that succeeds resets the count."""
     clock = Clock()
     restarts = Restarts(100, clock)
     for was_ready in (False, False, True, False, False):

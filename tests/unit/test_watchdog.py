@@ -1,4 +1,4 @@
-"""What the watchdog makes of processes, real ones where the kernel is asked."""
+"""What the watchdog reports about processes; real processes where it asks the kernel."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def looks(number: int, duty: Duty, activity: Activity | None) -> str | None:
-    """The verdict of a new watchdog after a first look and so many more that see the same."""
+    """What a new watchdog reports after a first look and this many more that see the same."""
     watchdog = Watchdog(60)
     for _ in range(number):
         assert watchdog.look(duty, activity) is None
@@ -47,8 +47,8 @@ def idle() -> Iterator["subprocess.Popen[bytes]"]:
 
 
 @pytest.mark.parametrize("program", [BUSY, BUSY_CHILD])
-def test_a_process_that_computes_moves(program: str) -> None:
-    """So does one whose child computes, as while a tokenizer is read beside the weights."""
+def test_a_process_that_computes_makes_progress(program: str) -> None:
+    """So does one whose child computes, as while a child reads the tokenizer."""
     with subprocess.Popen([sys.executable, "-c", program], start_new_session=True) as process:
         try:
             first = observe(process.pid)
@@ -61,16 +61,16 @@ def test_a_process_that_computes_moves(program: str) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_a_process_that_waits_does_not_move(idle: "subprocess.Popen[bytes]") -> None:
-    """Nothing is counted while nothing is done."""
+def test_a_process_that_waits_makes_no_progress(idle: "subprocess.Popen[bytes]") -> None:
+    """The kernel counts nothing for it."""
     while (first := observe(idle.pid)) is None or first.state != "S":
         time.sleep(0.01)
     time.sleep(0.2)
     assert observe(idle.pid) == first
 
 
-def test_a_stopped_process_is_seen_to_be(idle: "subprocess.Popen[bytes]") -> None:
-    """By the letter that the kernel gives it."""
+def test_a_stopped_process_is_a_stall(idle: "subprocess.Popen[bytes]") -> None:
+    """The kernel's state of the process says so, also while it has no work."""
     idle.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, idle.pid, os.WSTOPPED | os.WNOWAIT)
     seen = observe(idle.pid)
@@ -78,8 +78,8 @@ def test_a_stopped_process_is_seen_to_be(idle: "subprocess.Popen[bytes]") -> Non
     assert "stopped for 3 s" in str(looks(STALLED_LOOKS, Duty.NOTHING, seen))
 
 
-def test_a_process_that_is_gone_is_not_judged(idle: "subprocess.Popen[bytes]") -> None:
-    """Its end is noticed otherwise."""
+def test_a_process_that_is_gone_is_no_stall(idle: "subprocess.Popen[bytes]") -> None:
+    """The end of a process is noticed by its socket."""
     idle.kill()
     idle.wait()
     assert observe(idle.pid) is None
@@ -87,34 +87,34 @@ def test_a_process_that_is_gone_is_not_judged(idle: "subprocess.Popen[bytes]") -
 
 
 @pytest.mark.parametrize("duty", [Duty.LOADING, Duty.GENERATING])
-def test_stillness_at_work_is_a_stall(duty: Duty) -> None:
-    """It is told what the process should have been doing."""
+def test_no_progress_with_work_is_a_stall(duty: Duty) -> None:
+    """The report says what the process should have been doing."""
     assert f"{duty}, it has used no processor" in str(looks(STALLED_LOOKS, duty, still()))
 
 
 @pytest.mark.parametrize("duty", [Duty.NOTHING, Duty.FETCHING])
-def test_stillness_without_work_is_none(duty: Duty) -> None:
+def test_no_progress_without_work_is_no_stall(duty: Duty) -> None:
     """An idle engine waits for requests, a download for the network."""
     assert looks(1000, duty, still()) is None
 
 
 @pytest.mark.parametrize("state", ["D", "t"])
-def test_a_disk_and_a_debugger_may_take_their_time(state: str) -> None:
-    """Killing would not end the one, and is not meant by the other."""
+def test_waiting_for_a_disk_or_a_debugger_is_no_stall(state: str) -> None:
+    """No signal would end the first, and a debugger stops a process on purpose."""
     assert looks(100, Duty.LOADING, still(state)) is None
 
 
 @pytest.mark.parametrize("more", [Activity("S", 2, 0), Activity("S", 0, 1)])
-def test_any_movement_is_progress(more: Activity) -> None:
-    """Processor time or bytes read; looks begin to count anew."""
+def test_processor_time_and_reads_are_progress(more: Activity) -> None:
+    """Either resets the count of looks."""
     watchdog = Watchdog(60)
     for i in range(100):
         seen = Activity("S", 100 + i // 4 * more.ticks, i // 4 * more.reads)
         assert watchdog.look(Duty.LOADING, seen) is None
 
 
-def test_a_process_that_has_been_idle_for_long_is_not_blamed_for_it() -> None:
-    """A request that comes after an hour begins with a clean slate."""
+def test_looks_before_a_request_or_a_report_do_not_count() -> None:
+    """A request after an hour without one does not find a stall."""
     watchdog = Watchdog(60)
     for _ in range(100):
         assert watchdog.look(Duty.NOTHING, still()) is None
@@ -125,8 +125,8 @@ def test_a_process_that_has_been_idle_for_long_is_not_blamed_for_it() -> None:
         assert watchdog.look(Duty.GENERATING, still()) is None
 
 
-def test_a_step_may_compute_for_as_long_as_is_set_and_no_longer() -> None:
-    """However busy the process is, or where nobody can tell."""
+def test_a_step_may_take_engine_step_timeout_seconds_and_no_longer() -> None:
+    """However busy the process is, and where the kernel tells nothing."""
     watchdog = Watchdog(10)
     for i in range(int(10 / LOOK_SECONDS)):
         assert watchdog.look(Duty.GENERATING, Activity("R", 100 * i, 0)) is None

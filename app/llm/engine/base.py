@@ -1,9 +1,9 @@
 """The engine protocol: what the API process and the engine process say to each other.
 
-One Unix socket joins the two. A message is a 4-byte big-endian length and that many bytes of
-MessagePack, typed by the structs below. The API process sends :data:`Command` messages, the
-engine process :data:`Report` messages; all events of one engine step travel in one message.
-Nothing here imports torch, so both sides can.
+A Unix socket connects the two. A message is a 4-byte big-endian length, then that many bytes of
+MessagePack, typed by the structs below. The API process sends :data:`Command` messages, the engine
+process :data:`Report` messages; all events of one engine step are in one message. Both processes
+import this module, so it imports no torch.
 """
 
 import struct
@@ -21,7 +21,7 @@ HEADER_BYTES: Final = _HEADER.size
 
 
 GREEDY_BELOW: Final = 1e-5
-"""Temperatures under this are taken for 0: divided by them, logits leave the range of float32."""
+"""Temperatures below this count as 0: logits divided by them would exceed float32."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -32,11 +32,11 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
         top_p: Smallest set of tokens whose probabilities reach this sum.
         top_k: Only the k likeliest tokens; 0 is no limit.
         min_p: Only tokens at least this share as likely as the likeliest.
-        repetition_penalty: Divides the positive and multiplies the negative logits of tokens
-            seen before (Keskar et al., 2019).
+        repetition_penalty: Divides the positive and multiplies the negative logits of tokens in
+            the prompt and the answer (Keskar et al., 2019).
         presence_penalty: Subtracted once from the logit of a token generated before.
         frequency_penalty: Subtracted once for each time a token was generated before.
-        logit_bias: Added to the logits of these tokens, by their ids, before anything else.
+        logit_bias: By token id, added to the token's logit before anything else.
         seed: Makes a sampled answer repeatable, whatever else is in the batch.
     """
 
@@ -52,7 +52,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """Whether the likeliest token is always chosen."""
         return self.temperature < GREEDY_BELOW
 
 
@@ -60,7 +60,7 @@ NEUTRAL_SAMPLING: Final = SamplingParams()
 SAMPLING_FIELDS: Final = SamplingParams.__struct_fields__
 
 REQUEST_FEATURES: Final = ("logprobs", "top_logprobs", "grammar")
-"""Fields of :class:`GenerationRequest` that a backend may not have."""
+"""Fields of :class:`GenerationRequest` that a backend may not support."""
 
 
 class JsonSchemaGrammar(msgspec.Struct, frozen=True, tag="json_schema"):
@@ -84,12 +84,12 @@ class RegexGrammar(msgspec.Struct, frozen=True, tag="regex"):
 
 
 class Tag(msgspec.Struct, frozen=True):
-    """A part of an answer that stands between two strings.
+    """A part of an answer between two strings.
 
     Attributes:
-        begin: What comes before it.
+        begin: The string before it.
         schema: JSON Schema of the part, as JSON text.
-        end: What comes after it.
+        end: The string after it.
     """
 
     begin: str
@@ -102,9 +102,9 @@ class TagsGrammar(msgspec.Struct, frozen=True, tag="tags"):
 
     Attributes:
         tags: Each ``begin`` starts with the trigger.
-        trigger: Text that must be the beginning of one of the tags wherever it comes.
-        required: Whether the answer is one or more tagged parts, and no text beside them;
-            otherwise it is text in which tagged parts may come.
+        trigger: Wherever the answer has this text, one of the tags begins.
+        required: Whether the answer consists of one or more tagged parts alone; otherwise it is
+            text that may have tagged parts.
         single: Whether the answer ends after the first tagged part.
     """
 
@@ -115,7 +115,7 @@ class TagsGrammar(msgspec.Struct, frozen=True, tag="tags"):
 
 
 Grammar = JsonSchemaGrammar | RegexGrammar | TagsGrammar
-"""What an answer must look like; each backend translates it for its own library."""
+"""What an answer must look like; each backend translates it for its library."""
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -124,10 +124,10 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         id: Unique among the requests in flight.
         prompt_token_ids: At least one token.
-        max_tokens: Most tokens to generate, the end-of-sequence token included.
+        max_tokens: Most tokens to generate, including the end-of-sequence token.
         sampling: How to choose them.
-        logprobs: Whether to tell each token's log-probability.
-        top_logprobs: How many of the likeliest tokens to tell beside it.
+        logprobs: Whether events have each token's log-probability.
+        top_logprobs: How many of the likeliest tokens events have for each token.
         grammar: What the answer must look like.
     """
 
@@ -145,13 +145,13 @@ class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
 
     Attributes:
         request_id: Whose tokens these are.
-        token_ids: New tokens, in order; an end-of-sequence token is among them.
-        logprobs: Where they were asked for, the natural logarithm of each new token's
-            probability by the model alone: before penalties, temperature and filters.
-        top_logprobs: Where they were asked for, for each new token the likeliest tokens of its
-            place and their log-probabilities, likeliest first.
-        finish_reason: Set on the request's last event, and on no other.
-        error: What went wrong, for the log; only beside the finish reason ``error``.
+        token_ids: New tokens, in order, including an end-of-sequence token.
+        logprobs: If asked for, one for each new token: the natural logarithm of its probability by
+            the model alone, before penalties, temperature and filters.
+        top_logprobs: If asked for, one list for each new token: the likeliest tokens at its
+            position and their log-probabilities, likeliest first.
+        finish_reason: Set on the request's last event only.
+        error: What went wrong, for the log; only with the finish reason ``error``.
         cached_tokens: Prompt tokens found in the KV cache; on the first event only.
     """
 
@@ -165,22 +165,22 @@ class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What is being served; sent once, when the model is ready.
+    """What is being served; sent once, when the model is loaded.
 
     Attributes:
         model: Name callers see.
-        revision: Commit or hash of the weights, where one is known.
+        revision: Commit or hash of the weights, if one is known.
         backend: Which backend runs it.
         backend_reason: Why this backend was chosen.
         device: ``cpu`` or the CUDA device's name.
         dtype: Precision of the weights.
         context_length: Most tokens of prompt and answer together.
-        vocabulary_size: Tokens the model has embeddings for; ids are below it.
-        supported: What this backend honours: names of sampling fields, and of
-            :data:`REQUEST_FEATURES`.
+        vocabulary_size: How many tokens the model has embeddings for; ids are below it.
+        supported: Names of the sampling fields and :data:`REQUEST_FEATURES` that this backend
+            supports.
         tokenizer_json: The tokenizer, as the ``tokenizers`` library serialises it.
-        chat_template: The model's Jinja template; ``None`` where it has none.
-        special_tokens: ``bos_token``, ``eos_token`` and the like, for the template.
+        chat_template: The model's Jinja template; ``None`` if it has none.
+        special_tokens: The texts of ``bos_token``, ``eos_token`` and others, for the template.
     """
 
     model: str
@@ -198,7 +198,12 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """Figures of the moment, sent with every step."""
+    """Figures of the moment, sent with every step.
+
+    Attributes:
+        running: Requests in the batch.
+        kv_cache_usage: Part of the KV cache that is in use, from 0 to 1.
+    """
 
     running: int = 0
     kv_cache_usage: float = 0.0
@@ -208,7 +213,7 @@ class EngineStats(msgspec.Struct, frozen=True):
 
 
 class Configure(msgspec.Struct, frozen=True, tag=True):
-    """First message: what to load. The token travels here so that no environment shows it."""
+    """First message: what to load. It has the token, so that no environment shows it."""
 
     model: dict[str, str | bool | int | float | list[str] | None]
     max_running: int
@@ -219,19 +224,19 @@ class Configure(msgspec.Struct, frozen=True, tag=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """Generate."""
+    """Generate; the engine starts requests in the order of these messages."""
 
     request: GenerationRequest
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
-    """Stop generating; answered by the request's terminal event if it had none yet."""
+    """Stop generating; the request's last event follows if it has not been sent."""
 
     request_id: str
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """Leave, now."""
+    """End the process now."""
 
 
 # --- engine process -> API process --------------------------------------------------------------
@@ -242,8 +247,8 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
 
     Attributes:
         message: What is being done.
-        fetching: Whether it waits for the network, or for another process that downloads the
-            same; then standing still is no sign of a fault.
+        fetching: Whether it waits for the network, or for another process that downloads the same
+            model. Then a process without progress is not stalled.
     """
 
     message: str
@@ -251,28 +256,30 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
-    """The model is loaded, and is being tried out; what can be made ready for it can be now."""
+    """The model is loaded and is being tried; the API process can prepare the tokenizer."""
 
     info: EngineInfo
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Requests are taken; comes after :class:`Loaded`."""
+    """The engine takes requests; follows :class:`Loaded`."""
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
-    """The model cannot be loaded; one line that says what to do. The process ends after it."""
+    """The model cannot be loaded; one line says what to do. The process ends after it."""
 
     message: str
 
 
 class Step(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """What happened since the last report; sent after a step, and before one that starts requests.
+    """A step's report, and a report before each step that starts requests.
+
+    A step without events is reported if the figures have changed, or once a second.
 
     Attributes:
-        events: All events of the step.
+        events: All events since the last report.
         stats: Figures of the moment.
-        started: Ids of the requests that are in the batch from the next step on.
+        started: Ids of the requests that have got slots since the last report.
     """
 
     events: list[TokenEvent]
@@ -299,7 +306,7 @@ def body_length(header: bytes) -> int:
     """Length of the body that follows a header.
 
     Raises:
-        ValueError: The peer announces more than :data:`MAX_MESSAGE_BYTES`.
+        ValueError: It is more than :data:`MAX_MESSAGE_BYTES`.
     """
     length: int = _HEADER.unpack(header)[0]
     if length > MAX_MESSAGE_BYTES:
@@ -308,17 +315,17 @@ def body_length(header: bytes) -> int:
 
 
 def unpack_command(body: bytes) -> Command:
-    """Decode what the API process sent."""
+    """Decode a message of the API process."""
     return _command_decoder.decode(body)
 
 
 def unpack_report(body: bytes) -> Report:
-    """Decode what the engine process sent."""
+    """Decode a message of the engine process."""
     return _report_decoder.decode(body)
 
 
 class Backend(Protocol):
-    """What runs the model, inside the engine process; one thread owns it.
+    """Runs the model, inside the engine process, on one thread.
 
     A new backend is one file that implements this and one row in ``app/llm/loader.py``.
     """
@@ -331,17 +338,17 @@ class Backend(Protocol):
         """Take a request into the next step's batch.
 
         Raises:
-            Exception: This request cannot be run; its neighbours are not affected.
+            Exception: This request cannot be run; others are not affected.
         """
 
     def cancel(self, request_id: str) -> None:
-        """Free a request's place before the next step; unknown ids are ignored."""
+        """Free a request's slot before the next step; unknown ids are ignored."""
 
     def step(self) -> list[TokenEvent]:
-        """Advance every request by one step and return what it brought."""
+        """Advance every request by one step and return the events."""
 
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether there is work for a step."""
 
     def stats(self) -> EngineStats:
         """Figures of the moment."""

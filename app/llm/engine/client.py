@@ -1,8 +1,8 @@
 """The API process's side of the engine: starts the process, keeps it running, and talks to it.
 
-All methods run on the event loop of the API process. A request takes three steps: it is
-admitted (or refused) before any work is spent on it, it waits its turn, and its events are read
-until the last. Leaving at any point frees what it held, at the latest within one engine step.
+All methods run on the event loop of the API process. A request takes three steps: it is admitted
+or refused before any work is spent on it, it waits for a slot, and its events are read until the
+last. When its caller leaves, whatever it held is free before the engine's next step.
 """
 
 import asyncio
@@ -45,17 +45,16 @@ from app.utils.garbage import spare_what_stays
 log = get_logger("engine")
 
 _LOADING_RETRY_AFTER = 5.0
-# So long do answers have to reach their callers before the end, those of requests too that have
-# given back their places.
-_LAST_WORDS_SECONDS = 0.5
+# Time to send the last errors before the service exits.
+_LAST_ERRORS_SECONDS = 0.5
 
 
 def _nothing() -> None:
-    """What there is to prepare by default."""
+    pass
 
 
 class EngineState(StrEnum):
-    """Where the engine is in its life."""
+    """Whether the engine takes requests, and why not."""
 
     LOADING = "loading"
     READY = "ready"
@@ -66,7 +65,26 @@ class EngineState(StrEnum):
 
 
 class EngineClient:
-    """Starts the engine process, keeps it running, and shares it between requests."""
+    """Starts the engine process, keeps it running, and shares it between requests.
+
+    Args:
+        model: Which model to load.
+        model_label: Name callers see, also before the model is loaded.
+        engine: Limits.
+        logging: How the engine process is to log.
+        huggingface_token: For gated models.
+        metrics: Where timings go.
+        on_fatal: Called with one line when the engine cannot run and will not be retried.
+
+    Attributes:
+        state: Whether the engine takes requests.
+        info: What is being served; ``None`` before the model is loaded.
+        tokenizer: The served model's; ``None`` before the model is loaded.
+        stats: The engine's last figures; zeros while there is no engine process.
+        loading_message: What the engine process is loading, for /status.
+        restarts: How often the engine process has been started again.
+        queue: The requests' places.
+    """
 
     def __init__(
         self,
@@ -79,17 +97,6 @@ class EngineClient:
         metrics: Metrics,
         on_fatal: Callable[[str], None],
     ) -> None:
-        """Nothing starts before :meth:`start`.
-
-        Args:
-            model: Which model to load.
-            model_label: Name callers see, also before the model is loaded.
-            engine: Limits.
-            logging: How the engine process is to log.
-            huggingface_token: For gated models.
-            metrics: Where timings go.
-            on_fatal: Called with one line when the engine cannot run and will not be retried.
-        """
         self.model_label = model_label
         self.state = EngineState.LOADING
         self.info: EngineInfo | None = None
@@ -99,7 +106,7 @@ class EngineClient:
         self.restarts = 0
         self.queue = RequestQueue(engine, metrics, model_label)
         self._metrics = metrics
-        # Under an overload a series is looked up for every refusal.
+        # Under an overload every refusal needs its time series.
         self._rejected = cache(metrics.rejected.labels)
         self._on_fatal = on_fatal
         self._configure = Configure(
@@ -127,8 +134,8 @@ class EngineClient:
         """Begin loading; returns at once.
 
         Args:
-            prepare: What else is to be done before requests are taken: imports, say. Called once,
-                on a thread, while the engine process loads the model.
+            prepare: Other work to be done before requests are taken, imports for example. Called
+                once, on a thread, while the engine process loads the model.
         """
         self._prepare, self._prepared = prepare, None
         self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
@@ -147,7 +154,7 @@ class EngineClient:
             self.tokenizer.close()
 
     def drain(self) -> None:
-        """Take no new requests; running ones go on."""
+        """Refuse new requests from now on; admitted ones go on."""
         self.state = EngineState.DRAINING
 
     def abort_running(self) -> None:
@@ -155,7 +162,7 @@ class EngineClient:
         self.queue.fail_all(DrainingError)
 
     def is_draining(self) -> bool:
-        """Whether the service is about to leave."""
+        """Whether the service finishes its requests before it exits."""
         return self.state is EngineState.DRAINING
 
     @property
@@ -164,7 +171,7 @@ class EngineClient:
         return self.queue.is_empty
 
     def kill(self) -> None:
-        """End the engine process at once, whatever it does; nothing is told to anybody."""
+        """End the engine process at once; requests are not told."""
         if self._process is not None:
             self._process.kill()
 
@@ -186,13 +193,13 @@ class EngineClient:
             await asyncio.sleep(self._restarts.delay)
 
     async def _run_once(self) -> tuple[bool, str]:
-        """One life of the engine process: whether it became ready, and how it ended."""
+        """Run one engine process to its end: whether it became ready, and how it ended."""
         process = self._process = await EngineProcess.start()
         log.info("engine process started", extra={"pid": process.pid})
         self._phase = Duty.LOADING
         process.send(self._configure)
         if self._prepared is None:
-            # The process begins first: what it does takes longer.
+            # The process is started first, since loading takes longer.
             self._prepared = asyncio.create_task(self._run_preparation(), name="preparation")
         ready = False
         watchdog = Watchdog(self._limits.step_timeout_seconds)
@@ -216,7 +223,7 @@ class EngineClient:
         return ready, ending
 
     async def _watch(self, process: EngineProcess, watchdog: Watchdog) -> None:
-        """Kill an engine process that no longer moves; the rest follows from its end."""
+        """Kill an engine process that makes no progress; :meth:`_run_once` notices its end."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             activity = await asyncio.to_thread(observe, process.pid)
@@ -231,14 +238,15 @@ class EngineClient:
 
     async def _handle(self, report: Report) -> None:
         if isinstance(report, Step):
-            self._show(report.stats)
+            self._set_stats(report.stats)
             self._in_flight.dispatch(report)
         elif isinstance(report, Loading):
             self._phase = Duty.FETCHING if report.fetching else Duty.LOADING
             self.loading_message = report.message
             log.info(report.message)
         elif isinstance(report, Loaded):
-            # The process loads on meanwhile, and is to be heard: one that is ready stands still.
+            # As a task, so that Ready is read meanwhile. Before it is read, the watchdog takes an
+            # idle process for a stalled one.
             self._describing = asyncio.create_task(self._describe(report.info), name="description")
         elif isinstance(report, Ready):
             self._phase = Duty.NOTHING
@@ -251,7 +259,7 @@ class EngineClient:
 
     async def _describe(self, info: EngineInfo) -> None:
         if self._prepared is not None:
-            # It is done once, and goes on should this engine process die.
+            # It runs once, and goes on if this engine process dies.
             await asyncio.shield(self._prepared)
         if self.tokenizer is None or info != self.info:
             # A large vocabulary takes seconds to parse.
@@ -276,22 +284,22 @@ class EngineClient:
         try:
             await asyncio.to_thread(self._prepare)
         except Exception:
-            # What is missing stays missing, however often the engine starts.
+            # A restart of the engine would not repair this.
             log.exception("the service cannot be made ready")
             await self._give_up("the service cannot be made ready; the log above says why")
 
     def _serve(self) -> None:
-        """Take requests, after those that outlived the last engine process."""
+        """Take requests, and submit those that the last engine process has left."""
         self._stop_waiting()
         if self.state not in (EngineState.DRAINING, EngineState.FAILED):
             self.state = EngineState.READY
         self._in_flight.engine_started()
 
     def _lose_running(self) -> None:
-        """The engine process is gone; what waits for the next one does not wait for ever."""
+        """The engine process is gone; requests wait for the next one for a limited time."""
         if self.state is EngineState.READY:
             self.state = EngineState.RESTARTING
-        self._show(EngineStats())
+        self._set_stats(EngineStats())
         self._in_flight.engine_died()
         if self._patience is None and not self.queue.is_empty:
             self._patience = asyncio.get_running_loop().call_later(
@@ -306,22 +314,22 @@ class EngineClient:
     async def _give_up(self, message: str) -> None:
         self.state = EngineState.FAILED
         self.queue.fail_all(EngineUnavailableError)
-        await asyncio.sleep(_LAST_WORDS_SECONDS)
+        await asyncio.sleep(_LAST_ERRORS_SECONDS)
         self._on_fatal(message)
 
     @property
     def template_tokens(self) -> tuple[str, ...]:
-        """Spellings of the special tokens that frame turns; none before the model is loaded."""
+        """Texts of the special tokens around messages; none before the model is loaded."""
         return self.tokenizer.template_tokens if self.tokenizer is not None else ()
 
     # --- requests --------------------------------------------------------------------------
 
     def admit(self, caller: str = "", listener: PlaceListener | None = None) -> Place:
-        """Take a place, or be refused at once, before any work is spent.
+        """Take a place, or be refused before any work is spent.
 
         Args:
-            caller: Whose request it is; callers share the engine fairly. The process itself,
-                for example a LangChain program in it, is the caller without a name.
+            caller: Whose request it is; callers share the engine fairly. The empty name stands
+                for this process, for example for a LangChain program in it.
             listener: Told what becomes of the request until its first event.
 
         Raises:
@@ -368,7 +376,7 @@ class EngineClient:
         self._in_flight.add(request, place)
 
     def cancel(self, request_id: str) -> None:
-        """Stop a request that has not ended; the engine frees its place before its next step."""
+        """Stop a request; the engine frees its slot before its next step."""
         if self._in_flight.remove(request_id) and self._process is not None:
             self._process.send(Cancel(request_id=request_id))
 
@@ -376,7 +384,7 @@ class EngineClient:
         if self._process is not None:
             self._process.send(Submit(request=request))
 
-    def _show(self, stats: EngineStats) -> None:
+    def _set_stats(self, stats: EngineStats) -> None:
         self.stats = stats
         self.queue.running = stats.running
         self._metrics.kv_cache_usage.set(stats.kv_cache_usage)

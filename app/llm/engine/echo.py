@@ -1,23 +1,23 @@
-"""The echo backend: no model, repeats the prompt; serves tests, load tests and demonstrations.
+"""The echo backend: repeats the prompt, without a model; for tests, load tests and demonstrations.
 
-It answers with the last user message (or the whole prompt, where there is no chat), one token a
-step. A token is one byte of UTF-8, so every character outside ASCII spans several tokens. Faults
-are asked for in the prompt, which makes them deterministic and keeps them out of the settings:
+It answers a chat with its last user message, and a bare prompt with the prompt, one token a step. A
+token is one byte of UTF-8, so a character outside ASCII spans several tokens. A prompt can ask for
+a fault:
 
 =================  ==============================================================
-``[echo:fault]``   this request fails, its neighbours go on
+``[echo:fault]``   this request fails, the others go on
 ``[echo:raise]``   the step raises, as a broken backend would
-``[echo:crash]``   the engine process dies of a signal, as in a segmentation fault
-``[echo:poison]``  the same, before this request has brought any token
-``[echo:hang]``    the step never returns, and waits
-``[echo:spin]``    the step never returns, and computes
+``[echo:crash]``   the engine process is killed by a signal, as by a segmentation fault
+``[echo:poison]``  the same, before this request has got any token
+``[echo:hang]``    the step never returns, and uses no processor
+``[echo:spin]``    the step never returns, and uses the processor
 =================  ==============================================================
 """
 
 import os
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -53,23 +53,27 @@ def build_tokenizer() -> Tokenizer:
 
 @dataclass
 class _Running:
-    """A request and what is still to be said."""
+    """A request, its answer, and how many of the answer's tokens have been generated."""
 
     request: GenerationRequest
     answer: list[int]
     fault: str | None
-    said: int = field(default=0)
+    generated: int = 0
 
 
 class EchoBackend:
-    """A deterministic stand-in for a model. See the module's docstring."""
+    """A deterministic stand-in for a model: see the module's docstring.
+
+    Args:
+        step_seconds: How long a step takes.
+    """
 
     def __init__(self, *, step_seconds: float = 0.0) -> None:
         self._step_seconds = step_seconds
         self._tokenizer = build_tokenizer()
         self._end_id = _special_id(self._tokenizer, _END)
         self._start_id = _special_id(self._tokenizer, _START)
-        # A special token's spelling in the text is repeated as text, not as the token.
+        # A special token that is spelt out in the text stays text.
         self._tokenizer.encode_special_tokens = True
         self._running: dict[str, _Running] = {}
         self.info = EngineInfo(
@@ -88,7 +92,7 @@ class EchoBackend:
         )
 
     def add(self, request: GenerationRequest) -> None:
-        """Take a request into the next step."""
+        """Take a request into the next step's batch."""
         text = self._last_user_message(request.prompt_token_ids)
         fault = text.partition("[echo:")[2].partition("]")[0] or None
         answer = [*self._tokenizer.encode(text, add_special_tokens=False).ids, self._end_id]
@@ -97,15 +101,15 @@ class EchoBackend:
     def _last_user_message(self, prompt: list[int]) -> str:
         if self._start_id not in prompt:
             return self._decode(prompt)
-        turns: list[list[int]] = []
+        messages: list[list[int]] = []
         for token in prompt:
             if token == self._start_id:
-                turns.append([])
-            elif turns and token != self._end_id:
-                turns[-1].append(token)
-        texts = [self._decode(turn) for turn in turns]
+                messages.append([])
+            elif messages and token != self._end_id:
+                messages[-1].append(token)
+        texts = [self._decode(message) for message in messages]
         users = [text for text in texts if text.startswith("user\n")]
-        # The template ends each turn with a newline of its own, after the end token.
+        # The template writes a newline after each message's end token.
         return users[-1].removeprefix("user\n").removesuffix("\n") if users else ""
 
     def _decode(self, ids: list[int]) -> str:
@@ -116,7 +120,7 @@ class EchoBackend:
         self._running.pop(request_id, None)
 
     def step(self) -> list[TokenEvent]:
-        """Say one more token of every answer."""
+        """Generate one token of every answer."""
         if self._step_seconds:
             time.sleep(self._step_seconds)
         return [self._advance(running) for running in list(self._running.values())]
@@ -128,16 +132,16 @@ class EchoBackend:
             return TokenEvent(request_id=request.id, finish_reason="error", error="asked for")
         if running.fault == "poison":
             _break("crash")
-        if running.fault in ("raise", "crash", "hang", "spin") and running.said >= 3:
+        if running.fault in ("raise", "crash", "hang", "spin") and running.generated >= 3:
             _break(running.fault)
-        token = running.answer[running.said]
-        running.said += 1
+        token = running.answer[running.generated]
+        running.generated += 1
         at_end = token == self._end_id
         finish: FinishReason | None = None
-        if at_end or running.said >= request.max_tokens:
+        if at_end or running.generated >= request.max_tokens:
             finish = "stop" if at_end else "length"
             del self._running[request.id]
-        # It is certain of what it repeats.
+        # Each token has the probability 1.
         return TokenEvent(
             request_id=request.id,
             token_ids=[token],
@@ -151,7 +155,7 @@ class EchoBackend:
         return bool(self._running)
 
     def stats(self) -> EngineStats:
-        """Figures of the moment; there is no KV cache to use."""
+        """Figures of the moment; there is no KV cache."""
         return EngineStats(running=len(self._running))
 
 
@@ -166,7 +170,7 @@ def _break(fault: str) -> None:
     if fault == "raise":
         raise RuntimeError("the prompt asked for it")
     if fault == "crash":
-        # As libraries do it, past any logger.
+        # Native libraries write like this, without the logger.
         os.write(2, f"{LAST_WORDS}\n\n{LAST_WORDS}".encode())
         os.kill(os.getpid(), signal.SIGSEGV)
     while fault == "spin":

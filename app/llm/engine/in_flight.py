@@ -1,8 +1,9 @@
-"""The requests that are with the engine, and what becomes of them when its process dies.
+"""The submitted requests, and their retries after the engine process died.
 
-A request that had brought no token is tried once more, for its caller cannot tell. It may be what
-killed the engine, though. So those that died with it are tried one after the other, each when the
-one before has brought its first token: what kills the engine again is alone, and is named.
+A request without an event so far is tried once more, since its caller notices nothing. But it is a
+suspect: it may have killed the engine. So the next engine process gets the suspects one at a time,
+each after the first event of the one before. A suspect with which the process dies again fails, and
+the log names it.
 """
 
 import logging
@@ -20,74 +21,73 @@ log = get_logger("engine")
 
 @dataclass(slots=True)
 class _Flight:
-    """One request.
+    """A submitted request.
 
     Attributes:
-        request: What is to be answered.
+        request: The request.
         place: Where its events go.
-        submitted: Whether the present engine process has it.
-        answered: Whether an event has come; what its caller may have seen is never repeated.
+        sent: Whether the present engine process has it.
+        answered: Whether an event has come. Its caller may have seen it, so it is not retried.
         suspect: Whether an engine process died with it.
     """
 
     request: GenerationRequest
     place: Place
-    submitted: bool = False
+    sent: bool = False
     answered: bool = False
     suspect: bool = False
 
     def log(self, level: int, message: str, **extra: str) -> None:
-        """Say something about this request."""
+        """Write a line about this request to the log."""
         about = {"engine_request": self.request.id, **extra}
         self.place.context.run(log.log, level, message, extra=about)
 
 
 class InFlight:
-    """Requests by their ids, from their submission to their last event."""
+    """Requests by their ids, from their submission to their last event.
 
-    def __init__(self, submit: Callable[[GenerationRequest], None]) -> None:
-        """There are none yet, and no engine.
+    Args:
+        send: Sends a request to the engine process; called only while there is one.
+    """
 
-        Args:
-            submit: Sends a request to the engine process; called only while there is one.
-        """
-        self._send = submit
+    def __init__(self, send: Callable[[GenerationRequest], None]) -> None:
+        self._send_request = send
         self._has_engine = False
         self._flights: dict[str, _Flight] = {}
         self._suspects: deque[_Flight] = deque()
-        self._on_trial: _Flight | None = None
+        self._current_suspect: _Flight | None = None
 
     @property
     def engine_is_asked(self) -> bool:
-        """Whether there is an engine process, and it has something to do."""
+        """Whether there is an engine process with requests to answer."""
         return self._has_engine and bool(self._flights)
 
     def add(self, request: GenerationRequest, place: Place) -> None:
-        """A request is to be answered, by the next engine process if there is none."""
+        """Send a request to the engine process, or to the next one if there is none."""
         flight = self._flights[request.id] = _Flight(request, place)
         if self._has_engine:
-            self._submit(flight)
+            self._send(flight)
 
     def remove(self, request_id: str) -> bool:
-        """Forget a request; returns whether the engine has it."""
+        """Forget a request; returns whether the engine process has it."""
         flight = self._flights.pop(request_id, None)
         if flight is None:
             return False
-        self._end_trial(flight)
-        return flight.submitted
+        self._suspect_survived(flight)
+        return flight.sent
 
     def dispatch(self, step: Step) -> None:
-        """Tell places what the engine has told about their requests."""
+        """Pass what the engine has reported to the requests' places."""
         for request_id in step.started:
             if flight := self._flights.get(request_id):
                 flight.place.slot_taken()
         for event in step.events:
             flight = self._flights.get(event.request_id)
             if flight is None:
-                # It has left, and the engine had not heard of it when this step began.
+                # It was cancelled after this step had begun.
                 continue
             flight.answered = True
-            self._end_trial(flight)
+            self._suspect_survived(flight)
             if event.finish_reason is not None:
                 del self._flights[event.request_id]
             if event.error:
@@ -95,19 +95,19 @@ class InFlight:
             flight.place.deliver(event)
 
     def engine_started(self) -> None:
-        """There is an engine process again: submit what waits for it."""
+        """There is an engine process again: send the requests that wait for it."""
         self._has_engine = True
         for flight in self._flights.values():
             if not flight.suspect:
-                self._submit(flight)
-        self._begin_trial()
+                self._send(flight)
+        self._send_next_suspect()
 
     def engine_died(self) -> None:
-        """End what has been answered in part, and what dies for the second time."""
+        """Fail the requests that must not be retried, and keep the others for the next engine."""
         self._has_engine = False
-        self._on_trial = None
-        for flight in [flight for flight in self._flights.values() if flight.submitted]:
-            flight.submitted = False
+        self._current_suspect = None
+        for flight in [flight for flight in self._flights.values() if flight.sent]:
+            flight.sent = False
             if not flight.answered and not flight.suspect:
                 flight.suspect = True
                 flight.place.slot_lost()
@@ -122,18 +122,18 @@ class InFlight:
             del self._flights[flight.request.id]
             flight.place.fail(EngineUnavailableError())
 
-    def _submit(self, flight: _Flight) -> None:
-        flight.submitted = True
-        self._send(flight.request)
+    def _send(self, flight: _Flight) -> None:
+        flight.sent = True
+        self._send_request(flight.request)
 
-    def _begin_trial(self) -> None:
-        while self._on_trial is None and self._suspects:
+    def _send_next_suspect(self) -> None:
+        while self._current_suspect is None and self._suspects:
             flight = self._suspects.popleft()
             if flight.request.id in self._flights:
-                self._on_trial = flight
-                self._submit(flight)
+                self._current_suspect = flight
+                self._send(flight)
 
-    def _end_trial(self, flight: _Flight) -> None:
-        if flight is self._on_trial:
-            self._on_trial = None
-            self._begin_trial()
+    def _suspect_survived(self, flight: _Flight) -> None:
+        if flight is self._current_suspect:
+            self._current_suspect = None
+            self._send_next_suspect()

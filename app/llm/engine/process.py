@@ -23,13 +23,13 @@ from app.llm.engine.resources import THREADS_VARIABLE, compute_threads
 
 log = get_logger()
 
-# What is taken at a time of what libraries write; longer texts become several events.
+# Libraries' output is read in pieces of this size; a longer text becomes several log lines.
 _WRITTEN_BYTES = 4096
 _STDERR = 2
 # The engine ends at once when it is told to, unless a step holds its interpreter. It has nothing
-# to put in order, so killing it then loses nothing.
+# to save, so it can be killed then.
 _STOP_SECONDS = 1.0
-# The service's keys are none of the engine's business, and a crash dump may show an environment.
+# The engine does not need the service's keys, and a crash dump may show the environment.
 _WITHHELD = ("SECURITY__", "HUGGINGFACE_TOKEN")
 
 
@@ -46,7 +46,7 @@ class EngineProcess:
         self._reader = reader
         self._writer = writer
         self._killed_because = ""
-        # Libraries in native code write to standard error past any logger, their last words too.
+        # Native libraries write to standard error without the logger, also when they crash.
         self._written = asyncio.create_task(_log_lines(process.stderr), name="engine-stderr")
 
     @classmethod
@@ -54,9 +54,9 @@ class EngineProcess:
         """Start the process and connect to it.
 
         Raises:
-            OSError: The machine has no process or descriptor left.
+            OSError: The machine has no process or file descriptor left.
         """
-        # It reads control groups' files, which must not hold up the event loop.
+        # This reads files of control groups, which would block the event loop.
         environment = await asyncio.to_thread(engine_environment, os.environ)
         ours, theirs = socket.socketpair()
         with theirs, _duplicate(_STDERR) as log_descriptor:
@@ -88,7 +88,7 @@ class EngineProcess:
         return self._process.pid
 
     def send(self, message: Message) -> None:
-        """Queue a message; quietly dropped when the process is gone, which the reader notices."""
+        """Queue a message; dropped when the process is gone, which :meth:`receive` notices."""
         if not self._writer.is_closing():
             self._writer.write(pack(message))
 
@@ -102,7 +102,7 @@ class EngineProcess:
         return unpack_report(body)
 
     async def wait(self) -> str:
-        """Wait for the end; returns how it came, for the log."""
+        """Wait for the end; returns why the process ended, for the log."""
         self._writer.close()
         with contextlib.suppress(ConnectionError):
             await self._writer.wait_closed()
@@ -110,14 +110,14 @@ class EngineProcess:
             async with asyncio.timeout(_STOP_SECONDS):
                 code = await self._process.wait()
         except TimeoutError:
-            # It closed its end of the socket but lives on: nothing can be asked of it any more.
+            # It has closed its end of the socket but still runs, so no message can end it.
             self.kill()
             code = await self._process.wait()
         await asyncio.wait({self._written}, timeout=_STOP_SECONDS)
         return self._killed_because or _describe_exit(code)
 
     async def stop(self) -> None:
-        """Ask the process to end, and see to it that it does."""
+        """Ask the process to end, and kill it if it does not."""
         self.send(Stop())
         try:
             async with asyncio.timeout(_STOP_SECONDS):
@@ -130,18 +130,18 @@ class EngineProcess:
         """End the process at once; :meth:`receive` returns ``None`` then.
 
         Args:
-            because: What :meth:`wait` is to return instead of the signal's name.
+            because: The reason that :meth:`wait` returns instead of the signal's name.
         """
         self._killed_because = because
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
-        # A process that waits for a disk outlives the signal; its requests must not wait, too.
+        # A process that waits for a disk outlives the signal. Its requests must not wait for it.
         self._writer.transport.abort()
 
 
 @contextlib.contextmanager
 def _duplicate(descriptor: int) -> Iterator[int]:
-    """Another descriptor of the same file, whose number a process can be given."""
+    """Another descriptor of the same file, to be passed on to a process."""
     copy = os.dup(descriptor)
     try:
         yield copy
@@ -150,25 +150,25 @@ def _duplicate(descriptor: int) -> Iterator[int]:
 
 
 async def _log_lines(stderr: asyncio.StreamReader | None) -> None:
-    """Make events of what the process writes by itself, until it has ended."""
+    """Log what the process writes to standard error, until it has ended."""
     while stderr is not None and (data := await stderr.read(_WRITTEN_BYTES)):
         for line in filter(str.strip, data.decode("utf-8", "replace").splitlines()):
             log.warning("the engine process wrote: %s", line)
 
 
 def engine_environment(base: Mapping[str, str]) -> dict[str, str]:
-    """The environment of an engine process: ``base`` less its secrets, and with the threads set."""
+    """The environment of an engine process: ``base`` without secrets, with the threads' number."""
     environment = {k: v for k, v in base.items() if not k.upper().startswith(_WITHHELD)}
-    # torch's threads wait for each other by spinning, so long by default that every layer stalls
-    # when another process wants a core. This is just longer than the gaps between two parallel
-    # stretches of a forward pass, during which no thread should fall asleep: docs/adr/0010.
+    # torch's threads wait for each other by spinning. By default they spin so long that every layer
+    # stalls when another process wants a core. This is just longer than the gaps between parallel
+    # parts of a forward pass, in which no thread should fall asleep: docs/adr/0010.
     environment.setdefault("GOMP_SPINCOUNT", "3000")
-    # Read once, when torch is imported; its own guess counts the host's cores, not the container's.
+    # torch reads it when it is imported. Its default counts the host's cores, not the container's.
     environment[THREADS_VARIABLE] = str(compute_threads(environment))
+    # Progress bars would make the log unreadable.
+    environment["TQDM_DISABLE"] = "1"
     # The service may have been started from any folder.
     paths = [str(PROJECT_ROOT), environment.get("PYTHONPATH", "")]
-    # Bars that redraw a line make a server's log unreadable.
-    environment["TQDM_DISABLE"] = "1"
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return environment
 

@@ -1,27 +1,26 @@
-"""How often, and after how long, a dead engine process is started again."""
+"""Whether a dead engine process is started again, and after how long."""
 
 import time
 from collections import deque
 from collections.abc import Callable
 
 WINDOW_SECONDS = 600.0
-"""Deaths longer ago than this are forgotten; ``engine.max_restarts`` counts within it."""
+"""``engine.max_restarts`` counts deaths within this time."""
 
-# An engine that dies this often in a row without ever having been ready is not going to be.
+# After this many failed starts in a row another attempt is of no use.
 _MAX_FAILED_STARTS = 3
 _LONGEST_DELAY = 30.0
 
 
 class Restarts:
-    """Remembers the deaths of engine processes."""
+    """Remembers the deaths of engine processes.
+
+    Args:
+        max_restarts: Restarts allowed within :data:`WINDOW_SECONDS`.
+        clock: Seconds, never going back.
+    """
 
     def __init__(self, max_restarts: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """Nothing has died yet.
-
-        Args:
-            max_restarts: Restarts allowed within :data:`WINDOW_SECONDS`.
-            clock: Tells the time of a death.
-        """
         self._max_restarts = max_restarts
         self._clock = clock
         self._deaths: deque[float] = deque()
@@ -34,7 +33,7 @@ class Restarts:
             was_ready: Whether it had loaded the model.
 
         Returns:
-            Why it must not be started again, for the log; ``None`` where it may.
+            Why no process must be started again, for the log; ``None`` where one may.
         """
         now = self._clock()
         self._deaths.append(now)

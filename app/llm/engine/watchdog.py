@@ -1,9 +1,8 @@
-"""Says when the engine process no longer moves: stopped, deadlocked, or lost in a step.
+"""Detects an engine process that makes no progress: stopped, deadlocked, or lost in a step.
 
-The kernel counts what a process does, whatever its threads wait for and whoever holds its
-interpreter, so nothing has to run inside the engine to be watched: docs/adr/0016. Time is counted
-in looks, not in seconds: a machine that sleeps, a container that is paused and an event loop that
-is late all look less often, and so accuse nobody.
+The kernel counts processor time and reads of every process, so the engine needs no code of its own
+for this: docs/adr/0016. Time is counted in looks, not in seconds. When the machine sleeps, the
+container is paused or the event loop is late, there are fewer looks, and no false alarm.
 """
 
 from dataclasses import dataclass
@@ -14,17 +13,17 @@ LOOK_SECONDS = 0.5
 """Time between two looks."""
 
 STALLED_LOOKS = 6
-"""So many looks in a row without any movement are a stall: noticed within 3.5 seconds."""
+"""Looks in a row without progress that are a stall; it is noticed within 3.5 seconds."""
 
-# A process whose threads merely wake and sleep again uses less than this in that time: 20 ms.
+# 20 ms between two looks. A process whose threads only wake and sleep again uses less.
 _LEAST_TICKS = 2
-# Waiting for a disk, where no signal reaches it anyway; or held by a debugger, which is meant.
+# D waits for a disk, where no signal would end it; t is held by a debugger on purpose.
 _EXCUSED_STATES = frozenset("Dt")
 _STOPPED = "T"
 
 
 class Duty(StrEnum):
-    """What is expected of the engine process."""
+    """What the engine process is expected to do."""
 
     NOTHING = "nothing"
     FETCHING = "fetching the model"
@@ -37,9 +36,9 @@ class Activity:
     """What the kernel has counted of a process and its children.
 
     Attributes:
-        state: The process' state, by proc(5)'s letters.
+        state: The process' state, as a letter of proc(5).
         ticks: Processor time used, in clock ticks (10 ms on Linux).
-        reads: Bytes read and pages faulted in from disk; only changes mean anything.
+        reads: Bytes read plus pages faulted in from disk; only its changes mean anything.
     """
 
     state: str
@@ -48,7 +47,7 @@ class Activity:
 
 
 def observe(pid: int) -> Activity | None:
-    """Read what the kernel has counted; ``None`` where it does not tell, as outside Linux."""
+    """Read what the kernel has counted; ``None`` where that is unknown, as outside Linux."""
     own = _read(pid)
     if own is None:
         return None
@@ -60,7 +59,7 @@ def observe(pid: int) -> Activity | None:
 def _read(pid: int) -> Activity | None:
     folder = Path("/proc") / str(pid)
     try:
-        # "pid (name) state ...", where the name may hold anything; numbered as in proc(5).
+        # "pid (name) state ...", where the name may contain spaces and brackets: proc(5).
         fields = (folder / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
@@ -70,14 +69,14 @@ def _read(pid: int) -> Activity | None:
 
 def _bytes_read(folder: Path) -> int:
     try:
-        # Hardened kernels keep this from everybody.
+        # Hardened kernels do not let anybody read this file.
         return int((folder / "io").read_text().split()[1])
     except OSError:
         return 0
 
 
 def _children(pid: int) -> list[int]:
-    """Processes that the main thread started; loading a model starts one to read its tokenizer."""
+    """Processes that the main thread has started; loading starts one to read the tokenizer."""
     try:
         return [
             int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -87,7 +86,11 @@ def _children(pid: int) -> list[int]:
 
 
 class Watchdog:
-    """Judges one engine process by what is seen of it."""
+    """Watches one engine process.
+
+    Args:
+        step_timeout_seconds: A process that generates must report at least this often.
+    """
 
     def __init__(self, step_timeout_seconds: float) -> None:
         self._step_timeout = step_timeout_seconds
@@ -108,10 +111,10 @@ class Watchdog:
             activity: From :func:`observe`.
 
         Returns:
-            What is wrong with the process, for the log; ``None`` while nothing is.
+            Why the process must be killed, for the log; ``None`` where it must not.
         """
         if duty is not self._duty:
-            # An idle process has been still for as long as it was idle.
+            # The time without progress until now belongs to the duty before.
             self._duty = duty
             self.heard()
         self._silent += 1

@@ -1,9 +1,9 @@
 """The engine process: owns the model and advances all running requests step by step.
 
-It is a process of its own because a step holds the interpreter for tens of milliseconds, and
-because a crash in native code must cost the running requests, not the service. The main thread
-owns the model; a second thread only reads commands off the socket, so that a cancellation is
-known before the next step begins, and so that this process ends when its parent is gone.
+It is a separate process for two reasons: a step holds the interpreter for tens of milliseconds, and
+a crash in native code must end the running requests only, not the service. The main thread owns the
+model. A second thread reads commands from the socket, so that a cancellation is known before the
+next step, and so that this process ends with its parent.
 """
 
 import argparse
@@ -48,10 +48,10 @@ from app.utils.garbage import no_collections, spare_what_stays
 
 log = get_logger("engine")
 
-# A long prompt is read in many steps that bring nothing: the service is told that they pass.
+# A long prompt takes many steps without events. The service hears this often that they go on.
 _REPORT_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
-# Longest piece of an exception's message in the log.
+# Characters of an exception's message in the log.
 _MAX_MESSAGE = 300
 
 
@@ -59,7 +59,7 @@ class Channel:
     """The worker's end of the socket.
 
     Attributes:
-        commands: What :meth:`start_reading` has read and the worker not yet taken.
+        commands: Commands that have come and that the worker has not taken yet.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -67,7 +67,7 @@ class Channel:
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
 
     def start_reading(self) -> None:
-        """Read commands on a thread of their own, and end this process when the peer is gone."""
+        """Read commands on another thread, which ends this process when the peer is gone."""
         threading.Thread(target=self._read_commands, name="commands", daemon=True).start()
 
     def _read_commands(self) -> None:
@@ -77,11 +77,11 @@ class Channel:
                 self.commands.put(command)
             status = 0
         except Exception:
-            # Out of memory, say. An engine that hears nothing any more is of no use.
+            # Out of memory, for example. An engine that gets no commands is of no use.
             log.exception("commands can no longer be read")
         finally:
-            # The service is gone, or tells to leave. The main thread may be deep in native code,
-            # or in a download, so nothing gentler than this ends the process for certain.
+            # The service is gone or has sent Stop. The main thread may be in native code or in a
+            # download, where nothing else would end the process for certain.
             os._exit(status)
 
     def send(self, message: Message) -> None:
@@ -110,17 +110,16 @@ class Channel:
 
 
 class Worker:
-    """The loop between the socket and the backend."""
+    """The loop between the socket and the backend.
+
+    Args:
+        channel: Where commands come from and reports go.
+        backend: Runs the model.
+        max_running: Slots: most requests that the backend has at once. Others wait here, so that a
+            slot that one step frees is filled before the next step.
+    """
 
     def __init__(self, channel: Channel, backend: Backend, max_running: int) -> None:
-        """Nothing runs.
-
-        Args:
-            channel: Where requests come from and events go.
-            backend: Runs the model.
-            max_running: Slots: most requests that the backend is given at once. Others wait, so
-                that a slot that one step frees is filled before the next step begins.
-        """
         self._channel = channel
         self._backend = backend
         self._max_running = max_running
@@ -130,12 +129,12 @@ class Worker:
         self._reported_at = time.monotonic()
 
     def run(self) -> None:
-        """Serve; the thread that reads commands ends the process when it is time."""
+        """Serve for ever; the thread that reads commands ends the process."""
         while True:
             events: list[TokenEvent] = []
             self._take_commands(events)
             if started := self._fill_slots(events):
-                # A step may be long; the service is told before it which requests it runs.
+                # A step may take long, so the service hears before it which requests run.
                 self._report(events, started)
                 events = []
             if self._backend.has_work():
@@ -143,7 +142,7 @@ class Worker:
             self._report(events)
 
     def _take_commands(self, events: list[TokenEvent]) -> None:
-        """Apply every command that has come; wait for one if there is nothing to do."""
+        """Carry out every command that has come; wait for one if there is nothing to do."""
         block = not (self._waiting or self._backend.has_work())
         while True:
             try:
@@ -170,7 +169,7 @@ class Worker:
             self._check(request)
             self._backend.add(request)
         except MemoryError:
-            # Not this request's fault, nor is the next one likely to fare better.
+            # It says nothing about this request, and the next one would most likely fail too.
             raise
         except Exception as error:
             log.exception("a request could not be added", extra={"engine_request": request.id})
@@ -180,7 +179,11 @@ class Worker:
         return True
 
     def _check(self, request: GenerationRequest) -> None:
-        """Refuse a token the model does not have: native code would read past its embeddings."""
+        """Refuse tokens that the model does not have; native code would read past its embeddings.
+
+        Raises:
+            ValueError: The prompt is empty, or has such a token.
+        """
         size = self._backend.info.vocabulary_size
         ids = [*request.prompt_token_ids, *request.sampling.logit_bias]
         if not request.prompt_token_ids or min(ids) < 0 or max(ids) >= size:
@@ -200,7 +203,7 @@ class Worker:
                 self._running.discard(event.request_id)
         stats = self._backend.stats()
         now = time.monotonic()
-        # A cancelled request's pages are freed in a step that has no events of its own.
+        # The pages of a cancelled request are freed in a step that may have no events.
         is_due = now - self._reported_at >= _REPORT_SECONDS
         if events or started or stats != self._reported_stats or is_due:
             self._reported_stats = stats
@@ -209,7 +212,7 @@ class Worker:
 
 
 def _failure(request_id: str, error: Exception) -> TokenEvent:
-    # The message may hold what the caller sent, a grammar for example.
+    # The exception's message may contain what the caller sent, a grammar for example.
     name = type(error).__name__
     return TokenEvent(request_id=request_id, finish_reason="error", error=name)
 
@@ -234,13 +237,12 @@ def _load(channel: Channel, configure: Configure) -> Backend | None:
     return None
 
 
-def _live_and_die_with_the_service() -> None:
-    """End by the service's decision, and never outlive it.
+def _end_only_with_the_service() -> None:
+    """Ignore signals to the group, and let the kernel end this process with its parent.
 
-    Ctrl-C reaches the whole process group, and a service manager may send SIGTERM to every
-    process there is: what runs must be allowed to finish. A service that was killed closes the
-    socket, which a thread of this process notices, unless this process is stopped or stuck: the
-    kernel ends it then.
+    Ctrl-C reaches the whole process group, and a service manager may send SIGTERM to every process,
+    but the service lets running requests finish. When the service is killed, the thread that reads
+    the socket ends this process; the kernel does it where this process is stopped or stuck.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -250,7 +252,7 @@ def _live_and_die_with_the_service() -> None:
 
 def main() -> int:
     """Entry point: ``python -m app.llm.engine.worker FD LOG``; the parent holds the other end."""
-    _live_and_die_with_the_service()
+    _end_only_with_the_service()
     parser = argparse.ArgumentParser(description="The engine process; started by the service.")
     parser.add_argument("fd", type=int, help="file descriptor of the socket to the service")
     parser.add_argument("log", type=int, help="file descriptor of the log")
@@ -263,7 +265,7 @@ def main() -> int:
         LoggingSettings.model_validate(
             {"level": configure.log_level, "format": configure.log_format}
         ),
-        # Not standard error, where libraries write what they like.
+        # Libraries write to standard error, so the log has its own descriptor.
         stream=os.fdopen(arguments.log, "w", buffering=1, encoding="utf-8"),
     )
     channel.start_reading()
@@ -271,20 +273,20 @@ def main() -> int:
         backend = _load(channel, configure)
     if backend is None:
         return 1
-    # Loading may have left a model's weights behind in another form.
+    # Loading may have left a second copy of the weights.
     gc.collect()
     spare_what_stays()
     try:
         channel.send(Ready())
         Worker(channel, backend, configure.max_running).run()
     except Exception as error:
-        # The backend isolates what belongs to one request; what gets here leaves the model or
-        # its cache in doubt. Ending is the one state the client can mend. Its message is about
-        # memory or a device, not about a request; the log's tracebacks have none.
+        # Backends handle the errors of single requests. After any other error the model or its
+        # cache may be broken, so the process ends and the client starts another. The message is
+        # about memory or a device, not about a request, and tracebacks in the log have none.
         log.exception("an engine step failed: %s", one_line(error)[:_MAX_MESSAGE])  # noqa: TRY401 - see above
     return 1
 
 
 if __name__ == "__main__":
-    # The interpreter's own shutdown would wait for threads that native libraries started.
+    # An ordinary exit would wait for threads that native libraries have started.
     os._exit(main())
