@@ -1,4 +1,4 @@
-"""Models from the hub: what is downloaded, and who may download; see tests/support/fake_hub.py."""
+"""Models from the hub: the files that are downloaded, and access to them."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.support.hub_processes import GOOD_TOKEN, OTHER_TOKEN, UNKNOWN_TOKEN, 
 
 
 def test_a_model_is_downloaded_whole(hub: FakeHub, child: Downloader, tiny_model_dir: Path) -> None:
-    """A download brings the same bytes, tells the commit, and says how far it is."""
+    """A download brings the same bytes, gives the commit, and reports its progress."""
     repo = hub.add("tiny/whole", tiny_model_dir)
     answer = child.download("tiny/whole")
     assert (answer["gguf"], answer["revision"]) == (None, repo.sha)
@@ -51,7 +51,7 @@ def test_only_what_is_needed_is_downloaded(
 def test_a_second_download_asks_for_no_contents(
     hub: FakeHub, child: Downloader, tiny_model_dir: Path
 ) -> None:
-    """What is in the cache at the hub's commit is not downloaded again."""
+    """Files that are in the cache at the hub's commit are not downloaded again."""
     hub.add("tiny/twice", tiny_model_dir)
     first = child.download("tiny/twice")
     hub.requests.clear()
@@ -62,7 +62,7 @@ def test_a_second_download_asks_for_no_contents(
 def test_a_branch_is_recorded_as_its_commit(
     hub: FakeHub, child: Downloader, tiny_model_dir: Path
 ) -> None:
-    """A branch, a tag and a commit all lead to the commit that is reported."""
+    """A branch, a tag and a commit all lead to the same reported commit."""
     repo = hub.add("tiny/branches", tiny_model_dir)
     repo.branches = ("v1.0", "refs/pr/1")
     for revision in ("main", "v1.0", "refs/pr/1", repo.sha):
@@ -72,7 +72,7 @@ def test_a_branch_is_recorded_as_its_commit(
 def test_a_pinned_commit_stays_pinned(
     hub: FakeHub, child: Downloader, tiny_model_dir: Path
 ) -> None:
-    """A push to the branch gives a new commit and new contents, never a mixture."""
+    """After a push to the branch a download gives the new commit and contents, never a mixture."""
     repo = hub.add("tiny/pushed", tiny_model_dir)
     old = child.download("tiny/pushed")
     repo.files["config.json"] += b"\n"
@@ -85,7 +85,7 @@ def test_a_pinned_commit_stays_pinned(
 def test_an_unknown_revision_is_one_line(
     hub: FakeHub, child: Downloader, tiny_model_dir: Path
 ) -> None:
-    """A revision that does not exist is named, with what to do."""
+    """The error names a revision that does not exist, and says what to do."""
     hub.add("tiny/revision", tiny_model_dir)
     assert child.download("tiny/revision", revision="v9")["error"] == (
         "tiny/revision has no revision 'v9': correct MODEL__REVISION or leave it out"
@@ -100,8 +100,8 @@ def test_the_only_gguf_is_chosen(hub: FakeHub, child: Downloader) -> None:
     assert set(hub.downloads("tiny/gguf")) == {"tiny.gguf", "config.json"}
 
 
-def test_openvinos_format_is_taken_where_it_can_run(hub: FakeHub, child: Downloader) -> None:
-    """Its files alone are downloaded; for another engine the safetensors beside it, or nothing."""
+def test_openvinos_format_is_used_where_it_can_run(hub: FakeHub, child: Downloader) -> None:
+    """Only OpenVINO's files are downloaded; other engines get safetensors, or an error."""
     own = {
         "openvino_model.xml": b"<net>",
         "openvino_model.bin": b"weights",
@@ -123,7 +123,7 @@ def test_openvinos_format_is_taken_where_it_can_run(hub: FakeHub, child: Downloa
 
 
 def test_one_of_several_gguf_files_is_named(hub: FakeHub, child: Downloader) -> None:
-    """Several GGUF files are refused with the exact setting that picks one, and it does."""
+    """Several GGUF files are rejected with the exact setting that chooses one, and it does."""
     files = {"b.Q8_0.gguf": b"GGUF8", "a.Q4_0.gguf": b"GGUF4", "more/c.gguf": b"GGUFc"}
     hub.add("tiny/ggufs", files)
     error = child.download("tiny/ggufs")["error"]
@@ -142,7 +142,7 @@ def test_one_of_several_gguf_files_is_named(hub: FakeHub, child: Downloader) -> 
 
 @pytest.mark.parametrize("pickle", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"])
 def test_pickles_are_refused_unread(hub: FakeHub, child: Downloader, pickle: str) -> None:
-    """A repository with pickled weights alone is refused before a byte of it is asked for."""
+    """A repository with only pickled weights is rejected before any of it is downloaded."""
     hub.add("tiny/pickle", {"config.json": b"{}", pickle: b"\x80\x04", "x/model.safetensors": b""})
     error = child.download("tiny/pickle")["error"]
     assert error.startswith("tiny/pickle has only pickled weights")
@@ -151,18 +151,18 @@ def test_pickles_are_refused_unread(hub: FakeHub, child: Downloader, pickle: str
 
 
 def test_a_repository_without_weights_is_refused(hub: FakeHub, child: Downloader) -> None:
-    """A repository that holds no model is said to hold none."""
+    """The error says that a repository has no weights."""
     hub.add("tiny/empty", {"README.md": b"-"})
     assert child.download("tiny/empty")["error"].startswith("tiny/empty has no weights: choose")
 
 
-# --- Who may download -----------------------------------------------------------------------------
+# --- Access ---------------------------------------------------------------------------------------
 
 
 def test_a_gated_model_without_a_token(
     hub: FakeHub, child: Downloader, tiny_model_dir: Path
 ) -> None:
-    """The line names all four ways out: licence, token, another model, the bundled one."""
+    """The error names all four remedies: licence, token, another model, the bundled one."""
     hub.add("tiny/gated", tiny_model_dir, gated=True)
     error = child.download("tiny/gated")["error"]
     assert error == (
@@ -172,10 +172,10 @@ def test_a_gated_model_without_a_token(
     assert all(request.authorization is None for request in hub.requests)
 
 
-def test_a_gated_model_with_a_token_that_was_not_granted(
+def test_a_gated_model_with_a_token_without_access(
     hub: FakeHub, child: Downloader, tiny_model_dir: Path
 ) -> None:
-    """A valid token of an account that did not accept the licence is told to do so."""
+    """The error for a valid token whose account has not accepted the licence says to do so."""
     hub.add("tiny/gated", tiny_model_dir, gated=True)
     error = child.download("tiny/gated", token=OTHER_TOKEN)["error"]
     assert error.startswith("tiny/gated is a gated model; the token in HUGGINGFACE_TOKEN may not")
@@ -187,7 +187,7 @@ def test_a_gated_model_with_a_token_that_was_not_granted(
 def test_a_token_the_hub_does_not_know(
     hub: FakeHub, child: Downloader, tiny_model_dir: Path, *, gated: bool
 ) -> None:
-    """A mistyped or revoked token is named as the cause, not the hub's state or the model."""
+    """The error blames a mistyped or revoked token, not the hub or the model."""
     hub.add("tiny/gated", tiny_model_dir, gated=gated)
     assert child.download("tiny/gated", token=UNKNOWN_TOKEN)["error"] == (
         "the hub refuses the token in HUGGINGFACE_TOKEN (401): correct it, or leave it out for a "
@@ -198,7 +198,7 @@ def test_a_token_the_hub_does_not_know(
 def test_a_gated_model_with_a_good_token(
     hub: FakeHub, child: Downloader, tiny_model_dir: Path
 ) -> None:
-    """The token opens the model, is sent to the hub alone, and may end in a line break."""
+    """The token gives access, is sent only to the hub, and may end in a line break."""
     repo = hub.add("tiny/gated", tiny_model_dir, gated=True)
     answer = child.download("tiny/gated", token=f"{GOOD_TOKEN}\n")
     assert answer["revision"] == repo.sha
@@ -209,17 +209,17 @@ def test_a_gated_model_with_a_good_token(
 
 @pytest.mark.parametrize("token", ["hf_a b", "hf_“quoted”", "hf_a\nhf_b"])
 def test_a_token_that_cannot_be_sent(hub: FakeHub, child: Downloader, token: str) -> None:
-    """A token that no header can hold is refused without quoting it and without a request."""
+    """A token that no header can hold is rejected, without a request and without quoting it."""
     assert child.download("tiny/any", token=token)["error"] == (
         "HUGGINGFACE_TOKEN holds characters that no token has: copy it again from the hub"
     )
     assert hub.requests == []
 
 
-def test_a_private_model_does_not_exist_without_its_token(
+def test_a_private_model_without_a_token(
     hub: FakeHub, child: Downloader, tiny_model_dir: Path
 ) -> None:
-    """A private repository looks missing, and the line says that a token may be lacking."""
+    """A private repository looks missing, and the error says that a token may be needed."""
     hub.add("tiny/private", tiny_model_dir, private=True)
     error = child.download("tiny/private")["error"]
     assert error.startswith("tiny/private is not on the hub, or is private: check MODEL__NAME")
@@ -228,7 +228,7 @@ def test_a_private_model_does_not_exist_without_its_token(
 
 @pytest.mark.parametrize("token", [None, OTHER_TOKEN])
 def test_a_model_that_does_not_exist(hub: FakeHub, child: Downloader, token: str | None) -> None:
-    """A misspelt name gets the same line whether the hub answers 401 or 404."""
+    """A misspelt name gets the same error whether the hub answers 401 or 404."""
     error = child.download("tiny/missing", token=token)["error"]
     assert error == (
         "tiny/missing is not on the hub, or is private: check MODEL__NAME, set HUGGINGFACE_TOKEN "
@@ -239,8 +239,8 @@ def test_a_model_that_does_not_exist(hub: FakeHub, child: Downloader, token: str
 @pytest.mark.parametrize(
     "name", ["a/b/c", "/srv/models/x", "/srv/models/x.gguf", "../x", "a b/c", "a/../b", "ü/x", "."]
 )
-def test_a_name_that_is_none(hub: FakeHub, child: Downloader, name: str) -> None:
-    """What cannot be a repository's name is refused without asking the hub."""
+def test_a_name_that_is_no_repository(hub: FakeHub, child: Downloader, name: str) -> None:
+    """A name that cannot be a repository's is rejected without a request."""
     error = child.download(name)["error"]
     assert error.endswith(
         " is not a hub repository name (owner/name): correct MODEL__NAME; "
@@ -250,6 +250,6 @@ def test_a_name_that_is_none(hub: FakeHub, child: Downloader, name: str) -> None
 
 
 def test_no_token_is_ever_logged(child: Downloader) -> None:
-    """After all of the above, at level DEBUG, no token is in the log of the process."""
+    """After all the tests above, the process's log at level DEBUG holds no token."""
     for secret in (GOOD_TOKEN, OTHER_TOKEN, UNKNOWN_TOKEN):
         assert secret not in child.log

@@ -1,4 +1,4 @@
-"""From the hub to tokens, and to the one line that says why not."""
+"""The engine process and the service with a model from the hub, or without one."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ from tests.support.hub_processes import DEFAULT_MODEL, GOOD_TOKEN, OTHER_TOKEN, 
 
 
 def test_a_model_from_the_hub_generates(hub: FakeHub, tiny_model_dir: Path, tmp_path: Path) -> None:
-    """The engine process downloads over a cut connection, loads, generates, and logs JSON only."""
+    """The engine process downloads over a cut connection, loads, generates, and logs only JSON."""
     repo = hub.add("tiny/gated", tiny_model_dir, gated=True)
     hub.faults = Faults(cut_after=[100_000])
     model = ModelSettings(
@@ -57,12 +57,12 @@ def test_a_model_from_the_hub_generates(hub: FakeHub, tiny_model_dir: Path, tmp_
     assert said[-2:] == ["loading tiny/gated with transformers", "starting continuous batching"]
     assert {line["level"] for line in worker.logged()} <= {"INFO", "WARNING"}
     assert GOOD_TOKEN not in (tmp_path / "log.txt").read_text()
-    # Loading asks the hub for nothing beyond the download.
+    # Loading asks the hub for nothing but the download.
     assert set(hub.downloads("tiny/gated")) == set(repo.files)
 
 
-def test_the_engine_process_ends_when_its_model_cannot_be_had(hub: FakeHub, tmp_path: Path) -> None:
-    """A bad model is reported in one line, and the process exits with 1."""
+def test_the_engine_process_exits_without_its_model(hub: FakeHub, tmp_path: Path) -> None:
+    """A model that cannot be loaded is reported in one line, and the process exits with 1."""
     model = ModelSettings(name="tiny/missing", engine="transformers")
     worker = Worker(environment(hub.url, tmp_path), tmp_path / "log.txt", model)
     try:
@@ -76,8 +76,10 @@ def test_the_engine_process_ends_when_its_model_cannot_be_had(hub: FakeHub, tmp_
     assert worker.logged() == []
 
 
-def test_the_service_ends_with_one_line(hub: FakeHub, tiny_model_dir: Path, tmp_path: Path) -> None:
-    """The default, gated model without a granted token stops the service: one line, no token."""
+def test_the_service_exits_with_one_line(
+    hub: FakeHub, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Without access to the default model the service exits with one line, without the token."""
     hub.add(DEFAULT_MODEL, tiny_model_dir, gated=True)
     env = environment(
         hub.url,

@@ -1,4 +1,4 @@
-"""Models from a hub that is away, broken or slow."""
+"""Models from a hub that is unreachable, broken or slow."""
 
 import os
 import re
@@ -11,11 +11,9 @@ import pytest
 from tests.support.fake_hub import FakeHub, Faults
 from tests.support.hub_processes import LARGE, PIECE, Downloader, downloader
 
-# --- When the hub is not well ---------------------------------------------------------------------
-
 
 def test_an_unreachable_hub_with_nothing_cached(hub: FakeHub, child: Downloader) -> None:
-    """Without network and cache the line says both, and what to check."""
+    """Without network and cache the error names both, and says what to check."""
     hub.faults = Faults(unreachable=True)
     assert child.download("tiny/nowhere")["error"] == (
         "the hub cannot be reached, and tiny/nowhere is not in the cache: check the network and "
@@ -33,10 +31,10 @@ def test_an_unreachable_hub_with_nothing_cached(hub: FakeHub, child: Downloader)
     ],
     ids=["unreachable", "503", "429", "silent"],
 )
-def test_a_cached_model_is_used_when_the_hub_is_away(
+def test_a_cached_model_is_used_without_the_hub(
     hub: FakeHub, child: Downloader, tiny_model_dir: Path, faults: Faults, reason: str
 ) -> None:
-    """A model downloaded once, from a branch or not, starts without the hub within seconds."""
+    """A cached model is used after one request to a hub that does not answer it properly."""
     repo = hub.add("tiny/cached", tiny_model_dir)
     repo.files["pytorch_model.bin"] = b"not downloaded, so not missed"
     repo.branches = ("v1.0",)
@@ -51,8 +49,8 @@ def test_a_cached_model_is_used_when_the_hub_is_away(
     assert time.monotonic() - began < 10
 
 
-def test_a_cached_gguf_is_used_when_the_hub_is_away(hub: FakeHub, child: Downloader) -> None:
-    """The GGUF file that was downloaded is found again, and one that was not is missed."""
+def test_a_cached_gguf_is_used_without_the_hub(hub: FakeHub, child: Downloader) -> None:
+    """A GGUF file that was downloaded is found, and one that was not is an error."""
     hub.add("tiny/offline-ggufs", {"a.gguf": b"GGUFa", "more/b.gguf": b"GGUFb", "c.gguf": b"GGUFc"})
     for name in ("a.gguf", "more/b.gguf"):
         child.download(f"tiny/offline-ggufs/{name}")
@@ -76,16 +74,16 @@ def test_the_hub_may_be_switched_off(
         assert said[-1] == "HF_HUB_OFFLINE is set; using tiny/off from the cache"
         assert "HF_HUB_OFFLINE is set, and tiny/x is not" in process.download("tiny/x")["error"]
     assert hub.requests == []
-    # A bar that the environment switches off must not break the download.
+    # Progress bars that the environment switches off must not break the download.
     with downloader(tmp_path, "http://127.0.0.1:9", HF_HUB_DISABLE_PROGRESS_BARS="1") as process:
         said = process.download("tiny/off")["said"]
         assert said[-1] == "the hub cannot be reached; using tiny/off from the cache"
 
 
-def test_what_another_program_downloaded_is_used(
+def test_a_download_of_another_program_is_used(
     hub: FakeHub, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """A cache without the listing that our library's version writes serves without the hub."""
+    """A cache without the library's listing of files is used without the hub."""
     hub.add("tiny/other", tiny_model_dir)
     with downloader(tmp_path, hub.url) as process:
         folder = Path(process.download("tiny/other")["directory"])
@@ -96,7 +94,7 @@ def test_what_another_program_downloaded_is_used(
 
 
 def test_a_cache_that_cannot_be_written(hub: FakeHub, tiny_model_dir: Path, tmp_path: Path) -> None:
-    """A full or misplaced disk is named, with the folder."""
+    """The error about a cache that cannot be written names its folder."""
     hub.add("tiny/disk", tiny_model_dir)
     cache = tmp_path / "cache"
     cache.write_text("a file where the folder should be")
@@ -109,7 +107,7 @@ def test_a_cache_that_cannot_be_written(hub: FakeHub, tiny_model_dir: Path, tmp_
 def test_progress_does_not_depend_on_drawn_bars(
     hub: FakeHub, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Progress is told with drawn bars switched off, and nothing is drawn to standard error."""
+    """Progress is reported with progress bars switched off, and none is drawn."""
     hub.add("tiny/bars", tiny_model_dir)
     env = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
     with downloader(tmp_path, hub.url, **env) as process:
@@ -120,7 +118,7 @@ def test_progress_does_not_depend_on_drawn_bars(
 
 
 def test_a_broken_hub_with_nothing_cached(hub: FakeHub, child: Downloader) -> None:
-    """A 500 is named as the hub's answer, with what to do."""
+    """The error names the hub's status 500, and says what to do."""
     hub.faults = Faults(status=500)
     assert child.download("tiny/broken")["error"] == (
         "the hub answered 500, and tiny/broken is not in the cache: try again later, choose "
@@ -129,7 +127,7 @@ def test_a_broken_hub_with_nothing_cached(hub: FakeHub, child: Downloader) -> No
 
 
 def test_a_server_that_is_no_hub(hub: FakeHub, child: Downloader) -> None:
-    """A login page in place of the hub is told apart from a broken hub."""
+    """A login page in place of the hub gets another error than a broken hub."""
     hub.faults = Faults(body=b"<html>Sign in to the network</html>")
     assert child.download("tiny/page")["error"] == (
         "the server in HF_ENDPOINT does not answer as a hub does: correct HF_ENDPOINT or leave it "
@@ -138,7 +136,7 @@ def test_a_server_that_is_no_hub(hub: FakeHub, child: Downloader) -> None:
 
 
 def test_a_cut_download_goes_on_where_it_was_cut(hub: FakeHub, child: Downloader) -> None:
-    """Within one start a connection that breaks twice costs no piece that had arrived."""
+    """A connection that breaks twice is resumed after the last whole chunk each time."""
     repo = hub.add("tiny/cut", LARGE)
     hub.faults = Faults(cut_after=[PIECE + 1000, PIECE + 1000])
     answer = child.download("tiny/cut")
@@ -147,7 +145,7 @@ def test_a_cut_download_goes_on_where_it_was_cut(hub: FakeHub, child: Downloader
 
 
 def test_a_broken_download_is_finished_by_the_next_start(hub: FakeHub, child: Downloader) -> None:
-    """A start that fails keeps every file it had whole; the next fetches only what was cut."""
+    """A failed start keeps every complete file; the next start downloads only the others."""
     repo = hub.add("tiny/again", LARGE)
     hub.faults = Faults(cut_after=[PIECE + 1000], refuse_range=503)
     error = child.download("tiny/again")["error"]
@@ -161,10 +159,10 @@ def test_a_broken_download_is_finished_by_the_next_start(hub: FakeHub, child: Do
     assert (Path(answer["directory"]) / "large.gguf").read_bytes() == repo.files["large.gguf"]
 
 
-def test_what_killed_downloads_left_is_removed(
+def test_partial_files_of_killed_downloads_are_removed(
     hub: FakeHub, child: Downloader, tiny_model_dir: Path
 ) -> None:
-    """A file that nobody writes to any more is deleted; one in use is not."""
+    """An old partial file is deleted; a recent one, which may be in use, is kept."""
     hub.add("tiny/left", tiny_model_dir)
     blobs = Path(child.download("tiny/left")["directory"]).parents[1] / "blobs"
     old, new = blobs / "old.1234.incomplete", blobs / "new.1234.incomplete"

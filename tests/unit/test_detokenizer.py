@@ -1,4 +1,4 @@
-"""Pieces of text from tokens, and the stop strings that end it."""
+"""Text from tokens, piece by piece, and the stop strings that end it."""
 
 import random
 
@@ -11,7 +11,7 @@ TEXT = "Grüße 😀 aus 漢字 and plain text 👩‍👩‍👧."
 
 
 def test_no_piece_splits_a_character() -> None:
-    """Each byte is a token here, and still every piece is whole characters."""
+    """Every piece consists of whole characters, even where each byte is a token."""
     tokenizer = build_tokenizer()
     detokenizer = Detokenizer(tokenizer)
     pieces = [detokenizer.feed([i]) for i in tokenizer.encode(TEXT).ids]
@@ -21,7 +21,7 @@ def test_no_piece_splits_a_character() -> None:
 
 
 def test_tokens_may_come_in_any_grouping() -> None:
-    """Coalesced events give the same text."""
+    """Tokens give the same text however they are grouped into events."""
     tokenizer = build_tokenizer()
     ids = tokenizer.encode(TEXT).ids
     for size in (1, 2, 3, 7, 1000):
@@ -31,14 +31,14 @@ def test_tokens_may_come_in_any_grouping() -> None:
 
 
 def test_an_answer_cut_inside_a_character_has_no_replacement() -> None:
-    """Half an emoji is dropped, not shown as U+FFFD."""
+    """An incomplete character at the end is dropped, not shown as U+FFFD."""
     tokenizer = build_tokenizer()
     detokenizer = Detokenizer(tokenizer)
     assert detokenizer.feed(tokenizer.encode("ok 😀").ids[:-1]) == "ok "
 
 
 def whole(text: str, stops: list[str]) -> str:
-    """What the stop string that is complete first leaves, by the plainest definition."""
+    """The text before the stop string that is complete first, by the plainest definition."""
     for end in range(len(text) + 1):
         starts = [end - len(s) for s in stops if text[:end].endswith(s)]
         if starts:
@@ -62,7 +62,7 @@ def whole(text: str, stops: list[str]) -> str:
     ],
 )
 def test_every_cut_gives_the_text_before_the_first_stop(text: str, stops: list[str]) -> None:
-    """However the text is cut, what is passed on is what stands before the stop string."""
+    """The text before the stop string is passed on, however the text is cut."""
     rng = random.Random(0)
     for _ in range(200):
         matcher = StopMatcher(stops)
@@ -79,7 +79,7 @@ def test_every_cut_gives_the_text_before_the_first_stop(text: str, stops: list[s
 
 
 def test_random_texts_over_a_tiny_alphabet() -> None:
-    """Overlaps of every kind, against the plain definition."""
+    """Stop strings that overlap in any way give what the plain definition gives."""
     rng = random.Random(1)
     for _ in range(3000):
         text = "".join(rng.choice("ab") for _ in range(rng.randint(0, 20)))
@@ -95,7 +95,7 @@ def test_random_texts_over_a_tiny_alphabet() -> None:
         assert passed == whole(text, stops)
 
 
-def test_no_more_is_held_back_than_needed() -> None:
+def test_only_a_possible_stop_string_is_held_back() -> None:
     """Text that cannot become a stop string is passed on at once."""
     matcher = StopMatcher(["stop"])
     assert matcher.feed("hello s") == ("hello ", False)

@@ -1,6 +1,6 @@
-"""Grammars as EBNF: what is refused and why, what is taken, and that numbers are exact.
+"""Grammars as EBNF: which are rejected and why, which are accepted, and that numbers are exact.
 
-That answers are of their schemas is shown with engines, in tests/engine.
+Tests in tests/engine show that answers match their schemas.
 """
 
 import ast
@@ -28,13 +28,13 @@ VOCABULARY = 49_152
 
 
 def ebnf(schema: Any) -> str:
-    """A schema as EBNF."""
+    """Translate a schema to EBNF."""
     return to_ebnf(JsonSchemaGrammar(schema=json.dumps(schema)), VOCABULARY)
 
 
 def as_pattern(expression: str) -> re.Pattern[str]:
-    """An expression without rules as Python's regular expression."""
-    # Outside of strings and classes, blanks only part what stands there.
+    """Turn an expression without rules into a Python regular expression."""
+    # Outside of strings and classes, blanks only separate.
     parts = re.findall(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|\S', expression)
     return re.compile(
         "".join(
@@ -85,8 +85,8 @@ def as_pattern(expression: str) -> re.Pattern[str]:
         (7, "neither an object nor a boolean"),
     ],
 )
-def test_a_schema_is_honoured_in_full_or_refused(schema: Any, reason: str | None) -> None:
-    """A keyword that would be ignored is named; what nothing can satisfy is refused."""
+def test_a_schema_is_enforced_in_full_or_rejected(schema: Any, reason: str | None) -> None:
+    """A keyword that would be ignored is named; a schema that no value satisfies is rejected."""
     if reason is None:
         assert ebnf(schema).startswith("root ::= ")
         return
@@ -125,11 +125,11 @@ class Everything(BaseModel):
     nested: list[list[bool]] | None = None
 
 
-def test_what_pydantic_makes_of_a_model_is_taken() -> None:
-    """That is what the OpenAI client's parse() and LangChain's with_structured_output send."""
+def test_schemas_from_pydantic_are_accepted() -> None:
+    """Schemas of the OpenAI client's parse() and LangChain's with_structured_output compile."""
     schema = Everything.model_json_schema()
     assert "root ::= " in ebnf(schema)
-    # The client's strict mode: all properties are required, none may be added.
+    # In the client's strict mode all properties are required, and no others are allowed.
     for part in (schema, *schema["$defs"].values()):
         if part["type"] == "object":
             part |= {"additionalProperties": False, "required": list(part["properties"])}
@@ -160,8 +160,8 @@ def test_what_pydantic_makes_of_a_model_is_taken() -> None:
         ("a" * 10_001, "10000 characters"),
     ],
 )
-def test_a_regular_expression_that_cannot_be_honoured_is_refused(pattern: str, reason: str) -> None:
-    """Saying why."""
+def test_an_unsupported_regular_expression_is_rejected(pattern: str, reason: str) -> None:
+    """The error says why the regular expression is rejected."""
     with pytest.raises(GrammarError, match=re.escape(reason)):
         to_ebnf(RegexGrammar(pattern), VOCABULARY)
 
@@ -182,7 +182,7 @@ def test_a_regular_expression_that_cannot_be_honoured_is_refused(pattern: str, r
 def test_a_regular_expression_keeps_its_meaning(
     pattern: str, matches: list[str], others: list[str]
 ) -> None:
-    """In EBNF, and in the spelling that every engine reads alike."""
+    """The EBNF and the canonical spelling match the same texts as the expression."""
     node = regex.parse(pattern, whole=True)
     canonical = re.sub(r"\\x\{(\w+)\}", lambda m: f"\\U{int(m[1], 16):08x}", regex.canonical(node))
     expression = as_pattern(regex.expression(node, writer.one_of))
@@ -202,7 +202,7 @@ _BOUND = st.none() | st.decimals(-2000, 2000, places=2) | st.integers(-300, 300)
 def test_whole_numbers_are_those_between_the_bounds(
     minimum: Decimal | None, maximum: Decimal | None, number: int, data: st.DataObject
 ) -> None:
-    """All of them and no other, each in one spelling."""
+    """The expression matches all whole numbers in the bounds and no other, each in one spelling."""
     bounds = numbers.Bounds(minimum=minimum, above=None, below=maximum)
     inside = (minimum is None or number >= minimum) and (maximum is None or number < maximum)
     try:
@@ -222,7 +222,7 @@ def test_whole_numbers_are_those_between_the_bounds(
 def test_numbers_are_between_the_bounds(
     minimum: Decimal | None, maximum: Decimal | None, data: st.DataObject
 ) -> None:
-    """Whatever their decimals, and as JSON spells them."""
+    """The expression matches only numbers in the bounds, spelled as JSON."""
     try:
         expression = numbers.number(numbers.Bounds(above=minimum, maximum=maximum))
     except GrammarError:
@@ -238,18 +238,18 @@ def test_numbers_are_between_the_bounds(
 
 @settings(max_examples=60)
 @given(st.sets(st.characters(exclude_categories=["Cs"]), min_size=1), st.booleans())
-# A class of one is written as a string, whose escapes are shorter.
+# A class of one character is written as a string, which has shorter escapes.
 @example(characters={"\\"}, negated=False)
 @example(characters={'"'}, negated=False)
 @example(characters={"\n"}, negated=False)
-def test_a_class_holds_its_characters(characters: set[str], negated: bool) -> None:
-    """And no other, also where the library would print them as something else."""
+def test_a_class_matches_its_characters(characters: set[str], negated: bool) -> None:
+    """A class matches its characters and no other, also after the library has printed it."""
     ranges = writer.union((ord(c), ord(c)) for c in characters)
     printed = writer.one_of(writer.complement(ranges) if negated else ranges)
     pattern = as_pattern(printed)
     for character in (*characters, "a", "ß", "\x01", "^", "]", "😀"):
         assert bool(pattern.fullmatch(character)) == ((character in characters) != negated)
-    # The library prints some as \xN, and reads hexadecimal digits after that as part of it.
+    # The library prints some characters as \xN, and takes hexadecimal digits after them for N.
     members = [
         ast.literal_eval(f'"{m}"') if m[0] == "\\" else m
         for m in re.findall(r"\\U[0-9a-f]{8}|\\.|.", printed)
@@ -259,8 +259,8 @@ def test_a_class_holds_its_characters(characters: set[str], negated: bool) -> No
             assert second not in string.hexdigits
 
 
-def test_a_grammar_is_read_in_time() -> None:
-    """The largest that are taken or refused: milliseconds, with room for a busy machine."""
+def test_a_grammar_is_translated_in_time() -> None:
+    """The largest grammars take at most 2 s of processor time, where 0.1 s is usual."""
     tree: Any = {"type": "string"}
     for i in range(9):
         branches = [{"type": "object", "properties": {f"{side}{i}": tree}} for side in "ab"]
@@ -285,8 +285,8 @@ def test_a_grammar_is_read_in_time() -> None:
         assert time.perf_counter() - start < 2
 
 
-def test_a_larger_vocabulary_counts_fewer_characters() -> None:
-    """Compiling takes longer the larger it is; an engine that compiles nothing counts them all."""
+def test_a_larger_vocabulary_allows_fewer_counted_characters() -> None:
+    """The limit on counted characters shrinks with the vocabulary, and is off without one."""
     grammar = JsonSchemaGrammar(schema='{"type": "string", "maxLength": 40}')
     assert to_ebnf(grammar, VOCABULARY)
     with pytest.raises(GrammarError, match="too many counted characters"):
@@ -296,7 +296,7 @@ def test_a_larger_vocabulary_counts_fewer_characters() -> None:
 
 @pytest.mark.parametrize("required", [False, True])
 def test_a_tag_has_to_begin_with_the_trigger(required: bool) -> None:
-    """Otherwise it could never be reached."""
+    """A tag that its trigger cannot reach is rejected."""
     grammar = TagsGrammar(tags=[Tag("<b>", "{}", "</b>")], trigger="<a", required=required)
     with pytest.raises(GrammarError, match="trigger"):
         to_ebnf(grammar, VOCABULARY)

@@ -1,4 +1,4 @@
-"""make export-openvino: what it runs, and that a failed export leaves nothing behind."""
+"""make export-openvino: the commands it runs, and that a failed export leaves nothing behind."""
 
 import subprocess
 from pathlib import Path
@@ -11,7 +11,7 @@ from scripts import export_openvino
 
 @pytest.fixture
 def exporter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """An exporter that writes a model, or fails on one called broken; its command lines."""
+    """The command lines of an exporter that writes a model, or fails on one called broken."""
     commands: list[list[str]] = []
 
     def run(command: list[str], **_: Any) -> None:
@@ -32,7 +32,7 @@ def exporter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
 def test_the_exporter_is_installed_once_and_reports_to_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What tells Google Analytics of each use is removed; half an installation is begun anew."""
+    """The telemetry package is removed, and a broken installation is started over."""
     commands: list[list[str]] = []
     faults = [subprocess.CalledProcessError(1, "pip")]
 
@@ -59,7 +59,7 @@ def test_the_exporter_is_installed_once_and_reports_to_nobody(
 def test_a_model_is_exported(
     exporter: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the precision that was asked for, and the next command is told."""
+    """The model is exported with the requested weights, and the next command is printed."""
     output = tmp_path / "out"
     status = export_openvino.main(["owner/name", "--weights", "int4", "--output", str(output)])
     assert status == 0
@@ -76,19 +76,19 @@ def test_a_model_is_exported(
 def test_a_failed_export_leaves_nothing(
     exporter: list[list[str]], tmp_path: Path, model: str
 ) -> None:
-    """Half a model must not look like one."""
+    """A failed export leaves no file, so half a model never looks like one."""
     (tmp_path / "here").mkdir()
     assert export_openvino.main([model, "--output", str(tmp_path / "here" / "out")]) == 1
     assert list((tmp_path / "here").iterdir()) == []
 
 
 def test_a_model_is_not_overwritten(exporter: list[list[str]], tmp_path: Path) -> None:
-    """What is there already is kept."""
+    """An export to a folder that exists fails without running the exporter."""
     assert export_openvino.main(["owner/name", "--output", str(tmp_path)]) == 1
     assert exporter == []
 
 
-def test_the_exporters_name_of_the_output() -> None:
-    """A folder of its own for each model and precision, among the models."""
+def test_the_default_output() -> None:
+    """Each model and precision has its folder under models/."""
     output = export_openvino.default_output("owner/name", "int8")
     assert output.parts[-2:] == ("models", "name-int8-openvino")

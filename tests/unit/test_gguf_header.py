@@ -1,4 +1,4 @@
-"""Reading the header of a GGUF file: right, and never further than the file goes."""
+"""The header of a GGUF file is read correctly, and never beyond the end of the file."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +16,12 @@ from tests.support.tiny_gguf import make_tiny_gguf
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole file."""
+    """A whole GGUF file."""
     return make_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
-def test_it_says_what_the_reference_reader_says(path: Path) -> None:
-    """Every key and every tensor of the library that writes these files."""
+def test_the_header_equals_the_reference_readers(path: Path) -> None:
+    """Every key and tensor is the same as in the library that writes these files."""
     header = read_header(path)
     reference = GGUFReader(path)
     values = {k: f.contents() for k, f in reference.fields.items() if not k.startswith("GGUF.")}
@@ -33,7 +33,7 @@ def test_it_says_what_the_reference_reader_says(path: Path) -> None:
 
 
 def test_arrays_that_are_asked_for_are_read(path: Path) -> None:
-    """Texts and numbers, as the reference reads them; others stay unread."""
+    """Requested arrays equal the reference reader's; the others stay unread."""
     header = read_header(path, ("tokenizer.ggml.t", "tokenizer.ggml.merges"))
     reference = GGUFReader(path).fields
     for name in ("tokens", "token_type", "merges"):
@@ -42,8 +42,8 @@ def test_arrays_that_are_asked_for_are_read(path: Path) -> None:
     assert read_header(path).metadata["tokenizer.ggml.tokens"] == GgufArray(tiny_model.VOCABULARY)
 
 
-def test_a_file_that_is_cut_off_is_told(path: Path, tmp_path: Path) -> None:
-    """Wherever it is cut."""
+def test_a_truncated_file_is_rejected(path: Path, tmp_path: Path) -> None:
+    """A file is rejected wherever it is truncated."""
     whole = path.read_bytes()
     end = read_header(path).end
     cut = tmp_path / "cut.gguf"
@@ -58,7 +58,7 @@ def test_a_file_that_is_cut_off_is_told(path: Path, tmp_path: Path) -> None:
 def test_any_bytes_are_an_error_of_one_kind(
     tmp_path_factory: pytest.TempPathFactory, data: bytes
 ) -> None:
-    """Also behind the right first bytes, with counts and lengths beyond all bounds."""
+    """Garbage raises ValueError, also after the right magic and version."""
     file = tmp_path_factory.getbasetemp() / "any.gguf"
     for content in (data, b"GGUF\x03\0\0\0" + data):
         file.write_bytes(content)
@@ -66,7 +66,7 @@ def test_any_bytes_are_an_error_of_one_kind(
             header = read_header(file, ("",))
         except ValueError:
             continue
-        # A header can be so short that these bytes are one.
+        # Few bytes can be a valid header.
         assert content.startswith(b"GGUF")
         assert header.end <= len(content)
 
@@ -81,13 +81,13 @@ def header(path: Path) -> GgufHeader:
 
 
 def changed(header: GgufHeader, key: str, value: object) -> GgufHeader:
-    """The header with another value, or without one."""
+    """The header with another value for the key, or without the key."""
     metadata = {k: v for k, v in header.metadata.items() if k != key}
     return replace(header, metadata=metadata if value is None else {**metadata, key: value})
 
 
-def test_the_shape_is_the_models(header: GgufHeader) -> None:
-    """As tests.support.tiny_model has it."""
+def test_the_shape_is_that_of_the_model(header: GgufHeader) -> None:
+    """The shape equals the constants of tests.support.tiny_model."""
     assert gguf_shape(header) == ModelShape(
         context_length=tiny_model.CONTEXT_LENGTH,
         vocabulary_size=tiny_model.VOCABULARY,
@@ -103,15 +103,15 @@ def test_the_shape_is_the_models(header: GgufHeader) -> None:
 @pytest.mark.parametrize(
     "key", ["context_length", "block_count", "embedding_length", "attention.head_count"]
 )
-def test_a_number_that_is_missing_or_none(header: GgufHeader, key: str, value: object) -> None:
-    """A list's length, say, is not taken for the number that one would expect there."""
+def test_a_key_that_is_missing_or_no_number(header: GgufHeader, key: str, value: object) -> None:
+    """A value of another kind, such as a list's length, is not taken for the number."""
     broken = changed(header, f"llama.{key}", value)
     with pytest.raises(UnknownShapeError, match=f"no number llama.{key}$"):
         gguf_shape(broken)
 
 
-def test_the_heads_of_keys_may_be_left_out_but_not_be_a_list(header: GgufHeader) -> None:
-    """There are as many as of queries then; with a list each layer has its own number."""
+def test_the_number_of_key_heads_may_be_missing_but_not_a_list(header: GgufHeader) -> None:
+    """A missing number equals that of the query heads; a list with a number per layer fails."""
     key = "llama.attention.head_count_kv"
     values = gguf_shape(header).cache_values_per_token
     shared = tiny_model.HEADS // tiny_model.KEY_VALUE_HEADS
@@ -123,10 +123,10 @@ def test_the_heads_of_keys_may_be_left_out_but_not_be_a_list(header: GgufHeader)
 
 
 @pytest.mark.parametrize("name", [None, 3, "other"])
-def test_an_architecture_that_is_missing_or_not_that_of_the_keys(
+def test_an_architecture_that_is_missing_or_does_not_match_the_keys(
     header: GgufHeader, name: object
 ) -> None:
-    """The keys are found by its name."""
+    """Without the architecture that the keys begin with, the shape is unknown."""
     with pytest.raises(UnknownShapeError):
         gguf_shape(changed(header, "general.architecture", name))
 
@@ -135,12 +135,12 @@ def test_an_architecture_that_is_missing_or_not_that_of_the_keys(
 def test_embeddings_that_are_missing(
     header: GgufHeader, shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    """The vocabulary's size is theirs."""
+    """Without embeddings, which give the vocabulary's size, the shape is unknown."""
     with pytest.raises(UnknownShapeError, match="token_embd"):
         gguf_shape(replace(header, shapes=shapes))
 
 
 @pytest.mark.parametrize("kind", [None, 9999, -1, "q4", GgufArray(1)])
 def test_weights_of_an_unknown_kind(header: GgufHeader, kind: object) -> None:
-    """They are only a label, and no reason to refuse a model."""
+    """An unknown storage format is only a label, and no reason to reject a model."""
     assert gguf_shape(changed(header, "general.file_type", kind)).weights == "gguf"

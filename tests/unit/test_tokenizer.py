@@ -16,7 +16,7 @@ START, END = "<|im_start|>", "<|im_end|>"
 
 
 def made(template: str | None = INFO.chat_template) -> PromptTokenizer:
-    """A tokenizer of ChatML's two special tokens and 256 bytes."""
+    """A tokenizer with ChatML's two special tokens and a token for each byte."""
     return PromptTokenizer(EngineInfo(**{**_fields(), "chat_template": template}))
 
 
@@ -72,7 +72,7 @@ def test_special_spellings_in_user_text_stay_text(text: str) -> None:
 
 
 def test_random_mixtures_never_forge_a_special_token() -> None:
-    """However spellings, their parts and our placeholders' characters are mixed."""
+    """No mixture of spellings, their parts and placeholders' characters becomes a special token."""
     tokenizer = made()
     plain = specials(tokenizer, encoded(tokenizer, chat("x")))
     rng = random.Random(0)
@@ -85,7 +85,7 @@ def test_random_mixtures_never_forge_a_special_token() -> None:
 
 
 def test_known_tokens_of_an_answer_are_used_as_they_are() -> None:
-    """A history message with token_ids is encoded by exactly these."""
+    """A history message with token_ids is encoded to exactly these tokens."""
     tokenizer = made()
     messages = chat("hi", "abc", "more")
     unusual = [7, 7, 7]
@@ -107,7 +107,7 @@ def test_tokens_are_not_used_where_the_template_changes_the_answer() -> None:
 
 
 def test_a_template_that_refuses_says_why() -> None:
-    """What the template raises is the caller's error, not a crash."""
+    """An error that the template raises becomes an error for the caller, not a crash."""
     tokenizer = made("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ChatTemplateError, match="roles must alternate") as error:
         tokenizer.render_chat(chat("hi"))
@@ -130,14 +130,14 @@ def test_a_system_message_is_folded_where_the_template_refuses_it() -> None:
 
 
 def test_a_model_without_a_template_gets_a_plain_one() -> None:
-    """The chat is still readable for the model."""
+    """A model without a template gets the turns as lines of text."""
     tokenizer = made(None)
     ids = encoded(tokenizer, chat("hi"))
     assert tokenizer.decoder.decode(ids) == "user: hi\nassistant:"
 
 
 async def test_work_runs_on_one_thread_of_its_own() -> None:
-    """The event loop is never the one that encodes."""
+    """All encoding runs on one thread, which is not the event loop's."""
     import threading
 
     tokenizer = made()

@@ -1,4 +1,4 @@
-"""Calls of tools: what a model is told, and how its calls are read, however they are cut."""
+"""Tools: the prompt that describes them, and calls that are parsed however they are cut."""
 
 import itertools
 import json
@@ -45,7 +45,7 @@ plain = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="<{;"),
 
 
 def read(form: ToolFormat, pieces: list[str]) -> list[Piece]:
-    """Everything a parser makes of an answer."""
+    """All pieces that a parser makes of an answer."""
     parser = ToolCallParser(form, NAMES)
     found = [piece for text in pieces for piece in parser.feed(text)] + parser.flush()
     assert parser.calls == len({p.index for p in found if isinstance(p, CallPiece)})
@@ -53,7 +53,7 @@ def read(form: ToolFormat, pieces: list[str]) -> list[Piece]:
 
 
 def joined(pieces: list[Piece]) -> tuple[str, list[tuple[str, str]]]:
-    """The text, and each call's name and arguments."""
+    """The text of an answer, and the name and arguments of each call."""
     text = "".join(p for p in pieces if isinstance(p, str))
     calls: list[list[str]] = []
     ids: list[str] = []
@@ -71,13 +71,13 @@ def joined(pieces: list[Piece]) -> tuple[str, list[tuple[str, str]]]:
 
 
 def cut(text: str, places: list[int]) -> list[str]:
-    """``text`` in pieces."""
+    """``text`` cut into pieces."""
     bounds = sorted({0, len(text), *(p % (len(text) + 1) for p in places)})
     return [text[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def message(text: str, calls: list[tuple[str, Any]]) -> ChatMessage:
-    """An assistant's message as a caller sends it."""
+    """A message of the assistant in the form that callers send."""
     written: list[ToolCall] = [
         {
             "id": f"call_{i}",
@@ -96,7 +96,7 @@ def message(text: str, calls: list[tuple[str, Any]]) -> ChatMessage:
 def test_what_is_written_is_read(
     form: ToolFormat, text: str, calls: list[tuple[str, Any]], places: list[int]
 ) -> None:
-    """A caller's calls, written as the model writes them, are read back, however they are cut."""
+    """A caller's calls, written as the model writes them, are parsed however they are cut."""
     (written,) = form.as_text([message(text, calls)])
     assert "tool_calls" not in written or not calls
     read_text, read_calls = joined(read(form, cut(written["content"], places)))
@@ -119,21 +119,21 @@ ODD = [
 
 
 @pytest.mark.parametrize(("form", "text"), ODD)
-def test_what_is_no_call_stays_text(form: str, text: str) -> None:
-    """Text that only looks like a call of a known function is passed on, every character of it."""
+def test_other_text_stays_text(form: str, text: str) -> None:
+    """Text that only resembles a call of a known function is passed on unchanged."""
     for size in (1, 2, 7, len(text)):
         pieces = [text[i : i + size] for i in range(0, len(text), size)]
         assert joined(read(FORMATS[form], pieces)) == (text, [])
 
 
-def test_an_answer_cut_in_its_arguments_tells_what_there_is() -> None:
-    """Arguments that max_tokens cut off are told as far as they came."""
+def test_truncated_arguments_are_passed_on() -> None:
+    """Arguments that max_tokens truncates are passed on as far as they go."""
     text = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b'
     assert joined(read(DEFAULT_FORMAT, list(text))) == ("", [("add", '{"a": 1, "b')])
 
 
-def test_white_space_is_what_json_calls_so_however_an_answer_is_cut() -> None:
-    """Python's idea of white space has control characters more, whole and cut alike."""
+def test_white_space_is_that_of_json() -> None:
+    """Control characters that only Python takes for white space are part of the arguments."""
     text = '<tool_call>\n{"name": "add", "arguments": \x1e\n{"a": 1}}\n</tool_call>'
     whole = joined(read(DEFAULT_FORMAT, [text]))
     assert whole == ("", [("add", '\x1e\n{"a": 1}')])
@@ -141,7 +141,7 @@ def test_white_space_is_what_json_calls_so_however_an_answer_is_cut() -> None:
 
 
 def test_arguments_come_in_pieces() -> None:
-    """A call's name comes as soon as it is known, and its arguments as they are written."""
+    """A call's name is passed on as soon as it is known, and its arguments as they arrive."""
     parser = ToolCallParser(DEFAULT_FORMAT, NAMES)
     assert parser.feed('<tool_call>\n{"name": "add"') == []
     (begun,) = parser.feed(', "arguments": ')
@@ -153,8 +153,8 @@ def test_arguments_come_in_pieces() -> None:
     assert parser.flush() == []
 
 
-def test_text_around_calls_is_kept_without_its_space() -> None:
-    """White space between text and calls is the form's own."""
+def test_white_space_around_calls_is_dropped() -> None:
+    """White space between text and calls belongs to the format, and is dropped."""
     call = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
     text = f"Before.\n{call}\n{call}\n\nAfter. "
     assert joined(read(DEFAULT_FORMAT, list(text))) == ("Before.After. ", [("add", "{}")] * 2)
@@ -176,7 +176,7 @@ NOW = Tool("now")
 def test_a_choice_is_a_grammar(
     use: ToolUse, names: list[str], required: bool, single: bool
 ) -> None:
-    """What may be called, whether it must be, and how often, is what the grammar says."""
+    """The grammar says which functions may be called, whether one must be, and how often."""
     grammar = DEFAULT_FORMAT.grammar(use)
     assert [t.name for t in use.allowed] == names
     assert [t.begin for t in grammar.tags] == [
@@ -188,7 +188,7 @@ def test_a_choice_is_a_grammar(
 
 
 def test_a_template_without_tools_gets_instructions() -> None:
-    """The system message tells of the tools, and results come from the user, side by side."""
+    """The system message describes the tools, and results become one message of the user."""
     messages: list[dict[str, Any]] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "?"},
@@ -208,8 +208,8 @@ def test_a_template_without_tools_gets_instructions() -> None:
     assert DEFAULT_FORMAT.for_template(messages[:2], []) == messages[:2]
 
 
-def test_templates_are_told_apart() -> None:
-    """Hermes's and Llama's forms are known; whatever else has tools gets the default."""
+def test_the_format_of_a_template_is_recognised() -> None:
+    """Hermes's and Llama's formats are recognised; other templates get the default format."""
     assert HERMES.in_template
     assert LLAMA.in_template
     assert (LLAMA.opening, LLAMA.arguments_key) == ("", "parameters")
