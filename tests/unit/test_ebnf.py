@@ -279,10 +279,10 @@ def test_a_grammar_is_translated_in_time() -> None:
     texts = [json.dumps(schema) for schema in largest]
     texts += ['{"items":' * 6_000 + "{}" + "}" * 6_000, '{"anyOf":[' * 5_000, "[" * 60_000]
     for text in texts:
-        start = time.perf_counter()
+        start = time.process_time()
         with contextlib.suppress(GrammarError):
             assert len(to_ebnf(JsonSchemaGrammar(schema=text), VOCABULARY)) < 2 * writer.MAX_TEXT
-        assert time.perf_counter() - start < 2
+        assert time.process_time() - start < 2
 
 
 def test_a_larger_vocabulary_allows_fewer_counted_characters() -> None:
