@@ -1,4 +1,4 @@
-"""``python -m app``: the command line."""
+"""``python -m app``: see :mod:`app.cli`."""
 
 import sys
 

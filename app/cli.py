@@ -1,4 +1,4 @@
-"""``llm-service``: a thin front over the same parts that serve HTTP."""
+"""The commands of the service: ``python -m app serve | check | fetch-model``."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ def serve() -> int:
     """Serve HTTP on ``app.host`` and ``app.port``."""
     settings = load_settings()
     configure_logging(settings.logging)
-    # uvicorn's own logging configuration would undo ours.
+    # With its default log_config, uvicorn would replace the handlers that were just configured.
     uvicorn.run(
         create_app(settings), host=settings.app.host, port=settings.app.port, log_config=None
     )
@@ -25,7 +25,7 @@ def serve() -> int:
 
 
 def check() -> int:
-    """Read the configuration, and say what would be served."""
+    """Check the configuration, and print the model that would be served."""
     settings = load_settings()
     where = "" if settings.model.source == "bundled" else f" {settings.model.name}"
     print(f"the configuration is valid: {settings.model.source}{where} on {settings.model.device}")  # noqa: T201 - the command's answer
@@ -43,7 +43,7 @@ _COMMANDS = {"serve": serve, "check": check, "fetch-model": fetch_model}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="llm-service", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m app", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in _COMMANDS.items():
         commands.add_parser(name, help=function.__doc__)
@@ -51,5 +51,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _COMMANDS[options.command]()
     except (StartupError, bundled.FetchError) as error:
-        print(error, file=sys.stderr)  # noqa: T201 - one line, also before logging is set up
+        print(error, file=sys.stderr)  # noqa: T201 - logging may not be configured yet
         return 1

@@ -1,4 +1,4 @@
-"""A least-recently-used cache with a lifetime, bounded by entries and by bytes."""
+"""An LRU cache with a time to live, bounded by entries and by bytes."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class CacheStatistics:
-    """How a cache is doing, for /status."""
+    """A cache's size, bounds and look-ups since the start."""
 
     entries: int
     bytes: int
@@ -23,9 +23,17 @@ class CacheStatistics:
 
 
 class BoundedCache(Generic[V]):
-    """Keeps values for a time, and the recently used ones longest.
+    """Keeps values until they expire; the least recently used ones make room for new ones.
 
-    Not safe to share between threads: the event loop owns it.
+    Not thread-safe: the event loop owns it.
+
+    Args:
+        max_entries: Most values kept.
+        max_bytes: Most bytes kept, as ``size_of`` counts them. A value larger than a quarter of
+            this is not kept, so that one value cannot evict all the others.
+        ttl_seconds: Seconds until a value expires.
+        size_of: Bytes of a value.
+        clock: Monotonic seconds.
     """
 
     def __init__(
@@ -37,16 +45,6 @@ class BoundedCache(Generic[V]):
         size_of: Callable[[V], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Make an empty cache.
-
-        Args:
-            max_entries: Most values kept.
-            max_bytes: Most bytes kept, as ``size_of`` counts them; a value larger than a
-                quarter of this is not kept at all, so that it cannot push out everything else.
-            ttl_seconds: How long a value is kept.
-            size_of: Bytes of a value.
-            clock: Seconds, never going back.
-        """
         self._max_entries = max_entries
         self._max_bytes = max_bytes
         self._size_of = size_of
@@ -57,7 +55,7 @@ class BoundedCache(Generic[V]):
         self._misses = 0
 
     def get(self, key: str) -> V | None:
-        """The value of ``key``, if it is still kept."""
+        """The value of ``key``, or ``None``; counts a hit or a miss."""
         value = self._values.get(key)
         if value is None:
             self._misses += 1
@@ -66,7 +64,7 @@ class BoundedCache(Generic[V]):
         return value
 
     def put(self, key: str, value: V) -> None:
-        """Keep ``value``; the least recently used ones make room for it."""
+        """Keep ``value`` and evict the least recently used values to make room for it."""
         self._values.pop(key, None)
         if self._size_of(value) > self._max_bytes // 4:
             return
@@ -76,12 +74,12 @@ class BoundedCache(Generic[V]):
         self._values[key] = value
 
     def __len__(self) -> int:
-        """Values kept now."""
+        """Values that have not expired."""
         self._values.expire()
         return len(self._values)
 
     def statistics(self) -> CacheStatistics:
-        """How the cache is doing."""
+        """The cache's figures for /status."""
         return CacheStatistics(
             entries=len(self),
             bytes=int(self._values.currsize),

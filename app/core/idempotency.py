@@ -1,7 +1,7 @@
-"""Answers kept under a key that the caller chose, so that a repeated request is served once.
+"""Answers kept under the caller's idempotency key, so that a repeated request is executed once.
 
 The terms are those of the IETF draft "The Idempotency-Key HTTP Header Field": a key names one
-request, its fingerprint tells that request from any other.
+request, and the request's fingerprint tells it from any other.
 """
 
 import time
@@ -13,7 +13,7 @@ from app.core.config import IdempotencySettings
 from app.core.metrics import Metrics
 from app.utils.errors import IdempotencyKeyInUseError, IdempotencyKeyReusedError
 
-# What an entry takes beside its body: headers, fingerprint, and Python's own overhead.
+# Memory of an entry without its body: headers, fingerprint and Python's overhead.
 _ENTRY_OVERHEAD_BYTES = 1024
 
 
@@ -23,8 +23,8 @@ class KeptAnswer:
 
     Attributes:
         status: HTTP status code.
-        headers: The headers that belong to the answer, not to its delivery.
-        body: All of its bytes.
+        headers: The headers that describe the answer, without those of the connection.
+        body: The whole body.
     """
 
     status: int
@@ -43,7 +43,12 @@ class _Entry:
 
 
 class Claim:
-    """The right to answer the request of a key; ends with :meth:`keep` or :meth:`release`."""
+    """The right to execute the request of a key; ends with :meth:`keep` or :meth:`release`.
+
+    Args:
+        end: Called once, with the answer to keep, or with ``None``.
+        max_body_bytes: Largest body that can be kept.
+    """
 
     def __init__(self, end: Callable[[KeptAnswer | None], None], *, max_body_bytes: int) -> None:
         self._end: Callable[[KeptAnswer | None], None] | None = end
@@ -51,15 +56,15 @@ class Claim:
 
     @property
     def is_open(self) -> bool:
-        """Whether it has not ended."""
+        """Whether neither :meth:`keep` nor :meth:`release` has been called."""
         return self._end is not None
 
     def keep(self, answer: KeptAnswer) -> None:
-        """Serve ``answer`` from now on; only the first ending counts."""
+        """Serve ``answer`` from now on; does nothing when the claim has ended."""
         self._settle(answer)
 
     def release(self) -> None:
-        """Forget the request, so that the key can be used again; only the first ending counts."""
+        """Free the key for another request; does nothing when the claim has ended."""
         self._settle(None)
 
     def _settle(self, answer: KeptAnswer | None) -> None:
@@ -69,10 +74,10 @@ class Claim:
 
 
 class IdempotencyStore:
-    """What became of the requests that carried a key.
+    """Requests in progress and kept answers by caller and idempotency key.
 
-    Each caller has keys and bounds of its own: no caller sees, names or pushes out what another
-    one keeps. Not safe to share between threads: the event loop owns it.
+    Callers are isolated: no caller can read, reuse or evict another caller's answers. Not
+    thread-safe: the event loop owns it.
     """
 
     def __init__(
@@ -89,16 +94,16 @@ class IdempotencyStore:
         self._in_progress: dict[tuple[str, str], bytes] = {}
 
     def claim(self, caller: str, key: str, fingerprint: bytes) -> KeptAnswer | Claim:
-        """The answer of an earlier request with this key, or the right to answer this one.
+        """The kept answer of this key, or the right to execute the request.
 
         Args:
-            caller: Who sent it.
-            key: The caller's name for the request.
-            fingerprint: Equal for equal requests only.
+            caller: Id of the caller's API key.
+            key: The value of ``Idempotency-Key``.
+            fingerprint: Digest of the request, equal for equal requests only.
 
         Raises:
-            IdempotencyKeyReusedError: The key stands for another request.
-            IdempotencyKeyInUseError: The same request is being answered.
+            IdempotencyKeyReusedError: The key belongs to another request.
+            IdempotencyKeyInUseError: The same request is in progress.
         """
         under_way = self._in_progress.get((caller, key))
         kept = self._answers[caller].get(key) if caller in self._answers else None
@@ -120,12 +125,12 @@ class IdempotencyStore:
             if answer is not None:
                 self._keep(caller, key, _Entry(fingerprint, answer))
 
-        # More than a quarter of the bytes is not kept, see BoundedCache.
+        # BoundedCache keeps no value larger than a quarter of its bytes.
         limit = self._settings.max_bytes // 4 - _ENTRY_OVERHEAD_BYTES
         return Claim(end, max_body_bytes=limit)
 
     def keep_only(self, callers: Collection[str]) -> None:
-        """Forget the answers of all other callers, whose keys are gone."""
+        """Drop the answers of all other callers, whose API keys were revoked."""
         for caller in self._answers.keys() - set(callers):
             del self._answers[caller]
 

@@ -1,9 +1,9 @@
 """Structured logging on standard error: one JSON object a line, or text for a terminal.
 
-Prompts, answers and keys are never logged. What an event carries beyond its message goes into
-``extra=``, so that it becomes a JSON member of its own and cannot break the line. A traceback shows
-where and what kind of exception, not its message: a library may have put the text it stumbled over
-into it. Who logs an exception that cannot hold such a text says its message in the event's.
+Prompts, answers and keys are never logged. Further members of an event are passed as ``extra=``, so
+that each becomes a JSON member and cannot break the line. A traceback shows the stack and the
+exception's type, but not its message, because a library may have put a piece of a prompt into it.
+Code that knows that an exception's message holds no such text logs the message itself.
 """
 
 import logging
@@ -22,9 +22,9 @@ from app.utils.timing import utc_timestamp
 LOGGER_NAME = "llm_service"
 
 request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""Id of the request being served; set by the outermost middleware."""
+"""Id of the request that is being served; set by the outermost middleware."""
 
-# Loggers of libraries whose lines at INFO are noise here, or repeat the access log.
+# Libraries whose lines at INFO are noise, or repeat the access log.
 _QUIET = ("httpx", "httpcore", "huggingface_hub", "transformers", "filelock", "sse_starlette")
 
 
@@ -37,7 +37,7 @@ class _WithoutMessages(logging.Formatter):
     """Renders exceptions without their messages."""
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - the interface
-        """Where an exception was raised, and those that led to it."""
+        """The stack of an exception and of its causes."""
         return "\n".join(_traceback_lines(ei[1], set()))
 
 
@@ -58,7 +58,7 @@ def _traceback_lines(error: BaseException | None, seen: set[int]) -> Iterator[st
 
 
 class ServiceJsonFormatter(_WithoutMessages, JsonFormatter):
-    """README.md's shape: timestamp, level, logger, message, then the event's own members."""
+    """The shape in README.md: timestamp, level, logger, message, then the members of ``extra``."""
 
     def add_fields(
         self,
@@ -66,7 +66,7 @@ class ServiceJsonFormatter(_WithoutMessages, JsonFormatter):
         record: logging.LogRecord,
         message_dict: dict[str, Any],
     ) -> None:
-        """Fill ``log_data`` in the order in which it is to be printed."""
+        """Fill ``log_data`` in the order of printing."""
         log_data["timestamp"] = utc_timestamp(record.created)
         log_data["level"] = record.levelname
         log_data["logger"] = record.name
@@ -74,15 +74,15 @@ class ServiceJsonFormatter(_WithoutMessages, JsonFormatter):
         if request_id := request_id_var.get():
             log_data["request_id"] = request_id
         super().add_fields(log_data, record, message_dict)
-        # uvicorn's messages once more, with a terminal's escape codes in them.
+        # uvicorn repeats its messages here with a terminal's escape codes.
         log_data.pop("color_message", None)
 
 
 class TextFormatter(_WithoutMessages):
-    """One readable line an event; control characters in it are escaped."""
+    """One line an event for a terminal, with control characters escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Render ``record``; a traceback follows on lines of its own."""
+        """Render ``record``; a traceback follows on further lines."""
         stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
         message = record.getMessage().encode("unicode_escape").decode("ascii")
         request_id = request_id_var.get()
@@ -94,11 +94,11 @@ class TextFormatter(_WithoutMessages):
 
 
 def configure_logging(settings: LoggingSettings, stream: TextIO | None = None) -> None:
-    """Send every logger of the process, uvicorn's included, through one handler.
+    """Send the lines of every logger, uvicorn's included, through one handler.
 
     Args:
         settings: Level and format.
-        stream: Where the lines go; standard error by default.
+        stream: Default: standard error.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(ServiceJsonFormatter() if settings.format == "json" else TextFormatter())

@@ -1,7 +1,7 @@
-"""What Prometheus scrapes: every metric of the service, on a registry of its own.
+"""Every Prometheus metric of the service, on a private registry.
 
-Label values are bounded: a route's template, a status, a reason from a fixed list. Nothing a
-caller can choose freely becomes a label.
+Label values are bounded: a route's template, a status, a reason from a fixed list. No label holds
+text that a caller can choose.
 """
 
 from prometheus_client import (
@@ -25,12 +25,12 @@ _QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 
 class Metrics:
-    """All metrics of one service; made once by the composition root and passed in."""
+    """All metrics of the service; the composition root makes one and passes it on."""
 
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
-        # A series with the time of each series' first sample would double the page.
+        # The library would add a series with the creation time of each series.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._add_http()

@@ -1,8 +1,7 @@
-"""What a model said, made fit to pass on.
+"""Removes control characters and template tokens from a model's text; stops at blocked patterns.
 
-Control characters and leaked template tokens go, and a blocked pattern ends the text before it.
-These are three steps, each of which gives the same for a text that comes in pieces, however it
-is cut, as for the whole: so do the three in a row.
+Each of the three steps gives the same result for a text in pieces, wherever it is cut, as for the
+whole text. So does their sequence.
 """
 
 import re
@@ -12,15 +11,15 @@ from dataclasses import dataclass
 
 from app.core.pii.patterns import WINDOW, BoundedPattern, HoldBack
 
-# C0 and C1 but for tab, line feed and carriage return; the embeddings, overrides and isolates
-# that make text read otherwise than it is (CVE-2021-42574, Unicode UAX #9); and surrogates, which
-# are no characters. The marks U+200E, U+200F and U+061C stay: Arabic and Hebrew need them.
+# C0 and C1 without tab, line feed and carriage return; the bidirectional embeddings, overrides and
+# isolates, which reorder text on a screen (CVE-2021-42574, Unicode UAX #9); and surrogates. The
+# marks U+200E, U+200F and U+061C stay, because Arabic and Hebrew need them.
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-# Blocked patterns are searched in blocks, for each call costs the length of what it is given.
+# Blocked patterns are searched in blocks: each call of RE2 costs the length of its whole argument.
 _BLOCK = 256
-# What a pattern's \b and (?m)^ see of the text before.
+# Characters before the searched text that a pattern's \b and (?m)^ look at.
 _LEFT_CONTEXT = 1
 _MAX_NESTED = 256
 
@@ -30,7 +29,7 @@ class Filtered:
     """A whole text after filtering.
 
     Attributes:
-        text: What may be passed on.
+        text: The filtered text.
         blocked: Whether a blocked pattern ended it.
     """
 
@@ -39,21 +38,20 @@ class Filtered:
 
 
 class OutputFilter:
-    """The rules for what may leave; immutable, one for each served model."""
+    """The rules for a model's text; immutable, one for each served model.
+
+    Args:
+        template_tokens: The model's special tokens as text; blank ones are ignored.
+        blocked_patterns: RE2 patterns that end an answer. A match has at most 256 characters: a
+            longer one is not found.
+
+    Raises:
+        ValueError: The pattern that cannot be used, and why, in one line.
+    """
 
     def __init__(
         self, template_tokens: Iterable[str] = (), blocked_patterns: Iterable[str] = ()
     ) -> None:
-        """Compile everything.
-
-        Args:
-            template_tokens: Spellings of the model's special tokens; blank ones are ignored.
-            blocked_patterns: RE2 patterns that end an answer. A match has at most 256 characters:
-                a longer one is not found.
-
-        Raises:
-            ValueError: In one line, the pattern that cannot be used.
-        """
         self.tokens = _Tokens(template_tokens)
         self.patterns: list[BoundedPattern] = []
         for source in blocked_patterns:
@@ -65,7 +63,7 @@ class OutputFilter:
 
     @property
     def bound(self) -> int:
-        """Most characters a stream ever holds back."""
+        """Most characters that a stream holds back at any time."""
         return self.tokens.bound + (self.hold_back.bound if self.patterns else 0)
 
     def clean(self, text: str) -> Filtered:
@@ -82,7 +80,7 @@ class OutputFilter:
 class StreamFilter:
     """Filters one text that comes in pieces.
 
-    The results joined are :meth:`OutputFilter.clean` of the whole, however it is cut.
+    The joined results are :meth:`OutputFilter.clean` of the whole text, wherever it is cut.
     """
 
     def __init__(self, rules: OutputFilter) -> None:
@@ -91,17 +89,17 @@ class StreamFilter:
 
     @property
     def blocked(self) -> bool:
-        """Whether a blocked pattern has ended the text; nothing more comes out then."""
+        """Whether a blocked pattern has ended the text; all further results are empty then."""
         return self._blocker is not None and self._blocker.blocked
 
     @property
     def held(self) -> int:
-        """How many characters are held back."""
+        """Characters that are held back now."""
         removing = self._remover.held if self._remover else 0
         return removing + (self._blocker.held if self._blocker else 0)
 
     def feed(self, piece: str) -> str:
-        """What can be passed on after this piece."""
+        """Add a piece; the text that is decided by it."""
         if self.blocked:
             return ""
         piece = _CONTROLS.sub("", piece)
@@ -110,7 +108,7 @@ class StreamFilter:
         return piece if self._blocker is None else self._blocker.feed(piece)
 
     def flush(self) -> str:
-        """What was held back, once no more text can come."""
+        """The text that is still held back, after the last piece."""
         if self.blocked:
             return ""
         rest = "" if self._remover is None else self._remover.flush()
@@ -118,17 +116,17 @@ class StreamFilter:
 
 
 class _Tokens:
-    """The spellings to remove, as the automaton of Aho and Corasick (1975).
+    """The tokens to remove, as an automaton of Aho and Corasick (1975).
 
-    A state is the longest end of the text that a spelling begins with.
+    A state is the longest suffix of the text that is a prefix of a token.
     """
 
-    def __init__(self, spellings: Iterable[str]) -> None:
-        tokens = {t for s in spellings if (t := _CONTROLS.sub("", s)).strip()}
+    def __init__(self, texts: Iterable[str]) -> None:
+        tokens = {t for text in texts if (t := _CONTROLS.sub("", text)).strip()}
         self.any = bool(tokens)
         self.bound = max(_MAX_NESTED, *map(len, tokens)) if tokens else 0
         self._states = {token[:n] for token in tokens for n in range(len(token) + 1)} | {""}
-        # Of a state that ends with spellings, the length of the longest one.
+        # The length of the longest token that a state ends with, or 0.
         self.removed: dict[str, int] = {}
         for state in self._states:
             ends = (state[n:] for n in range(len(state)))
@@ -149,9 +147,10 @@ class _Held:
     """A character held back.
 
     Attributes:
-        character: It.
-        state: The automaton's, after it.
-        base: Index of the first character that a removal after this one could join to a spelling.
+        character: The character.
+        state: The automaton's state after it.
+        base: Index of the first character that can still become part of a token when characters
+            after this one are removed.
     """
 
     character: str
@@ -160,10 +159,10 @@ class _Held:
 
 
 class _TokenRemover:
-    """Removes spellings, and those that their removal joins ("<|e<|end|>nd|>"), from a stream.
+    """Removes tokens from a stream, and tokens that a removal creates ("<|e<|end|>nd|>").
 
-    It goes character by character, and so cannot depend on how the text is cut. Held back is the
-    end of the text that is made of beginnings of spellings.
+    It reads character by character, so the result does not depend on where the text is cut. It
+    holds back the end of the text as far as it consists of prefixes of tokens.
     """
 
     def __init__(self, tokens: _Tokens) -> None:
@@ -194,7 +193,7 @@ class _TokenRemover:
         return self._release(len(self._stack))
 
     def _push(self, character: str) -> str:
-        """Take a character; what can be passed on."""
+        """Add a character; the text that is decided by it."""
         stack = self._stack
         state = self._tokens.step(stack[-1].state if stack else "", character)
         removed = self._tokens.removed[state]
@@ -205,11 +204,11 @@ class _TokenRemover:
             return ""
         self._end += 1
         base = self._end - len(state)
-        before = len(stack) - len(state)  # Where the character before the state's is.
+        before = len(stack) - len(state)  # Place of the character before the state's first.
         if state and before >= 0:
             base = stack[before].base
         stack.append(_Held(character, state, base))
-        # Spellings begun inside spellings without end would be held back without end.
+        # Prefixes nested in prefixes would otherwise be held back without a bound.
         oldest = self._end - len(stack)
         return self._release(max(stack[-1].base - oldest, len(stack) - self._tokens.bound))
 
@@ -218,7 +217,7 @@ class _TokenRemover:
 
 
 class _Blocker:
-    """Ends a stream where the first match of a blocked pattern begins."""
+    """Ends a stream before the first match of a blocked pattern."""
 
     def __init__(self, rules: OutputFilter) -> None:
         self._patterns = rules.patterns
@@ -244,7 +243,7 @@ class _Blocker:
         return "" if self.blocked else self._pass_to(len(self._text))
 
     def _pass_to(self, cut: int) -> str:
-        """What comes before ``cut``, or before the first match that begins before it."""
+        """The text up to ``cut``, or up to the first match that begins before ``cut``."""
         text, at = self._text, self._at
         if cut <= at:
             return ""

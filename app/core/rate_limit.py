@@ -1,8 +1,8 @@
-"""Rate limiting: a true token bucket for each caller, behind slowapi's limiter.
+"""Rate limiting: a token bucket for each caller, behind slowapi's limiter.
 
-slowapi brings the limiter; the bucket is a strategy of our own, registered with ``limits``, because
-neither library has one. Nothing else of slowapi is used: its middlewares exempt included routers,
-and its decorator on a handler would run after the body is read (docs/adr/0006).
+Neither slowapi nor ``limits`` has a token bucket, so this module registers one with ``limits`` as a
+strategy. Nothing of slowapi but its limiter is used: its middlewares exempt included routers, and
+its decorator would run after the body has been read (docs/adr/0006).
 """
 
 import ipaddress
@@ -25,20 +25,20 @@ from app.core.metrics import Metrics
 from app.utils.errors import RateLimitExceededError
 
 _STRATEGY = "token-bucket"
-# Callers remembered at most. A forgotten one starts with a full bucket, so the bound must be far
-# above the number of callers that are active at a time; an entry takes about 200 bytes.
+# Most buckets kept. A caller whose bucket is evicted starts with a full one, so the bound must be
+# far above the number of callers that are active at a time. An entry takes about 200 bytes.
 _MAX_BUCKETS = 100_000
 
 
 class TokenBucketRateLimiter(RateLimiter):
-    """The generic cell rate algorithm (ITU-T I.371): a token bucket in one number for each key.
+    """The generic cell rate algorithm (ITU-T I.371): a token bucket stored as one number a key.
 
-    A bucket of :attr:`burst_size` tokens refills at the limit's rate. In any window of ``t``
-    seconds at most ``burst_size + rate * t`` hits succeed.
+    A bucket of :attr:`burst_size` tokens refills at the limit's rate. At most
+    ``burst_size + rate * t`` hits succeed in any ``t`` seconds.
 
     Attributes:
-        burst_size: Tokens in a full bucket; ``None`` takes the limit's own amount.
-        clock: Seconds, never going back.
+        burst_size: Tokens in a full bucket; ``None``: the limit's amount.
+        clock: Monotonic seconds.
     """
 
     def __init__(self, storage: StorageTypes) -> None:
@@ -46,8 +46,7 @@ class TokenBucketRateLimiter(RateLimiter):
         self.burst_size: int | None = None
         self.clock: Callable[[], float] = time.monotonic
         self._lock = threading.Lock()
-        # When each bucket will be full again ("theoretical arrival time"). One that is full
-        # needs no entry; the longest-lived takes a whole bucket's refill to become so.
+        # When each bucket will be full ("theoretical arrival time"). A full bucket needs no entry.
         self._full_at: TTLCache[str, float] = TTLCache(
             maxsize=_MAX_BUCKETS, ttl=math.inf, timer=self._now
         )
@@ -56,24 +55,24 @@ class TokenBucketRateLimiter(RateLimiter):
         return self.clock()
 
     def _terms(self, item: RateLimitItem) -> tuple[float, int]:
-        """Seconds a token takes to refill, and tokens in a full bucket."""
+        """Seconds until one token is refilled, and tokens in a full bucket."""
         return item.get_expiry() / item.amount, self.burst_size or item.amount
 
     def hit(self, item: RateLimitItem, *identifiers: str, cost: int = 1) -> bool:
-        """Take ``cost`` tokens if the bucket has them."""
+        """Take ``cost`` tokens; ``False``, and nothing is taken, when the bucket has fewer."""
         interval, burst = self._terms(item)
         key = item.key_for(*identifiers)
         with self._lock:
             now = self.clock()
             full_at = max(self._full_at.get(key, now), now) + cost * interval
-            # Sums of intervals drift by a few ulps, which must not cost a caller a token.
+            # Rounding errors of a few ulps in the sum must not cost a caller a token.
             if full_at - now > burst * interval * (1 + 1e-9):
                 return False
             self._full_at[key] = full_at
             return True
 
     def test(self, item: RateLimitItem, *identifiers: str, cost: int = 1) -> bool:
-        """Whether the bucket has ``cost`` tokens."""
+        """Whether the bucket has ``cost`` tokens; takes none."""
         return self._tokens(item, *identifiers) >= cost
 
     def _tokens(self, item: RateLimitItem, *identifiers: str) -> float:
@@ -82,12 +81,12 @@ class TokenBucketRateLimiter(RateLimiter):
         return burst - missing / interval + 1e-9
 
     def get_window_stats(self, item: RateLimitItem, *identifiers: str) -> WindowStats:
-        """Unix time at which the bucket is full, and whole tokens in it."""
+        """Unix time at which the bucket will be full, and the whole tokens in it now."""
         missing = max(self._full_at.get(item.key_for(*identifiers), 0.0) - self.clock(), 0.0)
         return WindowStats(time.time() + missing, int(self._tokens(item, *identifiers)))
 
     def state(self, item: RateLimitItem, *identifiers: str) -> "BucketState":
-        """What a caller is told about its bucket."""
+        """The state of a bucket for the response headers."""
         interval, burst = self._terms(item)
         tokens = self._tokens(item, *identifiers)
         return BucketState(
@@ -103,12 +102,12 @@ STRATEGIES[_STRATEGY] = TokenBucketRateLimiter  # type: ignore[assignment]
 
 @dataclass(frozen=True, slots=True)
 class BucketState:
-    """A caller's bucket at a moment.
+    """A caller's bucket at one moment.
 
     Attributes:
         limit: Tokens in a full bucket.
         remaining: Whole tokens in it now.
-        reset_seconds: Until it is full.
+        reset_seconds: Seconds until it is full.
         retry_after: Seconds until the next token.
     """
 
@@ -127,20 +126,20 @@ class BucketState:
 
 
 class CallerLimits:
-    """The limits of this service: a bucket for each API key, and one for each other address."""
+    """One bucket for each API key, and one for each address that sent no valid key."""
 
     def __init__(self, settings: RateLimitSettings, metrics: Metrics) -> None:
         self._enabled = settings.enabled
         self._metrics = metrics
         self._limit = parse(f"{settings.requests_per_minute}/minute")
         with warnings.catch_warnings():
-            # The null device is no regular file, which starlette's reader remarks on.
+            # starlette's reader warns that the null device is no regular file.
             warnings.simplefilter("ignore", UserWarning)
             limiter = Limiter(
                 key_func=str,
                 strategy=_STRATEGY,
                 storage_uri="memory://",
-                # Its default would read the project's .env once more, with other names in mind.
+                # The default would read the project's .env and look for slowapi's names in it.
                 config_filename=os.devnull,
             )
         self.buckets: TokenBucketRateLimiter = limiter.limiter
@@ -151,10 +150,10 @@ class CallerLimits:
 
         Args:
             caller: ``key:...`` or ``ip:...``.
-            reason: Label of the refusal in the metrics.
+            reason: Label of the rejection in the metrics.
 
         Returns:
-            The X-RateLimit headers of the answer; none while limits are off.
+            The X-RateLimit headers of the response; empty when limits are off.
 
         Raises:
             RateLimitExceededError: The bucket is empty.
@@ -172,24 +171,27 @@ class CallerLimits:
 
 
 class ClientAddress:
-    """Finds the address a request comes from, believing only proxies that are trusted."""
+    """Finds the client's address in ``X-Forwarded-For``, as far as trusted proxies wrote it.
+
+    Args:
+        trusted_proxies: Addresses or networks, such as ``10.0.0.0/8``.
+
+    Raises:
+        ValueError: One of them is neither.
+    """
 
     def __init__(self, trusted_proxies: Sequence[str]) -> None:
-        """Parse the networks.
-
-        Args:
-            trusted_proxies: Addresses or networks, ``10.0.0.0/8``.
-
-        Raises:
-            ValueError: One of them is neither.
-        """
         self._trusted = [ipaddress.ip_network(n, strict=False) for n in trusted_proxies]
-        # uvicorn rewrites the peer's address by itself when the peer is 127.0.0.1, or one of
-        # the addresses in this variable; it then leaves 0 for the port.
+        # uvicorn replaces the peer's address by a forwarded one when the peer is 127.0.0.1, or is
+        # named in this variable. The port is then 0.
         self._uvicorn_configured = "FORWARDED_ALLOW_IPS" in os.environ
 
     def of(self, client: tuple[str, int] | None, headers: Mapping[str, str]) -> str:
-        """The rightmost address that no trusted proxy vouches against."""
+        """The nearest address that is no trusted proxy's, or the farthest where all of them are.
+
+        Returns:
+            The address, or ``unknown`` where it is not an IP address.
+        """
         if client is None:
             return "unknown"
         peer, port = client
@@ -201,7 +203,7 @@ class ClientAddress:
         return peer if _parse(peer) else "unknown"
 
     def is_trusted(self, address: str) -> bool:
-        """Whether this is the address of a trusted proxy."""
+        """Whether this is a trusted proxy's address."""
         parsed = _parse(address)
         return parsed is not None and any(parsed in network for network in self._trusted)
 

@@ -1,4 +1,4 @@
-"""SIGHUP: the API keys are read again, and nothing else changes."""
+"""SIGHUP reads the API keys again; no other setting changes."""
 
 import asyncio
 import os
@@ -15,10 +15,14 @@ log = get_logger()
 
 
 class reloading_on_hangup:  # noqa: N801 - a context manager, used like a function
-    """Reads the configuration at SIGHUP and hands on its keys; running requests go on.
+    """While it is entered, SIGHUP loads the configuration and passes its keys to ``apply``.
 
-    A configuration that cannot work changes nothing. A terminal that is closed sends SIGHUP too,
-    and means that the service started in it shall end, as it would without this.
+    Running requests continue. A configuration with a fault changes nothing. A terminal that is
+    closed sends SIGHUP too: the service then ends, as it would without this handler.
+
+    Args:
+        apply: Called with the new section ``security``.
+        load: Reads the configuration.
     """
 
     def __init__(
@@ -36,7 +40,7 @@ class reloading_on_hangup:  # noqa: N801 - a context manager, used like a functi
         try:
             self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         except (ValueError, RuntimeError):
-            # Not the main thread, as in tests.
+            # Signals cannot be handled outside the main thread, as in tests.
             return
 
     def __exit__(self, *_: object) -> None:
@@ -54,10 +58,10 @@ class reloading_on_hangup:  # noqa: N801 - a context manager, used like a functi
         try:
             settings = await asyncio.to_thread(self._load)
         except ConfigurationError as error:
-            log.error("SIGHUP: the API keys stay as they are: %s", error)  # noqa: TRY400 - its line says it all
+            log.error("SIGHUP: the API keys stay as they are: %s", error)  # noqa: TRY400 - the message is complete
             return
         except (OSError, ValueError) as error:
-            # The message may hold a piece of the file, and so of a key.
+            # The message may hold a piece of the file, and that piece may be a key.
             log.error(  # noqa: TRY400 - see above
                 "SIGHUP: the API keys stay as they are: the configuration cannot be read (%s)",
                 type(error).__name__,

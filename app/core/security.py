@@ -1,4 +1,4 @@
-"""API keys: who a request comes from, and what that caller may do."""
+"""API keys: authentication of callers, and the scopes of their keys."""
 
 import hmac
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ class Principal:
 
     Attributes:
         name: The key's name in the configuration; ``default`` for ``security.api_key``.
-        key_id: First 16 hexadecimal digits of the key's SHA-256. Owns sessions, cached answers
-            and rate-limit buckets, so that these survive a rename of the key.
-        scopes: What the key is for.
-        daily_tokens: Most tokens in a day, or ``None``.
+        key_id: First 16 hexadecimal digits of the key's SHA-256. It identifies the owner of
+            sessions, cached answers and rate-limit buckets, which a rename of the key keeps.
+        scopes: What the key may be used for.
+        daily_tokens: Most tokens a day (UTC), or ``None`` for no limit.
     """
 
     name: str
@@ -26,23 +26,23 @@ class Principal:
     daily_tokens: int | None = None
 
     def require(self, scope: Scope) -> None:
-        """Refuse a key that is not for this.
+        """Check that the key has a scope.
 
         Raises:
-            InsufficientScopeError: It is not.
+            InsufficientScopeError: It does not have it.
         """
         if scope not in self.scopes:
             raise InsufficientScopeError(scope)
 
 
 class KeyRing:
-    """The keys this service accepts, kept as SHA-256 digests."""
+    """The accepted API keys, stored as SHA-256 digests."""
 
     def __init__(self, settings: SecuritySettings) -> None:
         self.replace(settings)
 
     def replace(self, settings: SecuritySettings) -> None:
-        """Accept these keys from now on, and no others."""
+        """Accept exactly the keys of ``settings`` from now on."""
         self._principals = {
             key.sha256: Principal(
                 name=key.name,
@@ -56,21 +56,21 @@ class KeyRing:
 
     @property
     def principals(self) -> list[Principal]:
-        """Everybody who is let in, in the order of the configuration."""
+        """The owners of all accepted keys, in the order of the configuration."""
         return list(self._principals.values())
 
     def find(self, key_id: str) -> Principal | None:
-        """The caller of an id, while its key is accepted."""
+        """The owner of a key by its id; ``None`` when the key is not accepted any more."""
         return self._by_id.get(key_id)
 
     def authenticate(self, headers: Mapping[str, str]) -> Principal:
-        """The caller behind a request's headers.
+        """The owner of the key in a request's headers, whose names are in lower case.
 
-        Every key is compared, each in constant time, so that timing tells nothing about which
-        one was close.
+        All keys are compared, each in constant time, so that the time taken tells nothing about
+        which key was close.
 
         Raises:
-            InvalidAPIKeyError: No key was sent, or none that is known.
+            InvalidAPIKeyError: The headers have no key, or an unknown one.
         """
         presented = _presented_key(headers)
         if presented is None:

@@ -1,4 +1,4 @@
-"""Conversations in this process: owned by a key, kept for a time, bounded in number and size."""
+"""Conversations in memory, by API key; they expire, and their number and size are bounded."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from cachetools import TTLCache
 from app.core.config import ChatHistorySettings
 from app.utils.errors import SessionBusyError
 
-# What a message takes beside its text and tokens: a role, and Python's own overhead.
+# Memory of a message without its text and tokens: the role, and Python's overhead.
 _MESSAGE_OVERHEAD_BYTES = 256
 _TOKEN_BYTES = 8
 
@@ -21,8 +21,8 @@ class HistoryMessage:
     Attributes:
         role: ``user`` or ``assistant``.
         content: Its text.
-        token_ids: The very tokens the model generated, for an answer that was kept whole: the
-            next prompt then begins with what the engine's KV cache holds.
+        token_ids: The tokens that the model generated for an answer, where the answer is its
+            whole text. The next prompt repeats them, so that the engine finds them in its cache.
     """
 
     role: str
@@ -31,7 +31,7 @@ class HistoryMessage:
 
     @property
     def size(self) -> int:
-        """Bytes it takes, roughly."""
+        """Estimated bytes of memory."""
         text = len(self.content.encode())
         return text + _TOKEN_BYTES * len(self.token_ids) + _MESSAGE_OVERHEAD_BYTES
 
@@ -41,13 +41,13 @@ class Session:
     """One caller's conversation.
 
     Attributes:
-        owner: Id of the key that made it.
-        id: The caller's name for it.
+        owner: Id of the API key that created it.
+        id: The caller's ``session_id``.
         system: The system message, where the caller sent one.
-        messages: What was said, oldest first.
+        messages: The messages, oldest first.
         created_at: Unix time.
-        busy: Whether a turn is under way.
-        forgotten: Whether it was deleted meanwhile; what is under way is then not kept.
+        busy: Whether a turn is in progress.
+        forgotten: Whether it was deleted during a turn; that turn is then not stored.
     """
 
     owner: str
@@ -60,14 +60,14 @@ class Session:
 
     @property
     def size(self) -> int:
-        """Bytes it takes, roughly."""
+        """Estimated bytes of memory."""
         return sum(m.size for m in self.messages) + len((self.system or "").encode())
 
 
 class SessionStore:
-    """All conversations; the one unused longest goes first when there are too many.
+    """All conversations; the least recently used ones are evicted first.
 
-    Not safe to share between threads: the event loop owns it.
+    Not thread-safe: the event loop owns it.
     """
 
     def __init__(
@@ -84,32 +84,32 @@ class SessionStore:
         )
 
     def __len__(self) -> int:
-        """Conversations kept now."""
+        """Conversations that have not expired."""
         self._sessions.expire()
         return len(self._sessions)
 
     def find(self, owner: str, session_id: str) -> Session | None:
-        """A caller's conversation; another caller's does not exist."""
+        """A conversation of ``owner``, or ``None``; other owners' conversations are not found."""
         return self._sessions.get((owner, session_id))
 
     def begin_turn(self, owner: str, session_id: str) -> Session:
-        """A conversation, old or new, for one turn; end it with :meth:`end_turn`.
+        """Begin a turn of an existing or a new conversation; end it with :meth:`end_turn`.
 
         Raises:
-            SessionBusyError: A turn of this conversation is under way.
+            SessionBusyError: A turn of this conversation is in progress.
         """
         session = self.find(owner, session_id) or Session(owner, session_id)
         if session.busy:
             raise SessionBusyError
         session.busy = True
-        # Kept from now on, so that a second turn finds the first one under way.
+        # Stored already now, so that a second turn finds that the first is in progress.
         self._keep(session)
         return session
 
     def end_turn(
         self, session: Session, added: Sequence[HistoryMessage] = (), system: str | None = None
     ) -> None:
-        """End a turn; without ``added`` the conversation is as it was before."""
+        """End a turn and store its messages; without ``added`` the conversation does not change."""
         session.busy = False
         key = (session.owner, session.id)
         if session.forgotten:
@@ -136,7 +136,7 @@ class SessionStore:
         self._sessions[key] = session
 
     def forget(self, owner: str, session_id: str) -> bool:
-        """Delete a conversation; whether there was one."""
+        """Delete a conversation; ``False`` when there is none."""
         session = self._sessions.pop((owner, session_id), None)
         if session is None:
             return False

@@ -1,6 +1,6 @@
-"""What each key has used, and the budgets that end its day.
+"""Usage by API key, and daily token budgets.
 
-Kept in this process, as the rate limits are: a restart begins anew.
+Both are kept in memory, as the rate limits are: a restart resets them.
 """
 
 import math
@@ -16,10 +16,10 @@ from app.utils.errors import TokenBudgetExceededError
 
 @dataclass(slots=True)
 class Usage:
-    """What was used in some time.
+    """Requests and tokens of a period.
 
     Attributes:
-        requests: Answers begun, those from the response cache included.
+        requests: Answers begun, including those from the response cache.
         prompt_tokens: Tokens read by the model.
         completion_tokens: Tokens generated.
     """
@@ -30,7 +30,7 @@ class Usage:
 
     @property
     def tokens(self) -> int:
-        """Prompt and completion tokens together, which is what budgets limit."""
+        """Prompt and completion tokens; a budget limits this sum."""
         return self.prompt_tokens + self.completion_tokens
 
 
@@ -39,9 +39,9 @@ class Account:
     """One caller's usage.
 
     Attributes:
-        day: The day of ``today``, in UTC.
-        today: Since midnight UTC.
-        total: Since the service started.
+        day: The day (UTC) that ``today`` belongs to.
+        today: Usage since midnight UTC.
+        total: Usage since the service started.
     """
 
     day: date
@@ -50,23 +50,21 @@ class Account:
 
 
 class UsageLedger:
-    """Counts requests and tokens by caller; refuses those whose budget for the day is spent.
+    """Counts requests and tokens by API key, and enforces the keys' daily budgets.
+
+    Args:
+        keys: The accepted keys, with their budgets.
+        metrics: Counts the rejections.
+        clock: Unix time.
 
     Attributes:
-        clock: Unix time.
-        since: When counting began.
+        clock: As given.
+        since: Unix time at which counting began.
     """
 
     def __init__(
         self, keys: KeyRing, metrics: Metrics, clock: Callable[[], float] = time.time
     ) -> None:
-        """Begin with nothing used.
-
-        Args:
-            keys: Knows the budgets.
-            metrics: Count the refusals.
-            clock: Unix time.
-        """
         self._keys = keys
         self._metrics = metrics
         self.clock = clock
@@ -82,23 +80,23 @@ class UsageLedger:
 
     @property
     def today(self) -> date:
-        """The day in UTC."""
+        """The current day in UTC."""
         return datetime.fromtimestamp(self.clock(), UTC).date()
 
     @property
     def seconds_left(self) -> int:
-        """Until the day ends, rounded up: whoever waits that long is in the next one."""
+        """Seconds until midnight UTC, rounded up so that waiting them reaches the next day."""
         midnight = datetime.combine(self.today + timedelta(days=1), datetime.min.time(), tzinfo=UTC)
         return math.ceil(midnight.timestamp() - self.clock())
 
     def check(self, caller: str) -> None:
-        """Refuse a caller whose budget is spent.
+        """Check that a caller has not spent its budget.
 
-        What has begun may end: the budget can be passed by the requests that ran when it was
-        reached.
+        Running requests are not stopped, so the requests that run when the budget is reached can
+        exceed it.
 
         Raises:
-            TokenBudgetExceededError: Until the day ends.
+            TokenBudgetExceededError: The budget of the day is spent.
         """
         principal = self._keys.find(caller)
         if principal is None or principal.daily_tokens is None:
@@ -108,19 +106,19 @@ class UsageLedger:
             raise TokenBudgetExceededError(retry_after=self.seconds_left)
 
     def add_request(self, caller: str) -> None:
-        """An answer has begun."""
+        """Count an answer that has begun."""
         account = self._account(caller)
         for usage in (account.today, account.total):
             usage.requests += 1
 
     def add_tokens(self, caller: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """A generation has ended, in whatever way."""
+        """Count the tokens of a generation that has ended, successfully or not."""
         account = self._account(caller)
         for usage in (account.today, account.total):
             usage.prompt_tokens += prompt_tokens
             usage.completion_tokens += completion_tokens
 
     def of(self, caller: str) -> Account:
-        """A caller's usage so far."""
+        """A copy of a caller's usage so far."""
         account = self._account(caller)
         return replace(account, today=replace(account.today), total=replace(account.total))

@@ -1,22 +1,22 @@
-"""Every error this service can answer with, and the errors that stop its start.
+"""Every error that the service can answer with, and the errors that stop its start.
 
-Each class carries its own HTTP status, code and headers, so that the one exception handler in
+Each class carries its HTTP status, code and headers, so that the exception handler in
 ``app/api/errors.py`` has nothing to decide. Messages are for the caller: they never repeat the
-caller's input and, for a 5xx, tell nothing about the service's inside.
+caller's input, and those of a 5xx tell nothing about the inside of the service.
 """
 
 from typing import ClassVar
 
 
 class ServiceError(Exception):
-    """Base of all errors that become an HTTP answer in the one error shape.
+    """Base of all errors that become an HTTP response in the common error shape.
 
     Attributes:
         status: HTTP status code.
-        code: Machine-readable reason, stable across releases.
-        type: OpenAI's coarse class of the error.
+        code: Machine-readable reason; it does not change between releases.
+        type: OpenAI's class of the error.
         message: One sentence for the caller.
-        param: The request field at fault, if one is.
+        param: The request field that caused the error, if one did.
         headers: Extra response headers, such as ``Retry-After``.
         details: Extra members of the error object, such as ``prompt_tokens``.
     """
@@ -42,11 +42,11 @@ class ServiceError(Exception):
 
 
 class InternalError(ServiceError):
-    """Anything unforeseen; the log has the traceback, the caller has the request id."""
+    """An unexpected error; the log has its traceback, with the request id that the caller gets."""
 
 
 class InvalidRequestError(ServiceError):
-    """Base of the errors the caller can mend by changing the request."""
+    """Base of the errors that the caller can fix by changing the request."""
 
     status = 400
     code = "invalid_request"
@@ -55,14 +55,14 @@ class InvalidRequestError(ServiceError):
 
 
 class MalformedHTTPError(InvalidRequestError):
-    """What came is not HTTP/1.1, or is more than one kind of request at once."""
+    """The bytes are not an HTTP/1.1 request, or can be read as different requests."""
 
     code = "malformed_http"
     default_message = "This is not a well-formed HTTP/1.1 request."
 
 
 class RequestTimeoutError(InvalidRequestError):
-    """The head or the body of a request did not come in time."""
+    """The head or the body of a request did not arrive in time."""
 
     status = 408
     code = "request_timeout"
@@ -70,7 +70,7 @@ class RequestTimeoutError(InvalidRequestError):
 
 
 class HeadersTooLargeError(InvalidRequestError):
-    """The request line and the headers are larger than any request needs."""
+    """The request line and the headers exceed the size limit."""
 
     status = 431
     code = "headers_too_large"
@@ -99,19 +99,19 @@ class PromptTooLongError(InvalidRequestError):
 
 
 class UnsupportedParameterError(InvalidRequestError):
-    """A field that the running engine cannot honour; refused rather than ignored."""
+    """A field that the running engine does not support; rejected rather than ignored."""
 
     code = "unsupported_parameter"
 
 
 class InvalidGrammarError(InvalidRequestError):
-    """A schema or regular expression for the answer that cannot be honoured in full."""
+    """A schema or regular expression for the answer that cannot be enforced completely."""
 
     code = "invalid_grammar"
 
 
 class ContextLengthExceededError(InvalidRequestError):
-    """Prompt tokens plus ``max_tokens`` exceed what the model can attend to."""
+    """Prompt tokens plus ``max_tokens`` exceed the model's context."""
 
     code = "context_length_exceeded"
 
@@ -125,19 +125,19 @@ class ContextLengthExceededError(InvalidRequestError):
 
 
 class ChatTemplateError(InvalidRequestError):
-    """The model's chat template refuses the messages, such as two user turns in a row."""
+    """The model's chat template rejects the messages, such as two user messages in a row."""
 
     code = "chat_template_error"
 
 
 class PiiDetectedError(InvalidRequestError):
-    """Personal data in a prompt, where ``pii.input`` is reject; its kinds are told, not itself."""
+    """Personal data in a prompt while ``pii.input`` is reject; the message names only its kinds."""
 
     code = "pii_detected"
 
 
 class NotFoundError(InvalidRequestError):
-    """No such route, or no such object for this caller."""
+    """There is no such route, or no such object of this caller."""
 
     status = 404
     code = "not_found"
@@ -145,7 +145,7 @@ class NotFoundError(InvalidRequestError):
 
 
 class MethodNotAllowedError(InvalidRequestError):
-    """The route exists, the method does not."""
+    """The route does not support the method."""
 
     status = 405
     code = "method_not_allowed"
@@ -163,14 +163,14 @@ class ModelNotFoundError(NotFoundError):
 
 
 class SessionNotFoundError(NotFoundError):
-    """The caller has no conversation of this name."""
+    """The caller has no conversation with this id."""
 
     code = "session_not_found"
     default_message = "There is no such session."
 
 
 class SessionBusyError(InvalidRequestError):
-    """Another turn of the conversation is under way."""
+    """Another turn of the conversation is in progress."""
 
     status = 409
     code = "session_busy"
@@ -181,7 +181,7 @@ class SessionBusyError(InvalidRequestError):
 
 
 class IdempotencyKeyInUseError(InvalidRequestError):
-    """The request of this idempotency key is being answered just now."""
+    """The first request with this idempotency key is in progress."""
 
     status = 409
     code = "idempotency_key_in_use"
@@ -192,7 +192,7 @@ class IdempotencyKeyInUseError(InvalidRequestError):
 
 
 class IdempotencyKeyReusedError(InvalidRequestError):
-    """The idempotency key stands for a request with another route, body or session."""
+    """The idempotency key belongs to a request with another route, body or session."""
 
     status = 422
     code = "idempotency_key_reused"
@@ -209,14 +209,14 @@ class BodyTooLargeError(InvalidRequestError):
     code = "body_too_large"
 
     def __init__(self, limit: int) -> None:
-        # The rest of the body is not read, so the connection cannot carry another request.
+        # The rest of the body is not read, so the connection cannot be used again.
         super().__init__(
             f"The request body is larger than {limit} bytes.", headers={"Connection": "close"}
         )
 
 
 class InvalidAPIKeyError(ServiceError):
-    """No key, or one this service does not know; which of the two is not told."""
+    """The key is missing or unknown; the response does not say which."""
 
     status = 401
     code = "invalid_api_key"
@@ -230,14 +230,14 @@ class InvalidAPIKeyError(ServiceError):
 
 
 class InsufficientScopeError(ServiceError):
-    """A valid key that is not for this."""
+    """The key is valid, but lacks the scope."""
 
     status = 403
     code = "insufficient_scope"
     type = "permission_error"
 
     def __init__(self, scope: str) -> None:
-        # RFC 6750 names the scope in the challenge.
+        # RFC 6750, section 3: the challenge names the scope.
         challenge = f'Bearer realm="llm-service", error="insufficient_scope", scope="{scope}"'
         super().__init__(
             f"This API key does not have the scope {scope}.",
@@ -246,10 +246,10 @@ class InsufficientScopeError(ServiceError):
 
 
 class RetryableError(ServiceError):
-    """Base of the refusals that pass with time; always says when to come back."""
+    """Base of the errors after which a retry can succeed; sends ``Retry-After``."""
 
     def __init__(self, message: str | None = None, *, retry_after: float = 1.0) -> None:
-        # RFC 9110 allows whole seconds only; rounding down would invite a caller too early.
+        # RFC 9110 allows whole seconds only; rounding down would make callers retry too early.
         self.retry_after = max(1, int(-(-retry_after // 1)))
         super().__init__(message, headers={"Retry-After": str(self.retry_after)})
 
@@ -264,7 +264,7 @@ class RateLimitExceededError(RetryableError):
 
 
 class TokenBudgetExceededError(RetryableError):
-    """The key has used the tokens of its day, ``daily_tokens``."""
+    """The key has used its ``daily_tokens``."""
 
     status = 429
     code = "token_budget_exceeded"
@@ -273,7 +273,7 @@ class TokenBudgetExceededError(RetryableError):
 
 
 class OverloadedError(RetryableError):
-    """No place is free for this caller, or its request waited too long for its turn."""
+    """The queue has no place for this caller, or the request waited too long in it."""
 
     status = 503
     code = "overloaded"
@@ -281,7 +281,7 @@ class OverloadedError(RetryableError):
 
 
 class TooManyConnectionsError(RetryableError):
-    """Every connection is taken, or every one that an address may have."""
+    """The service has its most connections, or the client's address has."""
 
     status = 503
     code = "too_many_connections"
@@ -297,7 +297,7 @@ class ModelLoadingError(RetryableError):
 
 
 class DrainingError(RetryableError):
-    """The service is shutting down and takes no new work."""
+    """The service is shutting down and accepts no new requests."""
 
     status = 503
     code = "draining"
@@ -305,7 +305,7 @@ class DrainingError(RetryableError):
 
 
 class EngineUnavailableError(RetryableError):
-    """The engine process died; it is being started again."""
+    """The engine process died and is being restarted."""
 
     status = 503
     code = "engine_unavailable"
@@ -313,7 +313,7 @@ class EngineUnavailableError(RetryableError):
 
 
 class DeadlineExceededError(ServiceError):
-    """``engine.request_timeout_seconds``, or the caller's own limit, passed before the end."""
+    """The request exceeded ``engine.request_timeout_seconds`` or the caller's own limit."""
 
     status = 504
     code = "deadline_exceeded"
@@ -340,15 +340,15 @@ GENERATION_ERRORS: tuple[type[ServiceError], ...] = (
     EngineUnavailableError,
     DeadlineExceededError,
 )
-"""What a generating route may answer, for the OpenAPI document."""
+"""The errors of a generating route, for the OpenAPI document."""
 
 
 class StartupError(Exception):
-    """The service cannot start; the message is one line that says what to do about it."""
+    """The service cannot start; the message is one line that says what to do."""
 
 
 class ConfigurationError(StartupError):
-    """config.yml, .env or the environment holds something that cannot work."""
+    """config.yml, .env or the environment has an invalid setting."""
 
 
 class ModelLoadError(StartupError):

@@ -1,4 +1,4 @@
-"""The garbage collector, kept from looking through what never becomes garbage."""
+"""Settings of the garbage collector for a process with many long-lived objects."""
 
 import gc
 from collections.abc import Iterator
@@ -6,19 +6,18 @@ from contextlib import contextmanager
 
 
 def spare_what_stays() -> None:
-    """Leave everything there is now out of later collections; called once a process is set up.
+    """Exclude all existing objects from later collections; called once after a process's set-up.
 
-    The libraries of the service are 180,000 objects that live as long as it does. A collection of
-    the oldest generation, which comes every thousand requests, looks at all of them: that stopped
-    every stream for 160 to 250 ms on two busy cores, and was a tenth of what a request cost the
-    API process.
+    The service's libraries are 180,000 objects that live as long as the process. A collection of
+    the oldest generation, every thousand requests, traverses all of them. On two busy cores this
+    paused every stream for 160 to 250 ms, and took a tenth of the API process's time for a request.
     """
     gc.freeze()
 
 
 @contextmanager
 def no_collections() -> Iterator[None]:
-    """Around imports, which make objects by the hundred thousand and next to no garbage."""
+    """Switch the collector off during imports, which make many objects and next to no garbage."""
     gc.disable()
     try:
         yield

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Stopwatch:
-    """Seconds since it was made, on the monotonic clock."""
+    """Measures the time since it was created."""
 
     __slots__ = ("_start",)
 
@@ -21,7 +21,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Elapsed time in seconds."""
+        """Seconds since it was created."""
         return time.perf_counter() - self._start
 
 
@@ -32,11 +32,11 @@ def utc_timestamp(epoch_seconds: float) -> str:
 
 
 async def within(deadline: float | None, work: Awaitable[T]) -> T:
-    """Wait for ``work``, and cancel it when ``deadline`` passes.
+    """Await ``work``, and cancel it when ``deadline`` passes.
 
     Args:
-        deadline: On the running event loop's clock; ``None`` for no limit.
-        work: What to wait for.
+        deadline: Time of the running event loop; ``None`` for no limit.
+        work: The awaitable.
 
     Raises:
         DeadlineExceededError: The deadline passed.

@@ -1,7 +1,8 @@
-"""Settings: config.yml < .env < environment, validated once, frozen, handed out by section.
+"""Settings from config.yml, .env and the environment, validated once and frozen.
 
-Nested keys join with two underscores in .env and the environment: ``MODEL__NAME`` is
-``model.name``. An unknown key or a bad value is a :class:`ConfigurationError` of one line.
+.env overrides config.yml, and the environment overrides both. Two underscores join section and key
+in .env and the environment: ``MODEL__NAME`` is ``model.name``. An unknown key or an invalid value
+is a :class:`ConfigurationError` of one line.
 """
 
 import os
@@ -35,24 +36,24 @@ BUNDLED_NAME = "SmolLM2-135M-Instruct"
 
 
 class AppSettings(Section):
-    """What the service calls itself and where it listens."""
+    """The service's name, address and shutdown."""
 
     name: str = Field("LLM FastAPI Service", description="Title in the OpenAPI document.")
-    host: str = Field("0.0.0.0", description="Address that `llm-service serve` binds.")  # noqa: S104 - a container must listen on all interfaces  # nosec B104
-    port: int = Field(8000, ge=0, le=65535, description="Port that `llm-service serve` binds.")
+    host: str = Field("0.0.0.0", description="Address that `python -m app serve` binds.")  # noqa: S104 - a container must listen on all interfaces  # nosec B104
+    port: int = Field(8000, ge=0, le=65535, description="Port that `python -m app serve` binds.")
     environment: Literal["development", "production"] = Field(
         "development",
-        description="production refuses weak API keys and hides the interactive documentation.",
+        description="production rejects weak API keys and hides the interactive documentation.",
     )
     shutdown_grace_seconds: float = Field(
-        20.0, ge=0, le=3600, description="How long running requests may go on after SIGTERM."
+        20.0, ge=0, le=3600, description="Seconds that running requests may take after SIGTERM."
     )
     shutdown_notice_seconds: float = Field(
         1.0,
         ge=0,
         le=3600,
-        description="How long, within the grace, an idle service still answers after SIGTERM, with "
-        "503; longer than a balancer takes to see that it is not ready.",
+        description="Seconds, within the grace, that an idle service still answers with 503 after "
+        "SIGTERM; longer than a load balancer takes to see that it is not ready.",
     )
 
 
@@ -106,41 +107,44 @@ class ModelSettings(Section):
 
     @property
     def label(self) -> str:
-        """The name callers see; known before the model is loaded."""
+        """The model's name in answers; known before the model is loaded."""
         if self.engine == "echo":
             return "echo"
         return BUNDLED_NAME if self.source == "bundled" else self.name
 
 
 class RateLimitSettings(Section):
-    """Token bucket for each caller."""
+    """A token bucket for each caller."""
 
-    enabled: bool = Field(True, description="Limit callers at all.")
+    enabled: bool = Field(True, description="Limit the rate of requests.")
     requests_per_minute: int = Field(
-        10, ge=1, le=1_000_000, description="Rate at which a caller's bucket refills."
+        10, ge=1, le=1_000_000, description="Tokens that a bucket regains a minute."
     )
     burst_size: int | None = Field(
-        None, ge=1, le=1_000_000, description="Size of the bucket; default: requests_per_minute."
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Tokens in a full bucket; default: requests_per_minute.",
     )
 
 
 class CacheSettings(Section):
     """Answers kept for identical requests."""
 
-    enabled: bool = Field(True, description="Keep and serve answers to identical requests.")
+    enabled: bool = Field(True, description="Answer identical requests from the cache.")
     size: int = Field(100, ge=1, le=1_000_000, description="Most answers kept.")
-    ttl_seconds: float = Field(3600, gt=0, description="How long an answer is kept.")
+    ttl_seconds: float = Field(3600, gt=0, description="Seconds that an answer is kept.")
     max_bytes: int = Field(
         67_108_864, ge=4096, le=1_099_511_627_776, description="Most bytes of kept answers."
     )
 
 
 class IdempotencySettings(Section):
-    """Answers kept for requests that are sent again with the same Idempotency-Key."""
+    """Answers kept for requests that are repeated with the same Idempotency-Key."""
 
-    enabled: bool = Field(True, description="Take the header; false: refuse it.")
+    enabled: bool = Field(True, description="Accept the header; false: reject requests with it.")
     ttl_seconds: float = Field(
-        3600, gt=0, description="How long a key stands for its request, and the answer is kept."
+        3600, gt=0, description="Seconds that a key and its answer are kept."
     )
     max_entries: int = Field(
         1000, ge=1, le=1_000_000, description="Most answers kept for one API key."
@@ -149,16 +153,16 @@ class IdempotencySettings(Section):
         16_777_216,
         ge=65_536,
         le=1_099_511_627_776,
-        description="Most bytes of kept answers for one API key; an answer over a quarter of it is "
-        "not kept.",
+        description="Most bytes of kept answers for one API key; an answer larger than a quarter "
+        "of it is not kept.",
     )
 
 
 class ChatHistorySettings(Section):
-    """Conversations kept for callers that send a session_id."""
+    """Conversations of callers that send a session_id."""
 
     enabled: bool = Field(True, description="Keep conversations.")
-    ttl_seconds: float = Field(7200, gt=0, description="How long an idle conversation is kept.")
+    ttl_seconds: float = Field(7200, gt=0, description="Seconds that an idle conversation is kept.")
     max_sessions: int = Field(10_000, ge=1, le=10_000_000, description="Most conversations kept.")
     max_messages: int = Field(
         200, ge=2, le=100_000, description="Most messages kept of a conversation."
@@ -169,13 +173,13 @@ class ChatHistorySettings(Section):
 
 
 class NamedPattern(Section):
-    """A pattern of one's own for personal data."""
+    """A configured pattern of personal data."""
 
     name: str = Field(min_length=1, max_length=32, description="Replaces the match, in brackets.")
     pattern: str = Field(min_length=1, description="RE2 syntax.")
 
 
-# Unquoted, YAML reads the word off as a boolean.
+# YAML reads an unquoted off as a boolean.
 _Off = BeforeValidator(lambda value: "off" if value is False else value)
 PiiKind = Literal["email", "phone", "ssn", "card", "iban", "ip"]
 
@@ -190,15 +194,15 @@ class PiiSettings(Section):
         "off", description="What to do with personal data in an answer."
     )
     kinds: list[PiiKind] = Field(
-        default_factory=lambda: list(get_args(PiiKind)), description="Kinds looked for."
+        default_factory=lambda: list(get_args(PiiKind)), description="Kinds to look for."
     )
     patterns: list[NamedPattern] = Field(
-        default_factory=list, description="More to look for, each {name, pattern} in RE2 syntax."
+        default_factory=list, description="Further patterns, each {name, pattern} in RE2 syntax."
     )
 
 
 class OutputSettings(Section):
-    """What an answer may not contain."""
+    """Text that answers must not contain."""
 
     blocked_patterns: list[str] = Field(
         default_factory=list,
@@ -207,7 +211,7 @@ class OutputSettings(Section):
 
 
 class MetricsSettings(Section):
-    """What Prometheus scrapes."""
+    """The route /metrics."""
 
     require_key: bool = Field(False, description="Ask for an API key on /metrics.")
 
@@ -215,9 +219,11 @@ class MetricsSettings(Section):
 class LoggingSettings(Section):
     """The log on standard error."""
 
-    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level.")
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="Lowest level logged."
+    )
     format: Literal["json", "text"] = Field(
-        "json", description="json: one object a line; text: for people at a terminal."
+        "json", description="json: one object a line; text: lines for a terminal."
     )
 
 
@@ -270,9 +276,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the interface
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The sources in the order in which they win."""
-        # The values of config.yml come in as init arguments; here they stand last, so that .env
-        # and the environment override them key by key.
+        """The sources, strongest first."""
+        # The values of config.yml are passed as init arguments. They come last, so that .env and
+        # the environment override them key by key.
         return env_settings, dotenv_settings, init_settings
 
 
@@ -285,7 +291,7 @@ def load_settings(*, config_file: Path | None = None, env_file: Path | None = No
         env_file: The .env file; default: the one beside the ``app`` package, which may be missing.
 
     Raises:
-        ConfigurationError: With one line that names key, value and what is allowed.
+        ConfigurationError: One line with the key, its value and what is allowed.
     """
     env_path = env_file or PROJECT_ROOT / ".env"
     named = config_file or (

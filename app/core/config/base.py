@@ -1,9 +1,9 @@
-"""What every section of the settings is made from."""
+"""The base class of all sections of the settings."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """One section of the settings; frozen, and strict about unknown keys."""
+    """A section of the settings: frozen, and without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

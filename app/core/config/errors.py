@@ -1,4 +1,4 @@
-"""What a mistake in the settings looks like: one line that never shows a key or a token."""
+"""Describes faults of the settings in one line that never shows a key or a token."""
 
 import json
 import os
@@ -13,7 +13,14 @@ from pydantic.fields import FieldInfo
 
 
 class Origins:
-    """Says where a bad value came from, in the order in which the sources win."""
+    """Finds the source of an invalid value, the strongest source first.
+
+    Args:
+        fields: The settings' sections by name.
+        yaml_path: The path of config.yml.
+        env_path: The path of .env.
+        yaml_values: The content of config.yml.
+    """
 
     def __init__(
         self,
@@ -22,14 +29,6 @@ class Origins:
         env_path: Path,
         yaml_values: Mapping[str, Any],
     ) -> None:
-        """Note the sources.
-
-        Args:
-            fields: The settings' sections, by name.
-            yaml_path: Where config.yml is.
-            env_path: Where .env is.
-            yaml_values: What config.yml holds.
-        """
         self._fields = fields
         self._yaml_path = yaml_path
         self._yaml = yaml_values
@@ -39,7 +38,7 @@ class Origins:
         self._dotenv = {key.upper(): value for key, value in dotenv.items()}
 
     def describe(self, error: Any) -> str:
-        """One pydantic error as a clause: key, value, origin, and what is allowed."""
+        """A pydantic error as a clause: key, value, source, and what is allowed."""
         path = [str(part) for part in error["loc"]]
         if not path:
             return str(error["msg"]).removeprefix("Value error, ")
@@ -52,7 +51,7 @@ class Origins:
         return f"{key}{shown}{origin}: {str(error['msg']).removeprefix('Value error, ')}"
 
     def not_json(self) -> str:
-        """The variable that must be JSON and is not, and where it stands."""
+        """The name and source of the variable that must be JSON and is not."""
         places = ((self._env, "the environment"), (self._dotenv, self._env_path))
         for variables, place in places:
             for name in self._json_variables():
@@ -61,8 +60,8 @@ class Origins:
         return "a variable"
 
     def _find(self, path: list[str]) -> tuple[Any, str]:
-        # A list's items have their index in the path, but the variable holds the whole list. What
-        # a variable holds beside the value at fault may be secret.
+        # The path of a list's item ends with its index, but the variable holds the whole list,
+        # whose other items may be secret. So a value is shown only where the whole path matches.
         for length in range(len(path), 0, -1):
             name = "__".join(path[:length]).upper()
             whole = length == len(path)
@@ -83,7 +82,7 @@ class Origins:
         return list(fields)
 
     def _json_variables(self) -> Iterator[str]:
-        """Variables that hold an object or a list."""
+        """Names of variables that hold an object or a list."""
         for section, field in self._fields.items():
             members = getattr(field.annotation, "model_fields", None)
             if members is not None:
@@ -102,7 +101,7 @@ def _is_json(text: str | None) -> bool:
 
 
 def yaml_fault(error: yaml.YAMLError) -> str:
-    """What is wrong and where; the file's own text, which may be a key, is left out."""
+    """The fault and its place, without text of the file, which may be a key."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return one_line(error)
     mark = error.problem_mark
@@ -111,7 +110,7 @@ def yaml_fault(error: yaml.YAMLError) -> str:
 
 
 def _is_secret(path: list[str]) -> bool:
-    # Something other than a section in the place of `security` is most likely a key.
+    # A value in the place of the section `security` is most likely a key.
     if path == ["security"]:
         return True
     return any("key" in part or "token" in part for part in path) and path[-1] != "max_tokens"

@@ -1,4 +1,4 @@
-"""The section ``security`` of the settings: who may call, what for, and how much may be sent."""
+"""The section ``security`` of the settings: API keys, limits of requests, trusted proxies."""
 
 import hashlib
 import ipaddress
@@ -14,13 +14,13 @@ DEFAULT_KEY_NAME = "default"
 PRODUCTION_KEY_MIN_CHARS = 32
 
 Scope = Literal["infer", "metrics", "admin"]
-"""What a key is for: generating, scraping /metrics, and seeing the usage of all keys."""
+"""What a key permits: generating, scraping /metrics, reading the usage of all keys."""
 
 _DIGEST_PREFIX = "sha256:"
 
 
 class NamedKey(Section):
-    """A key of a named caller, as itself or as its digest."""
+    """An API key with a name, given as text or as its digest."""
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$")
     key: Annotated[SecretStr, Field(min_length=1)] | None = None
@@ -36,34 +36,34 @@ class NamedKey(Section):
 
     @property
     def sha256(self) -> bytes:
-        """The key's digest."""
+        """The key's SHA-256 digest."""
         if self.key is not None:
             return digest_of(self.key.get_secret_value())
         return bytes.fromhex(str(self.digest).removeprefix(_DIGEST_PREFIX))
 
     @property
     def is_weak(self) -> bool:
-        """Whether it is the default key, or too short; a digest does not tell how short."""
+        """Whether it is the default key or too short; the length of a digest's key is not known."""
         if self.sha256 in (digest_of(DEFAULT_API_KEY), digest_of("")):
             return True
         return self.key is not None and len(self.key) < PRODUCTION_KEY_MIN_CHARS
 
 
 class SecuritySettings(Section):
-    """Who may call, what for, and how much may be sent."""
+    """API keys, limits of requests, and trusted proxies."""
 
     api_key: SecretStr = Field(
         SecretStr(DEFAULT_API_KEY),
         min_length=1,
-        description="The key callers send, for everything; set it in the environment. Its default "
-        "is accepted only while api_keys is empty.",
+        description="A key with all scopes; set it in the environment. Its default is accepted "
+        "only while api_keys is empty.",
     )
     api_keys: list[NamedKey] = Field(
         default_factory=list,
-        description="More keys, each {name, key}, or {name, digest} with sha256: and the key's "
-        "SHA-256 in hexadecimal; scopes (infer, metrics, admin; default: infer) says what it is "
-        "for, daily_tokens how many prompt and completion tokens it may use in a day (UTC). In the "
-        "environment as JSON. Read again on SIGHUP.",
+        description="Further keys, each {name, key}, or {name, digest} with sha256: and the key's "
+        "SHA-256 in hexadecimal; scopes (infer, metrics, admin; default: infer) says what it "
+        "permits, daily_tokens how many prompt and completion tokens it may use a day (UTC). JSON "
+        "in the environment. Read again on SIGHUP.",
     )
     max_prompt_chars: int = Field(
         4000, ge=1, le=10_000_000, description="Most characters in a prompt or in all messages."
@@ -95,9 +95,9 @@ class SecuritySettings(Section):
 
     @property
     def accepted_keys(self) -> list[NamedKey]:
-        """Every key that is let in, ``api_key`` first.
+        """All accepted keys, ``api_key`` first.
 
-        The default ``api_key`` is known to everybody: it counts only until there is another.
+        The default ``api_key`` is public, so it is accepted only while ``api_keys`` is empty.
         """
         if self.api_keys and self.api_key.get_secret_value() == DEFAULT_API_KEY:
             return self.api_keys
@@ -109,5 +109,5 @@ class SecuritySettings(Section):
 
 
 def digest_of(key: str) -> bytes:
-    """A key's SHA-256, of its UTF-8."""
+    """The SHA-256 of a key's UTF-8."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -11,15 +11,15 @@ from app.utils.errors import ConfigurationError
 
 
 def read_yaml(path: Path, known: Iterable[str], *, required: bool) -> dict[str, Any]:
-    """The sections in a YAML file; none where there is no such file.
+    """Read the sections of a YAML file; an optional file that does not exist has none.
 
     Args:
         path: The file.
-        known: The names that sections may have.
-        required: Whether the file has to exist.
+        known: Names of the sections that exist.
+        required: Whether the file must exist.
 
     Raises:
-        ConfigurationError: With one line that says what is wrong with the file.
+        ConfigurationError: The file's fault in one line.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -43,7 +43,7 @@ def read_yaml(path: Path, known: Iterable[str], *, required: bool) -> dict[str, 
         raise ConfigurationError(f"configuration error: {path} must hold sections, such as model:")
     unknown = sorted(set(values).difference(known))
     if unknown:
-        # pydantic-settings takes keyword arguments that start with an underscore for its own.
+        # Settings(**values) would take names with a leading underscore for options of its own.
         raise ConfigurationError(
             f"configuration error: {unknown[0]} (in {path}) is not a setting; "
             f"known: {', '.join(known)}"

@@ -1,8 +1,8 @@
-"""What rules a candidate for personal data in or out.
+"""Checks that decide whether a candidate is personal data.
 
-Each check is given a text and a candidate's place in it, and says where the entity that begins
-where the candidate does ends, or ``None``. It looks at most :data:`LEFT_CONTEXT` characters back
-and two past the end.
+Each check gets a text and the beginning and end of a candidate in it. It returns the end of the
+entity at that beginning, or ``None`` when there is none. It looks at no more than
+:data:`LEFT_CONTEXT` characters before the candidate and two after it.
 """
 
 import ipaddress
@@ -11,14 +11,14 @@ import re
 from app.core.pii.patterns import LinearPattern
 
 LEFT_CONTEXT = 32
-"""Characters before an entity that may decide about it ("version 1.2.3.4")."""
+"""Characters before an entity that a check may look at ("version 1.2.3.4")."""
 
-# Between digits: spaces (no-break, thin, narrow no-break), hyphen-minus, typographic hyphens and
-# dashes; language models like to write them.
+# Separators of digits: spaces (also no-break, thin, narrow no-break), hyphen-minus, typographic
+# hyphens and dashes, which language models often write.
 SPACES = " \u00a0\u2009\u202f"
 DASHES = "-\u2010\u2011\u2012\u2013"
 
-# Letters are the country, digits the length: SWIFT's IBAN registry (ISO 13616).
+# Country code and length, from SWIFT's IBAN registry (ISO 13616).
 _IBANS = (
     "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BI27 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DJ27 "
     "DK18 DO28 EE20 EG29 ES24 FI18 FK18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HN28 HR21 HU28 "
@@ -27,11 +27,11 @@ _IBANS = (
     "SC31 SD18 SE24 SI19 SK24 SM27 SO23 ST25 SV28 TL23 TN24 TR26 UA29 VA22 VG24 XK20 YE30"
 )
 IBAN_LENGTHS: dict[str, int] = {entry[:2]: int(entry[2:]) for entry in _IBANS.split()}
-"""Characters of an IBAN, by country."""
+"""Length of an IBAN by country code."""
 
 
 def _left_clear(text: str, begin: int) -> bool:
-    """Whether a number can begin here: not inside a word, a longer number or a price."""
+    """Whether a number can begin at ``begin``: not inside a word, a longer number or a price."""
     before = text[begin - 1 : begin] if begin else ""
     if not before:
         return True
@@ -44,7 +44,7 @@ def _left_clear(text: str, begin: int) -> bool:
 
 
 def _right_clear(text: str, end: int) -> bool:
-    """Whether a number can end here: not inside a word or a longer number."""
+    """Whether a number can end at ``end``: not inside a word or a longer number."""
     after, further = text[end : end + 1], text[end + 1 : end + 2]
     if _is_word(after):
         return False
@@ -63,12 +63,12 @@ _DIGITS = re.compile("[0-9]+")
 
 
 def _digits(candidate: str) -> str:
-    """The digits of a candidate, which holds nothing else but gaps and a plus sign."""
+    """The digits of a candidate that has only digits, separators and a plus sign."""
     return candidate.translate(_WITHOUT_GAPS)
 
 
 def _group_ends(candidate: str) -> list[tuple[int, int]]:
-    """After each group of digits, the last first: the place, and how many digits come before."""
+    """The end of each group of digits, last first, and the number of digits before that end."""
     ends: list[tuple[int, int]] = []
     count = 0
     for group in _DIGITS.finditer(candidate):
@@ -77,8 +77,8 @@ def _group_ends(candidate: str) -> list[tuple[int, int]]:
     return ends[::-1]
 
 
-# Issuer prefixes in ISO/IEC 7812 numbers: lowest, highest, and the lengths that are issued.
-# After https://en.wikipedia.org/wiki/Payment_card_number#Issuer_identification_number_(IIN).
+# Issuer prefixes of ISO/IEC 7812 numbers: lowest, highest, and the lengths that are issued, from
+# https://en.wikipedia.org/wiki/Payment_card_number#Issuer_identification_number_(IIN).
 _ISSUERS: tuple[tuple[str, str, frozenset[int]], ...] = (
     ("4", "4", frozenset({13, 16, 19})),  # Visa
     ("51", "55", frozenset({16})),  # Mastercard
@@ -120,14 +120,14 @@ _DOUBLED = bytes.maketrans(b"0123456789", bytes((0, 2, 4, 6, 8, 1, 3, 5, 7, 9)))
 
 
 def _luhn(number: str) -> bool:
-    """Luhn's check of ISO/IEC 7812-1, annex B."""
+    """Luhn's checksum (ISO/IEC 7812-1, annex B)."""
     digits = number.encode()
     single, doubled = digits[-1::-2], digits[-2::-2]
     return (sum(single) - len(single) * ord("0") + sum(doubled.translate(_DOUBLED))) % 10 == 0
 
 
 def card_end(text: str, begin: int, end: int) -> int | None:
-    """A card's number: an issuer's prefix and length, one kind of gap, and Luhn's check."""
+    """A payment card: an issuer's prefix and length, one kind of separator, and Luhn's checksum."""
     lengths = _CARD_LENGTHS.get(text[begin : begin + 4])
     if lengths is None or not _left_clear(text, begin):
         return None
@@ -145,7 +145,10 @@ def card_end(text: str, begin: int, end: int) -> int | None:
 
 
 def ssn_end(text: str, begin: int, end: int) -> int | None:
-    """Never issued: area 000, 666 and 900-999, group 00, serial 0000 (SSA, POMS RM 10201.035)."""
+    """A US social security number that can have been issued (SSA, POMS RM 10201.035).
+
+    The area is never 000, 666 or 900 to 999, the group never 00, the serial number never 0000.
+    """
     number = _digits(text[begin:end])
     area, group, serial = number[:3], number[3:5], number[5:]
     if area in ("000", "666") or area[0] == "9" or group == "00" or serial == "0000":
@@ -156,11 +159,11 @@ def ssn_end(text: str, begin: int, end: int) -> int | None:
 
 
 def nanp_end(text: str, begin: int, end: int) -> int | None:
-    """Three, three and four digits.
+    """A North American telephone number: three, three and four digits.
 
-    A real area code and exchange begin with 2 to 9 (NANPA), but people write 555-123-4567 and
-    123-456-7890 for telephone numbers, so only numbers that gaps of spaces alone make out of
-    any three numbers have to be strict.
+    Real area codes and exchanges begin with 2 to 9 (NANPA), but people write 555-123-4567 and
+    123-456-7890. So the rule is applied only where all separators are spaces, which any three
+    numbers may have between them.
     """
     number = _digits(text[begin:end])[-10:]
     area, exchange = number[:3], number[3:6]
@@ -177,11 +180,11 @@ def nanp_end(text: str, begin: int, end: int) -> int | None:
 
 
 def e164_end(text: str, begin: int, end: int) -> int | None:
-    """A plus sign and 8 to 15 digits, country code included (ITU-T E.164, section 6.2.1)."""
+    """A plus sign and 8 to 15 digits with the country code (ITU-T E.164, section 6.2.1)."""
     if begin and (_is_word(text[begin - 1]) or text[begin - 1] == "+"):
         return None
     candidate = text[begin:end]
-    # Country code 1 has a single length; elsewhere a second number may be taken along.
+    # Country code 1 has one length. For others the longest number that fits is taken.
     lowest, highest = (11, 11) if candidate[1] == "1" else (8, 15)
     for stop, count in _group_ends(candidate):
         if lowest <= count <= highest and _right_clear(text, begin + stop):
@@ -205,14 +208,14 @@ def _left_of(text: str, begin: int) -> str:
 
 
 def bare_phone_end(text: str, begin: int, end: int) -> int | None:
-    """Ten digits without a gap are a telephone number only where a word says so."""
+    """Ten digits without separators, after a word such as "phone"."""
     if not (_left_clear(text, begin) and _right_clear(text, end)):
         return None
     return end if _PHONE_WORDS.search(_left_of(text, begin)) else None
 
 
 def bare_ssn_end(text: str, begin: int, end: int) -> int | None:
-    """Nine digits without a gap are a social security number only where a word says so."""
+    """Nine digits without separators, after "SSN" or "social security"."""
     if not _SSN_WORDS.search(_left_of(text, begin)):
         return None
     number = text[begin:end]
@@ -226,7 +229,7 @@ _LETTER_VALUES = {ord("A") + i: str(10 + i) for i in range(26)}
 
 
 def iban_end(text: str, begin: int, end: int) -> int | None:
-    """The country's length, and remainder 1 modulo 97 (ISO 13616-1, ISO 7064)."""
+    """An IBAN: its country's length, and remainder 1 modulo 97 (ISO 13616-1, ISO 7064)."""
     length = IBAN_LENGTHS.get(text[begin : begin + 2].upper())
     account = text[begin:end].translate(_WITHOUT_GAPS)[: length or 0].upper()
     if length is None or len(account) < length:
@@ -242,7 +245,7 @@ def iban_end(text: str, begin: int, end: int) -> int | None:
 
 
 def ipv4_end(text: str, begin: int, end: int) -> int | None:
-    """A dotted quad that is no version."""
+    """An IPv4 address that is not a version number."""
     if end - begin > 15 or not (_left_clear(text, begin) and _right_clear(text, end)):
         return None
     # Product/1.2.3.4 is a user agent's version; //1.2.3.4 is a host.
@@ -261,9 +264,9 @@ _IPV6_CHARACTERS = frozenset("0123456789abcdefABCDEF:.")
 
 
 def ipv6_end(text: str, begin: int, end: int) -> int | None:
-    """An address that is not, more likely, code or a time; zone and prefix length stay behind.
+    """An IPv6 address, without zone and prefix length, that is not likely code or a time.
 
-    Of the addresses of two groups only those whose first has four digits count (``fe80::1``).
+    An address of two groups counts only when the first group has four digits (``fe80::1``).
     """
     before, further = text[max(0, begin - 1) : begin], text[max(0, begin - 2) : max(0, begin - 1)]
     if _is_word(before) or before == "." or (before == ":" and further in _IPV6_CHARACTERS):
@@ -276,7 +279,7 @@ def ipv6_end(text: str, begin: int, end: int) -> int | None:
     if len(body) > 45:  # The longest spelling, with an IPv4 address at its end.
         return None
     groups = [group for group in body.split(":") if group]
-    # `[::2]` is a slice, `a::b` a scope, and eight pairs an EUI-64, far more often than not.
+    # `[::2]` is usually a slice, `a::b` a scope, and eight pairs are usually an EUI-64.
     if len(groups) < 3 and len(groups[0]) < 4:
         return None
     if len(groups) == 8 and all(len(group) == 2 for group in groups):

@@ -1,7 +1,8 @@
-"""The built-in kinds of personal data: what each looks like, and what rules it out.
+"""Detectors of the built-in kinds of personal data.
 
-RE2 finds candidates, :mod:`app.core.pii.checks` decides about them. Each decision looks at most
-``LEFT_CONTEXT`` characters back and :data:`HOLD_BACK` ahead. Digits are ASCII.
+RE2 finds candidates and :mod:`app.core.pii.checks` decides about them. A decision looks at no more
+than ``LEFT_CONTEXT`` characters before a candidate and :data:`HOLD_BACK` after its beginning.
+Digits are ASCII.
 """
 
 from collections.abc import Callable
@@ -23,12 +24,12 @@ from app.core.pii.checks import (
 from app.core.pii.patterns import LinearPattern, prefixes_of
 
 KINDS = ("email", "phone", "ssn", "card", "iban", "ip")
-"""In the order in which one wins over another of the same place and length."""
+"""The kinds, by priority where two entities have the same place and length."""
 
 _MAX_LOCAL = 64
 _MAX_DOMAIN = 255
 HOLD_BACK = _MAX_LOCAL + 1 + _MAX_DOMAIN
-"""Length of the longest entity, an e-mail address: the limits of RFC 5321, section 4.5.3.1."""
+"""Characters of the longest entity, an e-mail address (RFC 5321, section 4.5.3.1)."""
 
 _GAP = rf"[{SPACES}\{DASHES}]"
 _GAP_OR_DOT = rf"[{SPACES}\{DASHES}.]"
@@ -44,35 +45,34 @@ class Detector(Protocol):
 
     @property
     def prefixes(self) -> str | None:
-        """RE2 source of all that the text of an undecided entity may be so far."""
+        """RE2 source that matches every prefix of an entity; ``None`` where it is not known."""
         ...
 
     def first(self, text: str, start: int) -> tuple[int, int] | None:
-        """The leftmost entity that begins at ``start`` or after it."""
+        """Beginning and end of the leftmost entity that begins at ``start`` or after it."""
         ...
 
 
 Check = Callable[[str, int, int], int | None]
-"""Of a candidate: where the entity that begins where it begins ends, if there is one."""
+"""Gets a text and a candidate's beginning and end; returns the entity's end, or ``None``."""
 
 
 class _Shape:
-    """Candidates from a pattern, decided by a check."""
+    """Finds candidates by a pattern and decides about them by a check.
+
+    Args:
+        kind: One of :data:`KINDS`.
+        source: RE2 pattern of the longest candidate.
+        check: Decides about a candidate.
+        needs: A string that every entity has; a text without it is not searched.
+        runs: Whether no entity can begin inside a rejected candidate, which is then skipped.
+    """
 
     def __init__(
         self, kind: str, source: str, check: Check, *, needs: str = "", runs: bool = False
     ) -> None:
-        """Compile.
-
-        Args:
-            kind: One of :data:`KINDS`.
-            source: RE2 pattern of the longest candidate.
-            check: Decides about a candidate.
-            needs: A string that no entity lacks, for a quick no.
-            runs: Whether a refused candidate hides no other, so that all of it can be skipped.
-        """
         self.kind = kind
-        # The checks look two characters past an entity: at a dot or a dash, and what follows it.
+        # The checks look at a dot or a dash after an entity, and at the character after that.
         self.prefixes = prefixes_of(source + r"[.\-]?")
         self._pattern = LinearPattern(source)
         self._check = check
@@ -92,11 +92,11 @@ class _Shape:
 
 
 class _Email:
-    """Addresses, found from their at sign.
+    """Finds e-mail addresses, starting from the at sign.
 
-    The local part is a run of at most 64 letters, digits and ``._%+'-``, the domain one of at
-    most 255 with two labels or more. Letters are Latin, Greek and Cyrillic: scripts written
-    without spaces are left out, so that an address in a Chinese sentence does not swallow it.
+    The local part is a run of at most 64 letters, digits and ``._%+'-``. The domain has at most 255
+    characters and at least two labels. Letters are Latin, Greek and Cyrillic. Scripts that are
+    written without spaces are left out, because the sentence around an address would match too.
     """
 
     kind = "email"
@@ -124,7 +124,7 @@ class _Email:
             return None
         start = max(start, at - _MAX_LOCAL)
         dots = text.rfind("..", start, at)
-        if dots >= 0:  # Two dots end a sentence; no address has them (RFC 5321, dot-string).
+        if dots >= 0:  # No address has two dots in a row (RFC 5321, dot-string).
             start = dots + 2
         local = self._local.search(text[start:at])
         if local is None or self._is_repository(text, at, end):
@@ -132,21 +132,21 @@ class _Email:
         return start + local[0], end
 
     def _is_repository(self, text: str, at: int, end: int) -> bool:
-        """Whether it is git@host:path; asked of the text alone, not of where the search began."""
+        """Whether it is ``git@host:path``, whatever place the search began at."""
         if text[end : end + 1] != ":" or text[max(0, at - 3) : at] != "git":
             return False
-        # A letter put before it lets the pattern begin with any character of a local part.
+        # The pattern must begin with a letter or digit, so one is put before the character.
         return at < 4 or self._local.match(f"x{text[at - 4 : at]}") is None
 
     def _domain_end(self, text: str, begin: int) -> int | None:
-        # A cheap no for the at signs of a hostile input.
+        # Rejects most at signs of a hostile input at little cost.
         if not text[begin : begin + 1].isalnum():
             return None
         found = self._domain.match(text[begin : begin + _MAX_DOMAIN + 1])
         if found is None or found[1] > _MAX_DOMAIN:
             return None
         run_end = begin + found[1]
-        # A method call, as in matrix code: `a@b.transpose()`.
+        # Matrix code calls methods: `a@b.transpose()`.
         if text[run_end : run_end + 1] == "(":
             return None
         labels = text[begin:run_end].split("..", maxsplit=1)[0].rstrip(".-").split(".")
@@ -154,7 +154,7 @@ class _Email:
             labels.pop()
         if len(labels) < 2 or not all(map(_is_label, labels)):
             return None
-        # name@1.2.3-rc.x is a version of a package, name@2x.png a picture for dense screens.
+        # name@1.2.3-rc.x is a package version, name@2x.png a picture for high-density screens.
         if labels[0].isdigit() and labels[1].isdigit():
             return None
         if len(labels) == 2 and labels[0] in ("2x", "3x"):
@@ -171,7 +171,7 @@ def _is_top_level(label: str) -> bool:
 
 
 def built_in() -> list[Detector]:
-    """One detector or more for each of :data:`KINDS`, in their order."""
+    """One or more detectors for each kind, in the order of :data:`KINDS`."""
     g, d = _GAP, _GAP_OR_DOT
     return [
         _Email(),

@@ -1,8 +1,8 @@
-"""Patterns that run in linear time, and how much of a stream they need to see.
+"""Patterns that run in linear time, and the part of a stream that must be held back for them.
 
-A text that comes in pieces can be cut wherever no match can be under way. RE2 cannot say that of
-itself, so :func:`prefixes_of` derives, from a pattern, a second one that matches everything a
-match may begin with; where that one matches the end of what has come, the text is held back.
+A text in pieces can be passed on up to the place where a match may have begun. RE2 does not report
+such places, so :func:`prefixes_of` derives from a pattern a second one that matches every prefix of
+a match. Where that one matches the end of the text, the text is held back from there on.
 """
 
 import warnings
@@ -12,36 +12,33 @@ from typing import Any
 
 import re2  # type: ignore[import-untyped]
 
-# The parser of the standard library. It is not public: where it changes or fails, the caller
-# falls back to holding back a whole window, which is slower to stream and just as right. Imported
-# by its name, since whether type checkers know the module depends on what else they have read.
+# The standard library's parser of patterns, which is not public. Where it changes or fails, a whole
+# window is held back, which delays the stream and changes no result. It is imported by name because
+# type checkers do not always know the module.
 _parser: Any = import_module("re._parser")
 
 WINDOW = 256
-"""Most characters a configured pattern sees, from where its match begins."""
+"""Most characters of a configured pattern's match."""
 
 _MAX_PATTERN_CHARS = 2000
 _MAX_PREFIXES_CHARS = 50_000
-# Anything that matches the empty string somewhere does so in one of these.
+# A pattern that can match the empty string does so in one of these texts.
 _EMPTY_PROBES = ("", "a", "7", " ", "-", "a b", "\n", "a\n7", "\u00e9")
 
 
 class LinearPattern:
-    """A pattern run by RE2, whose time is linear in the text whatever the pattern.
+    """A pattern run by RE2, whose time is linear in the length of the text.
 
-    Look-around and back references are therefore not available; see
-    https://github.com/google/re2/wiki/Syntax. ASCII text is handed over as bytes, which spares the
-    binding its conversion of offsets, most of the time that a call takes.
+    It has no look-around and no back references; see https://github.com/google/re2/wiki/Syntax.
+    ASCII text is passed as bytes, because the conversion of offsets takes most of a call's time.
+
+    Raises:
+        ValueError: RE2 rejects the pattern; the message is one line.
     """
 
     def __init__(self, source: str) -> None:
-        """Compile.
-
-        Raises:
-            ValueError: In one line, what RE2 says is wrong.
-        """
         options = re2.Options()
-        options.log_errors = False  # It would print to the standard error on its own.
+        options.log_errors = False  # RE2 would print to standard error.
         try:
             self._compiled: Any = re2.compile(source, options)
         except UnicodeEncodeError:
@@ -52,29 +49,27 @@ class LinearPattern:
             raise ValueError(" ".join(shown.split())) from None
 
     def search(self, text: str, start: int = 0) -> tuple[int, int] | None:
-        r"""The leftmost match at or after ``start``; what stands before counts for ``\b``."""
+        r"""The leftmost match at or after ``start``; ``\b`` sees the text before ``start``."""
         found = self._compiled.search(text.encode() if text.isascii() else text, start)
         return found.span() if found else None
 
     def match(self, text: str, start: int = 0, end: int | None = None) -> tuple[int, int] | None:
-        r"""A match at exactly ``start`` that ends by ``end``; what follows counts for ``\b``."""
+        r"""A match at exactly ``start`` that ends by ``end``; ``\b`` sees the text after it."""
         found = self._compiled.match(text.encode() if text.isascii() else text, start, end)
         return found.span() if found else None
 
 
 class BoundedPattern:
-    """A configured pattern, checked, whose matches have at most :data:`WINDOW` characters.
+    """A configured pattern whose matches have 1 to :data:`WINDOW` characters.
 
     Attributes:
-        prefixes: See :func:`prefixes_of`; ``None`` where it cannot be derived.
+        prefixes: :func:`prefixes_of` the pattern.
+
+    Raises:
+        ValueError: The pattern cannot be used; the message is one line.
     """
 
     def __init__(self, source: str) -> None:
-        """Compile and check.
-
-        Raises:
-            ValueError: In one line, why the pattern cannot be used.
-        """
         if len(source) > _MAX_PATTERN_CHARS:
             raise ValueError(f"the pattern is longer than {_MAX_PATTERN_CHARS} characters")
         self._pattern = LinearPattern(source)
@@ -87,15 +82,15 @@ class BoundedPattern:
         return any(span is not None and span[0] == span[1] for span in spans)
 
     def first(self, text: str, start: int) -> tuple[int, int] | None:
-        """The leftmost match at or after ``start`` that fits the window.
+        """The leftmost match at or after ``start`` of at most :data:`WINDOW` characters.
 
-        Whether there is a match at a place depends on the character before it and on the
-        ``WINDOW + 1`` after it, so that a stream finds what the whole text has.
+        Whether there is a match at a place depends only on the character before it and on the
+        ``WINDOW + 1`` characters after it, so that a stream finds the same matches as a whole text.
         """
         while (span := self._pattern.search(text, start)) is not None:
             at, end = span
             if end - at > WINDOW:
-                # RE2 prefers this match over a shorter one that a stream would have to take.
+                # RE2 prefers a long match; a shorter one at the same place may fit.
                 span = self._pattern.match(text, at, at + WINDOW)
             if span is not None and span[1] > at:
                 return span
@@ -104,21 +99,19 @@ class BoundedPattern:
 
 
 class HoldBack:
-    """Says how much of a text can be decided before the rest of it has come.
+    """Finds the end of a stream's text that is not yet decided.
+
+    Args:
+        prefixes: For each pattern, RE2 source that matches every prefix of its matches. ``None``
+            means unknown: :data:`WINDOW` characters are then always held back.
+        bound: Characters after its beginning by which every match is decided; at least
+            :data:`WINDOW`.
 
     Attributes:
-        bound: Most characters ever held back.
+        bound: Most characters held back.
     """
 
     def __init__(self, prefixes: Iterable[str | None], bound: int) -> None:
-        """Join the patterns.
-
-        Args:
-            prefixes: Of each thing that is looked for, what it may begin with, as RE2 source; one
-                ``None`` means unknown, and then :data:`WINDOW` characters are always held.
-            bound: What is looked for is decided by this many characters after its beginning; at
-                least :data:`WINDOW`.
-        """
         sources = list(prefixes)
         known = [source for source in sources if source is not None]
         self.bound = bound
@@ -127,11 +120,11 @@ class HoldBack:
         if known:
             try:
                 self._pattern = LinearPattern(f"(?:{'|'.join(known)})\\z")
-            except ValueError:  # Too many patterns together for RE2's memory limit.
+            except ValueError:  # The joined patterns exceed RE2's memory limit.
                 self._always = bound
 
     def cut(self, text: str, start: int) -> int:
-        """Where the undecided end of ``text`` begins, at ``start`` or after it."""
+        """Index at ``start`` or after it from which ``text`` is undecided."""
         cut = len(text) - self._always
         floor = max(start, len(text) - self.bound)
         if self._pattern is not None and floor < len(text):
@@ -141,12 +134,14 @@ class HoldBack:
 
 
 def prefixes_of(source: str) -> str | None:
-    """RE2 source of a pattern that fully matches every beginning of every match of ``source``.
+    """RE2 source of a pattern that fully matches every prefix of every match of ``source``.
 
-    It may match more: assertions are dropped, and a negated set becomes any character. ``None``
-    where Python's parser and RE2's might read the pattern differently.
+    It may match more: assertions are dropped, and a negated set becomes any character.
+
+    Returns:
+        The source, or ``None`` where Python's parser and RE2's could read ``source`` differently.
     """
-    if "{," in source or "[[:" in source:  # Literal text, and a POSIX class, to RE2 alone.
+    if "{," in source or "[[:" in source:  # RE2 reads literal text and a POSIX class here.
         return None
     try:
         with warnings.catch_warnings():
@@ -159,12 +154,12 @@ def prefixes_of(source: str) -> str | None:
         if len(prefixes) > _MAX_PREFIXES_CHARS:
             return None
         LinearPattern(f"(?:{prefixes})\\z")
-    except Exception:  # noqa: BLE001 - a private parser may fail in any way, and that is allowed
+    except Exception:  # noqa: BLE001 - a private parser may fail in any way
         return None
     return prefixes
 
 
-_IGNORECASE = 2  # re.IGNORECASE, as the parser's flags have it.
+_IGNORECASE = 2  # The value of re.IGNORECASE in the parser's flags.
 _CATEGORIES = {
     "CATEGORY_DIGIT": r"\d",
     "CATEGORY_NOT_DIGIT": r"\D",
@@ -177,7 +172,7 @@ _ANY = "."
 
 
 class _Derivation:
-    """Writes a parsed pattern, or its prefixes, back as RE2 source."""
+    """Writes a parsed pattern, or the pattern of its prefixes, as RE2 source."""
 
     def __init__(self) -> None:
         self.ignores_case = False
@@ -186,7 +181,7 @@ class _Derivation:
         return "".join(self._exact_item(str(op), value) for op, value in items)
 
     def prefixes(self, items: Iterable[tuple[Any, Any]]) -> str:
-        # The prefixes of "xy" are those of x, and x itself before those of y.
+        # The prefixes of "xy" are those of x, and x followed by those of y.
         result = ""
         for op, value in reversed(list(items)):
             name = str(op)
@@ -232,7 +227,7 @@ class _Derivation:
         raise ValueError(f"{name} has no RE2 equivalent here")
 
     def _character(self, name: str, value: Any) -> str | None:
-        """The source of an item that takes exactly one character, else ``None``."""
+        """The source of an item that matches exactly one character; ``None`` for other items."""
         if name == "LITERAL":
             return _escape(value)
         if name in ("ANY", "NOT_LITERAL"):

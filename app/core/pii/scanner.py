@@ -1,10 +1,10 @@
-"""Personal data in text: found, and replaced by its kind, whole or while the text streams.
+"""Finds personal data in a text or a stream, and replaces it by the name of its kind.
 
-Text is read from left to right. At each place the longest entity wins, then the order of
-:data:`KINDS`, then that of the configured patterns; reading goes on behind it. Whether an entity
-begins at a place depends on the :data:`LEFT_CONTEXT` characters before it and the
-:data:`HOLD_BACK` after it and on nothing else, so a stream that keeps that much finds exactly
-what the whole text has. The whole text is itself read as a stream, in blocks.
+The text is read from left to right. At each place the longest entity wins, then the order of
+:data:`KINDS`, then that of the configured patterns; reading continues after the entity. Whether an
+entity begins at a place depends only on the :data:`LEFT_CONTEXT` characters before it and the
+:data:`HOLD_BACK` characters after it, so a stream that keeps those finds the same entities as the
+whole text. A whole text is read as a stream, in blocks.
 """
 
 import re
@@ -16,11 +16,11 @@ from app.core.pii.checks import LEFT_CONTEXT
 from app.core.pii.detectors import HOLD_BACK, KINDS, Detector, built_in
 from app.core.pii.patterns import BoundedPattern, HoldBack
 
-# Each call into RE2 costs the length of what it is given; blocks keep the total linear.
+# Each call of RE2 costs the length of its whole argument; blocks keep the total linear.
 _BLOCK = 256
-# Every built-in kind has a digit or an at sign; most pieces of prose have neither.
+# Every built-in entity has a digit or an at sign, and most prose has neither.
 _TRIGGER = re.compile("[0-9@]")
-# They are no characters, cannot be encoded, and would make RE2 raise.
+# Surrogates cannot be encoded, so RE2 would raise.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
@@ -60,22 +60,21 @@ class _Custom:
 
 
 class PiiScanner:
-    """Finds and replaces personal data; immutable, one for the whole service."""
+    r"""Finds and replaces personal data; immutable, one for the whole service.
+
+    Args:
+        kinds: The built-in kinds to look for.
+        custom: Pairs of a name and an RE2 pattern. A match may begin and end inside a word unless
+            the pattern says otherwise (``\b``), and has at most 256 characters: a longer one is
+            not found.
+
+    Raises:
+        ValueError: The kind, name or pattern that cannot be used, and why, in one line.
+    """
 
     def __init__(
         self, kinds: Iterable[str] = KINDS, custom: Iterable[tuple[str, str]] = ()
     ) -> None:
-        r"""Compile everything.
-
-        Args:
-            kinds: The built-in kinds to look for.
-            custom: A name and an RE2 pattern each. A pattern's match begins and ends anywhere
-                unless it says otherwise (``\b``), and has at most 256 characters: a longer one is
-                not found.
-
-        Raises:
-            ValueError: In one line, the kind, name or pattern that cannot be used.
-        """
         wanted = set(kinds)
         unknown = sorted(wanted - set(KINDS))
         if unknown:
@@ -90,12 +89,12 @@ class PiiScanner:
         self.hold_back = HoldBack((f.prefixes for f in finders), HOLD_BACK)
 
     def find(self, text: str) -> list[Entity]:
-        """Every entity, in the order of the text."""
+        """All entities, in the order of the text."""
         reader = _Reader(self)
         return [entity for _, entity in reader.read_all(text) if entity is not None]
 
     def redact(self, text: str) -> tuple[str, Counter[str]]:
-        """The text with each entity replaced, and how many of each kind there were."""
+        """The text with each entity replaced, and the number of entities by kind."""
         stream = self.stream()
         return stream.feed(text) + stream.flush(), stream.counts
 
@@ -104,7 +103,7 @@ class PiiScanner:
         return StreamRedactor(self)
 
     def walk(self, text: str, start: int, cut: int) -> Iterator[Entity]:
-        """The entities that begin in ``text[start:cut]``, left to right, none overlapping."""
+        """The entities that begin in ``text[start:cut]``, left to right, without overlaps."""
         triggered = _TRIGGER.search(text, start) is not None
         finders: Sequence[Detector] = (
             [*self._built_in, *self._custom] if triggered else self._custom
@@ -128,12 +127,12 @@ class PiiScanner:
 class StreamRedactor:
     """Redacts one text that comes in pieces.
 
-    However the text is cut, the results joined are :meth:`PiiScanner.redact` of the whole. Text
-    is held back only while it may still become or extend an entity, and at most
-    :data:`HOLD_BACK` characters of it.
+    The joined results are :meth:`PiiScanner.redact` of the whole text, wherever it is cut. Text is
+    held back only while it can still become or extend an entity, at most :data:`HOLD_BACK`
+    characters.
 
     Attributes:
-        counts: How many entities of each kind have been replaced so far.
+        counts: Entities replaced so far, by kind.
     """
 
     def __init__(self, scanner: PiiScanner) -> None:
@@ -142,15 +141,15 @@ class StreamRedactor:
 
     @property
     def held(self) -> int:
-        """How many characters are held back."""
+        """Characters that are held back now."""
         return self._reader.held
 
     def feed(self, piece: str) -> str:
-        """What can be passed on after this piece."""
+        """Add a piece; the text that is decided by it, redacted."""
         return self._replace(self._reader.read(piece))
 
     def flush(self) -> str:
-        """What was held back, once no more text can come."""
+        """The text that is still held back, redacted, after the last piece."""
         return self._replace(self._reader.finish())
 
     def _replace(self, parts: Iterable[tuple[str, Entity | None]]) -> str:
@@ -169,9 +168,9 @@ class _Reader:
 
     def __init__(self, scanner: PiiScanner) -> None:
         self._scanner = scanner
-        self._text = ""  # What has been read keeps LEFT_CONTEXT characters before _at.
+        self._text = ""  # Undecided text, after up to LEFT_CONTEXT decided characters.
         self._at = 0
-        self._offset = 0  # Of _text in the whole.
+        self._offset = 0  # Of _text in the whole text.
 
     @property
     def held(self) -> int:
@@ -208,7 +207,7 @@ class _Reader:
                 yield text[self._at : cut], None
                 self._at = cut
                 break
-            # The last entity reached past the cut; what follows it may be decided too.
+            # The last entity ends after the cut, so text behind it may be decided too.
         if self._at > LEFT_CONTEXT:
             dropped = self._at - LEFT_CONTEXT
             self._text, self._at = text[dropped:], LEFT_CONTEXT
