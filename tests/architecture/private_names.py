@@ -1,4 +1,4 @@
-"""Finds the private names of other libraries that the code uses, without running the code."""
+"""Finds the private names that one part of the code uses of another, without running it."""
 
 import ast
 from collections.abc import Iterator
@@ -42,6 +42,23 @@ def find(folder: Path) -> list[PrivateName]:
     return sorted(found.values(), key=lambda use: (use.file, use.library, use.name))
 
 
+def find_in_tests(tests: Path, package: Path) -> list[str]:
+    """Each place where a test uses a private name that the package defines, and it itself does not.
+
+    Args:
+        tests: The folder of the tests.
+        package: The package's folder.
+    """
+    parsed = {path: _Module(path, package.name) for path in sorted(tests.rglob("*.py"))}
+    theirs = set().union(*(_Module(path, "").defined for path in package.rglob("*.py")))
+    return [
+        f"{path.relative_to(tests.parent)}:{line}: {name}"
+        for path, module in parsed.items()
+        for line, name in module.mentions()
+        if name in theirs - module.defined
+    ]
+
+
 class _Module:
     """One file of the package.
 
@@ -73,6 +90,18 @@ class _Module:
                     ctx=ast.Store(),
                 ):
                     yield name.partition(".")[0], f"sys.modules[{name!r}]"
+
+    def mentions(self) -> Iterator[tuple[int, str]]:
+        """Names that are imported, that are attributes, and that a call is given as a string."""
+        for node in self._nodes:
+            match node:
+                case ast.Attribute(attr=name, lineno=line):
+                    yield line, name
+                case ast.ImportFrom(names=aliases, lineno=line):
+                    yield from ((line, alias.name) for alias in aliases)
+                case ast.Call(args=arguments, lineno=line):
+                    constants = (a.value for a in arguments if isinstance(a, ast.Constant))
+                    yield from ((line, name) for name in constants if isinstance(name, str))
 
     def _imported(self) -> Iterator[tuple[str, str]]:
         for module, name in _imports(self._nodes):

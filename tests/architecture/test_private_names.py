@@ -1,11 +1,12 @@
-"""How far the code depends on names that other libraries may change without notice."""
+"""How far code depends on names that others may change without notice."""
 
 from pathlib import Path
 
 from app.core.config import PROJECT_ROOT
-from tests.architecture.private_names import find
+from tests.architecture.private_names import find, find_in_tests
 
 MAX_PRIVATE_NAMES = 19
+MAX_IN_TESTS = 41
 
 SAMPLE = """
 import sys
@@ -60,3 +61,30 @@ def test_each_kind_of_use_is_found(tmp_path: Path) -> None:
         ("attribute", "_hidden"),
         ("transformers", "sys.modules['transformers.deep']"),
     }
+
+
+def test_tests_use_what_is_public() -> None:
+    """Few tests know a private name of the service: what is private may change without them."""
+    found = find_in_tests(PROJECT_ROOT / "tests", PROJECT_ROOT / "app")
+    assert len(found) <= MAX_IN_TESTS, "\n".join([f"{len(found)} uses:", *found])
+
+
+def test_each_use_in_a_test_is_found(tmp_path: Path) -> None:
+    """An import, an attribute and a patched name count where they are the service's."""
+    for folder, text in {
+        "app": "def _run(): ...\n\nclass A:\n    def _step(self):\n        self._state = 1\n",
+        "tests": (
+            "from app.module import _run\n"
+            "assert A()._state == thing._foreign\n"
+            "patch.setattr(A, '_step', None)\n"
+            "class Fake:\n    def f(self):\n        self._own = 1\n"
+        ),
+    }.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "module.py").write_text(text, encoding="utf-8")
+    found = find_in_tests(tmp_path / "tests", tmp_path / "app")
+    assert found == [
+        "tests/module.py:1: _run",
+        "tests/module.py:3: _step",
+        "tests/module.py:2: _state",
+    ]
