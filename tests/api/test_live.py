@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import RunApp
 from tests.support.asgi import Leaving, http_scope
 from tests.support.live import (
-    A_STEP_LATER,
+    FEW_TOKENS,
     FIRST_TOKENS,
     LONG,
     SOON,
@@ -29,7 +29,7 @@ from tests.support.live import (
     generate,
     open_stream,
     rest_of,
-    seconds_until_free,
+    tokens_until_free,
 )
 from tests.support.service import API_KEY, Service, running_service
 from tests.support.sse import DONE, data_lines, piece_of, read_stream
@@ -145,8 +145,8 @@ def test_leaving_a_queued_stream_frees_the_place(narrow: Service) -> None:
     narrow.wait_for_metric("llm_requests_running", 0)
 
 
-def test_a_place_is_free_within_a_step_of_leaving(narrow: Service) -> None:
-    """Left while it is queued or generated: within a step and 100 ms all gauges are back."""
+def test_a_place_is_free_a_few_tokens_after_leaving(narrow: Service) -> None:
+    """Left while it is queued or generated: a few tokens later all gauges are back."""
 
     def decoding(before: Gauges, now: Gauges) -> bool:
         return now[FIRST_TOKENS] > before[FIRST_TOKENS]
@@ -154,9 +154,9 @@ def test_a_place_is_free_within_a_step_of_leaving(narrow: Service) -> None:
     def queued(_: Gauges, now: Gauges) -> bool:
         return now["llm_requests_waiting"] == 1
 
-    assert seconds_until_free(narrow, generate(LONG), decoding) < A_STEP_LATER
+    assert tokens_until_free(narrow, generate(LONG), decoding) < FEW_TOKENS
     with open_stream(narrow, generate(LONG)):
-        assert seconds_until_free(narrow, generate(LONG), queued) < A_STEP_LATER
+        assert tokens_until_free(narrow, generate(LONG), queued) < FEW_TOKENS
     narrow.wait_for_metric("llm_requests_running", 0)
 
 

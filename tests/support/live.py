@@ -17,11 +17,10 @@ from tests.support.sse import events, piece_of
 STEP = 0.05
 # 400 tokens, which take 20 seconds.
 LONG = "x" * 400
-LONG_SECONDS = len(LONG) * STEP
 # A tenth of that: what is over by then did not simply finish.
-SOON = LONG_SECONDS / 10
-# A place is free a step after its client has left, and what the way to the engine takes.
-A_STEP_LATER = STEP + 0.1
+SOON = len(LONG) * STEP / 10
+# One or two tokens are usual between a client's leaving and the end of its answer.
+FEW_TOKENS = len(LONG) // 10
 
 Gauges = dict[str, float]
 PLACES = ("llm_requests_running", "llm_requests_waiting")
@@ -49,10 +48,10 @@ def open_stream(
         yield found
 
 
-def seconds_until_free(
+def tokens_until_free(
     service: Service, body: dict[str, Any], in_phase: Callable[[Gauges, Gauges], bool]
 ) -> float:
-    """How long a place stays taken after its client has left; the best of three.
+    """Tokens that the engine generates from when a client has left until its place is free.
 
     Args:
         service: It has nothing else to do, but what keeps a request waiting.
@@ -61,18 +60,14 @@ def seconds_until_free(
     """
     with service.client() as watcher:
         before = gauges(watcher)
-        seconds = []
-        for _ in range(3):
-            begun = gauges(watcher)
-            with RawClient(service) as client:
-                client.send(generate_request(body))
-                while not in_phase(begun, gauges(watcher)):
-                    time.sleep(0.001)
-            left = time.monotonic()
-            while any(gauges(watcher)[name] != before[name] for name in PLACES):
-                assert time.monotonic() - left < LONG_SECONDS
-            seconds.append(time.monotonic() - left)
-        return min(seconds)
+        with RawClient(service) as client:
+            client.send(generate_request(body))
+            while not in_phase(before, gauges(watcher)):
+                time.sleep(0.001)
+        generated = service.metric("tokens_generated_total")
+        for place in PLACES:
+            service.wait_for_metric(place, before[place])
+        return service.metric("tokens_generated_total") - generated
 
 
 def gauges(client: httpx.Client) -> Gauges:
