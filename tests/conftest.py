@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -65,6 +66,7 @@ def running_app(**sections: dict[str, Any]) -> Iterator[TestClient]:
         with TestClient(app, headers={"X-API-Key": API_KEY}) as client:
             while client.get("/readyz").status_code != 200:
                 assert not fatal, fatal
+                time.sleep(0.02)
             yield client
 
 

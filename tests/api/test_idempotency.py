@@ -17,7 +17,7 @@ from tests.api.test_errors import check_error
 from tests.conftest import make_settings
 from tests.contract.test_openapi import OPERATIONS, WITH_BODY, declared
 from tests.support.asgi import Leaving, Sent, http_scope
-from tests.support.live import LONG, SOON, generate
+from tests.support.live import LONG, generate
 from tests.support.service import API_KEY, OTHER_KEY, Service
 
 HEADER = "Idempotency-Key"
@@ -109,7 +109,7 @@ def test_a_caller_that_leaves_frees_its_key(slow_service: Service) -> None:
         with slow_service.client() as client, pytest.raises(httpx.ReadTimeout):
             # The stream's first byte comes at once, its second one after a step of 50 ms.
             client.post("/v1/generate", json=body, timeout=httpx.Timeout(60, read=0.02), **key)
-        slow_service.wait_for_metric("llm_requests_running", 0, SOON)
+        slow_service.wait_for_metric("llm_requests_running", 0)
 
     # Until the response has ended, which is soon after the generation, the key is in use.
     def answered() -> bool:
@@ -118,7 +118,7 @@ def test_a_caller_that_leaves_frees_its_key(slow_service: Service) -> None:
         assert response.status_code in (200, 409, 422)
         return response.status_code == 200
 
-    slow_service.wait_for(answered, "a free key", 5)
+    slow_service.wait_for(answered, "a free key")
 
 
 @pytest.mark.parametrize("name", WITH_BODY)

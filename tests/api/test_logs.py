@@ -42,7 +42,7 @@ def access_line(service: Service, request_id: str) -> dict[str, Any]:
     def found() -> list[dict[str, Any]]:
         return [e for e in service.log() if e.get("request_id") == request_id and "route" in e]
 
-    service.wait_for(found, f"the access log's line of {request_id}", 5)
+    service.wait_for(found, f"the access log's line of {request_id}")
     (line,) = found()
     return line
 

@@ -62,7 +62,7 @@ async def test_a_deleted_session_is_forgotten(client: Client) -> None:
 async def test_a_session_deleted_during_a_turn_stays_deleted(client: Client) -> None:
     """The turn under way is answered, but does not bring the session back."""
     turn = asyncio.create_task(client.say("x" * 300))
-    await asyncio.sleep(0.1)
+    await client.until_running()
     assert (await client.http.delete("/v1/sessions/s")).status_code == 204
     assert (await turn).status_code == 200
     assert await client.history() is None
@@ -71,7 +71,7 @@ async def test_a_session_deleted_during_a_turn_stays_deleted(client: Client) -> 
 async def test_two_turns_at_once_conflict(client: Client) -> None:
     """The second turn gets 409 session_busy; the first is answered and kept."""
     turn = asyncio.create_task(client.say("x" * 300))
-    await asyncio.sleep(0.1)
+    await client.until_running()
     second = await client.say("me too")
     assert second.status_code == 409
     assert second.json()["error"]["code"] == "session_busy"
@@ -101,9 +101,8 @@ async def test_a_refused_turn_leaves_no_trace(client: Client) -> None:
 async def test_a_cancelled_turn_leaves_the_history_as_it_was(client: Client) -> None:
     """A caller who leaves a stream keeps nothing of it, and the session is free again."""
     await client.say("one")
-    job_stream = client.say("x" * 2000, stream=True)
-    task = asyncio.create_task(job_stream)
-    await asyncio.sleep(0.1)
+    task = asyncio.create_task(client.say("x" * 2000, stream=True))
+    await client.until_running()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert await client.history() == [("user", "one"), ("assistant", "one")]

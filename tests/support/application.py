@@ -47,6 +47,16 @@ class Client:
         body = {"messages": messages, "session_id": session, **fields}
         return await self.http.post("/v1/chat", json=body, headers=headers)
 
+    async def until_running(self) -> None:
+        """Wait until the engine generates for one request."""
+        async with asyncio.timeout(30):
+            while (await self._running()) != 1:  # noqa: ASYNC110 - another process
+                await asyncio.sleep(0.005)
+
+    async def _running(self) -> int:
+        status = (await self.http.get("/status")).json()
+        return int(status["engine"]["queue"]["running"])
+
     async def history(self, session: str = "s", key: str = KEY) -> list[tuple[str, str]] | None:
         """Role and content of each message; ``None`` for 404."""
         response = await self.http.get(f"/v1/sessions/{session}", headers={"X-API-Key": key})

@@ -269,7 +269,9 @@ def running_service(*, until: str = "ready", **settings: str | None) -> Iterator
                 status = service.terminate()
                 assert status == 0, service.raw_log()
                 service.check_log()
-            service.wait_for(lambda: not service.survivors(), "the end of all processes", 5.0)
+            service.wait_for(
+                lambda: not service.survivors(), "the end of all processes", STOP_SECONDS
+            )
         except BaseException as error:
             error.add_note(f"--- the service's log ---\n{service.raw_log()[-4000:]}")
             raise
