@@ -45,27 +45,26 @@ _TABLE_HEAD = """\
 
 <!-- Written by `python -m scripts.config_docs`; change the settings model, not this file. -->
 
-Three sources, each stronger than the one before it:
+Each source overrides the one before it:
 
 1. `config.yml` beside the `app` folder, or the YAML file that the variable `CONFIG_FILE` names.
 2. `.env` beside the `app` folder; `cp .env.example .env` makes one.
 3. The environment.
 
 In `.env` and in the environment two underscores join section and key: `MODEL__NAME` sets
-`model.name`. Lists and objects are JSON there:
+`model.name`; `.env.example` has every variable. Lists and objects are JSON there:
 `SECURITY__API_KEYS='[{"name": "ci", "key": "..."}]'`. Settings are read once, at the start;
 only the API keys are read again, on SIGHUP.
 
-A setting that does not exist, or a value that is not allowed, ends the start with one line that
-names the key, the value, where it came from and what is allowed. With
-`app.environment: production` the same happens for the default key and for any key under 32
-characters. `python -m app check` reads the configuration and says what would be served.
+An unknown setting or a value that is not allowed ends the start with one line that names the key,
+the value, its source and what is allowed. `app.environment: production` also refuses the default
+key and any key under 32 characters. `python -m app check` checks the configuration.
 """
 
 _TABLE_END = """\
 ## Other variables
 
-These are not settings of the service; the libraries under it read them.
+The libraries under the service read these.
 
 | Variable | What it does |
 |---|---|
@@ -228,11 +227,11 @@ def configuration_markdown() -> str:
 
 
 def _table(rows: list[Setting]) -> Iterator[str]:
-    yield "| Key | Variable | Default | Allowed | What it does |"
-    yield "|---|---|---|---|---|"
+    yield "| Key | Default | Allowed | What it does |"
+    yield "|---|---|---|---|"
     for row in rows:
         default = f"`{row.default_text}`" if row.default_text else "not set"
-        cells = (f"`{row.key}`", f"`{row.variable}`", default, row.allowed, row.description)
+        cells = (f"`{row.key}`", default, row.allowed, row.description)
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
