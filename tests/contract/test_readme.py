@@ -1,4 +1,4 @@
-"""README.md is true: its commands and examples run, and give what it says they give."""
+"""The documentation's commands and code blocks run, and give what the pages say."""
 
 import json
 import re
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,19 +19,26 @@ from tests.support.markdown import Block, blocks, commands, tree_paths
 from tests.support.service import API_KEY, Service, isolated_environment
 
 README = PROJECT_ROOT / "README.md"
+PAGES = [README, PROJECT_ROOT / "CONTRIBUTING.md", *sorted((PROJECT_ROOT / "docs").glob("*.md"))]
+# The sections of the user's document, in its order.
+SECTIONS = (
+    *("Features", "Requirements", "Installation", "Configuration", "API Endpoints"),
+    *("Docker Deployment", "Testing", "Code Quality", "Observability", "Security Features"),
+    *("Project Structure", "Common Issues", "Development", "License", "Contributing", "Support"),
+)
 
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A curl command, and what the page says about its answer.
+    """A curl command of the README, and the answer that the README shows.
 
     Attributes:
-        name: Where it stands.
-        command: As it is written.
-        status: Documented in a comment before it, ``# 404: …``; else 200.
-        answer: The JSON block that follows it, if one does.
+        name: Its line in the page, and its number in the block.
+        command: The command as it is written.
+        status: From a comment before it, ``# 404: …``; otherwise 200.
+        answer: The JSON block after it, if there is one.
     """
 
     name: str
@@ -39,9 +47,14 @@ class Example:
     answer: Any
 
 
-def of_language(language: str) -> list[Any]:
-    """The README's blocks in a language, as parameters of a test."""
-    return [pytest.param(b, id=f"line {b.line}") for b in blocks(README) if b.language == language]
+def of_language(language: str, pages: list[Path]) -> list[Any]:
+    """The pages' blocks in a language, as parameters of a test."""
+    return [
+        pytest.param(block, id=f"{page.name} line {block.line}")
+        for page in pages
+        for block in blocks(page)
+        if block.language == language
+    ]
 
 
 def examples() -> list[Example]:
@@ -62,7 +75,7 @@ EXAMPLES = examples()
 
 @pytest.fixture(scope="module")
 def answers(echo_service: Service) -> dict[str, Answered]:
-    """What each example gave; all were run in order, since later ones build on earlier ones."""
+    """The answer to each example; they run in order, since some need a session made before."""
     return {e.name: run_curl(echo_service, e.command) for e in EXAMPLES}
 
 
@@ -83,7 +96,7 @@ def shape(value: Any) -> Any:
 def test_each_curl_command_gives_what_is_documented(
     answers: dict[str, Answered], example: Example
 ) -> None:
-    """A curl command of the README gives the status and the JSON members it is said to give."""
+    """A curl command of the README gives the documented status and JSON members."""
     answered = answers[example.name]
     assert answered.status == example.status, answered.body
     if example.answer is not None:
@@ -95,14 +108,14 @@ def _template(match: re.Match[str]) -> str:
 
 
 def test_every_route_has_a_curl_command() -> None:
-    """The README shows how to call each method of each route."""
+    """The README shows how to call each method of each route, and no other."""
     shown = {
         (re.search(r"-X (\w+)", e.command) or ["", "GET"])[1]
         + " "
         + re.sub("/(session|model)s/[^ ]+", _template, e.command.split("8000")[1].split()[0])
         for e in EXAMPLES
     }
-    assert routes() - shown == set()
+    assert shown == routes()
 
 
 @needs_curl
@@ -119,25 +132,19 @@ def test_the_stream_is_as_documented(answers: dict[str, Answered]) -> None:
     assert "".join(e["delta"].get("content", "") for e in parsed) == "Tell me a story"
 
 
-@pytest.mark.parametrize("block", of_language("json"))
-def test_json_blocks_are_json(block: Block) -> None:
-    """A JSON block of the README can be parsed."""
-    json.loads(block.code)
-
-
-@pytest.mark.parametrize("block", of_language("yaml"))
-def test_yaml_blocks_are_the_defaults(block: Block) -> None:
-    """A YAML block of the README is accepted as config.yml, and shows the defaults."""
-    shown = yaml.safe_load(block.code)
-    shown_settings = Settings(_env_file=None, **shown)
-    assert shown_settings == Settings(_env_file=None)
+@pytest.mark.parametrize("block", of_language("yaml", PAGES))
+def test_yaml_blocks_are_configuration(block: Block) -> None:
+    """A YAML block is accepted as config.yml; one of the README shows the defaults."""
+    shown = Settings(_env_file=None, **yaml.safe_load(block.code))
+    if block in blocks(README):
+        assert shown == Settings(_env_file=None)
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("block", of_language("python"))
+@pytest.mark.parametrize("block", of_language("python", PAGES))
 def test_python_blocks_run(block: Block, bundled_service: Service) -> None:
-    """A Python block of the README runs as it stands and prints what its comments say."""
-    # Only the service's address and key are the test's own.
+    """A Python block runs as it is and prints what its comments say."""
+    # Only the service's address and key are replaced.
     code = block.code.replace("http://localhost:8000", bundled_service.base_url)
     done = subprocess.run(
         [sys.executable, "-c", code.replace("your-api-key-here", API_KEY)],
@@ -154,29 +161,31 @@ def test_python_blocks_run(block: Block, bundled_service: Service) -> None:
     assert done.stdout.splitlines()[: len(said)] == said
 
 
-@pytest.mark.parametrize("block", of_language("bash"))
-def test_bash_blocks_are_bash(block: Block) -> None:
-    """A block of commands has no mistake in its syntax."""
-    done = subprocess.run(
-        ["bash", "-n"], input=block.code, capture_output=True, text=True, check=False
-    )
-    # A placeholder such as <repository-url> would be a redirection.
-    assert done.returncode == 0 or "<repository-url>" in block.code, done.stderr
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_blocks_can_be_parsed(page: Path) -> None:
+    """Each JSON block of a page is JSON, and each block of commands is valid bash."""
+    for block in blocks(page):
+        if block.language == "json":
+            json.loads(block.code)
+        # A placeholder such as <repository-url> would be a redirection.
+        if block.language == "bash" and "<repository-url>" not in block.code:
+            command = ["bash", "-n"]
+            done = subprocess.run(
+                command, input=block.code, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
 
 
-def test_the_readme_names_the_targets_people_need() -> None:
-    """Every target that `make help` lists for daily work stands in the README."""
-    text = README.read_text(encoding="utf-8")
-    needed = ("demo", "test", "install", "run", "lint", "format", "type-check", "check-all")
-    docker = ("build-docker", "run-docker", "logs", "test-docker")
-    assert [t for t in (*needed, *docker) if f"make {t}" not in text] == []
+# --- Structure ------------------------------------------------------------------------------------
+
+
+def test_the_sections_are_the_users() -> None:
+    """The README has the sections of the user's document, in its order."""
+    headings = re.findall(r"^## (.+)$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert tuple(headings) == SECTIONS
 
 
 def test_the_project_structure_is_there() -> None:
-    """Every file and folder of the README's tree exists, and every module of the API is in it."""
+    """Every file and folder of the README's tree exists."""
     (tree,) = (b.code for b in blocks(README) if "├──" in b.code)
-    shown = set(tree_paths(tree))
-    assert sorted(p for p in shown if not (PROJECT_ROOT / p).exists()) == []
-    routers = PROJECT_ROOT / "app" / "api" / "routers"
-    present = {str(p.relative_to(PROJECT_ROOT)) for p in routers.glob("[a-z]*.py")}
-    assert present - shown == set()
+    assert sorted(p for p in tree_paths(tree) if not (PROJECT_ROOT / p).exists()) == []
