@@ -1,7 +1,7 @@
-"""Write what the settings are into docs/configuration.md and .env.example.
+"""Write docs/configuration.md and .env.example from the settings model.
 
-`python -m scripts.config_docs` writes both files from the settings model; with `--check` it only
-says whether they, and config.yml, are in step with it, which a test does too.
+With `--check` nothing is written; the script says whether these files and config.yml agree with the
+model. A test checks the same.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ TABLE_FILE = ROOT / "docs" / "configuration.md"
 ENV_FILE = ROOT / ".env.example"
 YAML_FILE = ROOT / "config.yml"
 
-# What .env.example sets, in this order; everything else stands in it as a comment.
+# The variables that .env.example sets, in this order; all others are comments in it.
 _SET_IN_ENV = {
     "Model Configuration": ("MODEL__NAME", "HUGGINGFACE_TOKEN"),
     "Security": ("SECURITY__API_KEY",),
     "Rate Limiting": ("RATE_LIMIT__REQUESTS_PER_MINUTE",),
     "Cache": ("CACHE__ENABLED", "CACHE__SIZE"),
 }
-# Shown in .env.example where the default is secret, or is nothing that a variable can say.
+# Samples for .env.example where the default is secret or null.
 _SAMPLES = {
     "HUGGINGFACE_TOKEN": "your_token_here",
     "SECURITY__API_KEY": "your-secure-api-key-here",
@@ -76,15 +76,15 @@ The libraries under the service read these.
 """
 
 _ENV_HEAD = """\
-# Settings of the service: `cp .env.example .env`, then edit. This file overrides config.yml, the
-# environment overrides this file. Remove the # in front of a variable to set it; what stands there
-# is its default, or a sample where there is none. docs/configuration.md has the values allowed.
+# Settings of the service: `cp .env.example .env`, then edit. The environment overrides this file,
+# and this file overrides config.yml. Remove the # in front of a variable to set it; its value here
+# is the default, or a sample where there is none. docs/configuration.md lists the allowed values.
 # `python -m scripts.config_docs` writes this file from the settings model.
 """
 
 
 class DocsError(Exception):
-    """The settings model holds something that this script cannot describe."""
+    """The settings model has a setting that this script cannot describe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Setting:
 
     @property
     def default_text(self) -> str:
-        """The default as a variable has it; empty for nothing."""
+        """The default as a variable's value; empty for null."""
         if self.default is None:
             return ""
         value = _plain(self.default)
@@ -118,12 +118,12 @@ class Setting:
 
     @property
     def allowed(self) -> str:
-        """What it may be, in words."""
+        """The allowed values in words."""
         return _allowed(self.schema)
 
 
 def _plain(value: Any) -> Any:
-    """A default as YAML and JSON have it."""
+    """A default as a value of YAML or JSON."""
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     if isinstance(value, BaseModel):
@@ -156,7 +156,7 @@ def _walk(
 
 
 def _resolve(schema: Any, defs: Mapping[str, Any]) -> Any:
-    """``schema`` with every reference replaced by what it refers to."""
+    """``schema`` with every reference replaced by its target."""
     if isinstance(schema, list):
         return [_resolve(part, defs) for part in schema]
     if not isinstance(schema, dict):
@@ -268,7 +268,7 @@ def _env_lines(setting: Setting, *, comment: str) -> str:
 
 
 def yaml_faults() -> list[str]:
-    """Where config.yml and the settings model differ, one line each."""
+    """Differences between config.yml and the settings model, one line each."""
     text = YAML_FILE.read_text(encoding="utf-8")
     found = dict(_leaves(yaml.safe_load(text), ""))
     expected = {s.key: _plain(s.default) for s in settings() if "." in s.key}
@@ -298,7 +298,7 @@ def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def faults() -> list[str]:
-    """What is not in step with the settings model, one line each."""
+    """Differences between the files and the settings model, one line each."""
     wanted = {TABLE_FILE: configuration_markdown(), ENV_FILE: env_example()}
     stale = [
         f"{path.relative_to(ROOT)} is out of date: run python -m scripts.config_docs"

@@ -1,7 +1,6 @@
-"""The user's document, line by line: its commands as written give what it says they give.
+"""The user's document: its commands, as written, give the answers that it shows.
 
-The document describes the service before it was built. Its commands, answers, settings and names
-are carried over here, each with a test; the files it names are in test_user_files.py.
+The files and settings that it names are in test_user_files.py.
 """
 
 import json
@@ -30,7 +29,7 @@ from tests.support.user_commands import (
 MODEL = "google/gemma-2-2b-it"
 TOKEN = "hf_token_of_a_reader"
 
-# The template of the document's model: it knows no system role and wants the turns to alternate.
+# The chat template of the document's model: it has no system role, and turns must alternate.
 GEMMA_TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
     "{{ raise_exception('System role not supported') }}{% endif %}{% for message in messages %}"
@@ -51,13 +50,14 @@ pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is no
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The service with the document's own settings, the gated default model and a token included.
+    """The service with the document's settings: the gated default model, and a token for it.
 
-    The hub is one on this machine, and the model has the default one's template and random weights.
+    The hub is a local one. The model has the default model's chat template and random weights.
     """
     folder = make_tiny_model(tmp_path_factory.mktemp("hub") / "model")
     (folder / "chat_template.jinja").write_text(GEMMA_TEMPLATE, encoding="utf-8")
-    # Random weights say bytes that are no characters, which take three tokens each as history.
+    # Random weights generate bytes that are no characters, each of which takes three tokens in the
+    # history.
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["max_position_embeddings"] = 4096
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -80,7 +80,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def answers(service: Service) -> dict[str, Answered]:
-    """What the document's commands gave, typed in the document's order against a fresh service."""
+    """The answers to the document's commands, run in its order against a fresh service."""
     in_order = (HEALTH, STATUS, GENERATE, CHAT, FIRST, FOLLOW_UP, STREAM, METRICS)
     return {command: run_curl(service, command) for command in in_order}
 
@@ -96,7 +96,7 @@ def parsed(answered: Answered) -> dict[str, Any]:
 
 
 def test_health_is_exactly_as_documented(answers: dict[str, Answered]) -> None:
-    """GET /health answers with the document's three members and values, and nothing else."""
+    """GET /health answers with exactly the document's three members and values."""
     assert parsed(answers[HEALTH]) == {
         "status": "healthy",
         "model_loaded": True,
@@ -105,7 +105,7 @@ def test_health_is_exactly_as_documented(answers: dict[str, Answered]) -> None:
 
 
 def test_status_has_cache_statistics(answers: dict[str, Answered]) -> None:
-    """GET /status, without a key, gives the detailed status with cache statistics."""
+    """GET /status without a key shows the model, the engine and cache statistics."""
     status = parsed(answers[STATUS])
     assert {"entries", "hits", "misses"} <= status["cache"].keys()
     assert status["model"]["name"] == MODEL
@@ -114,7 +114,7 @@ def test_status_has_cache_statistics(answers: dict[str, Answered]) -> None:
 
 
 def test_generate_is_as_documented(answers: dict[str, Answered]) -> None:
-    """POST /v1/generate answers with the document's members and the additions, of these types."""
+    """POST /v1/generate answers with the document's members and ours."""
     answer = parsed(answers[GENERATE])
     assert answer.keys() == GENERATE_FIELDS | ADDED_FIELDS
     assert isinstance(answer["generated_text"], str)
@@ -125,7 +125,7 @@ def test_generate_is_as_documented(answers: dict[str, Answered]) -> None:
 
 
 def test_chat_is_as_documented(answers: dict[str, Answered]) -> None:
-    """POST /v1/chat answers with the document's members and the additions."""
+    """POST /v1/chat answers with the document's members and ours."""
     answer = parsed(answers[CHAT])
     assert answer.keys() == CHAT_FIELDS | ADDED_FIELDS
     assert answer["message"].keys() == {"role", "content"}
@@ -136,16 +136,16 @@ def test_chat_is_as_documented(answers: dict[str, Answered]) -> None:
 
 
 def test_a_session_goes_on(answers: dict[str, Answered]) -> None:
-    """A follow-up in a session includes the earlier turn, which its prompt's length shows."""
+    """The prompt of a follow-up in a session includes the earlier turn."""
     first, follow_up = parsed(answers[FIRST]), parsed(answers[FOLLOW_UP])
     assert follow_up.keys() == CHAT_FIELDS | ADDED_FIELDS | {"session_id"}
     assert follow_up["session_id"] == "user-123-conversation"
-    # Without the turn before it, the longer question would add a dozen.
+    # The longer question alone would add a dozen tokens.
     assert follow_up["usage"]["prompt_tokens"] > first["usage"]["prompt_tokens"] + 30
 
 
 def test_a_stream_is_server_sent_events(answers: dict[str, Answered]) -> None:
-    """The streaming command gives events with pieces of the answer, and ends with [DONE]."""
+    """The streaming command gives server-sent events and ends with [DONE]."""
     streamed = answers[STREAM]
     assert streamed.status == 200, streamed.body
     lines = [line for line in streamed.body.splitlines() if line]
@@ -170,7 +170,7 @@ def test_metrics_are_as_documented(answers: dict[str, Answered]) -> None:
 
 
 def test_identical_prompts_are_cached(service: Service) -> None:
-    """The same request a second time is answered from the cache, at temperature 0.7 too."""
+    """The same request again is answered from the cache, also at temperature 0.7."""
     first, second = (parsed(run_curl(service, GENERATE.replace("200", "20"))) for _ in range(2))
     assert (first["cached"], second["cached"]) == (False, True)
     assert second["generated_text"] == first["generated_text"]
@@ -180,7 +180,7 @@ def test_identical_prompts_are_cached(service: Service) -> None:
 
 
 def test_the_log_line_is_as_documented(service: Service, answers: dict[str, Answered]) -> None:
-    """A request's log line has the document's members, and the request id beside them."""
+    """A request's log line has the document's members and a request id."""
     assert answers
     (line, *_) = (entry for entry in service.log() if entry.get("route") == "/v1/generate")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", line.pop("timestamp"))
@@ -197,7 +197,7 @@ def test_the_log_line_is_as_documented(service: Service, answers: dict[str, Answ
 
 
 def test_each_response_has_its_time(service: Service) -> None:
-    """X-Process-Time stands on every response, refusals included."""
+    """Every response has X-Process-Time, refusals included."""
     for path, status in {"/health": 200, "/metrics": 200, "/v1/chat": 405, "/none": 404}.items():
         response = service.get(path)
         assert response.status_code == status
@@ -206,7 +206,7 @@ def test_each_response_has_its_time(service: Service) -> None:
 
 @pytest.mark.parametrize("command", [GENERATE, CHAT, FIRST, STREAM], ids=lambda c: c[-40:-5])
 def test_generation_needs_a_key(service: Service, command: str) -> None:
-    """Every generating command is refused without the key, and with another."""
+    """Every generating command is refused without a key and with a wrong one."""
     for header in ('-H "X-API-Key: wrong"', ""):
         refused = run_curl(service, command.replace('-H "X-API-Key: your-api-key-here"', header))
         assert refused.status == 401, refused.body
@@ -217,7 +217,7 @@ def test_generation_needs_a_key(service: Service, command: str) -> None:
 
 
 def chat(service: Service, question: str, **fields: Any) -> str:
-    """The answer to a question, always the same one."""
+    """The greedy answer to a question."""
     body = {
         "messages": [{"role": "user", "content": question}],
         "max_tokens": 100,
@@ -235,7 +235,7 @@ def chat(service: Service, question: str, **fields: Any) -> str:
 @pytest.mark.model
 @pytest.mark.timeout(300)
 def test_the_capital_of_france_is_paris(bundled_service: Service) -> None:
-    """A real model answers the document's question as the document does."""
+    """A real model gives the document's answer to its question."""
     assert "The capital of France is Paris." in chat(
         bundled_service, "What is the capital of France?"
     )
@@ -244,7 +244,7 @@ def test_the_capital_of_france_is_paris(bundled_service: Service) -> None:
 @pytest.mark.model
 @pytest.mark.timeout(300)
 def test_the_follow_up_is_about_python(bundled_service: Service) -> None:
-    """A follow-up that says only "its" is answered about Python in the session, and not outside."""
+    """The follow-up "its main features" is about Python in the session and not outside of it."""
     session = {"session_id": "user-document"}
     assert "Python" in chat(bundled_service, "What is Python?", **session)
     assert "Python" in chat(bundled_service, "What are its main features?", **session)
@@ -258,7 +258,7 @@ def test_the_commands_work_on_a_real_model(bundled_service: Service, command: st
     """The document's commands give text from a real model, in the document's shape."""
     answer = parsed(run_curl(bundled_service, command, seconds=200))
     assert answer.keys() >= GENERATE_FIELDS or answer.keys() >= CHAT_FIELDS
-    # The commands sample: a model may end after any token, so only the greedy answer has a length.
+    # A sampled answer may end after any token, so only the greedy one has a known length.
     assert answer["tokens_generated"] >= 1
     assert answer["model"] == "SmolLM2-135M-Instruct"
     assert '"temperature": 0.7' in command

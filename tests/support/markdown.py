@@ -1,4 +1,4 @@
-"""Reading the project's pages: their code, their commands, and what they name."""
+"""Parsing of the project's Markdown pages: code blocks, commands, names, headings and trees."""
 
 import re
 import shlex
@@ -28,7 +28,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(code: str) -> Iterator[tuple[str, int]]:
-    """Each command of a block, and the status that a comment before it documents, else 200."""
+    """Each command of a block, and its status: from a comment before it (``# 404``), or 200."""
     pending, status = "", 200
     for line in code.splitlines():
         if not pending and line.startswith("#"):
@@ -58,18 +58,18 @@ def prose(page: Path) -> str:
 
 
 def codes(page: Path) -> list[str]:
-    """What stands between backticks in a page's text."""
+    """The text between backticks outside of blocks."""
     return re.findall(r"`([^`\n]+)`", prose(page))
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """The anchors that GitHub derives from a page's headings."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
 def tree_paths(tree: str) -> Iterator[str]:
-    """The paths of a drawn tree of files, relative to its first line."""
+    """The paths in a drawn tree of files, relative to its first line."""
     parents: list[str] = []
     for line in tree.splitlines()[1:]:
         if drawn := re.match(r"([│ ]*)[├└]── (\S+)", line):
