@@ -4,8 +4,8 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from app.api.respond import Event, Shape
-from app.api.schemas import AssistantMessage, ChatResponse, GenerateResponse, answer_fields
+from app.api.respond import Event, Shape, usage
+from app.api.schemas import AssistantMessage, ChatResponse, GenerateResponse
 from app.llm.tool_calls import Piece
 from app.services.answers import Answer
 
@@ -80,3 +80,16 @@ class ChatShape(NativeShape):
     def delta(self, piece: Piece) -> dict[str, Any]:
         """A piece of the message."""
         return {"content": piece}
+
+
+def answer_fields(answer: Answer) -> dict[str, Any]:
+    """The members of :class:`AnswerFields` for a complete answer."""
+    report = answer.report
+    return {
+        "id": answer.id,
+        "model": answer.model,
+        "tokens_generated": report.completion_tokens,
+        "cached": answer.cached,
+        "finish_reason": report.finish_reason,
+        "usage": usage(answer),
+    }

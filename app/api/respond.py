@@ -45,6 +45,19 @@ class Shape(ABC):
         return ()
 
 
+def usage(answer: Answer) -> dict[str, Any]:
+    """The members of :class:`Usage` for a complete answer."""
+    report = answer.report
+    dropped = answer.dropped_messages
+    return {
+        "prompt_tokens": report.prompt_tokens,
+        "completion_tokens": report.completion_tokens,
+        "total_tokens": report.prompt_tokens + report.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": report.cached_tokens},
+        **({"dropped_messages": dropped} if dropped else {}),
+    }
+
+
 async def respond(
     request: Request,
     openings: Sequence[Coroutine[Any, Any, Answer]],

@@ -1,11 +1,9 @@
 """Responses of the native routes."""
 
 from datetime import date
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-
-from app.services.answers import Answer
 
 FinishReason = Literal["stop", "length", "content_filter"]
 
@@ -201,29 +199,3 @@ class ProbeResponse(BaseModel):
     """Answer of GET /livez and /readyz."""
 
     status: str
-
-
-def answer_fields(answer: Answer) -> dict[str, Any]:
-    """The members of :class:`AnswerFields` for a complete answer."""
-    report = answer.report
-    return {
-        "id": answer.id,
-        "model": answer.model,
-        "tokens_generated": report.completion_tokens,
-        "cached": answer.cached,
-        "finish_reason": report.finish_reason,
-        "usage": usage(answer),
-    }
-
-
-def usage(answer: Answer) -> dict[str, Any]:
-    """The members of :class:`Usage` for a complete answer."""
-    report = answer.report
-    dropped = answer.dropped_messages
-    return {
-        "prompt_tokens": report.prompt_tokens,
-        "completion_tokens": report.completion_tokens,
-        "total_tokens": report.prompt_tokens + report.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": report.cached_tokens},
-        **({"dropped_messages": dropped} if dropped else {}),
-    }

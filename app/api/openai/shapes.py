@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from app.api.openai.answers import ChatCompletion, Completion, OpenAIAnswer
-from app.api.respond import Event, Shape
-from app.api.schemas import usage
+from app.api.respond import Event, Shape, usage
 from app.llm.engine.base import EngineInfo
 from app.llm.generator import TokenLogprob
 from app.llm.tool_calls import CallPiece, Piece
