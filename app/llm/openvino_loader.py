@@ -29,13 +29,13 @@ _REASONS = {
     "auto": "model.engine is auto, and OpenVINO is the fastest on a CPU",
 }
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-# Bytes of a number in the cache: by default the plugin keeps 8 bits and a scale for each group.
+# Bytes of a value in the cache. The plugin's default is 8 bits and a scale for each group.
 _CACHE_BYTES = {"float32": 4.0, "auto": 1.25}
 _CACHE_BYTES_16 = 2.0
 
 
 class OpenVinoUnsupportedError(Exception):
-    """OpenVINO cannot run this model; another engine may."""
+    """OpenVINO cannot run this model; another engine might."""
 
 
 def load_openvino(
@@ -50,19 +50,19 @@ def load_openvino(
     Args:
         settings: The ``model`` section.
         snapshot: The model's files.
-        max_running: Requests generated at once.
-        progress: Told what is being done.
+        max_running: Most requests in a batch.
+        progress: Called with each step of loading.
 
     Raises:
-        OpenVinoUnsupportedError: OpenVINO cannot run it, though its files are whole.
-        ModelLoadError: Its files are not whole, or its tokenizer cannot be read.
+        OpenVinoUnsupportedError: OpenVINO cannot run it, though its files are complete.
+        ModelLoadError: Its files are incomplete, or its tokenizer cannot be read.
     """
     progress(f"loading {settings.label} with OpenVINO")
     with TokenizerProcess(settings, snapshot) as reader:
         header = read_gguf(settings, snapshot) if snapshot.gguf else None
         keep_telemetry_out()
         try:
-            # Imported while the other process reads.
+            # This import takes time, and the other process reads the tokenizer meanwhile.
             from app.llm.engine.openvino_backend import SUPPORTED, OpenVinoBackend, start_pipeline
 
             shape = gguf_shape(header) if header else reader.shape()
@@ -97,29 +97,29 @@ def load_openvino(
 
 
 def _vocabulary(header: GgufHeader) -> Any:
-    """A tokenizer with the file's vocabulary; ``None`` leaves it to the library."""
+    """A tokenizer with the file's vocabulary; ``None``: the library reads its own."""
     from app.llm.engine.openvino_vocabulary import vocabulary_tokenizer
 
     vocabulary = gguf_vocabulary(header)
     try:
         return vocabulary_tokenizer(vocabulary) if vocabulary else None
     except OSError as error:
-        # There is no folder for temporary files. The library's own takes a second longer.
+        # There is no folder for temporary files. The library's tokenizer takes a second longer.
         log.warning("the library reads the vocabulary, which takes longer: %s", one_line(error))
         return None
 
 
 def keep_telemetry_out() -> None:
-    """Have ``import openvino`` find no ``openvino_telemetry``, which it does without.
+    """Make ``import openvino`` fail to import ``openvino_telemetry``, which is optional.
 
-    It would report every start to Google Analytics, by a process forked from this one, and keep an
-    id for that in the home directory.
+    That package reports each start to Google Analytics from a forked process, and stores an id in
+    the home directory.
     """
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
 def _properties(settings: ModelSettings) -> dict[str, Any]:
-    """Properties of the CPU plugin: its threads, and its precision if one is asked for."""
+    """Properties of the CPU plugin: its threads, and its precision if one is set."""
     properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": compute_threads(os.environ)}
     if precision := _PRECISIONS.get(settings.dtype):
         properties["INFERENCE_PRECISION_HINT"] = precision
@@ -128,7 +128,7 @@ def _properties(settings: ModelSettings) -> dict[str, Any]:
 
 
 def _cache_blocks(settings: ModelSettings, shape: ModelShape, max_running: int) -> int:
-    """Size of the KV cache, in blocks."""
+    """Size of the KV cache in blocks."""
     bytes_per_token = shape.cache_values_per_token * _CACHE_BYTES.get(
         settings.dtype, _CACHE_BYTES_16
     )
@@ -141,7 +141,7 @@ def _cache_blocks(settings: ModelSettings, shape: ModelShape, max_running: int) 
 
 
 def _reason(error: Exception) -> str:
-    """What the library says, without the place in its own build where it says it."""
+    """The library's message without the paths of its source files."""
     if isinstance(error, ImportError):
         return f"it is not installed ({one_line(error)})"
     if isinstance(error, UnknownShapeError):

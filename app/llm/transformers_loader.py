@@ -37,11 +37,11 @@ def load_transformers(
         settings: The ``model`` section.
         snapshot: The model's files.
         reason: Why transformers runs it, for /status.
-        max_running: Requests generated at once.
-        progress: Told what is being done.
+        max_running: Most requests in a batch.
+        progress: Called with each step of loading.
 
     Raises:
-        ModelLoadError: Its files are not whole, or of a kind that transformers does not run.
+        ModelLoadError: Its files are incomplete, or transformers cannot run such a model.
     """
     progress(f"loading {settings.label} with transformers")
     pipe = load_pipeline(settings, snapshot)
@@ -50,10 +50,10 @@ def load_transformers(
 
 
 def check_device(settings: ModelSettings) -> None:
-    """Refuse a device that is not there, before gigabytes are downloaded for it.
+    """Check that the device exists before gigabytes are downloaded for it.
 
     Raises:
-        ModelLoadError: It is not there.
+        ModelLoadError: It does not exist.
     """
     if settings.device == "cpu":
         return
@@ -74,19 +74,19 @@ def load_pipeline(settings: ModelSettings, snapshot: Snapshot) -> "Pipeline":
     """Read a model's weights and tokenizer.
 
     Raises:
-        ModelLoadError: They cannot be read, or not be served.
+        ModelLoadError: They cannot be read, or this kind of model cannot be served.
     """
     from transformers import GgufConfig
     from transformers.utils import logging as transformers_logging
 
-    # One log, ours, at its level; the library would write to standard error itself.
+    # The library's messages go to our log; by default it writes to standard error.
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     weights: dict[str, Any] = {"use_safetensors": True}
     if snapshot.gguf:
-        # Left packed, every forward pass on a CPU would unpack the weights again.
+        # Otherwise each forward pass on a CPU would dequantize the weights again.
         weights = {"quantization_config": GgufConfig(dequantize=True)}
     with ExitStack() as stack:
         if snapshot.gguf:
@@ -101,7 +101,7 @@ def _from_pretrained(
 
     tokenizer = load_tokenizer(settings, snapshot)
     with explaining("model", settings, snapshot):
-        # A folder is read that is here already, see pretrained_source.
+        # The folder is local, see pretrained_source.
         model, report = AutoModelForCausalLM.from_pretrained(  # nosec B615
             snapshot.directory,
             dtype=weight_dtype(settings, snapshot),
@@ -109,22 +109,22 @@ def _from_pretrained(
             **weights,
             **pretrained_source(snapshot),
         )
-        # Capped scores are the one thing beyond fused attention that paged_attention.py has.
+        # Without sdpa only models with capped scores are supported, by paged_attention.py.
         capped = getattr(model.config, "attn_logit_softcapping", None)
         if not (model.is_backend_compatible() and (model._supports_sdpa or capped)):
             raise ValueError("its attention does not support a paged cache")
         if missing := sorted(report["missing_keys"]):
-            # transformers would fill them with random numbers, and nonsense would be served.
+            # transformers would fill them with random numbers.
             raise ValueError(f"{len(missing)} of its tensors are missing, {missing[0]} for one")
         return pipeline("text-generation", model=model, tokenizer=tokenizer, device=settings.device)
 
 
 @contextmanager
 def _reading_gguf_once() -> Iterator[None]:
-    """Parse a GGUF file once, which halves the time to load a small model.
+    """Parse a GGUF file once, which halves the loading time of a small model.
 
-    transformers opens the file for the configuration and for the weights, and looks all its names
-    up again for every module of the model.
+    transformers parses the file for the configuration and again for the weights, and builds the map
+    of tensor names for each module of the model.
     """
     import gguf
 
@@ -144,9 +144,9 @@ def weight_dtype(settings: ModelSettings, snapshot: Snapshot) -> "torch.dtype | 
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)  # type: ignore[no-any-return]
     if settings.device == "cuda":
-        # As stored; what a GGUF file packs would be unpacked to float32.
+        # As stored. A GGUF file would be dequantized to float32.
         return torch.bfloat16 if snapshot.gguf else "auto"
-    # Without bfloat16 instructions a CPU converts at every step, which is slower than float32.
+    # Without bfloat16 instructions a CPU converts in each step, which is slower than float32.
     cpu = torch.cpu.get_capabilities()
     return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_tile") else torch.float32
 

@@ -1,4 +1,4 @@
-"""Which attention function a model gets: flash attention, ``sdpa``, or our own."""
+"""Chooses a model's attention function: flash attention, ``sdpa`` or our per-request attention."""
 
 from typing import Any, Final
 
@@ -11,10 +11,10 @@ from app.llm.engine import paged_attention
 log = get_logger("engine")
 
 PAGE_SIZE: Final = 32
-"""Tokens in a page of the KV cache: the grain of prefix sharing, and what a request wastes at
-most."""
+"""Tokens in a page of the KV cache. Prefixes are shared in whole pages, and a request wastes less
+than a page."""
 
-# Flash attention 2 reads a cache where it lies only in pages of a multiple of this.
+# Flash attention 2 reads a paged cache in place only if the page size is a multiple of this.
 _FLASH_2_PAGE_SIZE = 256
 
 
@@ -29,10 +29,10 @@ def attention_of(model: Any) -> str:
 
 
 def prefer_flash_attention(model: Any) -> None:
-    """Have a model use flash attention on a GPU, where a package for it is installed.
+    """Switch a 16-bit model on a GPU to flash attention if a package for it is installed.
 
-    transformers would do so for float32 and for models on a CPU too, where it fails, and with its
-    package ``kernels`` would rather download compiled code from the hub.
+    transformers' own switch also affects models in float32 or on a CPU, where flash attention
+    fails. If the package ``kernels`` is installed, it downloads compiled code from the hub.
     """
     if not (runs_on_gpu(model) and model.dtype.itemsize == 2):
         return
@@ -47,10 +47,12 @@ def prefer_flash_attention(model: Any) -> None:
 
 
 def attend_per_request(model: Any) -> bool:
-    """Give a model our attention function where it is the better one; returns whether it was.
+    """Switch a model to per-request attention unless what it has is better.
 
-    Flash attention, which is chosen by then where it is installed, works request by request
-    itself, and a GPU hides the cost of ``sdpa``'s mask.
+    Flash attention is per-request too, and on a GPU ``sdpa``'s mask costs little.
+
+    Returns:
+        Whether it was switched.
     """
     chosen = attention_of(model)
     if is_flash_attention_requested(requested_attention_implementation=chosen) or (
@@ -62,7 +64,7 @@ def attend_per_request(model: Any) -> bool:
 
 
 def page_size_for(model: Any) -> int:
-    """Tokens in a page of a cache that the model's flash attention reads where it lies."""
+    """Tokens in a cache page if the model's flash attention reads the cache in place."""
     chosen = attention_of(model)
     version_2 = is_flash_attention_requested(requested_attention_implementation=chosen, version=2)
     return _FLASH_2_PAGE_SIZE if version_2 else PAGE_SIZE

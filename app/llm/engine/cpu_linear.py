@@ -1,7 +1,7 @@
-"""Linear layers for a CPU: weights laid out once as the processor reads them, or 8-bit integers.
+"""Linear layers for a CPU: bfloat16 weights packed once, or 8-bit integers.
 
-torch's own layer lays a bfloat16 weight out anew at every call, which costs more than the
-arithmetic while few requests run. Both layers here use the oneDNN kernels that torch brings.
+torch's layer repacks a bfloat16 weight at every call, which takes longer than the arithmetic in
+small batches. Both layers here use torch's oneDNN kernels.
 """
 
 from typing import Final, Literal
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 Quantization = Literal["none", "int8"]
 
-# Unsigned activations are what the processor multiplies with signed weights; this one is zero.
+WORTH_QUANTIZING: Final = 1 << 21
+"""From this number of weights on, reading half the bytes saves more than quantizing costs."""
+
+# The processor multiplies unsigned activations with signed weights. This activation is zero.
 _ZERO_POINT: Final = 128
 _LARGEST: Final = 127
-# Weights from which on reading half the bytes saves more than rounding the activations costs.
-_WORTH_QUANTIZING: Final = 1 << 21
-# Keeps a row of zeros from dividing by zero.
+# Avoids a division by zero for a row of zeros.
 _SMALLEST_SCALE: Final = 1e-12
 
 
@@ -34,7 +35,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as it was; unpacked each time, for code that looks at it."""
+        """The original weight, for models that read its dtype; unpacked at each access."""
         weight: Tensor = self._packed.to_dense()
         return weight
 
@@ -45,10 +46,10 @@ class PackedLinear(nn.Module):
 
 
 class RowQuantizer:
-    """Turns rows of activations into 8-bit integers, each row by its own largest value.
+    """Quantizes activations to 8-bit integers, with a scale for each row.
 
-    Rows are requests' tokens: with a scale for each, none is rounded more coarsely for what stands
-    in its batch. The last input is remembered, because several layers in a row take the same one.
+    A row is a token of a request. One scale for all would round a row by the largest value of its
+    batch. The last result is kept, because several layers in succession have the same input.
     """
 
     def __init__(self) -> None:
@@ -65,15 +66,15 @@ class RowQuantizer:
             values = x.float()
             scale = values.abs().amax(-1, keepdim=True).mul_(1 / _LARGEST)
             scale = scale.clamp_min_(_SMALLEST_SCALE)
-            # The conversion cuts the fraction off, so that half more rounds. The way over 32 bits
-            # is the faster one: only that conversion is vectorised.
+            # The conversion truncates, so adding one half rounds. Going through int32 is faster,
+            # because only that conversion is vectorised.
             integers = (values / scale).add_(_ZERO_POINT + 0.5).to(torch.int32).to(torch.uint8)
             self._input, self._output = x, (integers, scale)
         return self._output
 
 
 class Int8Linear(nn.Module):
-    """A linear layer in 8-bit integers: a scale for each output channel and each row of input.
+    """A linear layer in 8-bit integers, with a scale for each output channel and each input row.
 
     Args:
         linear: The layer it replaces.
@@ -118,28 +119,28 @@ def can_pack() -> bool:
 
 
 def replace_linears(model: nn.Module, quantization: Quantization, dtype: torch.dtype) -> None:
-    """Exchange a model's linear layers, in place, for the fastest that do the same.
+    """Replace a model's linear layers in place with faster ones.
 
     Args:
-        model: On a CPU; its other layers stay.
-        quantization: Whether layers large enough to gain by it go over to 8-bit integers.
+        model: A model on a CPU; its other layers are kept.
+        quantization: ``int8``: layers of at least :data:`WORTH_QUANTIZING` weights become 8-bit.
         dtype: Precision of the weights.
     """
     quantize = RowQuantizer()
     packs = dtype == torch.bfloat16 and can_pack()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            # A subclass may do more than multiply.
+            # A subclass may compute something else.
             if type(child) is not nn.Linear:
                 continue
-            if quantization == "int8" and child.weight.numel() >= _WORTH_QUANTIZING:
+            if quantization == "int8" and child.weight.numel() >= WORTH_QUANTIZING:
                 setattr(parent, name, Int8Linear(child, quantize))
             elif packs:
                 setattr(parent, name, PackedLinear(child))
 
 
 def why_no_int8(dtype: torch.dtype) -> str | None:
-    """Why 8-bit integers cannot be had on this CPU; ``None`` where they can."""
+    """Why this CPU cannot compute in 8-bit integers; ``None`` if it can."""
     cpu = torch.cpu.get_capabilities()
     if not (cpu.get("avx512_vnni") or cpu.get("amx_tile")):
         return (

@@ -1,7 +1,7 @@
-"""The openvino backend: OpenVINO GenAI's continuous batching on a CPU, driven step by step.
+"""The openvino backend: OpenVINO GenAI's continuous batching on a CPU, called step by step.
 
-The library batches, pages and shares the KV cache and samples in native code. ``step()`` holds
-the interpreter for its whole length, which is one reason why the engine has a process to itself.
+Batching, the paged KV cache, prefix sharing and sampling are native code of the library. ``step()``
+holds the interpreter lock until it returns, which is one reason for the engine process.
 """
 
 import random
@@ -27,9 +27,9 @@ from app.llm.engine.openvino_grammars import GrammarCompiler
 from app.llm.engine.prefix_index import PrefixIndex
 
 SUPPORTED: Final = frozenset((*SAMPLING_FIELDS, "logprobs", "grammar")) - {"logit_bias"}
-"""What is honoured: all that the library has. It tells the chosen token's logprob and no other."""
+"""What the library supports. It returns the log-probability of the chosen token only."""
 
-# The library wants min_p below 1; the next smaller float32 keeps the likeliest tokens alone, too.
+# The library requires min_p below 1. The next smaller float32 also keeps only the likeliest tokens.
 _LARGEST_MIN_P = 1 - 2**-24
 _FINISH_REASONS: dict[GenerationFinishReason, FinishReason] = {
     GenerationFinishReason.STOP: "stop",
@@ -39,7 +39,7 @@ _FINISH_REASONS: dict[GenerationFinishReason, FinishReason] = {
 
 @dataclass
 class _Running:
-    """A request in the pipeline. The library ends a request whose handle nobody keeps."""
+    """A request in the pipeline. The library ends a request when its handle is deleted."""
 
     request: GenerationRequest
     handle: Any
@@ -59,10 +59,11 @@ def start_pipeline(
 
     Args:
         model_path: A GGUF file, or a folder with ``openvino_model.xml``.
-        tokenizer: Whose vocabulary grammars are compiled for; ``None``: the one at ``model_path``.
-        max_running: Requests generated at once.
+        tokenizer: Has the vocabulary for grammars; ``None``: the library reads its own from
+            ``model_path``.
+        max_running: Most requests in a batch.
         cache_blocks: Size of the KV cache in blocks of ``prefix_index.BLOCK_SIZE`` tokens.
-        properties: Of the CPU plugin, such as ``INFERENCE_PRECISION_HINT``.
+        properties: Properties of the CPU plugin, such as ``INFERENCE_PRECISION_HINT``.
 
     Raises:
         RuntimeError: The library cannot read or compile the model.
@@ -81,7 +82,14 @@ def start_pipeline(
 
 
 class OpenVinoBackend:
-    """A GGUF file or an OpenVINO model on a CPU."""
+    """A GGUF file or an OpenVINO model on a CPU.
+
+    Args:
+        pipeline: From :func:`start_pipeline`.
+        info: What is being served.
+        eos_token_ids: Tokens that end an answer.
+        cache_blocks: Size of the KV cache, as for :func:`start_pipeline`.
+    """
 
     def __init__(
         self,
@@ -91,14 +99,6 @@ class OpenVinoBackend:
         eos_token_ids: frozenset[int],
         cache_blocks: int,
     ) -> None:
-        """Take over a pipeline.
-
-        Args:
-            pipeline: From :func:`start_pipeline`.
-            info: What is being served.
-            eos_token_ids: Tokens that end an answer.
-            cache_blocks: As for :func:`start_pipeline`.
-        """
         self.info = info
         self._pipeline = pipeline
         self._eos = eos_token_ids
@@ -110,10 +110,10 @@ class OpenVinoBackend:
         self._added = 0
 
     def add(self, request: GenerationRequest) -> None:
-        """Take a request into the next step's batch.
+        """Add a request to the next step's batch.
 
         Raises:
-            RuntimeError: The library refuses one of its parameters.
+            RuntimeError: The library rejects one of its parameters.
             GrammarError: Its grammar cannot be compiled.
         """
         config = self._config(request)
@@ -126,7 +126,7 @@ class OpenVinoBackend:
     def _config(self, request: GenerationRequest) -> GenerationConfig:
         sampling = request.sampling
         config = GenerationConfig()
-        # The prompt has been rendered; the library would render it again.
+        # The prompt has been rendered with the chat template already.
         config.apply_chat_template = False
         config.max_new_tokens = request.max_tokens
         if self._eos:
@@ -142,7 +142,7 @@ class OpenVinoBackend:
             config.top_p = sampling.top_p
             config.min_p = min(sampling.min_p, _LARGEST_MIN_P)
             config.top_k = sampling.top_k or sys.maxsize
-            # The library's generator takes 32 bits, and starts the same way if it is given none.
+            # The library's seed has 32 bits, and its default is always the same.
             seed = random.getrandbits(32) if sampling.seed is None else sampling.seed  # nosec B311
             config.rng_seed = seed % 2**32
         if request.grammar is not None:
@@ -150,23 +150,23 @@ class OpenVinoBackend:
         return config
 
     def cancel(self, request_id: str) -> None:
-        """Free a request's place and its blocks in the next step."""
+        """Free a request's slot and its cache blocks in the next step."""
         if running := self._running.pop(request_id, None):
             running.handle.cancel()
 
     def step(self) -> list[TokenEvent]:
-        """One forward pass over every running request and a piece of the waiting prompts."""
+        """Run one forward pass over all running requests and a chunk of the waiting prompts."""
         self._pipeline.step()
         events = [self._event(running) for running in list(self._running.values())]
         return [event for event in events if event is not None]
 
     def _event(self, running: _Running) -> TokenEvent | None:
-        """What the step brought a request; nothing while its prompt is still being read."""
+        """The step's event for a request; ``None`` while its prompt is being read."""
         new: list[int] = []
         logprobs: list[float] = []
         finish: FinishReason | None = None
         while running.handle.can_read():
-            # One sequence a request, so one output a reading.
+            # A request has one sequence, so each read has one output.
             for output in running.handle.read().values():
                 new += output.generated_ids
                 logprobs += output.generated_log_probs
@@ -194,7 +194,7 @@ class OpenVinoBackend:
         )
 
     def has_work(self) -> bool:
-        """Whether any request is unfinished, or a cancelled one still holds blocks."""
+        """Whether a request is unfinished, or a cancelled one still has cache blocks."""
         return bool(self._pipeline.has_non_finished_requests())
 
     def stats(self) -> EngineStats:

@@ -1,10 +1,10 @@
-"""Grammars for the openvino backend: translated here, compiled where a failure harms nobody.
+"""Grammars for the openvino backend: translated, and compiled before they reach the batch.
 
-The library compiles a request's grammar in the middle of the step that chooses its first token,
-and an error there leaves the whole batch in doubt. It keeps what it has compiled by the tokenizer,
-however, for ever. So each new grammar is compiled before its request goes into the batch, by a
-second pipeline that shares the tokenizer and runs a model of nothing; the step then finds it done.
-A third, of another vocabulary, makes the library begin anew when it has kept enough.
+The library compiles a request's grammar within the step that chooses its first token, where an
+error leaves the state of the whole batch undefined. It caches compiled grammars by tokenizer and
+never evicts one. So a second pipeline with the same tokenizer and an empty model compiles each new
+grammar before the request is added, and the step finds it in the cache. When the cache is full, a
+pipeline with another vocabulary size makes the library drop it.
 """
 
 import contextlib
@@ -22,22 +22,21 @@ from app.llm.ebnf.grammars import to_ebnf
 from app.llm.engine.base import Grammar
 
 KEPT_GRAMMARS: Final = 256
-"""Compiled grammars the library may keep; each takes about a megabyte."""
+"""Most compiled grammars in the library's cache; each takes about a megabyte."""
 
 
 class GrammarCompiler:
-    """Compiles grammars for one pipeline; used by the thread that steps it."""
+    """Compiles grammars for one pipeline, on the thread that calls its steps.
+
+    Args:
+        tokenizer: The pipeline's own, not another one of the same model.
+        vocabulary_size: Of the model.
+        eos: Tokens that end an answer.
+    """
 
     def __init__(
         self, tokenizer: openvino_genai.Tokenizer, vocabulary_size: int, eos: frozenset[int]
     ) -> None:
-        """Take a pipeline's tokenizer.
-
-        Args:
-            tokenizer: The pipeline's own, not another of the same model.
-            vocabulary_size: Of the model.
-            eos: Tokens that end an answer.
-        """
         self._tokenizer = tokenizer
         self._vocabulary_size = vocabulary_size
         self._eos = eos
@@ -45,11 +44,11 @@ class GrammarCompiler:
         self._stand_in: openvino_genai.LLMPipeline | None = None
 
     def compile(self, grammar: Grammar) -> StructuredOutputConfig:
-        """A grammar for a request's configuration.
+        """Compile a grammar for a request's configuration.
 
         Raises:
             GrammarError: It cannot be translated.
-            RuntimeError: The library refuses it.
+            RuntimeError: The library rejects it.
         """
         text = to_ebnf(grammar, self._vocabulary_size)
         config = StructuredOutputConfig(grammar=text)
@@ -63,12 +62,12 @@ class GrammarCompiler:
         return config
 
     def _forget(self) -> None:
-        """Have the library keep nothing: it does so for a vocabulary of another size.
+        """Make the library drop its cache, which it does for another vocabulary size.
 
-        Requests that run hold what they need themselves.
+        Running requests keep their own references.
         """
         other = _stand_in(self._tokenizer, self._vocabulary_size + 1)
-        # The vocabulary may have no such token, which only the generation that follows minds.
+        # If the vocabulary has no token for it, the generation fails after the cache is dropped.
         with contextlib.suppress(RuntimeError):
             self._generate(other, StructuredOutputConfig(regex="a"))
         self._compiled.clear()
@@ -87,11 +86,11 @@ class GrammarCompiler:
 
 
 def _stand_in(tokenizer: openvino_genai.Tokenizer, vocabulary_size: int) -> Any:
-    """A pipeline whose model finds every token equally likely."""
+    """A pipeline whose model gives all tokens the same probability."""
     ids = ops.parameter([-1, -1], np.int64, name="input_ids")
     mask = ops.parameter([-1, -1], np.int64, name="attention_mask")
     beams = ops.parameter([-1], np.int32, name="beam_idx")
-    # The pipeline wants these inputs, and the library drops those that nothing depends on.
+    # The pipeline requires these inputs, and the library drops inputs that are not used.
     used = [ops.convert(ops.reduce_sum(p, axes), "f32") for p, axes in _axes(ids, mask, beams)]
     nothing = ops.multiply(ops.add(ops.add(*used[:2]), used[2]), ops.constant(np.float32(0)))
     shape = ops.concat([ops.shape_of(ids), ops.constant(np.array([vocabulary_size]))], 0)
@@ -109,7 +108,7 @@ def _axes(*parameters: Any) -> list[tuple[Any, Any]]:
 
 
 def _serialised(model: openvino.Model) -> tuple[str, openvino.Tensor]:
-    """A model as the pipelines take it; the library writes files only."""
+    """A model's XML and weights, as pipelines take them; the library only writes files."""
     with TemporaryDirectory() as directory:
         xml = Path(directory, "model.xml")
         openvino.save_model(model, xml, compress_to_fp16=False)

@@ -1,8 +1,8 @@
-"""A tokenizer for OpenVINO's pipelines that knows a vocabulary, and nothing else.
+"""A tokenizer for OpenVINO's pipelines that has a vocabulary and nothing else.
 
-The service encodes and decodes text itself; of a pipeline's tokenizer only grammars need something,
-which is what each token stands for. The library's own tokenizer of a GGUF file takes most of the
-time that such a model takes to load: it spells out every merge, of which nothing here makes use.
+The service encodes and decodes text itself. Only grammars use a pipeline's tokenizer, and they need
+only the bytes of each token. The library's own tokenizer of a GGUF file takes most of the model's
+loading time (ADR 22), because it expands all merges, which are not needed here.
 """
 
 import json
@@ -19,11 +19,11 @@ from app.llm.description import Vocabulary
 
 
 def vocabulary_tokenizer(vocabulary: Vocabulary) -> openvino_genai.Tokenizer:
-    """A tokenizer that cannot encode or decode, and whose vocabulary grammars can be compiled for.
+    """A tokenizer that grammars can be compiled for, and that cannot encode or decode.
 
-    The library finds a vocabulary by a node's name, ``VocabDecoder``, in a detokenizer's graph: its
-    second to fourth inputs are where each token begins and ends, and the bytes of all of them. What
-    the node does with them is not looked at, so it is one of the operations that OpenVINO has.
+    The library finds the vocabulary by the node name ``VocabDecoder`` in the detokenizer's graph.
+    The node's second to fourth inputs are the tokens' start offsets, their end offsets and the
+    bytes of all tokens. The library ignores the node's operation, so any operation will do.
     """
     ends = np.cumsum([len(token) for token in vocabulary.tokens])
     begins = np.concatenate([[0], ends[:-1]])
@@ -36,7 +36,7 @@ def vocabulary_tokenizer(vocabulary: Vocabulary) -> openvino_genai.Tokenizer:
         openvino.serialize(model, folder / "openvino_detokenizer.xml")
         if vocabulary.eos is not None:
             (folder / "config.json").write_text(json.dumps({"eos_token_id": vocabulary.eos}))
-            # Its spelling is given, or the library would ask the graph to decode it.
+            # Without its text the library would run the graph to decode it.
             spelling = vocabulary.tokens[vocabulary.eos].decode(errors="replace")
             names = {"eos_token": {"content": spelling}}
             (folder / "special_tokens_map.json").write_text(json.dumps(names))

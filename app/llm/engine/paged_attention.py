@@ -1,14 +1,13 @@
 """Attention over a paged cache, request by request.
 
-transformers lays the tokens of all requests of a step in one row. Its attention for CPUs then lets
-every query look at every request's keys and masks the foreign ones away, which costs the square of
-the batch. The function here cuts the row apart again: requests that decode are stacked into a few
-batches of about the same length, prompts are taken one by one, and no score is computed only to be
-thrown away. It also caps scores and keeps to sliding windows, so it runs models that torch's fused
-attention cannot, Gemma 2 for one.
+transformers puts the tokens of all requests of a step in one row. Its ``sdpa`` attention computes
+the scores of every query against the keys of all requests and masks those of other requests, so its
+cost grows with the square of the batch. The function here splits the row: decoding requests of
+similar length are batched, and prompts are computed one by one. It also supports capped scores and
+sliding windows, so it runs models that torch's fused attention cannot, such as Gemma 2.
 
-A :class:`Plan` says how the row is cut. It is made once a step, for every kind of layer, and
-reaches the layers among the keyword arguments of the model's forward pass.
+A :class:`Plan` says how the row is split. Each step has one for each kind of layer, passed to the
+layers as a keyword argument of the model's forward pass.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,27 +21,27 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 NAME: Final = "per_request_paged"
-"""What the attention function is called in a model's configuration."""
+"""The attention function's name in a model's configuration."""
 
 PLAN: Final = "attention_plans"
-"""The forward pass's keyword argument that holds the :class:`Plan` of each kind of layer."""
+"""Keyword argument of the forward pass: the :class:`Plan` of each kind of layer."""
 
-# Decoding requests share a batch while the longest has at most twice the keys of the shortest;
-# below the floor, padding costs less than one more call does.
+# Decoding requests share a batch if the longest has at most twice the keys of the shortest, or no
+# more keys than the floor: padding up to it costs less than another call.
 _LONGEST_TO_SHORTEST = 2
 _PADDING_FLOOR = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Requests of one step that are attended to together, equal in query length.
+    """Requests of equal query length that are computed together.
 
     Attributes:
-        queries: Their places in the row of queries, [requests, query length].
-        first_key: Where their keys start in the row of keys, padded request by request.
-        keys: Number of keys of each request, padding included.
-        mask: 0 where a query may look and minus infinity elsewhere, [requests, 1, query length,
-            keys] in the cache's precision; ``None`` where every query sees every key.
+        queries: Indices of their queries in the row of queries, [requests, query length].
+        first_key: Index of their first key in the row of keys.
+        keys: Number of keys of each request, including padding.
+        mask: Added to the scores, [requests, 1, query length, keys] in the cache's precision: 0
+            where a query may see a key, else minus infinity. ``None``: a causal mask is enough.
     """
 
     queries: Tensor
@@ -53,12 +52,12 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the row of one kind of layer is cut.
+    """How the row is split for one kind of layer.
 
     Attributes:
-        pieces: Every request is in one of them.
-        read_index: Places in the cache of every piece's keys, one after the other, padding
-            included; empty where nothing is read back.
+        pieces: Each request is in one of them.
+        read_index: Cache indices of all pieces' keys in order, including padding; empty if nothing
+            is read from the cache.
     """
 
     pieces: list[Piece]
@@ -73,16 +72,16 @@ def make_plan(
     dtype: torch.dtype,
     window: int | None = None,
 ) -> Plan:
-    """Cut a row of requests into pieces.
+    """Split a row of requests into pieces.
 
     Args:
-        query_lengths: New tokens of each request.
-        key_lengths: Tokens each may look at, the new ones included and last.
-        read_index: Places in the cache of each request's keys, one request after the other; empty
-            where all keys are new.
+        query_lengths: Number of new tokens of each request.
+        key_lengths: Number of tokens that each may see; the new ones are the last of them.
+        read_index: Cache indices of each request's keys, one request after the other; empty if all
+            keys are new.
         dtype: Precision of the masks.
-        window: Most tokens back that a query may look, itself included; its layers write over
-            their cache, so that their reading order must stay as it is.
+        window: Size of the sliding window, including the query's own token; ``None`` is no limit. A
+            layer with a window overwrites old keys, so the order of reading is kept.
     """
     starts = [0, *_running_sums(query_lengths)]
     key_starts = [0, *_running_sums(key_lengths)]
@@ -118,8 +117,8 @@ def plan_step(inputs: dict[str, Any], allocators: Mapping[str, Any]) -> None:
     """Add the plan of each kind of layer to the inputs of one step.
 
     Args:
-        inputs: Keyword arguments that transformers' continuous batching made for the model.
-        allocators: Its cache allocators, one for each kind of layer.
+        inputs: The model's keyword arguments from transformers' continuous batching; changed.
+        allocators: Its cache allocators by kind of layer.
     """
     query_lengths = _differences(inputs["cu_seq_lens_q"])
     plans = {
@@ -149,11 +148,11 @@ def attend(
 
     Args:
         query: [heads, all queries, head size].
-        key: [key-value heads, all keys, head size], laid out as ``plan`` says.
-        value: [key-value heads, all keys, value size].
-        plan: How the rows are cut.
+        key: [key-value heads, all keys, head size], in the order of ``plan.read_index``.
+        value: [key-value heads, all keys, value size], in the same order.
+        plan: How the rows are split.
         scaling: Multiplies the scores; default: head size to the power of -1/2.
-        softcap: Scores are bent to stay between this and its negative.
+        softcap: Scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
 
     Returns:
         [all queries, heads, value size].
@@ -172,7 +171,7 @@ def attend(
             for row in (key, value)
         )
         if length == 1:
-            # The heads that share keys become queries of one head: nothing is repeated.
+            # Heads that share keys become queries of one head, so the keys are not repeated.
             chosen = chosen.reshape(requests, heads // shared, shared, -1)
         elif shared > 1:
             keys, values = (row.repeat_interleave(shared, dim=1) for row in (keys, values))
@@ -210,14 +209,14 @@ def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,  # noqa: ARG001 - the interface
+    attention_mask: Tensor | None,  # noqa: ARG001 - part of the interface
     *,
     scaling: float | None = None,
     softcap: float | None = None,
     cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: a batch of one row, [1, heads, tokens, head size]."""
+    """The function that transformers calls, with tensors [1, heads, tokens, head size]."""
     for feature in ("s_aux", "position_bias"):
         if kwargs.get(feature) is not None:
             raise NotImplementedError(f"attention with {feature} is not supported")
@@ -238,12 +237,12 @@ def _groups(
     *,
     stack: bool,
 ) -> list[list[int]]:
-    """Requests that are attended to together; ``order`` is kept."""
+    """Indices of the requests that are computed together, in the given order."""
     groups: list[list[int]] = []
     shortest = longest = 0
     for i in order:
         keys = key_lengths[i]
-        # A request with nothing in the cache has no key that padding could repeat.
+        # A request with one key has nothing in the cache, so no key to pad with.
         stackable = stack and query_lengths[i] == 1 and keys > 1
         low, high = min(shortest, keys), max(longest, keys)
         if stackable and shortest and high <= max(_PADDING_FLOOR, _LONGEST_TO_SHORTEST * low):
@@ -278,13 +277,13 @@ def _mask(
 
 
 def _future(queries: int, keys: int, device: torch.device, shift: int = 0) -> Tensor:
-    """Which keys come after each query, which are the last of them; bool [queries, keys]."""
+    """Whether a key comes after a query, bool [queries, keys]; the queries are the last keys."""
     last = torch.arange(keys - queries, keys, device=device).unsqueeze(-1)
     return torch.arange(keys, device=device) > last + shift
 
 
 def _by_request(row: Tensor, requests: int) -> Tensor:
-    """[heads, tokens, size] as [requests, heads, tokens of each, size], without a copy."""
+    """View [heads, tokens, size] as [requests, heads, tokens of each, size], without a copy."""
     heads, tokens, size = row.shape
     strides = row.stride()
     shape = (requests, heads, tokens // requests, size)
@@ -292,7 +291,7 @@ def _by_request(row: Tensor, requests: int) -> Tensor:
 
 
 def _padded(index: Tensor, length: int) -> Tensor:
-    """``index`` filled up with its first place, which the mask hides there."""
+    """``index`` padded with its first entry; the mask hides the padding."""
     missing = length - index.numel()
     return torch.cat([index, index[:1].expand(missing)]) if missing else index
 

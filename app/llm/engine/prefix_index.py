@@ -1,7 +1,7 @@
-"""Which prefixes of earlier requests a KV cache still holds, for backends that do not say.
+"""Which prefixes of earlier requests are in the KV cache, for backends that do not report it.
 
-A mirror of a cache that shares whole blocks by their content and overwrites the least recently
-used ones. It is told what the cache is told, so that it can be asked what the cache will find.
+The index mirrors a cache that shares whole blocks by their content and evicts the least recently
+used ones. It gets the same tokens as the cache, so it can predict the cache's hits.
 """
 
 from collections import OrderedDict
@@ -13,19 +13,18 @@ BLOCK_SIZE: Final = 32
 
 
 class PrefixIndex:
-    """The blocks of :data:`BLOCK_SIZE` tokens that a cache holds."""
+    """The blocks of :data:`BLOCK_SIZE` tokens in a cache.
+
+    Args:
+        capacity: Most blocks in the cache.
+    """
 
     def __init__(self, capacity: int) -> None:
-        """Make an empty index.
-
-        Args:
-            capacity: Most blocks the cache holds.
-        """
         self._capacity = capacity
         self._blocks: OrderedDict[int, None] = OrderedDict()
 
     def find(self, prompt: Sequence[int]) -> int:
-        """How many leading tokens of ``prompt`` need not be computed; the last one always is."""
+        """How many leading tokens of ``prompt`` are in the cache; never the last one."""
         found = 0
         for key in self._keys(prompt):
             if key not in self._blocks:
@@ -35,7 +34,7 @@ class PrefixIndex:
         return min(found, len(prompt) - 1)
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Note that the cache now holds ``tokens``, a prompt or a prompt and its answer."""
+        """Add the blocks of ``tokens``: a prompt, or a prompt and its answer."""
         for key in self._keys(tokens):
             self._blocks[key] = None
             self._blocks.move_to_end(key)
@@ -43,7 +42,7 @@ class PrefixIndex:
             self._blocks.popitem(last=False)
 
     def _keys(self, tokens: Sequence[int]) -> Iterator[int]:
-        """One key for each whole block; it depends on everything before the block, too."""
+        """A key for each whole block, which depends on all tokens up to the block's end."""
         key = 0
         for start in range(0, len(tokens) - BLOCK_SIZE + 1, BLOCK_SIZE):
             key = hash((key, *tokens[start : start + BLOCK_SIZE]))

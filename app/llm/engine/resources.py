@@ -1,9 +1,8 @@
 """How many threads and how much memory this process may use on this machine.
 
-The libraries count the processors they see. In a container with a CPU quota that is the whole
-host: thirty-two threads then share two cores' worth of time, and the kernel stops all of them for
-most of every period. Nothing here imports torch, because the answer must be known before its
-thread pool starts.
+Libraries count the processors they see. In a container with a CPU quota those are the host's: 32
+threads then share the time of two cores, and the kernel stops them for most of each period. This
+module does not import torch, because the number must be known before torch's thread pool starts.
 """
 
 import os
@@ -11,18 +10,18 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 THREADS_VARIABLE = "OMP_NUM_THREADS"
-"""Environment variable in which OpenMP, and with it torch, finds its number of threads."""
+"""Environment variable from which OpenMP, and so torch, reads its number of threads."""
 
 _ROOT = Path("/")
 
 
 def compute_threads(environment: Mapping[str, str]) -> int:
-    """Threads for a forward pass: what ``OMP_NUM_THREADS`` asks for, else one for each core.
+    """Threads of a forward pass: the value of ``OMP_NUM_THREADS``, else one for each core.
 
     Args:
-        environment: Where the variable may be set; a value that is no count is ignored.
+        environment: Environment variables; a value that is not a positive number is ignored.
     """
-    # OpenMP takes a list, one count for each level of nesting; the first is the one that counts.
+    # OpenMP accepts a list with a number for each nesting level; the first is for the outermost.
     asked = environment.get(THREADS_VARIABLE, "").partition(",")[0].strip()
     return int(asked) if asked.isdecimal() and int(asked) > 0 else available_cores()
 
@@ -30,11 +29,11 @@ def compute_threads(environment: Mapping[str, str]) -> int:
 def available_cores(root: Path = _ROOT, processors: Collection[int] | None = None) -> int:
     """Physical cores this process may use, within its CPU quota; at least one.
 
-    Part of a core is not counted: a thread that gets half a core holds up all others at the end
-    of every layer, and the service beside the engine needs some time too.
+    A quota is rounded down: a thread with half a core delays all others at the end of each layer,
+    and the API process needs some time too.
 
     Args:
-        root: Where ``/proc`` and ``/sys`` are found.
+        root: Parent folder of ``proc`` and ``sys``.
         processors: Numbers of the processors it may run on; default: its affinity.
     """
     cores = _physical_cores(root, _affinity() if processors is None else processors)
@@ -50,23 +49,23 @@ def _affinity() -> Collection[int]:
 
 
 def _physical_cores(root: Path, processors: Collection[int]) -> int:
-    """Two hardware threads of one core count once: they share its arithmetic units."""
+    """Number of cores; hardware threads of one core count once, since they share its units."""
     topology = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     siblings = {_read(root / topology.format(p)) or str(p) for p in processors}
     return len(siblings)
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Cores' worth of time that each control group above this process allows."""
+    """CPU quota, in cores, of each control group of this process."""
     for folder in _group_folders(root, "cpu"):
         yield from _quota(folder)
 
 
 def available_memory(root: Path = _ROOT) -> int:
-    """Bytes this process may still take: what is free, within its control groups' limits.
+    """Bytes this process may still allocate: free memory, within its control groups' limits.
 
     Args:
-        root: Where ``/proc`` and ``/sys`` are found.
+        root: Parent folder of ``proc`` and ``sys``.
     """
     limits = (room for folder in _group_folders(root, "memory") for room in _memory_room(folder))
     return max(0, min([_free_memory(root), *limits]))
@@ -80,20 +79,20 @@ def _free_memory(root: Path) -> int:
 
 
 def _memory_room(folder: Path) -> Iterator[int]:
-    """What a control group may still take, where it has a limit."""
+    """Bytes that a control group may still allocate, for each limit it has."""
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         most, current = _read(folder / limit) or "", _read(folder / used) or ""
         if most.isdecimal() and current.isdecimal():
-            # Files that were read and not used again make room when it is needed.
+            # The kernel frees cached files that are not in use when memory is needed.
             dropped = int(_keyed(folder / "memory.stat").get("inactive_file", 0))
             yield int(most) - max(0, int(current) - dropped)
 
 
 def _group_folders(root: Path, controller: str) -> Iterator[Path]:
-    """Folders of the control groups above this process that have ``controller``."""
+    """Folders of this process's control groups that have ``controller``."""
     groups = _own_groups(root)
     for line in (_read(root / "proc/self/mountinfo") or "").splitlines():
         before, _, after = line.partition(" - ")
@@ -110,7 +109,7 @@ def _group_folders(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _own_groups(root: Path) -> dict[str, str]:
-    """This process's control group for each version-1 controller; version 2's is unnamed."""
+    """Path of this process's group by version-1 controller; version 2 has the empty name."""
     groups: dict[str, str] = {}
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -119,10 +118,10 @@ def _own_groups(root: Path) -> dict[str, str]:
 
 
 def _folders(top: Path, mounted: str, group: str) -> Iterator[Path]:
-    """A control group's folder and all above it, as far as the mount shows them."""
+    """A control group's folder and its parents, up to the mount."""
     path = PurePosixPath(group)
-    # A container without a cgroup namespace reads its path on the host, of which only the part
-    # below the mounted folder is there.
+    # Without a cgroup namespace a container reads its path on the host, and only the part below the
+    # mounted folder exists.
     inside = path.relative_to(mounted) if path.is_relative_to(mounted) else PurePosixPath()
     if ".." in inside.parts:
         inside = PurePosixPath()
@@ -137,13 +136,13 @@ def _quota(folder: Path) -> Iterator[float]:
     if not limit:
         limit = _read(folder / "cpu.cfs_quota_us") or ""
         period = _read(folder / "cpu.cfs_period_us") or ""
-    # "max", or -1 in version 1, is no limit.
+    # "max" in version 2 and -1 in version 1 mean no limit.
     if limit.isdecimal() and period.isdecimal() and int(limit) and int(period):
         yield int(limit) / int(period)
 
 
 def _keyed(path: Path) -> dict[str, str]:
-    """A file of lines with a name and a number."""
+    """The second word of each line of a file, by the first."""
     lines = (line.split() for line in (_read(path) or "").splitlines())
     return {words[0]: words[1] for words in lines if len(words) > 1}
 

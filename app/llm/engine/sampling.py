@@ -1,8 +1,8 @@
-"""Token selection for a batch in which every request has parameters of its own.
+"""Token selection for a batch in which each request has its own parameters.
 
-One uniform number per request and step, from the request's own generator, picks a token by the
-inverse of its cumulative distribution. A request's draw therefore depends on its seed and its
-logits alone, never on who shares the batch, and greedy rows cost nothing.
+In each step a request's random generator draws one uniform number, which selects a token by inverse
+transform sampling. So a request's tokens depend on its seed and its logits alone, not on the batch.
+Greedy requests draw nothing.
 """
 
 import random
@@ -16,108 +16,107 @@ from torch import Tensor
 from app.llm.engine.base import SamplingParams
 from app.llm.engine.token_masks import TokenMask
 
-# Filters look at this many of the likeliest tokens first; sorting a whole vocabulary of 50,000
-# takes milliseconds a row, and the filters nearly always end within the first hundred.
+# Filters try this many of the likeliest tokens first. Sorting a whole vocabulary of 50,000 takes
+# milliseconds a row, and filters nearly always keep fewer than a hundred tokens.
 _SHORTLIST = 1024
 
 
 @dataclass
 class RequestSampler:
-    """One request's parameters, its random generator and the tokens its penalties count.
+    """One request's sampling parameters and state.
 
     Attributes:
-        params: How to choose.
+        params: The sampling parameters.
         prompt_token_ids: The prompt, for the repetition penalty.
-        generated: How often each token was generated so far.
-        tells_logprobs: Whether the caller asked for log-probabilities.
-        tells_top_logprobs: How many of the likeliest tokens are to be told beside each token.
-        mask: What the answer's grammar allows, if it has one.
-        logprobs: Those of the tokens so far, in order, where they are told.
-        top_logprobs: The likeliest tokens of the places so far, the same.
+        generated: How often each token has been generated.
+        wants_logprobs: Whether to record log-probabilities.
+        top_logprobs_count: How many of the likeliest tokens to record for each token.
+        mask: The mask of the answer's grammar, if it has one.
+        logprobs: Log-probabilities of the generated tokens, if wanted.
+        top_logprobs: For each generated token the likeliest tokens and their log-probabilities.
     """
 
     params: SamplingParams
     prompt_token_ids: Sequence[int]
     generated: Counter[int] = field(default_factory=Counter)
-    tells_logprobs: bool = False
-    tells_top_logprobs: int = 0
+    wants_logprobs: bool = False
+    top_logprobs_count: int = 0
     mask: TokenMask | None = None
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # An unseeded generator takes its state from the operating system.
+        # Without a seed the generator's state comes from the operating system.
         self._random = random.Random(self.params.seed)  # noqa: S311 - sampling, not secrecy  # nosec B311
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """Whether the likeliest token is always chosen."""
         return self.params.is_greedy
 
     @property
     def has_penalties(self) -> bool:
-        """Whether tokens seen before change the logits."""
+        """Whether earlier tokens change the logits."""
         p = self.params
         return (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1.0, 0.0, 0.0)
 
     @property
     def has_filters(self) -> bool:
-        """Whether unlikely tokens are cut off."""
+        """Whether top-k, top-p or min-p exclude tokens."""
         p = self.params
         return p.top_k > 0 or p.top_p < 1 or p.min_p > 0
 
     def draw(self) -> float:
-        """The next uniform number in [0, 1)."""
+        """Draw a uniform number in [0, 1)."""
         return self._random.random()
 
     def accept(self, token_ids: Sequence[int]) -> None:
-        """Count tokens that were chosen."""
+        """Count generated tokens and advance the grammar."""
         self.generated.update(token_ids)
         if self.mask is not None:
             self.mask.accept(token_ids)
 
-    def note(self, logprobs: Tensor, chosen: int) -> None:
-        """Keep what is to be told of a token.
+    def record(self, logprobs: Tensor, chosen: int) -> None:
+        """Record a token's log-probability and the likeliest tokens.
 
         Args:
-            logprobs: Of the place, by the model alone, [vocabulary].
-            chosen: The token.
+            logprobs: The model's log-probabilities of all tokens, [vocabulary].
+            chosen: The chosen token.
         """
         self.logprobs.append(float(logprobs[chosen]))
-        if self.tells_top_logprobs:
-            values, tokens = logprobs.topk(min(self.tells_top_logprobs, logprobs.shape[-1]))
+        if self.top_logprobs_count:
+            values, tokens = logprobs.topk(min(self.top_logprobs_count, logprobs.shape[-1]))
             self.top_logprobs.append(list(zip(tokens.tolist(), values.tolist(), strict=True)))
 
 
 def choose(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
-    """The next token of each row, and its log-probability noted where that is asked for.
+    """Choose the next token of each row, and record its log-probability if wanted.
 
     Args:
         scores: Logits, float32 [rows, vocabulary]; changed in place.
-        samplers: One for each row, in order.
+        samplers: One for each row.
 
     Returns:
         Token ids, int64 [rows].
     """
-    asked = [row for row, sampler in enumerate(samplers) if sampler.tells_logprobs]
-    # Before the selection changes the scores.
-    logprobs = [scores[row].log_softmax(-1) for row in asked]
+    recorded = [row for row, sampler in enumerate(samplers) if sampler.wants_logprobs]
+    # The selection changes the scores, so log-probabilities are computed before it.
+    logprobs = [scores[row].log_softmax(-1) for row in recorded]
     chosen = select(scores, samplers).argmax(-1)
-    for row, values in zip(asked, logprobs, strict=True):
-        samplers[row].note(values, int(chosen[row]))
+    for row, values in zip(recorded, logprobs, strict=True):
+        samplers[row].record(values, int(chosen[row]))
     return chosen
 
 
 def select(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
-    """Mark each sampled row's chosen token, so that an argmax finds it.
+    """Apply bias, penalties and masks, and mark each sampled row's token for an argmax.
 
     Args:
         scores: Logits, float32 [rows, vocabulary]; changed in place.
-        samplers: One for each row, in order.
+        samplers: One for each row.
 
     Returns:
-        ``scores``: greedy rows as they were but for penalties and masks, sampled rows with an
-        infinity at the chosen token.
+        ``scores``; in sampled rows the chosen token's score is infinite.
     """
     for row, sampler in enumerate(samplers):
         if bias := sampler.params.logit_bias:
@@ -143,7 +142,7 @@ def select(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
 
 
 def _penalise(row: Tensor, sampler: RequestSampler) -> None:
-    """Apply the three penalties to one row of logits, in place."""
+    """Apply the three penalties to one row of logits in place."""
     params = sampler.params
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(
@@ -159,12 +158,12 @@ def _penalise(row: Tensor, sampler: RequestSampler) -> None:
 
 
 def _pick(logits: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
-    """Inverse-CDF sampling over the whole vocabulary; token ids, int64 [rows]."""
+    """Sample from the whole vocabulary; token ids, int64 [rows]."""
     return _invert(torch.softmax(logits, dim=-1), samplers)
 
 
 def _pick_filtered(logits: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
-    """Sampling after top-k, top-p and min-p, in that order; token ids, int64 [rows]."""
+    """Sample after top-k, top-p and min-p, in this order; token ids, int64 [rows]."""
     vocabulary = logits.shape[-1]
     largest_k = max(s.params.top_k for s in samplers)
     width = min(vocabulary, max(_SHORTLIST, largest_k))
@@ -179,7 +178,7 @@ def _pick_filtered(logits: Tensor, samplers: Sequence[RequestSampler]) -> Tensor
 def _shortlist(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The largest logits in descending order, equal ones by token id, and their tokens.
 
-    16-bit logits are often equal; topk orders those as it likes, argmax takes the first.
+    16-bit logits are often equal: argmax takes the first of them, topk any.
     """
     values, tokens = torch.topk(logits, width, dim=-1)
     tokens, by_id = tokens.sort(dim=-1)
@@ -190,19 +189,22 @@ def _shortlist(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
 def _filter(
     values: Tensor, log_total: Tensor, samplers: Sequence[RequestSampler]
 ) -> tuple[Tensor, bool]:
-    """Probabilities that survive the filters, and whether the shortlist was long enough.
+    """Set the probabilities of excluded tokens to 0.
 
     Args:
-        values: Logits in descending order, [rows, width].
-        log_total: Log of the sum over the whole vocabulary, [rows, 1].
+        values: The largest logits in descending order, [rows, width].
+        log_total: Logarithm of the sum of all tokens' exponentials, [rows, 1].
         samplers: One for each row.
+
+    Returns:
+        Probabilities, [rows, width], and whether no token beyond ``width`` could be kept.
     """
     width = values.shape[-1]
     rank = torch.arange(width, device=values.device)
     top_k = _column(values, [s.params.top_k or float("inf") for s in samplers])
     probabilities = (values - log_total).exp().masked_fill(rank >= top_k, 0.0)
     limited = torch.isfinite(top_k)
-    # After a top-k cut, top-p counts shares of what is left (Holtzman et al., 2020).
+    # After top-k, top-p counts shares of the tokens that are left (Holtzman et al., 2020).
     total = torch.where(limited, probabilities.sum(-1, keepdim=True), 1.0)
     probabilities = probabilities / total
     before = probabilities.cumsum(-1) - probabilities
@@ -215,15 +217,15 @@ def _filter(
 
 
 def _invert(probabilities: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
-    """First index at which the cumulative sum exceeds each row's draw; int64 [rows]."""
+    """Index at which each row's cumulative sum first exceeds its draw, int64 [rows]."""
     cumulative = probabilities.cumsum(-1)
     draws = _column(probabilities, [s.draw() for s in samplers]) * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, draws, right=True).squeeze(-1)
-    # Rounding may put the draw on the very end of the sum: then the last likely token is meant.
+    # Rounding may move a draw to the end of the sum: take the last token with a probability.
     last = probabilities.shape[-1] - 1 - (probabilities > 0).flip(-1).int().argmax(-1)
     return torch.minimum(index, last)
 
 
 def _column(like: Tensor, values: Sequence[float]) -> Tensor:
-    """``values`` as a float32 column on the device of ``like``, [rows, 1]."""
+    """``values`` as a float32 column, [rows, 1], on the device of ``like``."""
     return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(-1)

@@ -1,7 +1,7 @@
-"""Grammars for the transformers backend: which tokens may come next, by llguidance.
+"""Grammars for the transformers backend: token masks by llguidance.
 
-Translated are the grammars that :func:`app.llm.ebnf.grammars.to_ebnf` accepts, which the API
-process has asked before; so both backends honour and refuse the same.
+The API process has checked each grammar with :func:`app.llm.ebnf.grammars.to_ebnf`, so both
+backends accept the same grammars.
 """
 
 import json
@@ -19,11 +19,11 @@ from app.llm.ebnf.grammars import parse_schema
 from app.llm.engine.base import Grammar, JsonSchemaGrammar, RegexGrammar, TagsGrammar
 
 _JSON_OPTIONS: Final[Any] = {
-    # One space at most, and only after a comma or a colon: a small model does not stop at one.
+    # At most one space, after a comma or a colon. A small model would go on with white space.
     "whitespace_flexible": False,
     "item_separator": ", ?",
     "key_separator": ": ?",
-    # Where oneOf is let through, no value can be of two of its schemas.
+    # The check accepts oneOf only if no value matches two of its schemas.
     "coerce_one_of": True,
     "lenient": False,
     "json_allowed_escapes": 'nrbtf\\"',
@@ -31,52 +31,52 @@ _JSON_OPTIONS: Final[Any] = {
 
 
 class GrammarError(RuntimeError):
-    """The library refuses a grammar."""
+    """The library rejects a grammar."""
 
 
 class TokenMask:
-    """Where one answer stands in its grammar."""
+    """The grammar of one answer, with its state after the tokens so far."""
 
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self._matcher = matcher
 
     @property
     def error(self) -> str | None:
-        """What went wrong, such as a limit of the library; only the end may come after it."""
+        """Why the grammar failed, such as a limit of the library; then the answer must end."""
         return _first_line(self._matcher.get_error()) if self._matcher.is_error() else None
 
     def apply(self, logits: Tensor) -> None:
-        """Take every token's chance that may not come next.
+        """Mask the tokens that the grammar forbids.
 
         Args:
-            logits: Of one row, [vocabulary]; changed in place.
+            logits: One row, [vocabulary]; changed in place.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         forbidden = np.unpackbits(bits, bitorder="little", count=logits.shape[-1]) == 0
         if logits.device.type == "cpu":
-            # torch would wake all of its threads for this.
+            # torch would wake all its threads for this.
             np.putmask(logits.numpy(), forbidden, -np.inf)
         else:
             logits.masked_fill_(torch.from_numpy(forbidden).to(logits.device), -torch.inf)
 
     def accept(self, token_ids: Collection[int]) -> None:
-        """Go on by tokens that were chosen."""
-        # A grammar that allows nothing more has stopped by itself, before the token that ends it.
+        """Advance the grammar by generated tokens."""
+        # A complete grammar has stopped already when the end-of-sequence token comes.
         if not self._matcher.is_stopped():
             self._matcher.consume_tokens(list(token_ids))
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer."""
+    """Compiles grammars for one tokenizer.
+
+    Args:
+        tokenizer_json: The tokenizer as the ``tokenizers`` library serialises it.
+        vocabulary_size: Of the model.
+        eos: Tokens that end an answer.
+    """
 
     def __init__(self, tokenizer_json: str, vocabulary_size: int, eos: Collection[int]) -> None:
-        """Begin to read the tokenizer, which takes half a second and more, on a thread.
-
-        Args:
-            tokenizer_json: As the ``tokenizers`` library serialises it.
-            vocabulary_size: Of the model.
-            eos: Tokens that end an answer.
-        """
+        # Reading the tokenizer takes half a second or more.
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar-tokenizer")
         self._tokenizer: Future[llguidance.LLTokenizer] = thread.submit(
             llguidance.LLTokenizer, tokenizer_json, n_vocab=vocabulary_size, eos_token=sorted(eos)
@@ -84,10 +84,10 @@ class GrammarCompiler:
         thread.shutdown(wait=False)
 
     def compile(self, grammar: Grammar) -> TokenMask:
-        """A mask for the first token of an answer.
+        """Compile a grammar to the mask of an answer's first token.
 
         Raises:
-            GrammarError: The library refuses it.
+            GrammarError: The library rejects it.
         """
         matcher = llguidance.LLMatcher(
             self._tokenizer.result(),
@@ -101,7 +101,7 @@ class GrammarCompiler:
 
 
 def translate(grammar: Grammar) -> str:
-    """A grammar in llguidance's own form.
+    """Translate a grammar to llguidance's format.
 
     Raises:
         app.llm.ebnf.errors.GrammarError: It is malformed.
@@ -116,12 +116,12 @@ def translate(grammar: Grammar) -> str:
 
 
 def _first_line(error: str) -> str:
-    """What the library says; the caller's grammar and the answer, which it adds, are private."""
+    """The library's message without the caller's grammar and answer, which are private."""
     return error.partition("\n")[0][:200]
 
 
 def _lark(grammar: TagsGrammar) -> str:
-    # What comes before the value; where text may stand beside the tags, the trigger is read before.
+    # If text is allowed between the tags, the rule ``trigger`` has read the start of a tag already.
     skip = 0 if grammar.required else len(grammar.trigger)
     tagged = " | ".join(f"tag_{i}" for i in range(len(grammar.tags)))
     if grammar.required:
@@ -145,10 +145,10 @@ def _text(text: str) -> str:
 
 
 def _closed(schema: Any) -> dict[str, Any]:
-    """A schema that allows no more than the openvino backend would write.
+    """A schema that allows what the openvino backend's translation allows.
 
-    An object has no property that is not listed, where some are, and patterns are spelled so that
-    they mean the same to everyone.
+    An object with listed properties has no others. Patterns are rewritten to a form that both
+    libraries read alike.
     """
     if not isinstance(schema, Mapping):
         return {} if schema else {"enum": []}

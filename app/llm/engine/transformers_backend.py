@@ -1,9 +1,9 @@
-"""The transformers backend: a text-generation pipeline whose model is batched continuously.
+"""The transformers backend: continuous batching of a text-generation pipeline's model.
 
-transformers' continuous batching brings the paged KV cache, the scheduler and prefix sharing.
-Its manager would run them on a thread of its own and queue one object per request and token;
-this backend drives the same parts step by step from the engine's loop instead, so that a step
-is one message, a cancellation takes effect before the next step, and nothing waits on a lock.
+The paged KV cache, the scheduler and prefix sharing are those of transformers' continuous batching.
+Its manager would run them on another thread. This backend calls them from the engine's loop, step
+by step: a step is one message, a cancellation takes effect before the next step, and no lock is
+needed.
 """
 
 from dataclasses import dataclass
@@ -41,15 +41,22 @@ log = get_logger("engine")
 
 @dataclass
 class _Running:
-    """How much of a request's answer has been told."""
+    """A request in the batch, and how many tokens of its answer have been sent."""
 
     sampler: RequestSampler
-    told: int = 0
+    sent: int = 0
     cached_tokens: int | None = None
 
 
 class TransformersBackend:
-    """Any Hugging Face causal language model, on a CPU or a CUDA device."""
+    """Any Hugging Face causal language model, on a CPU or a CUDA device.
+
+    Args:
+        pipe: A text-generation pipeline; its model is switched to paged attention.
+        info: What is being served.
+        max_running: Most requests in a batch.
+        cuda_memory_share: Share of a GPU's free memory for the KV cache and the tensors of a step.
+    """
 
     def __init__(
         self,
@@ -59,15 +66,6 @@ class TransformersBackend:
         max_running: int,
         cuda_memory_share: float = 0.8,
     ) -> None:
-        """Take over a loaded pipeline.
-
-        Args:
-            pipe: A text-generation pipeline; its model is moved to paged attention.
-            info: What is being served.
-            max_running: Requests generated at once.
-            cuda_memory_share: Share of a GPU's free memory that the KV cache and the steps' own
-                tensors may take.
-        """
         self.info = info
         self._eos = eos_token_ids(pipe.model.generation_config, pipe.tokenizer)
         self._running: dict[str, _Running] = {}
@@ -92,12 +90,12 @@ class TransformersBackend:
             # Flash attention reads the cache in place, for requests of any length.
             resolved.page_size = page_size_for(model)
             resolved.max_blocks_per_request = -(-context_length(model.config) // resolved.page_size)
-        # Without graphs there is nothing to warm up; this makes the batch processor.
+        # This creates the batch processor; without CUDA graphs it warms nothing up.
         self._manager.warmup()
         return self._manager.batch_processor
 
     def add(self, request: GenerationRequest) -> None:
-        """Take a request into the next step's batch.
+        """Add a request to the next step's batch.
 
         Raises:
             GrammarError: Its grammar cannot be compiled.
@@ -105,8 +103,8 @@ class TransformersBackend:
         sampler = RequestSampler(
             request.sampling,
             request.prompt_token_ids,
-            tells_logprobs=request.logprobs,
-            tells_top_logprobs=request.top_logprobs,
+            wants_logprobs=request.logprobs,
+            top_logprobs_count=request.top_logprobs,
             mask=None if request.grammar is None else self._grammars.compile(request.grammar),
         )
         self._running[request.id] = _Running(sampler)
@@ -119,12 +117,12 @@ class TransformersBackend:
         )
 
     def cancel(self, request_id: str) -> None:
-        """Free a request's place and its pages before the next step."""
+        """Free a request's slot and its cache pages before the next step."""
         if self._running.pop(request_id, None):
             self._manager.cancel_request(request_id)
 
     def step(self) -> list[TokenEvent]:
-        """One forward pass over every running request and a piece of the waiting prompts."""
+        """Run one forward pass over all running requests and a chunk of the waiting prompts."""
         with torch.inference_mode():
             if self._batching.prepare_next_batch():
                 self._compute()
@@ -133,7 +131,7 @@ class TransformersBackend:
         return [self._event(outputs.get()) for _ in range(outputs.qsize())]
 
     def _compute(self) -> None:
-        """Run the model over the prepared batch, and write the next tokens into it."""
+        """Run the model on the prepared batch and write the next tokens into it."""
         batch = self._batching.inputs_and_outputs
         inputs = batch.get_model_kwargs()
         if self._plans_attention:
@@ -151,15 +149,15 @@ class TransformersBackend:
             if scheduled.has_new_token:
                 samplers.append(running.sampler)
         if samplers:
-            # The rows after theirs belong to prompts that are not finished.
+            # The other rows belong to prompts of which only a chunk has been read.
             rows = len(samplers)
             batch.output_ids[0, :rows] = choose(logits[:rows].float(), samplers)
 
     def _event(self, output: GenerationOutput) -> TokenEvent:
         running = self._running[output.request_id]
-        new = output.generated_tokens[running.told :]
-        cached = (running.cached_tokens or 0) if running.told == 0 else 0
-        running.told += len(new)
+        new = output.generated_tokens[running.sent :]
+        cached = (running.cached_tokens or 0) if running.sent == 0 else 0
+        running.sent += len(new)
         running.sampler.accept(new)
         finish, error = None, output.error
         if output.status == RequestStatus.FAILED:
@@ -172,19 +170,19 @@ class TransformersBackend:
             del self._running[output.request_id]
         if finish == "error" and output.status != RequestStatus.FAILED:
             self._manager.cancel_request(output.request_id)
-        told = slice(running.told - len(new), running.told)
+        sent = slice(running.sent - len(new), running.sent)
         return TokenEvent(
             request_id=output.request_id,
             token_ids=new,
-            logprobs=running.sampler.logprobs[told],
-            top_logprobs=running.sampler.top_logprobs[told],
+            logprobs=running.sampler.logprobs[sent],
+            top_logprobs=running.sampler.top_logprobs[sent],
             finish_reason=finish,  # type: ignore[arg-type]
             error=error,
             cached_tokens=cached,
         )
 
     def has_work(self) -> bool:
-        """Whether any request is unfinished, or a cancelled one still holds pages."""
+        """Whether a request is unfinished, or a cancelled one still has cache pages."""
         return bool(self._running) or self._batching.has_pending_requests()
 
     def stats(self) -> EngineStats:
@@ -198,7 +196,13 @@ class TransformersBackend:
 def batching_config(
     model: Any, max_running: int, cuda_memory_share: float
 ) -> ContinuousBatchingConfig:
-    """What transformers' continuous batching is told; the rest it finds out by itself."""
+    """The settings of transformers' continuous batching.
+
+    Args:
+        model: Its device decides the size of the cache.
+        max_running: Most requests in a batch.
+        cuda_memory_share: Share of a GPU's free memory for the KV cache and the tensors of a step.
+    """
     on_gpu = runs_on_gpu(model)
     return ContinuousBatchingConfig(
         page_size=PAGE_SIZE,
@@ -206,17 +210,17 @@ def batching_config(
         max_batch_tokens=None if on_gpu else PROMPT_TOKENS_PER_STEP + max_running,
         max_memory_percent=cuda_memory_share if on_gpu else None,
         max_requests_per_batch=max_running,
-        # A graph repeats no Python, which is what chooses the tokens.
+        # A CUDA graph would include the choice of tokens, which is Python code and differs by step.
         use_cuda_graph=False,
-        # Each choice needs the tokens of the step before: penalties and grammars count them.
+        # Penalties and grammars need the tokens of the previous step.
         use_async_batching=False,
-        # prefer_flash_attention() has done so.
+        # prefer_flash_attention() has switched already.
         auto_switch_to_flash=False,
     )
 
 
 def _cpu_blocks(model: Any, max_running: int) -> int:
-    """Size of the KV cache, in pages."""
+    """Size of the KV cache in pages."""
     tokens = cache_tokens(
         context_length=context_length(model.config),
         max_running=max_running,
