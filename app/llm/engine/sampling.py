@@ -26,13 +26,10 @@ class RequestSampler:
     """One request's sampling parameters and state.
 
     Attributes:
-        params: The sampling parameters.
-        prompt_token_ids: The prompt, for the repetition penalty.
+        prompt_token_ids: For the repetition penalty.
         generated: How often each token has been generated.
         wants_logprobs: Whether to record log-probabilities.
         top_logprobs_count: How many of the likeliest tokens to record for each token.
-        mask: The mask of the answer's grammar, if it has one.
-        logprobs: Log-probabilities of the generated tokens, if wanted.
         top_logprobs: For each generated token the likeliest tokens and their log-probabilities.
     """
 
@@ -49,23 +46,6 @@ class RequestSampler:
         # Without a seed the generator's state comes from the operating system.
         self._random = random.Random(self.params.seed)  # noqa: S311 - sampling, not secrecy  # nosec B311
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the likeliest token is always chosen."""
-        return self.params.is_greedy
-
-    @property
-    def has_penalties(self) -> bool:
-        """Whether earlier tokens change the logits."""
-        p = self.params
-        return (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1.0, 0.0, 0.0)
-
-    @property
-    def has_filters(self) -> bool:
-        """Whether top-k, top-p or min-p exclude tokens."""
-        p = self.params
-        return p.top_k > 0 or p.top_p < 1 or p.min_p > 0
-
     def draw(self) -> float:
         """Draw a uniform number in [0, 1)."""
         return self._random.random()
@@ -77,12 +57,7 @@ class RequestSampler:
             self.mask.accept(token_ids)
 
     def record(self, logprobs: Tensor, chosen: int) -> None:
-        """Record a token's log-probability and the likeliest tokens.
-
-        Args:
-            logprobs: The model's log-probabilities of all tokens, [vocabulary].
-            chosen: The chosen token.
-        """
+        """Record the chosen token's log-probability and the likeliest of all, [vocabulary]."""
         self.logprobs.append(float(logprobs[chosen]))
         if self.top_logprobs_count:
             values, tokens = logprobs.topk(min(self.top_logprobs_count, logprobs.shape[-1]))
@@ -124,12 +99,12 @@ def select(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
             scores[row, tokens] += torch.tensor(
                 list(bias.values()), device=scores.device, dtype=scores.dtype
             )
-        if sampler.has_penalties:
-            _penalise(scores[row], sampler)
+        _penalise(scores[row], sampler)
         if sampler.mask is not None:
             sampler.mask.apply(scores[row])
-    plain = [i for i, s in enumerate(samplers) if not s.is_greedy and not s.has_filters]
-    filtered = [i for i, s in enumerate(samplers) if not s.is_greedy and s.has_filters]
+    sampled = [i for i, s in enumerate(samplers) if not s.params.is_greedy]
+    plain = [i for i in sampled if not _has_filters(samplers[i].params)]
+    filtered = [i for i in sampled if _has_filters(samplers[i].params)]
     for rows, pick in ((plain, _pick), (filtered, _pick_filtered)):
         if rows:
             chosen_samplers = [samplers[i] for i in rows]
@@ -141,8 +116,11 @@ def select(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
     return scores
 
 
+def _has_filters(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+
+
 def _penalise(row: Tensor, sampler: RequestSampler) -> None:
-    """Apply the three penalties to one row of logits in place."""
     params = sampler.params
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(
@@ -158,12 +136,10 @@ def _penalise(row: Tensor, sampler: RequestSampler) -> None:
 
 
 def _pick(logits: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
-    """Sample from the whole vocabulary; token ids, int64 [rows]."""
     return _invert(torch.softmax(logits, dim=-1), samplers)
 
 
 def _pick_filtered(logits: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
-    """Sample after top-k, top-p and min-p, in this order; token ids, int64 [rows]."""
     vocabulary = logits.shape[-1]
     largest_k = max(s.params.top_k for s in samplers)
     width = min(vocabulary, max(_SHORTLIST, largest_k))
@@ -227,5 +203,4 @@ def _invert(probabilities: Tensor, samplers: Sequence[RequestSampler]) -> Tensor
 
 
 def _column(like: Tensor, values: Sequence[float]) -> Tensor:
-    """``values`` as a float32 column, [rows, 1], on the device of ``like``."""
     return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(-1)
