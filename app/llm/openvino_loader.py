@@ -119,7 +119,6 @@ def keep_telemetry_out() -> None:
 
 
 def _properties(settings: ModelSettings) -> dict[str, Any]:
-    """Properties of the CPU plugin: its threads, and its precision if one is set."""
     properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": compute_threads(os.environ)}
     if precision := _PRECISIONS.get(settings.dtype):
         properties["INFERENCE_PRECISION_HINT"] = precision
@@ -128,7 +127,6 @@ def _properties(settings: ModelSettings) -> dict[str, Any]:
 
 
 def _cache_blocks(settings: ModelSettings, shape: ModelShape, max_running: int) -> int:
-    """Size of the KV cache in blocks."""
     bytes_per_token = shape.cache_values_per_token * _CACHE_BYTES.get(
         settings.dtype, _CACHE_BYTES_16
     )

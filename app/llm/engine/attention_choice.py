@@ -11,8 +11,7 @@ from app.llm.engine import paged_attention
 log = get_logger("engine")
 
 PAGE_SIZE: Final = 32
-"""Tokens in a page of the KV cache. Prefixes are shared in whole pages, and a request wastes less
-than a page."""
+"""Tokens in a page of the KV cache; prefixes are shared in whole pages."""
 
 # Flash attention 2 reads a paged cache in place only if the page size is a multiple of this.
 _FLASH_2_PAGE_SIZE = 256

@@ -14,10 +14,10 @@ Quantization = Literal["none", "int8"]
 WORTH_QUANTIZING: Final = 1 << 21
 """From this number of weights on, reading half the bytes saves more than quantizing costs."""
 
-# The processor multiplies unsigned activations with signed weights. This activation is zero.
+# Activations are unsigned, as the processor's instruction requires; this value stands for 0.
 _ZERO_POINT: Final = 128
 _LARGEST: Final = 127
-# Avoids a division by zero for a row of zeros.
+# A row of zeros would divide by zero.
 _SMALLEST_SCALE: Final = 1e-12
 
 

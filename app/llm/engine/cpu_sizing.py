@@ -5,15 +5,9 @@ from typing import Final
 from app.llm.engine.resources import available_memory
 
 PROMPT_TOKENS_PER_STEP: Final = 256
-"""Most prompt tokens in a step, beside the running requests.
+"""Most prompt tokens in a step beside the running requests; ADR 14 has the measurements."""
 
-Longer prompts are read in chunks, so that they do not stall the running streams. Half the size
-makes reading a long prompt slower; twice the size makes the streams' longest gap 1.7 times as long
-(ADR 14).
-"""
-
-# Tokens of cache for each running request. If all requests are longer, some wait and are computed
-# again.
+# Tokens of cache for each running request. If all are longer, some wait and are computed again.
 TOKENS_PER_REQUEST = 1024
 # Largest share of the free memory for the cache. The rest is for the steps and other processes.
 _SHARE = 0.4

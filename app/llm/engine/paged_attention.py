@@ -237,7 +237,6 @@ def _groups(
     *,
     stack: bool,
 ) -> list[list[int]]:
-    """Indices of the requests that are computed together, in the given order."""
     groups: list[list[int]] = []
     shortest = longest = 0
     for i in order:
@@ -283,7 +282,7 @@ def _future(queries: int, keys: int, device: torch.device, shift: int = 0) -> Te
 
 
 def _by_request(row: Tensor, requests: int) -> Tensor:
-    """View [heads, tokens, size] as [requests, heads, tokens of each, size], without a copy."""
+    """View [heads, tokens, size] as [requests, heads, tokens of each, size]."""
     heads, tokens, size = row.shape
     strides = row.stride()
     shape = (requests, heads, tokens // requests, size)
@@ -291,7 +290,6 @@ def _by_request(row: Tensor, requests: int) -> Tensor:
 
 
 def _padded(index: Tensor, length: int) -> Tensor:
-    """``index`` padded with its first entry; the mask hides the padding."""
     missing = length - index.numel()
     return torch.cat([index, index[:1].expand(missing)]) if missing else index
 

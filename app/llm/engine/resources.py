@@ -56,7 +56,6 @@ def _physical_cores(root: Path, processors: Collection[int]) -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """CPU quota, in cores, of each control group of this process."""
     for folder in _group_folders(root, "cpu"):
         yield from _quota(folder)
 
@@ -79,7 +78,6 @@ def _free_memory(root: Path) -> int:
 
 
 def _memory_room(folder: Path) -> Iterator[int]:
-    """Bytes that a control group may still allocate, for each limit it has."""
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -92,7 +90,6 @@ def _memory_room(folder: Path) -> Iterator[int]:
 
 
 def _group_folders(root: Path, controller: str) -> Iterator[Path]:
-    """Folders of this process's control groups that have ``controller``."""
     groups = _own_groups(root)
     for line in (_read(root / "proc/self/mountinfo") or "").splitlines():
         before, _, after = line.partition(" - ")
@@ -142,7 +139,6 @@ def _quota(folder: Path) -> Iterator[float]:
 
 
 def _keyed(path: Path) -> dict[str, str]:
-    """The second word of each line of a file, by the first."""
     lines = (line.split() for line in (_read(path) or "").splitlines())
     return {words[0]: words[1] for words in lines if len(words) > 1}
 

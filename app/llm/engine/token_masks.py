@@ -23,7 +23,7 @@ _JSON_OPTIONS: Final[Any] = {
     "whitespace_flexible": False,
     "item_separator": ", ?",
     "key_separator": ": ?",
-    # The check accepts oneOf only if no value matches two of its schemas.
+    # to_ebnf accepts oneOf only if no value matches two of its schemas.
     "coerce_one_of": True,
     "lenient": False,
     "json_allowed_escapes": 'nrbtf\\"',

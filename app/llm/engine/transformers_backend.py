@@ -220,7 +220,6 @@ def batching_config(
 
 
 def _cpu_blocks(model: Any, max_running: int) -> int:
-    """Size of the KV cache in pages."""
     tokens = cache_tokens(
         context_length=context_length(model.config),
         max_running=max_running,
