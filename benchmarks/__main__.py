@@ -16,32 +16,32 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("table", "the service beside its peers (about 20 minutes)"),
-        ("curve", "throughput and TTFT by load and prompt length, and overload (12 minutes)"),
+        ("table", "the service beside other servers (about 20 minutes)"),
+        ("curve", "throughput and TTFT by load and prompt length, overload (12 minutes)"),
     ):
         command = commands.add_parser(name, help=text)
         add = command.add_argument
-        add("--quick", action="store_true", help="a smoke test; does not write the page")
+        add("--quick", action="store_true", help="a smoke test that does not write the page")
         add("--device", choices=("cpu", "cuda"), default="cpu")
-        add("--engine", action="append", help="only this engine of ours; may be repeated")
+        add("--engine", action="append", help="measure only this engine; may be repeated")
         add("--rounds", type=int, default=3)
         if name == "table":
             add(
                 "--only",
                 action="append",
-                help="only rows with this in their name, not for the page",
+                help="measure only rows with this text in their name; does not write the page",
             )
-    command = commands.add_parser("soak", help="mixed traffic for a long time, and what it leaves")
+    command = commands.add_parser("soak", help="mixed traffic for a long time, and what it leaks")
     command.add_argument("--minutes", type=float, default=10.0)
     command.add_argument("--clients", type=int, default=8)
     command.add_argument("--engine", default="openvino", choices=ENGINES)
-    command = commands.add_parser("overload", help="many times what it can answer")
+    command = commands.add_parser("overload", help="many times the capacity")
     command.add_argument("--factor", type=float, default=10.0)
     command.add_argument("--rounds", type=int, default=1)
     command.add_argument("--seconds", type=float, default=120.0)
     command.add_argument("--engine", default="openvino", choices=ENGINES)
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    commands.add_parser("page", help="write docs/performance.md anew from the kept results")
+    commands.add_parser("page", help="write docs/performance.md from the stored results")
     return parser
 
 
@@ -71,14 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "soak":
         report = run(soak.measure(options))
         problems = report.problems()
-        print("\n".join([report.describe(), "", *(problems or ["Nothing was left behind."])]))
+        print("\n".join([report.describe(), "", *(problems or ["Nothing was leaked."])]))
         return 1 if problems else 0
     if options.command == "overload":
         print(run(overload.measure(options)))
         return 0
     is_table = options.command == "table"
     data = run(side_by_side.measure(options) if is_table else curve.measure(options))
-    # A smoke test, a part, or a run on a GPU does not take the place of the page's figures.
+    # A smoke test, a part and a run on a GPU do not replace the figures of the page.
     kept = options.command + ("-quick" if options.quick else "")
     kept += "-part" if is_table and options.only else ""
     kept += "-cuda" if options.device == "cuda" else ""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks curve``: where one engine saturates, and what happens past that."""
+"""``python -m benchmarks curve``: an engine by load and prompt length, and under overload."""
 
 import argparse
 import asyncio
@@ -18,14 +18,14 @@ from benchmarks.servers import Server, StartError, ours, start
 
 CLIENTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PROMPT_WORDS = (16, 64, 256, 1_000, 4_000, 7_800)
-# Past the load that saturates it.
+# Multiple of the load that saturates the service.
 OVERLOAD = 4.0
 OVERLOAD_SECONDS = 20.0
 OVERLOAD_ROUNDS = 5
 
 
 async def by_clients(server: Server, clients: Sequence[int]) -> list[dict[str, Any]]:
-    """A closed loop of more and more clients."""
+    """Closed loops of increasing numbers of clients."""
     found = []
     for at_once in clients:
         count = max(16, 2 * at_once)
@@ -40,7 +40,7 @@ async def by_clients(server: Server, clients: Sequence[int]) -> list[dict[str, A
 
 
 async def by_length(server: Server, lengths: Sequence[int]) -> list[dict[str, Any]]:
-    """One client with longer and longer prompts."""
+    """One client with prompts of increasing length."""
     found = []
     for words in lengths:
         workload = Workload(prompt_words=Lengths((words,)), output_tokens=Lengths((16,)))
@@ -53,7 +53,7 @@ async def by_length(server: Server, lengths: Sequence[int]) -> list[dict[str, An
 
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything, for each engine, as the JSON that the page is made from."""
+    """The figures of each engine, as the JSON from which the page is made."""
     engines = options.engine or ["transformers" if options.device == "cuda" else "openvino"]
     data: dict[str, Any] = {"engines": {}, "absent": {}}
     for engine in engines:
@@ -103,7 +103,7 @@ def render(data: dict[str, Any]) -> dict[str, str]:
 
 
 def _clients(found: dict[str, Any]) -> str:
-    header = ["clients", "tokens/s", "in its middle", "TTFT p50", "TTFT p99", "gap p50", "failed"]
+    header = ["clients", "tokens/s", "steady tokens/s", "TTFT p50", "TTFT p99", "gap p50", "failed"]
     lines = [
         [
             str(f["clients"]),

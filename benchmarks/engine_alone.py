@@ -1,8 +1,8 @@
-"""The engine driven in a loop with no HTTP: what the service could reach at most.
+"""Drives the engine in a loop without HTTP, which is the most that the service could reach.
 
-``python -m benchmarks.engine_alone`` loads the model that the settings name and then, for every
-line on standard input (a round's name, requests, requests at a time, tokens), writes one line of
-JSON: tokens, seconds, and each request's time to its first token.
+``python -m benchmarks.engine_alone`` loads the model of the settings. For each line on standard
+input (name of the round, requests, concurrent requests, tokens) it writes one line of JSON: tokens,
+seconds, and the time to the first token of each request.
 """
 
 import json
@@ -19,7 +19,7 @@ from benchmarks.servers import SYSTEM
 
 
 def drive(backend: Backend, requests: list[GenerationRequest], at_once: int) -> dict[str, Any]:
-    """Run requests, so many at a time, and give the figures that the report needs."""
+    """Run ``requests``, at most ``at_once`` at a time; the figures of the round."""
     waiting = list(reversed(requests))
     added: dict[str, float] = {}
     first: dict[str, float] = {}
@@ -45,7 +45,7 @@ def drive(backend: Backend, requests: list[GenerationRequest], at_once: int) -> 
 
 
 def main() -> None:
-    """Serve rounds until standard input ends."""
+    """Run rounds until standard input ends."""
     settings = load_settings()
     backend = load_backend(
         settings.model,

@@ -1,4 +1,4 @@
-"""The ratios that the service is to reach, and whether it does."""
+"""The goals of the comparison: ratios of the service's figures to other servers' figures."""
 
 import statistics
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ CLIENTS = (1, 8, 32)
 
 @dataclass(frozen=True)
 class Ratio:
-    """One line of the table of goals.
+    """A line of the table of goals.
 
     Attributes:
-        what: What is divided by what.
+        what: Description of numerator and denominator.
         goal: The bound.
-        at_least: Whether the bound is the least, else it is the most.
-        value: The ratio; ``None`` where one of its two sides was not measured.
+        at_least: Whether ``goal`` is a lower bound; else it is an upper bound.
+        value: The ratio; ``None`` when a side was not measured.
     """
 
     what: str
@@ -28,7 +28,7 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """Met, missed, or not measured."""
+        """``met``, ``missed`` or ``not measured``."""
         if self.value is None:
             return "not measured"
         met = self.value >= self.goal if self.at_least else self.value <= self.goal
@@ -36,7 +36,7 @@ class Ratio:
 
 
 def median_of(data: dict[str, Any], name: str, clients: int, *path: str) -> float | None:
-    """The median over rounds of a figure of a row; ``None`` where it was not measured."""
+    """The median of a row's figure over rounds; ``None`` when it was not measured."""
     rounds = data["throughput"].get(name, {}).get(str(clients), [])
     values = []
     for figures in rounds:
@@ -49,12 +49,12 @@ def median_of(data: dict[str, Any], name: str, clients: int, *path: str) -> floa
 
 
 def divide(numerator: float | None, denominator: float | None) -> float | None:
-    """A ratio; ``None`` where a side is missing or nothing can be divided by it."""
+    """A ratio; ``None`` when a side is missing or the denominator is 0."""
     return None if numerator is None or not denominator else numerator / denominator
 
 
 def _speed_ratio(data: dict[str, Any], ours: str, peer: str, clients: int) -> float | None:
-    """The median of the rounds' own ratios: what changes from round to round cancels out."""
+    """The median of the ratios of single rounds, in which changes between rounds cancel out."""
     mine = data["throughput"].get(ours, {}).get(str(clients), [])
     theirs = data["throughput"].get(peer, {}).get(str(clients), [])
     ratios = [
@@ -118,7 +118,7 @@ def _http_goals(data: dict[str, Any], engine: str) -> list[Ratio]:
 
 
 def ratios(data: dict[str, Any]) -> list[Ratio]:
-    """Every goal with what was reached."""
+    """All goals with the ratios that were reached."""
     engines = [name.removeprefix("ours, ") for name in data["rows"] if name.startswith("ours, ")]
     start = data["start"]
     found = _speed_goals(data)

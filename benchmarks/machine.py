@@ -1,4 +1,4 @@
-"""Where figures were taken: the machine, the versions, the revision."""
+"""Describes the machine, the versions and the revision of a measurement."""
 
 import os
 import platform
@@ -38,7 +38,7 @@ def _output(*command: str) -> str:
 
 
 def describe(device: str) -> dict[str, str]:
-    """What a reader needs to judge the figures, and to take them again."""
+    """The processor, the versions, the commit and the command of a measurement."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     flags = _first("/proc/cpuinfo", "flags").split()
     features = [

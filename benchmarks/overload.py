@@ -1,9 +1,8 @@
-"""``python -m benchmarks overload``: far more requests than the service can answer.
+"""``python -m benchmarks overload``: many times more requests than the service can answer.
 
-A closed loop that keeps the batch full says what the service can do. Then requests arrive in an
-open loop at a multiple of that, whether or not they are answered. The machine's speed drifts by as
-much as the overload may cost, so the two take turns, and each overload is compared with the peaks
-before and after it.
+A closed loop that keeps the batch full measures the peak. Then requests arrive in an open loop at a
+multiple of the peak's rate. The speed of the machine drifts by as much as the overload may cost, so
+peaks and overloads alternate, and each overload is compared with the peaks before and after it.
 """
 
 import argparse
@@ -24,15 +23,15 @@ from benchmarks.load.targets import Target
 from benchmarks.load.workload import Lengths, Workload
 from benchmarks.servers import Row, ours, start
 
-# Waiting requests that the overloaded service accepts: enough to keep the batch full.
+# Places in the queue of the overloaded service: enough to keep the batch full.
 _WAITING = "32"
-# More than the 32 that run at once, and fewer than running and waiting together: none is refused.
+# More than the 32 slots, and fewer than slots and places together, so that none is rejected.
 _PEAK_CLIENTS = 48
 PEAK_REQUESTS = 480
-# Answers of one length would keep a closed loop's clients in step: they begin together, their
-# prompts are read together, and the peak would be one that no other arrival of the same has.
+# With answers of one length the clients of a closed loop stay in step, and their prompts are read
+# together. Lengths vary, so that the peak is that of requests that arrive at random.
 _WORKLOAD = Workload(output_tokens=Lengths((16, 48), uniform=True))
-# What comes first fills the batch and what comes last drains it; neither is the steady state.
+# Share of a round at its beginning and end, in which the batch is filled and drained.
 _SETTLING = 0.25
 _PROBE_SECONDS = 0.1
 _MEMORY_SECONDS = 1.0
@@ -43,9 +42,9 @@ _LAG_BOUND = 0.02
 
 
 def steady_rate(results: Sequence[Result], begin: float, end: float) -> float:
-    """Tokens a second between two times, from when each piece of text came.
+    """Tokens a second between two times, by the arrival times of the pieces of text.
 
-    A stream's pieces share its tokens evenly, where a piece holds more than one.
+    Each piece counts as an equal share of its stream's tokens.
     """
     tokens = 0.0
     for result in results:
@@ -61,7 +60,7 @@ def steady_rate(results: Sequence[Result], begin: float, end: float) -> float:
 
 
 def window(results: Sequence[Result], *, last_sent: bool) -> tuple[float, float]:
-    """The middle of a round: past its beginning, and before its load lets up."""
+    """The begin and end of a round's steady state."""
     begin = min(r.sent_at for r in results)
     end = max(r.sent_at if last_sent else r.ended_at for r in results)
     margin = min(_SETTLING * (end - begin), 10.0)
@@ -71,10 +70,10 @@ def window(results: Sequence[Result], *, last_sent: bool) -> tuple[float, float]
 async def _peak(
     target: Target, session: int, requests: int, number_of_peak: int
 ) -> tuple[float, float]:
-    """Tokens a second at the most, and tokens of an answer."""
-    # Whoever looks takes some time from the service, and so looks as often here.
+    """Tokens a second at the peak, and mean tokens of an answer."""
+    # Observing takes time from the service, so the peak is observed like the overload.
     async with _observed(target, session):
-        # Prompts of its own: those of the peak before would be in the engine's prefix cache.
+        # Each peak has other prompts, because the engine's prefix cache has those of the last one.
         results = await run_round(
             target,
             _WORKLOAD,
@@ -88,7 +87,7 @@ async def _peak(
 
 @asynccontextmanager
 async def _observed(target: Target, session: int) -> AsyncIterator[vitals.Observer]:
-    """Probe a service and note its memory while the block runs."""
+    """Probe a service and record its memory in the block."""
     observer = vitals.Observer(target.base_url, session)
     watching = [
         asyncio.create_task(observer.watch_probe(_PROBE_SECONDS)),
@@ -104,7 +103,7 @@ async def _observed(target: Target, session: int) -> AsyncIterator[vitals.Observ
 
 
 def _count(text: str, name: str, **labels: str) -> float:
-    """The sum of a metric's samples that have these labels."""
+    """The sum of a metric's samples with these labels."""
     return sum(
         sample.value
         for family in text_string_to_metric_families(text)
@@ -114,7 +113,7 @@ def _count(text: str, name: str, **labels: str) -> float:
 
 
 def _counted(before: str, after: str, route: str) -> dict[str, Any]:
-    """What the service itself counted between two readings of its metrics."""
+    """The service's own counts between two readings of its metrics."""
 
     def more(name: str, **labels: str) -> float:
         return _count(after, name, **labels) - _count(before, name, **labels)
@@ -133,7 +132,7 @@ def _counted(before: str, after: str, route: str) -> dict[str, Any]:
 async def _one(
     target: Target, session: int, rate: float, duration: float, name: str
 ) -> dict[str, Any]:
-    """Requests at a rate, for so many seconds."""
+    """Send requests at ``rate`` for ``duration`` seconds; the figures."""
     async with _observed(target, session) as observer:
         before = await observer.metrics()
         results = await run_round(
@@ -163,14 +162,14 @@ async def overload(
     rounds: int,
     peak_requests: int = PEAK_REQUESTS,
 ) -> dict[str, Any]:
-    """Peaks and overloads in turns.
+    """Measure peaks and overloads alternately.
 
     Args:
-        target: A service that lets few requests wait.
-        session: Of its processes.
-        factor: How many times what it gets through arrives.
+        target: A service with few places in its queue.
+        session: Id of its processes' session.
+        factor: Rate of requests as a multiple of the peak's.
         duration: Seconds of each overload.
-        rounds: How many overloads.
+        rounds: Number of overloads.
         peak_requests: Requests of each peak.
 
     Returns:
@@ -190,7 +189,7 @@ async def overload(
 
 
 def limited(engine: str, device: str = "cpu") -> Row:
-    """The row of a service that lets few requests wait: refusals need a queue that fills."""
+    """The row of a service with few places in its queue."""
     return ours(engine, device, ENGINE__MAX_WAITING=_WAITING)
 
 
@@ -208,7 +207,7 @@ def _at_most(value: float | None, bound: float) -> str:
 
 
 def render(found: Mapping[str, Any]) -> str:
-    """The figures as a table: the median of the ratios, and the worst of what must not happen."""
+    """The figures as a table: the median of the ratios, and the worst of all other figures."""
     rounds = found["rounds"]
 
     def each(name: str, show: Any = number) -> str:
@@ -231,7 +230,7 @@ def render(found: Mapping[str, Any]) -> str:
     )
     lines = [
         ["offered, requests/s", each("rate"), ""],
-        ["sent / completed / refused / failed", ended, _verdict(once, "as the service counted")],
+        ["sent / completed / rejected / failed", ended, _verdict(once, "as the service counted")],
         ["tokens/s at the peak", each("peak"), ""],
         ["tokens/s under the overload", each("steady"), ""],
         ["overload ÷ peak", each("ratio", "{:.2f}".format), ""],
@@ -240,10 +239,10 @@ def render(found: Mapping[str, Any]) -> str:
             "-" if ratio is None else f"{ratio:.2f}",
             _verdict(None if ratio is None else ratio >= LEAST_SHARE, f"≥ {LEAST_SHARE:.2f}"),
         ],
-        ["refusals, p99", seconds(refusal), _at_most(refusal, 0.05)],
+        ["rejections, p99", seconds(refusal), _at_most(refusal, 0.05)],
         ["/livez, p99", seconds(livez), _at_most(livez, 0.25)],
         [
-            f"turns of the event loop that were late by {seconds(_LAG_BOUND)} at most",
+            f"event loop late by at most {seconds(_LAG_BOUND)}",
             "-" if lag is None else f"{lag:.1%}",
             _verdict(None if lag is None else lag >= 0.99, "≥ 99 %"),
         ],
@@ -263,7 +262,7 @@ def _memory(rounds: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 async def measure(options: argparse.Namespace) -> str:
-    """Start the service, overload it, and tell the figures."""
+    """Start the service and overload it; the table of figures."""
     server = await start(limited(options.engine, options.device))
     try:
         found = await overload(

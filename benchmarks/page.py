@@ -1,4 +1,4 @@
-"""docs/performance.md: generated sections between markers; what people write around them stays."""
+"""Writes the generated sections of docs/performance.md, between their markers."""
 
 import re
 from typing import Any
@@ -10,10 +10,10 @@ from benchmarks.paths import PAGE
 
 
 def replace_section(text: str, name: str, body: str) -> str:
-    """``text`` with what stands between the markers of a section replaced.
+    """``text`` with the text between a section's markers replaced by ``body``.
 
     Raises:
-        ValueError: The markers are not there exactly once.
+        ValueError: ``text`` does not have the markers exactly once.
     """
     begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
@@ -23,7 +23,7 @@ def replace_section(text: str, name: str, body: str) -> str:
 
 
 def write(sections: dict[str, str]) -> None:
-    """Put generated sections into the page."""
+    """Replace sections of the page, by name."""
     text = PAGE.read_text(encoding="utf-8")
     for name, body in sections.items():
         text = replace_section(text, name, body)
@@ -81,7 +81,7 @@ def _others(data: dict[str, Any]) -> str:
 
 
 def goals(data: dict[str, Any]) -> str:
-    """The table of ratios."""
+    """The table of goals."""
     lines = [
         [
             ratio.what,
@@ -95,7 +95,7 @@ def goals(data: dict[str, Any]) -> str:
 
 
 def side_by_side(data: dict[str, Any]) -> str:
-    """The tables of absolute figures."""
+    """The tables of figures."""
     rounds = f"Medians of {data['rounds']} starts and rounds, the servers in turns in each."
     return f"{rounds}\n\n{_speed(data)}\n\n{_others(data)}"
 

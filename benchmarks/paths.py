@@ -1,4 +1,4 @@
-"""Where the benchmarks keep what they make; all of it is git-ignored and may be deleted."""
+"""Paths of the benchmarks' files; ``.bench`` is git-ignored and may be deleted."""
 
 from pathlib import Path
 

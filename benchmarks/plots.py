@@ -1,4 +1,4 @@
-"""The figures as pictures: docs/performance/*.png."""
+"""Plots of the figures: docs/performance/*.png."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ _SIZE = (6.4, 3.6)
 def _save(figure: Figure, name: str) -> None:
     PLOTS.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    # No date or version inside: the same figures give the same file.
+    # Without a date or a version, equal figures give equal files.
     figure.savefig(PLOTS / name, dpi=100, metadata={"Software": None})
 
 
 def side_by_side(data: dict[str, Any]) -> None:
-    """Bars of tokens/s for each server and number of clients."""
+    """Tokens/s by server and number of clients, as bars."""
     names = list(data["throughput"])
     figure = Figure(figsize=_SIZE)
     axes = figure.add_subplot()
@@ -36,7 +36,7 @@ def side_by_side(data: dict[str, Any]) -> None:
 
 
 def curves(data: dict[str, Any]) -> None:
-    """Throughput and TTFT by clients, and TTFT by the prompt's length."""
+    """Throughput and TTFT by number of clients, and TTFT by length of the prompt."""
     figure = Figure(figsize=(9.6, 3.2))
     speed, first, length = figure.subplots(1, 3)
     for engine, found in data["engines"].items():

@@ -1,4 +1,4 @@
-"""What is measured of each server."""
+"""The measurements of a server."""
 
 import asyncio
 import itertools
@@ -19,7 +19,7 @@ from benchmarks.load.workload import Lengths, PlannedRequest, Workload
 from benchmarks.paths import LOGS, ROOT
 from benchmarks.servers import Row, Server, StartError, environment_of
 
-# Of each client in a round: enough that filling and draining the batch do not decide.
+# Requests a client in a round, so many that filling and draining the batch matter little.
 REQUESTS_A_CLIENT = {1: 8, 8: 4}
 OUTPUT_TOKENS = 32
 LONG_PROMPT_WORDS = 7_800
@@ -27,12 +27,12 @@ HISTORY_WORDS = 1_000
 
 
 def requests_of(clients: int) -> int:
-    """How many requests a closed loop of so many clients sends in a round."""
+    """Number of requests of a round by number of clients."""
     return clients * REQUESTS_A_CLIENT.get(clients, 3)
 
 
 async def throughput(server: Server, clients: int, name: str) -> dict[str, Any]:
-    """One round of a closed loop; the same prompts for every server in the same round."""
+    """Run a round of a closed loop; its name decides the prompts, which all servers get."""
     results = await run_round(
         server.target, Workload(), name=name, requests=requests_of(clients), clients=clients
     )
@@ -41,16 +41,18 @@ async def throughput(server: Server, clients: int, name: str) -> dict[str, Any]:
 
 
 class EngineAlone:
-    """A process that drives one of our engines without HTTP."""
+    """A process that drives an engine of this service without HTTP.
+
+    Args:
+        row: The row of this service whose engine is loaded.
+
+    Raises:
+        StartError: The engine cannot be loaded.
+    """
 
     def __init__(self, row: Row) -> None:
-        """Load the engine of a row of this service.
-
-        Raises:
-            StartError: It cannot be loaded.
-        """
         LOGS.mkdir(parents=True, exist_ok=True)
-        # As the service starts its engine process.
+        # The service starts its engine process with the same environment.
         environment = engine_environment(environment_of(row))
         with (LOGS / "engine-alone.log").open("wb") as log:
             self._process = subprocess.Popen(
@@ -72,7 +74,7 @@ class EngineAlone:
         return figures
 
     def round(self, clients: int, name: str) -> dict[str, Any]:
-        """One round of the load that :func:`throughput` sends, in its figures' shape."""
+        """Run the load of :func:`throughput`; figures of the same shape."""
         words = (name, requests_of(clients), clients, OUTPUT_TOKENS)
         if self._process.stdin:
             self._process.stdin.write("\t".join(map(str, words)) + "\n")
@@ -84,7 +86,7 @@ class EngineAlone:
         }
 
     def stop(self) -> None:
-        """End the process."""
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
 
@@ -95,7 +97,7 @@ async def _ask(http: HttpClient, target: Target, prompt: str, max_tokens: int) -
 
 
 async def follow_up(server: Server, rounds: int) -> dict[str, float]:
-    """TTFT of a first turn of 1,000 tokens, and of a short second turn in the same session.
+    """Median TTFT of a first turn of 1,000 tokens, and of a short second turn of its session.
 
     Raises:
         RuntimeError: A turn failed.
@@ -122,7 +124,11 @@ async def follow_up(server: Server, rounds: int) -> dict[str, float]:
 
 
 async def cache_hit(server: Server, count: int) -> dict[str, float]:
-    """Median latency of an answer from the response cache, and of ``/livez``, in turns."""
+    """Median latency of an answer from the response cache and of ``/livez``, alternating.
+
+    Raises:
+        RuntimeError: A status was not 200.
+    """
     http = HttpClient(server.target.base_url, time_limit=60)
     body = msgspec.json.encode(
         {
@@ -145,9 +151,12 @@ async def cache_hit(server: Server, count: int) -> dict[str, float]:
 
 
 async def long_prompt_gap(server: Server, *, streams: int, words: int) -> dict[str, Any]:
-    """Longest gap of running streams while a prompt near the context's limit comes in.
+    """Longest gap of running streams while a long prompt is processed.
 
-    Streams are kept running until the long prompt's answer has come.
+    Args:
+        server: The server.
+        streams: Number of streams, which run until the answer to the long prompt has ended.
+        words: Length of the long prompt.
     """
     http = HttpClient(server.target.base_url, time_limit=300)
     prompts = itertools.count()

@@ -1,4 +1,4 @@
-"""The servers that are compared: a table of rows, and how each is started and stopped."""
+"""The servers that are compared, with their start and stop."""
 
 import asyncio
 import os
@@ -34,11 +34,11 @@ class Row:
     """A server of the comparison.
 
     Attributes:
-        name: What the tables call it.
-        command: Makes the command that starts it on a port.
-        environment: Set over this process's environment.
+        name: Name in the tables.
+        command: Returns the command that starts it on a port.
+        environment: Variables added to this process's environment.
         route: The route that is measured.
-        model: Name that OpenAI's routes ask for.
+        model: The model's name on OpenAI's routes.
         is_ours: Whether it is this service.
     """
 
@@ -64,7 +64,7 @@ _OURS = {
     "LOGGING__LEVEL": "WARNING",
 }
 
-# The name in the tables, and what makes this service that row.
+# Names in the tables, and the settings of the service for them.
 ENGINES = {
     "openvino": {"MODEL__ENGINE": "openvino"},
     "transformers": {"MODEL__ENGINE": "transformers"},
@@ -75,7 +75,7 @@ LLAMA = "llama-server"
 
 
 def ours(engine: str, device: str = "cpu", **settings: str) -> Row:
-    """A row of this service."""
+    """The row of this service with an engine."""
     environment = {**_OURS, **ENGINES[engine], "MODEL__DEVICE": device, **settings}
     if device == "cuda":
         environment.setdefault("MODEL__CUDA_MEMORY_SHARE", peers.MEMORY_SHARE[device])
@@ -83,7 +83,7 @@ def ours(engine: str, device: str = "cpu", **settings: str) -> Row:
 
 
 def all_rows(device: str, engines: Sequence[str] | None = None) -> list[Row]:
-    """The rows for a device; llama-server's package is built for CPUs only."""
+    """The rows of a device; the package of llama-server runs on CPUs only."""
     possible = ["transformers"] if device == "cuda" else list(ENGINES)
     rows = [ours(engine, device) for engine in engines or possible]
     rows.append(
@@ -101,7 +101,7 @@ def all_rows(device: str, engines: Sequence[str] | None = None) -> list[Row]:
 
 
 class StartError(Exception):
-    """A server that does not start; the message is one line."""
+    """A server cannot be started; the message is one line."""
 
 
 @dataclass
@@ -109,10 +109,10 @@ class Server:
     """A running server.
 
     Attributes:
-        row: Which.
-        target: How to ask it.
-        first_answer_seconds: From its start to the end of a first answer of one token.
-        ready_seconds: From its start to ``/readyz``; ``None`` for peers.
+        row: Its row.
+        target: Its address and route.
+        first_answer_seconds: Seconds from the start to the end of a first answer of one token.
+        ready_seconds: Seconds from the start until ``/readyz`` succeeds; ``None`` for peers.
     """
 
     row: Row
@@ -122,7 +122,7 @@ class Server:
     ready_seconds: float | None = None
 
     def memory(self) -> dict[str, float]:
-        """Resident MiB of each of its processes, by what the process is."""
+        """Resident MiB by kind of process."""
         found: dict[str, float] = {}
         for process in session_members(self.process.pid):
             with suppress(OSError):
@@ -134,7 +134,7 @@ class Server:
         return found
 
     def stop(self) -> None:
-        """End it and everything it started."""
+        """Stop the server and all processes of its session."""
         with suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -145,18 +145,18 @@ class Server:
 
 
 def label_of(words: Sequence[bytes]) -> str:
-    """Which process of this service a command line starts."""
+    """The kind of process that a command line of this service starts."""
     if b"app.llm.engine.worker" in words:
         return "engine"
     return "API" if b"uvicorn" in words else "other"
 
 
 def session_members(session: int) -> list[Path]:
-    """The folders in /proc of a session's processes that still run."""
+    """The folders in /proc of a session's running processes."""
     members = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError):
-            # "pid (name) state ppid pgrp session …", where the name may hold anything.
+            # "pid (name) state ppid pgrp session …", where the name may have spaces and brackets.
             state, _, _, number = stat.read_text().rpartition(")")[2].split()[:4]
             if int(number) == session and state not in "ZX":
                 members.append(stat.parent)
@@ -164,14 +164,14 @@ def session_members(session: int) -> list[Path]:
 
 
 def environment_of(row: Row) -> dict[str, str]:
-    """This process's environment without settings of the service, and the row's over it."""
+    """This process's environment without settings of the service, with the row's variables."""
     sections = {name.upper() for name in Settings.model_fields}
     inherited = {k: v for k, v in os.environ.items() if k.partition("__")[0] not in sections}
     return {**inherited, **row.environment, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A port of this machine that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -183,7 +183,7 @@ def _log_of(row: Row) -> Path:
 
 
 def spawn(row: Row, command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start a row's command, in a session of its own; what it writes goes into the row's log."""
+    """Start a row's command in a new session; its output goes to the row's log."""
     LOGS.mkdir(parents=True, exist_ok=True)
     with _log_of(row).open("wb") as log:
         return subprocess.Popen(
@@ -193,7 +193,7 @@ def spawn(row: Row, command: Sequence[str]) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            # What it starts can then be found and ended as one session.
+            # All processes that it starts can then be found and stopped.
             start_new_session=True,
         )
 
@@ -202,7 +202,7 @@ async def start(row: Row) -> Server:
     """Start a row's server and wait for its first answer.
 
     Raises:
-        StartError: It ends, or does not answer in time.
+        StartError: It ends, or is not ready in time.
     """
     port = free_port()
     try:
@@ -242,7 +242,7 @@ async def _wait_for_answer(server: Server, started: float, log: Path) -> None:
 
 
 def _reason(log: Path) -> str:
-    """The last line of a log that says something, out of its JSON where it is that."""
+    """The last line of a log that is not empty; of a JSON line its message."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     for line in reversed([line.strip() for line in lines if line.strip()]):
         try:

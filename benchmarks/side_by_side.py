@@ -1,4 +1,4 @@
-"""``python -m benchmarks table``: every server and every figure, round by round in turns."""
+"""``python -m benchmarks table``: measures all servers, alternating in each round."""
 
 import argparse
 import asyncio
@@ -14,13 +14,13 @@ from benchmarks.servers import Row, Server, StartError, all_rows, start
 
 @dataclass
 class Running:
-    """What was started.
+    """The servers and engines that were started.
 
     Attributes:
-        servers: The servers that answered.
-        engines: Engines without HTTP, by the name of their line.
-        absent: What did not start, with the reason.
-        starts: How long each start of each row took.
+        servers: The running servers.
+        engines: Engines without HTTP, by name in the tables.
+        absent: The reason of each failed start, by name in the tables.
+        starts: The servers of all starts, by row.
     """
 
     servers: list[Server] = field(default_factory=list)
@@ -37,17 +37,18 @@ class Running:
 
 
 def say(text: str) -> None:
-    """Tell how far it is."""
+    """Print progress."""
     print(text, flush=True)
 
 
 async def start_all(
     rows: Sequence[Row], running: Running, *, engines: bool, times: int = 1
 ) -> None:
-    """Start the rows one after another, so that their starting times do not disturb each other.
+    """Start the rows one after another, because concurrent starts would slow each other down.
 
-    Each is started several times, in turns, and stays after the last. What a first start reads from
-    the disk is in memory at the next, and which files those are depends on what ran before.
+    Each row is started ``times`` times, alternating, and keeps running after the last start. The
+    first start reads files from the disk that the next ones find in memory, so one start is no
+    fair figure.
     """
     for number in range(times):
         for row in [row for row in rows if row.name not in running.absent]:
@@ -72,7 +73,7 @@ async def start_all(
 
 
 async def rounds(running: Running, count: int, clients: Sequence[int]) -> dict[str, Any]:
-    """Every server at every number of clients, in turns, so often."""
+    """Measure every server with every number of clients ``count`` times."""
     names = [*(server.row.name for server in running.servers), *running.engines]
     found: dict[str, Any] = {name: {str(c): [] for c in clients} for name in names}
     for server in running.servers:
@@ -82,7 +83,7 @@ async def rounds(running: Running, count: int, clients: Sequence[int]) -> dict[s
     for number in range(count):
         for at_once in clients:
             name = f"round {number}, {at_once} clients"
-            # Each round begins with another one, so that none always follows the same neighbour.
+            # Each round begins with another server, so that the order does not favour one.
             first = number % max(1, len(running.servers))
             for server in [*running.servers[first:], *running.servers[:first]]:
                 figures = await scenarios.throughput(server, at_once, name)
@@ -101,7 +102,7 @@ async def rounds(running: Running, count: int, clients: Sequence[int]) -> dict[s
 
 
 async def details(running: Running, *, quick: bool) -> dict[str, Any]:
-    """What is measured once for each server, not in rounds."""
+    """The measurements that are made once for each server."""
     found: dict[str, Any] = {"follow_up": {}, "cache_hit": {}, "gap": {}, "memory": {}}
     found["faults"] = []
 
@@ -110,7 +111,7 @@ async def details(running: Running, *, quick: bool) -> dict[str, Any]:
         try:
             found[kind][name] = await figures
         except (RuntimeError, ValueError) as error:
-            # One server's fault is reported, and does not cost the figures of all the others.
+            # A fault of one server is reported and does not end the comparison.
             found["faults"].append(f"{name}, {kind}: {error}")
 
     words = 500 if quick else scenarios.LONG_PROMPT_WORDS
@@ -130,7 +131,7 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything, as the JSON that the page is made from."""
+    """Run the comparison; the JSON from which the page is made."""
     rows = all_rows(options.device, options.engine)
     if options.only:
         rows = [row for row in rows if any(word in row.name for word in options.only)]

@@ -1,8 +1,8 @@
-"""``python -m benchmarks soak``: hours of mixed traffic, and whether anything is left behind.
+"""``python -m benchmarks soak``: hours of mixed traffic, and a check for leaks.
 
-After a warm-up the service is left alone, and what it uses is noted; after the traffic it is left
-alone again, and must use no more: files, threads, tasks, sessions, places in the engine. Memory is
-noted all the time, since an allocator keeps what it has once had: it must have stopped growing.
+The service's files, threads, tasks, sessions and requests are counted at rest, after a warm-up and
+again after the traffic, and must be the same. Memory is recorded during the traffic, because an
+allocator keeps what it once had, and must not grow.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from benchmarks.load.transport import Exchange, HttpClient
 from benchmarks.load.workload import Lengths, PlannedRequest, Workload
 from benchmarks.servers import ours, start
 
-# So many sessions and repeated prompts are in use.
+# Numbers of sessions and of repeated prompts.
 _SESSIONS = 32
 _REPEATED = 20
 _SETTLE_SECONDS = 30.0
@@ -36,13 +36,13 @@ _TIME_LIMIT = 120.0
 SETTINGS = {
     "PII__INPUT": "redact",
     "PII__OUTPUT": "redact",
-    # Full after the warm-up, so that from then on what is new takes the place of what is old.
+    # Small enough to be full after the warm-up.
     "CACHE__SIZE": "100",
     "CHAT_HISTORY__MAX_SESSIONS": "64",
 }
 
 _OVERSIZED = b'{"prompt": "' + b"a" * 2_000_000 + b'"}'
-# A path, a body, and the status of its refusal.
+# A path, a body, and the status of the error.
 _BAD: tuple[tuple[str, bytes, int], ...] = (
     ("/v1/generate", b"{", 400),
     ("/v1/generate", b'{"prompt": "\xff"}', 400),
@@ -60,11 +60,11 @@ _PERSONAL = "Write to jane.doe@example.com or call 415-555-2671, card 4111 1111 
 
 @dataclass
 class Tally:
-    """What was sent and what came back.
+    """The requests that were sent, and the unexpected answers.
 
     Attributes:
-        requests: How many of each kind.
-        surprises: Answers that were not what they should be, with their kind.
+        requests: Number of requests by kind.
+        surprises: Number of unexpected answers by kind and answer.
     """
 
     requests: Counter[str] = field(default_factory=Counter)
@@ -72,7 +72,7 @@ class Tally:
 
 
 class Traffic:
-    """Requests of every kind, drawn at random: 5 % leave before the end, 5 % are mistakes."""
+    """Random requests of every kind; 5 % disconnect before the end, 5 % are invalid."""
 
     def __init__(self, target: Target, seed: int) -> None:
         self.tally = Tally()
@@ -91,7 +91,7 @@ class Traffic:
         }
 
     async def run(self, seconds: float, clients: int) -> None:
-        """So many clients, each of which sends its next request when its last one has ended."""
+        """Run ``clients`` clients, each of which sends a request when its last one has ended."""
         end = time.monotonic() + seconds
         weights = [weight for weight, _ in self._kinds.values()]
 
@@ -104,7 +104,7 @@ class Traffic:
         await asyncio.gather(*(client() for _ in range(clients)))
 
     async def end(self) -> None:
-        """Forget the sessions, and hang up."""
+        """Delete the sessions and close the connections."""
         for name in range(_SESSIONS):
             await self._delete(name)
         self._http.close()
@@ -127,7 +127,7 @@ class Traffic:
         name, request = self._random.randrange(_SESSIONS), next(self._prompts)
         if self._random.random() < 0.1:
             await self._delete(name)
-        # Another client may be in the same conversation.
+        # 409: another client has a turn in this session.
         body = _chat(request.prompt, request.max_tokens, session_id=f"soak-{name}")
         await self._post("turn", "/v1/chat", body, (200, 409))
 
@@ -141,7 +141,7 @@ class Traffic:
         await self._post("personal data", "/v1/chat", _chat(text, 16))
 
     async def _leave(self) -> None:
-        """Hang up after a moment: while it waits, while it runs, or in the middle of a stream."""
+        """Disconnect after up to a second: while the request waits, runs or streams."""
         http = HttpClient(self._target.base_url, time_limit=self._random.uniform(0.001, 1.0))
         body = self._target.body(replace(next(self._prompts), max_tokens=200))
         exchange = await http.post(self._target.path, body, self._target.headers)
@@ -182,13 +182,13 @@ def _chat(text: str, max_tokens: int, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], "max_tokens": max_tokens, **fields}
 
 
-# --- What the service uses ------------------------------------------------------------------------
+# --- Leaks ----------------------------------------------------------------------------------------
 
 
 async def settled(
     observer: vitals.Observer, wanted: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """The counts, once they are as wanted, or have not changed for 3 s; or after 30 s."""
+    """Wait up to 30 s until the counts are as wanted, or do not change for 3 s; the counts."""
     end = time.monotonic() + _SETTLE_SECONDS
     now, since = (await observer.read()).counts(), time.monotonic()
     while now != wanted and time.monotonic() < end:
@@ -203,14 +203,14 @@ async def settled(
 
 @dataclass
 class Report:
-    """What a run found.
+    """The findings of a run.
 
     Attributes:
-        tally: The traffic.
-        seconds: How long it took, without the warm-up.
-        start: Counts after the warm-up.
-        end: Counts after the traffic.
-        memory: Of each process: when, in seconds, and how many MiB.
+        tally: The requests and the unexpected answers.
+        seconds: Duration without the warm-up.
+        start: Counts at rest after the warm-up.
+        end: Counts at rest after the traffic.
+        memory: Samples of each process: seconds and MiB.
     """
 
     tally: Tally
@@ -220,7 +220,7 @@ class Report:
     memory: Mapping[str, list[tuple[float, float]]]
 
     def problems(self) -> list[str]:
-        """What is not as it should be."""
+        """Unexpected answers, changed counts and growing memory, one line each."""
         found = [f"{times} times: {what}" for what, times in self.tally.surprises.items()]
         names = sorted(self.start.keys() | self.end.keys())
         pairs = [(name, self.start.get(name), self.end.get(name)) for name in names]
@@ -256,7 +256,7 @@ def _quarter(samples: list[tuple[float, float]], which: int) -> float:
 
 
 def slope(samples: list[tuple[float, float]]) -> float:
-    """MiB an hour by least squares, over the second half; 0 for fewer than two samples."""
+    """MiB an hour by least squares over the second half; 0 with fewer than two samples."""
     half = samples[len(samples) // 2 :]
     if len(half) < 2:
         return 0.0
@@ -266,15 +266,15 @@ def slope(samples: list[tuple[float, float]]) -> float:
 async def soak(
     target: Target, session: int, *, seconds: float, warm_up: float, clients: int, seed: int = 0
 ) -> Report:
-    """Put a running service under mixed traffic.
+    """Put a running service under mixed traffic and look for leaks.
 
     Args:
-        target: The service, by one of its native routes.
-        session: Of its processes.
-        seconds: How long the traffic lasts.
-        warm_up: How long it lasts before that, until everything has its size.
-        clients: How many requests there are at a time.
-        seed: Decides what is sent.
+        target: The service, with a native route.
+        session: Id of its processes' session.
+        seconds: Duration of the traffic.
+        warm_up: Duration of the traffic before that, until caches are full.
+        clients: Number of concurrent requests.
+        seed: Seed of the requests.
     """
     observer = vitals.Observer(target.base_url, session)
     warming = Traffic(target, seed + 1)
@@ -300,7 +300,7 @@ async def soak(
 
 
 async def measure(options: argparse.Namespace) -> Report:
-    """Start the service and soak it."""
+    """Start the service and soak it; the findings."""
     server = await start(ours(options.engine, **SETTINGS))
     try:
         return await soak(

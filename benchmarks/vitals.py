@@ -1,4 +1,4 @@
-"""What a running service uses, by which a leak is seen: memory, files, threads, tasks, places."""
+"""Reads a service's use of memory, files, threads, tasks and places, to find leaks."""
 
 import asyncio
 import time
@@ -17,27 +17,27 @@ GAUGES = {
     "waiting": "llm_requests_waiting",
     "sessions": "chat_sessions_active",
 }
-"""Names of this module, and the service's metrics that they stand for."""
+"""Names of counts, and the metrics of the service with their values."""
 
-# What memory may grow by: a share of it, and MiB, whichever is more.
+# Growth that is allowed: a share of the memory or MiB, whichever is more.
 _GROWTH_SHARE = 0.05
 _GROWTH_MIB = 16.0
 
 
 def has_grown(before: float, after: float) -> bool:
-    """Whether a process's memory, in MiB, is larger than an allocator's moods explain."""
+    """Whether a process's memory in MiB has grown by more than an allocator's variation."""
     return after - before > max(_GROWTH_MIB, _GROWTH_SHARE * before)
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessVitals:
-    """What a process uses.
+    """The resources of a process.
 
     Attributes:
-        pid: Its id.
+        pid: Process id.
         memory: Resident MiB.
         files: Open file descriptors.
-        threads: Its threads.
+        threads: Number of threads.
     """
 
     pid: int
@@ -48,7 +48,7 @@ class ProcessVitals:
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
-    """What a service uses at one moment.
+    """The resources of a service at one moment.
 
     Attributes:
         processes: ``API`` and ``engine``; empty where there is no /proc.
@@ -59,7 +59,7 @@ class Vitals:
     gauges: Mapping[str, float]
 
     def counts(self) -> dict[str, float]:
-        """All but the memory, by name: what must be back where it was once nobody calls."""
+        """All values but the memory, by name; at rest they are the same as before."""
         found = dict(self.gauges)
         for label, process in self.processes.items():
             found |= {f"{label}: pid": process.pid, f"{label}: files": process.files}
@@ -68,11 +68,11 @@ class Vitals:
 
 
 def read(session: int, metrics: str) -> Vitals:
-    """The vitals of a service.
+    """Read the vitals of a service.
 
     Args:
-        session: The session that its processes are in; the API process leads it.
-        metrics: What ``/metrics`` answered.
+        session: Id of its processes' session, which is the API process's id.
+        metrics: The text of ``/metrics``.
     """
     samples = {s.name: s.value for f in text_string_to_metric_families(metrics) for s in f.samples}
     processes = {}
@@ -94,8 +94,8 @@ class Observer:
     """Reads a service's vitals over ``/metrics`` and /proc.
 
     Args:
-        base_url: Where the service listens.
-        session: The session that its processes are in.
+        base_url: The service's address.
+        session: Id of its processes' session.
     """
 
     def __init__(self, base_url: str, session: int) -> None:

@@ -1,1 +1,1 @@
-"""The load generator behind ``python -m benchmarks.load``; it knows nothing of the service."""
+"""A load generator for OpenAI-compatible servers and this service's native routes."""

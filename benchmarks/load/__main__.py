@@ -1,4 +1,4 @@
-"""``python -m benchmarks.load``: puts a server under load and says how it did."""
+"""``python -m benchmarks.load``: puts a server under load and prints its figures."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ def _lengths(text: str) -> Lengths:
     try:
         return Lengths.parse(text)
     except WorkloadError as error:
-        # argparse shows the message of no other type.
+        # argparse shows the message of this type only.
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
@@ -32,35 +32,35 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.load",
-        description="Put a server under load: this service, or any that speaks OpenAI's API.",
+        description="Put this service, or any server with OpenAI's API, under load.",
         epilog="Lengths are 32 (fixed), 16-128 (uniform) or 16,64,256 (drawn from a list).",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--url", default="http://127.0.0.1:8000", help="where the server listens, without /v1")
+    add("--url", default="http://127.0.0.1:8000", help="the server's address, without /v1")
     add("--route", type=Route, choices=list(Route), default=Route.CHAT, help="default: chat")
     add("--key", default="", help="API key; default: the variable LLM_SERVICE_KEY, else none")
     add("--model", default="default", help="model name for OpenAI's routes")
     add("--system", help="system message of chats")
     add("--temperature", type=float, default=0.0)
     load = parser.add_mutually_exclusive_group()
-    load.add_argument("--clients", type=int, help="closed loop: clients at a time (default: 8)")
+    load.add_argument("--clients", type=int, help="closed loop: concurrent clients (default: 8)")
     load.add_argument("--rate", type=float, help="open loop: requests/s of a Poisson process")
-    add("--requests", type=int, help="requests of a round (default: 4 for each client, or 64)")
-    add("--rounds", type=int, default=3, help="rounds; their medians are told (default: 3)")
-    add("--warm-up", type=int, help="requests before the first round (default: one a client)")
+    add("--requests", type=int, help="requests a round (default: 4 a client, or 64)")
+    add("--rounds", type=int, default=3, help="rounds; the medians are printed (default: 3)")
+    add("--warm-up", type=int, help="requests before the first round (default: 1 a client)")
     add("--prompt", type=_lengths, default="16", metavar="LENGTHS", help="words of a prompt")
     add("--output", type=_lengths, default="32", metavar="LENGTHS", help="most tokens")
-    add("--seed", type=int, default=0, help="decides prompts, lengths and arrival times")
-    add("--max-ttft", type=float, metavar="SECONDS", help="bound of goodput: to the first token")
-    add("--max-latency", type=float, metavar="SECONDS", help="bound of goodput: to the last byte")
+    add("--seed", type=int, default=0, help="seed of prompts, lengths and arrival times")
+    add("--max-ttft", type=float, metavar="SECONDS", help="goodput: most time to the first token")
+    add("--max-latency", type=float, metavar="SECONDS", help="goodput: most time to the last byte")
     add("--timeout", type=float, default=300.0, metavar="SECONDS", help="of one request")
-    add("--json", type=Path, metavar="FILE", help="write all figures of all rounds there")
+    add("--json", type=Path, metavar="FILE", help="write the figures of all rounds to FILE")
     return parser
 
 
 async def measure(options: argparse.Namespace, target: Target) -> list[Summary]:
-    """The warm-up, and then the rounds."""
+    """Run the warm-up and the rounds; one summary a round."""
     workload = Workload(options.prompt, options.output, options.seed)
     load: dict[str, Any] = {"clients": options.clients, "rate": options.rate}
     if options.rate is None:
@@ -93,7 +93,7 @@ async def measure(options: argparse.Namespace, target: Target) -> list[Summary]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status, which is 1 where no request was completed."""
+    """Run the command; returns the exit status, which is 1 when no request was completed."""
     options = build_parser().parse_args(arguments)
     target = Target(
         base_url=options.url.rstrip("/").removesuffix("/v1"),

@@ -1,4 +1,4 @@
-"""The figures of a run as a table for people."""
+"""Formats figures as Markdown tables, which are also readable on a terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,13 +9,13 @@ _TIMES = (
     ("longest gap of a stream", "worst_gap"),
     ("time per token after the first", "time_per_token"),
     ("latency", "latency"),
-    ("refusal", "refusal"),
+    ("rejection", "refusal"),
     ("sent too late by", "lag"),
 )
 
 
 def seconds(value: float | None) -> str:
-    """A duration, with the unit that suits it."""
+    """A duration with a suitable unit."""
     if value is None:
         return "-"
     if value < 1e-3:
@@ -24,14 +24,14 @@ def seconds(value: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """A figure, with three digits that count."""
+    """A number with three significant digits."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose columns are aligned, which reads well on a terminal too."""
+    """A Markdown table with aligned columns."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     text = [
@@ -42,16 +42,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def describe(figures: Mapping[str, Any], *, bounded: bool) -> str:
-    """A round's figures, or the medians of several rounds, for a terminal.
+    """The tables of a round's figures, or of the medians of several rounds.
 
     Args:
-        figures: A summary as JSON has it.
-        bounded: Whether a latency target was given, without which goodput says nothing.
+        figures: A summary as a dictionary.
+        bounded: Whether a latency target was given; without one goodput is left out.
     """
     counted = "the server's usage" if figures["tokens_from"] == "usage" else "pieces of text"
     rows = [
         ["requests sent", number(figures["sent"])],
-        ["completed / refused / failed", _counts(figures)],
+        ["completed / rejected / failed", _counts(figures)],
         ["output tokens/s", f"{number(figures['tokens_per_second'])} (counted from {counted})"],
         ["completed requests/s", number(figures["requests_per_second"])],
         ["prompt tokens, median", number(figures["prompt_tokens"])],

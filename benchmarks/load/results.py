@@ -1,4 +1,4 @@
-"""From what arrived to what it means: one outcome for each request, and figures for each round."""
+"""The outcome of each request, and the figures of a round."""
 
 import statistics
 from collections import Counter
@@ -18,7 +18,7 @@ PERCENTILES = (50, 90, 99)
 
 
 class Outcome(StrEnum):
-    """How a request ended; each ends in exactly one of these ways."""
+    """How a request ended."""
 
     COMPLETED = "completed"
     REFUSED = "refused"
@@ -27,21 +27,21 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one request. Durations are seconds from its sending.
+    """The outcome of one request. Durations are seconds after it was sent.
 
     Attributes:
-        outcome: Completed; refused with 429 or 503; failed in any other way.
-        sent_at: When it was sent, on ``time.perf_counter``'s clock.
-        seconds: To the last byte, or to the failure.
-        lag: How late it was sent, against the plan of an open loop.
-        error: Why it was refused or failed.
-        ttft: To the first piece of text.
-        gaps: Between two pieces of text.
-        tokens: Tokens of the answer: the server's count, else the pieces of text.
-        tokens_reported: Whether that is the server's count.
-        prompt_tokens: The server's count, where it reports one.
+        outcome: Completed, rejected with 429 or 503, or failed in another way.
+        sent_at: When it was sent, by ``time.perf_counter``.
+        seconds: Until the last byte or the failure.
+        lag: Delay of the sending against the plan of an open loop.
+        error: The reason of a rejection or a failure.
+        ttft: Until the first piece of text.
+        gaps: Times between consecutive pieces of text.
+        tokens: Tokens of the answer by the server's count, else the number of pieces of text.
+        tokens_reported: Whether ``tokens`` is the server's count.
+        prompt_tokens: The server's count, or ``None``.
         text: The answer.
-        resent: Whether it was sent again because a kept connection had been closed.
+        resent: Whether it was sent again because the server had closed a kept connection.
     """
 
     outcome: Outcome
@@ -59,19 +59,19 @@ class Result:
 
     @property
     def ended_at(self) -> float:
-        """When it ended."""
+        """When it ended, by ``time.perf_counter``."""
         return self.sent_at + self.seconds
 
     @property
     def time_per_token(self) -> float | None:
-        """Mean seconds for each token after the first (TPOT)."""
+        """Mean seconds of a token after the first (TPOT)."""
         if self.ttft is None or self.tokens < 2:
             return None
         return sum(self.gaps) / (self.tokens - 1)
 
 
 def result_of(exchange: Exchange) -> Result:
-    """Read what came back for one request."""
+    """The result of an exchange."""
     stream = Stream()
     outcome, error = Outcome.FAILED, exchange.failure
     if exchange.status in REFUSALS and error is None:
@@ -113,18 +113,18 @@ def _refusal(exchange: Exchange) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LatencyTarget:
-    """Bounds on latency; a completed request within all of them counts as good.
+    """Bounds on latency; a completed request within both of them counts as good.
 
     Attributes:
-        ttft: Most seconds to the first piece of text.
-        seconds: Most seconds to the last byte.
+        ttft: Most seconds until the first piece of text.
+        seconds: Most seconds until the last byte.
     """
 
     ttft: float | None = None
     seconds: float | None = None
 
     def holds(self, result: Result) -> bool:
-        """Whether a request was good."""
+        """Whether a request was completed within the bounds."""
         if result.outcome is not Outcome.COMPLETED:
             return False
         first = result.seconds if result.ttft is None else result.ttft
@@ -134,7 +134,7 @@ class LatencyTarget:
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
-    """The value below which ``percent`` of the values lie, interpolated; ``None`` of nothing."""
+    """The percentile by linear interpolation; ``None`` without values."""
     if not values:
         return None
     ordered = sorted(values)
@@ -145,7 +145,7 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
 
 
 def percentiles(values: Iterable[float | None]) -> dict[str, float | None]:
-    """p50, p90 and p99 of the values there are."""
+    """p50, p90 and p99 of the values that are not ``None``."""
     known = [value for value in values if value is not None]
     return {f"p{percent}": percentile(known, percent) for percent in PERCENTILES}
 
@@ -155,27 +155,27 @@ class Summary:
     """The figures of one round. Times are seconds; rates are per second of the round.
 
     Attributes:
-        seconds: From the first request's sending to the last one's end.
-        sent: Requests sent; the sum of completed, refused and failed.
-        completed: Requests whose stream came whole.
+        seconds: From the sending of the first request to the end of the last.
+        sent: Requests sent: the sum of completed, refused and failed.
+        completed: Requests whose stream was complete.
         refused: Requests answered 429 or 503.
-        failed: All others.
+        failed: All other requests.
         resent: Requests sent again because the server had closed a kept connection.
-        errors: How often each error was met, refusals included.
+        errors: The number of each error, including rejections.
         tokens: Tokens of the completed answers.
-        tokens_from: ``usage`` where the server counted them for every answer, else ``chunks``.
+        tokens_from: ``usage`` when the server counted the tokens of every answer, else ``chunks``.
         tokens_per_second: Those tokens over the round's time.
         requests_per_second: Completed requests over the round's time.
         goodput: Completed requests within the target over the round's time.
-        good_share: Their share of the requests sent.
-        prompt_tokens: Median of the prompts' lengths, where the server reports them.
-        ttft: Percentiles of the time to the first piece of text.
-        gap: Percentiles of the time between two pieces, over all pieces of all streams.
+        good_share: Share of the sent requests that were completed within the target.
+        prompt_tokens: Median length of the prompts by the server's count, or ``None``.
+        ttft: Percentiles of the time until the first piece of text.
+        gap: Percentiles of the time between consecutive pieces of all streams.
         worst_gap: Percentiles of each stream's longest gap.
-        time_per_token: Percentiles of each stream's mean time for a token after the first.
-        latency: Percentiles of the time to the last byte of completed requests.
-        refusal: Percentiles of the time to a refusal.
-        lag: Percentiles of how late the requests of an open loop were sent.
+        time_per_token: Percentiles of each stream's mean time of a token after the first.
+        latency: Percentiles of the time until the last byte of completed requests.
+        refusal: Percentiles of the time until a rejection.
+        lag: Percentiles of the delay with which an open loop sent its requests.
     """
 
     seconds: float
@@ -242,9 +242,9 @@ def summarise(results: Sequence[Result], target: LatencyTarget | None = None) ->
 
 
 def median_figures(summaries: Sequence[Any]) -> dict[str, Any]:
-    """Each figure's median over rounds, in the shape that one round's summary has as JSON.
+    """The median of each figure over rounds, as one summary's dictionary.
 
-    Counts of errors are added up instead, and texts are the first round's.
+    Counts of errors are added up instead, and texts are those of the first round.
     """
     rounds = [msgspec.to_builtins(summary) for summary in summaries]
     return {name: _middle(name, [r[name] for r in rounds]) for name in rounds[0]}

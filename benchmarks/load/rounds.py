@@ -1,4 +1,4 @@
-"""Sending the requests of a round: in a closed loop, or in an open one."""
+"""Sends the requests of a round in a closed loop or an open loop."""
 
 import asyncio
 import sys
@@ -11,7 +11,7 @@ from benchmarks.load.targets import Target
 from benchmarks.load.transport import Exchange, HttpClient
 from benchmarks.load.workload import PlannedRequest, Workload
 
-# uvloop takes a third of the time for each event, but there is none for Windows.
+# uvloop takes a third of asyncio's time for an event, but does not run on Windows.
 if sys.platform == "win32":
     run = asyncio.run
 else:
@@ -23,7 +23,7 @@ else:
 async def closed_loop(
     http: HttpClient, target: Target, requests: Sequence[PlannedRequest], *, clients: int
 ) -> list[Exchange]:
-    """So many clients, each of which sends its next request when its last one has ended."""
+    """``clients`` clients, each of which sends its next request when its last one has ended."""
     bodies = iter([target.body(request) for request in requests])
 
     async def client() -> list[Exchange]:
@@ -36,13 +36,13 @@ async def closed_loop(
 async def open_loop(
     http: HttpClient, target: Target, requests: Sequence[PlannedRequest]
 ) -> list[Exchange]:
-    """Each request at its planned time, however many are still unanswered."""
+    """Send each request at its planned time, without waiting for earlier answers."""
     bodies = [target.body(request) for request in requests]
     sent: list[asyncio.Task[Exchange]] = []
     start = time.perf_counter()
     for request, body in zip(requests, bodies, strict=True):
         at = start + request.at
-        # No timer for each request: tens of thousands of them would cost more than the requests.
+        # One sleep for the next request: tens of thousands of timers would cost more.
         if (early := at - time.perf_counter()) > 0:
             await asyncio.sleep(early)
         sent.append(asyncio.create_task(http.post(target.path, body, target.headers, at)))
@@ -59,16 +59,16 @@ async def run_round(
     rate: float | None = None,
     time_limit: float = 300.0,
 ) -> list[Result]:
-    """One round, with connections of its own.
+    """Run a round over new connections.
 
     Args:
-        target: Whom to ask.
-        workload: What to ask for.
-        name: Rounds of different names send different prompts.
-        requests: How many.
-        clients: Of a closed loop.
-        rate: Requests a second of an open loop; one of the two is given.
-        time_limit: Seconds after which a request counts as failed.
+        target: The server and its route.
+        workload: The requests.
+        name: Name of the round; rounds of different names have different prompts.
+        requests: Number of requests.
+        clients: Clients of a closed loop.
+        rate: Requests a second of an open loop. Exactly one of the two is given.
+        time_limit: Timeout of a request in seconds.
 
     Returns:
         One result for each request.

@@ -1,4 +1,4 @@
-"""The servers that can be measured: what is sent to them, and how their streams are read."""
+"""Requests to the servers that can be measured, and the reading of their streams."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,7 +13,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Route(StrEnum):
-    """The routes that requests go to."""
+    """The routes that can be measured."""
 
     CHAT = "chat"
     GENERATE = "generate"
@@ -22,7 +22,7 @@ class Route(StrEnum):
 
     @property
     def is_native(self) -> bool:
-        """Whether it is one of this service's own."""
+        """Whether it is a native route of this service."""
         return self in (Route.CHAT, Route.GENERATE)
 
 
@@ -39,13 +39,13 @@ class Target:
     """A server and one of its routes.
 
     Attributes:
-        base_url: Where it listens, without ``/v1``.
-        route: Which route.
-        key: Sent as ``X-API-Key`` to native routes, as a bearer token to others.
-        model: Name that OpenAI's routes ask for.
-        system: System message of chats, the same for every server that is compared.
-        temperature: 0 is greedy.
-        extra: Further members of every body.
+        base_url: The server's address, without ``/v1``.
+        route: The route.
+        key: API key, sent as ``X-API-Key`` to native routes and as a bearer token to others.
+        model: The model's name on OpenAI's routes.
+        system: System message of chats.
+        temperature: Sampling temperature; 0 is greedy.
+        extra: Further members of the body.
     """
 
     base_url: str
@@ -63,7 +63,7 @@ class Target:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What authorises the requests."""
+        """The header with the API key."""
         if not self.key:
             return {}
         if self.route.is_native:
@@ -71,7 +71,7 @@ class Target:
         return {"Authorization": f"Bearer {self.key}"}
 
     def body(self, request: PlannedRequest) -> bytes:
-        """A streamed request that no response cache may answer."""
+        """The body of a streamed request that no response cache answers."""
         fields: dict[str, Any] = {
             "max_tokens": request.max_tokens,
             "temperature": self.temperature,
@@ -107,7 +107,7 @@ class _Usage(msgspec.Struct):
 
 
 class _Event(_Choice):
-    """An event of ours; OpenAI's keep in a list of choices what ours have at the top."""
+    """An event of either shape: OpenAI's has in ``choices`` what a native one has at the top."""
 
     choices: list[_Choice] | None = None
     usage: _Usage | None = None
@@ -120,16 +120,16 @@ _decode = msgspec.json.Decoder(_Event).decode
 
 @dataclass(slots=True)
 class Stream:
-    """What a stream of server-sent events said.
+    """The content of a stream of server-sent events.
 
     Attributes:
         text: The pieces of the answer, joined.
-        text_at: When each piece of text came.
-        finish_reason: Why it ended, where it says so.
-        done: Whether ``[DONE]`` came.
-        completion_tokens: The server's count, where it reports one.
-        prompt_tokens: The same for the prompt.
-        error: The error it reported on the way.
+        text_at: Arrival time of each piece of text.
+        finish_reason: The reported finish reason.
+        done: Whether ``[DONE]`` arrived.
+        completion_tokens: The server's count of the answer's tokens, or ``None``.
+        prompt_tokens: The server's count of the prompt's tokens, or ``None``.
+        error: The error that the stream reported.
     """
 
     text: str = ""
@@ -142,7 +142,7 @@ class Stream:
 
 
 def read_stream(pieces: list[tuple[float, bytes]]) -> Stream:
-    """Read a body as it came; an event has the time of the piece that completed it."""
+    """Read the pieces of a body; an event has the arrival time of its last piece."""
     stream = Stream()
     texts: list[str] = []
     rest = b""
@@ -162,7 +162,7 @@ def read_stream(pieces: list[tuple[float, bytes]]) -> Stream:
 
 
 def _read_event(data: bytes, stream: Stream) -> str:
-    """Note what an event says beside its text, and return the text."""
+    """Store the event's other members in ``stream`` and return its text."""
     try:
         event = _decode(data)
     except msgspec.DecodeError:
@@ -189,7 +189,7 @@ def _read_usage(event: _Event, stream: Stream) -> None:
 
 
 def error_text(body: Any) -> str:
-    """The code or the message of an error in the shape that OpenAI and we use; else a few words."""
+    """The code, message or type of an error in OpenAI's shape, at most 200 characters."""
     error = body.get("error", body) if isinstance(body, dict) else body
     if isinstance(error, dict):
         error = error.get("code") or error.get("message") or error.get("type") or "an error"

@@ -1,7 +1,7 @@
-"""A thin HTTP/1.1 client that costs little: it shares its cores with the server it measures.
+"""A thin HTTP/1.1 client, because client and server share their cores in a measurement.
 
-What arrives is kept with the time at which it arrived; it is read after the round. That costs a
-seventh of what httpx does, and a third of aiohttp (docs/adr/0013-benchmark-client.md).
+Pieces of a response are stored with their arrival times and parsed after the round. This takes a
+seventh of httpx's time and a third of aiohttp's (docs/adr/0013-benchmark-client.md).
 """
 
 import asyncio
@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
-# A server closes connections that were idle for a while (uvicorn after 5 s); one is not used again
-# when the request could meet that.
+# Servers close idle connections (uvicorn after 5 s). A connection that was idle for longer than
+# this is not used again, because a request on it could be lost.
 _IDLE_SECONDS = 2.0
 
 CONNECTION_LOST = "the connection was lost"
@@ -22,17 +22,18 @@ CONNECTION_LOST = "the connection was lost"
 
 @dataclass(slots=True)
 class Exchange:
-    """A request, and what came back. Times are those of ``time.perf_counter``.
+    """A request and its response. Times are those of ``time.perf_counter``.
 
     Attributes:
-        planned_at: When it was to be sent.
-        sent_at: When it was sent; a connection is opened after that, where none is idle.
-        status: The response's status; ``None`` where none came.
-        headers: The response's, with names in lower case.
-        pieces: The response's body, with the time of each piece.
-        ended_at: When the last byte came, or when it was clear that none will.
-        failure: Why there is no whole response.
-        resent: Whether a kept connection turned out to be closed, and it was sent on a new one.
+        planned_at: When the request was to be sent.
+        sent_at: When it was sent; the time to open a connection counts as the response's.
+        status: The response's status, or ``None`` without a response.
+        headers: The response's headers, with names in lower case.
+        pieces: Arrival time and bytes of each piece of the body.
+        ended_at: When the last byte arrived or the exchange failed.
+        failure: Why the response is not complete, or ``None``.
+        resent: Whether the request was sent again on a new connection, because the server had
+            closed the kept one.
     """
 
     planned_at: float
@@ -46,7 +47,7 @@ class Exchange:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, one request at a time."""
+    """A connection that carries one request at a time."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
@@ -64,7 +65,7 @@ class _Connection(asyncio.Protocol):
         return time.perf_counter() - self._idle_since < _IDLE_SECONDS
 
     async def send(self, message: bytes, exchange: Exchange, time_limit: float) -> None:
-        """Send a request, and wait for the end of its response; what happens is in ``exchange``."""
+        """Send a request and wait for the end of its response; fills ``exchange``."""
         if self._transport is None or self._transport.is_closing():
             self._fail(CONNECTION_LOST, exchange)
             return
@@ -121,7 +122,7 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._exchange is None:
             return
-        # Without a length the end of the connection is the end of the body.
+        # A body without a length ends with the connection.
         framed = {b"content-length", b"transfer-encoding"} & self._exchange.headers.keys()
         whole = self._exchange.status is not None and not framed and exc is None
         self._end(None if whole else CONNECTION_LOST)
@@ -146,21 +147,22 @@ class _Connection(asyncio.Protocol):
 
 
 class HttpClient:
-    """Sends requests to one server over as many connections as there are requests at a time."""
+    """Sends requests to a server, with one connection for each concurrent request.
+
+    No method raises when a request fails: the exchange has the failure.
+
+    Args:
+        base_url: ``http://host:port`` or ``https://…``, with the path that all routes share.
+        time_limit: Timeout of a request in seconds.
+
+    Raises:
+        ValueError: ``base_url`` is not such an address.
+    """
 
     def __init__(self, base_url: str, *, time_limit: float) -> None:
-        """Nothing is opened before the first request.
-
-        Args:
-            base_url: ``http://host:port`` or ``https://…``, with the path that all routes share.
-            time_limit: Seconds after which a request counts as failed.
-
-        Raises:
-            ValueError: That is no such address.
-        """
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{base_url!r} is no address: write http://host:port")
+            raise ValueError(f"{base_url!r} is not an address: write http://host:port")
         self._host = parts.hostname
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)
@@ -172,16 +174,16 @@ class HttpClient:
     async def post(
         self, path: str, body: bytes, headers: dict[str, str], planned_at: float | None = None
     ) -> Exchange:
-        """Send a request and wait for the end of its response; failures are in the exchange."""
+        """Send a POST request and wait for the end of its response."""
         sizes = {"Content-Type": "application/json", "Content-Length": str(len(body))}
         return await self._exchange(self._head("POST", path, sizes | headers) + body, planned_at)
 
     async def get(self, path: str, headers: dict[str, str] | None = None) -> Exchange:
-        """The same without a body."""
+        """Send a GET request and wait for the end of its response."""
         return await self._exchange(self._head("GET", path, headers or {}), None)
 
     async def delete(self, path: str, headers: dict[str, str]) -> Exchange:
-        """The same, to delete something."""
+        """Send a DELETE request and wait for the end of its response."""
         return await self._exchange(self._head("DELETE", path, headers), None)
 
     def _head(self, method: str, path: str, headers: dict[str, str]) -> bytes:
@@ -197,8 +199,8 @@ class HttpClient:
             await kept.send(message, exchange, self._time_limit)
             if kept.is_usable:
                 self._idle.append(kept)
-            # A server may close a connection between two requests without a word, as llama-server
-            # does. The request never reached it then, and any client would send it again.
+            # A server may close a connection between two requests, as llama-server does. It never
+            # read the request then, so the request is sent again, as other clients do.
             if exchange.failure != CONNECTION_LOST or exchange.status is not None:
                 return exchange
             exchange.failure, exchange.resent = None, True
@@ -229,6 +231,6 @@ class HttpClient:
         return connection
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the idle connections."""
         while self._idle:
             self._idle.pop().close()

@@ -1,12 +1,12 @@
-"""What a run sends: prompts, answer lengths and arrival times, all decided by a seed."""
+"""Prompts, lengths of answers and arrival times of a round, all from a seed."""
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-# Common words, each one token with a space before it in most vocabularies, so that a prompt's
-# words are about its tokens. The report has the server's own count.
+# Common words: with a space before it, each is one token in most vocabularies, so that a prompt has
+# about as many tokens as words. The report has the server's count.
 _COMMON = (
     "the of and to in is that it was for on are with as his they be at one have this from or had "
     "by word but what some we can out other were all there when up use your how said an each she "
@@ -17,7 +17,7 @@ _COMMON = (
 )
 WORDS = tuple(_COMMON.split())
 
-# Stands last, so that no two prompts share a prefix; what it asks for keeps answers long.
+# It comes last, so that no two prompts share a prefix. The task keeps answers long.
 _TASK = "Write a long story with all of these words."
 _TASK_WORDS = len(_TASK.split())
 _MAX_DRAWS = 100
@@ -26,16 +26,16 @@ _LENGTHS = re.compile(r"(?P<low>\d+)-(?P<high>\d+)|(?P<list>\d+(,\d+)*)")
 
 
 class WorkloadError(ValueError):
-    """A run that cannot be planned; the message is one line that says why."""
+    """The workload cannot be planned; the message is one line with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """A distribution of lengths: every one of ``values`` is as likely, or all between two bounds.
+    """A uniform distribution of lengths over a list of values or between two bounds.
 
     Attributes:
-        values: One value is a fixed length, several are a list to draw from.
-        uniform: ``values`` are the lower and the upper bound, both included.
+        values: A fixed length, a list to draw from, or two bounds.
+        uniform: Whether ``values`` are the lower and the upper bound, both included.
     """
 
     values: tuple[int, ...]
@@ -46,7 +46,7 @@ class Lengths:
         """Read ``32`` (fixed), ``16-128`` (uniform) or ``16,64,256`` (a list).
 
         Raises:
-            WorkloadError: It is none of these, or a length is 0.
+            WorkloadError: The text is none of these, or a length is 0.
         """
         match = _LENGTHS.fullmatch(text)
         if match is None:
@@ -60,8 +60,8 @@ class Lengths:
         return lengths
 
     def draw(self, random: Random) -> int:
-        """One length."""
-        # Here and further down: repeatable on purpose, and no secret.
+        """Draw a length."""
+        # Repeatable on purpose; nothing here is secret.
         return random.randint(*self.values) if self.uniform else random.choice(self.values)  # nosec B311
 
     def __str__(self) -> str:
@@ -70,12 +70,12 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """One request of a run.
+    """A request of a round.
 
     Attributes:
-        prompt: Its text, different from that of every other request of the round.
-        max_tokens: Most tokens to ask for.
-        at: When to send it, in seconds from the round's start; 0 in a closed loop.
+        prompt: The prompt, different from all others of the round.
+        max_tokens: The request's ``max_tokens``.
+        at: Seconds from the round's start to its sending; 0 in a closed loop.
     """
 
     prompt: str
@@ -85,12 +85,12 @@ class PlannedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What the requests of a run look like.
+    """A description of the requests of a run.
 
     Attributes:
-        prompt_words: Length of the prompts in words, which are about as many tokens.
-        output_tokens: Most tokens of the answers.
-        seed: Decides prompts, lengths and arrival times.
+        prompt_words: Length of the prompts in words, which is about that in tokens.
+        output_tokens: ``max_tokens`` of the requests.
+        seed: Seed of prompts, lengths and arrival times.
     """
 
     prompt_words: Lengths = Lengths((16,))
@@ -100,15 +100,15 @@ class Workload:
     def plan(
         self, count: int, *, round_name: str, rate: float | None = None
     ) -> list[PlannedRequest]:
-        """The requests of a round, the same ones for the same seed, round and count.
+        """The requests of a round; equal seeds, names and counts give equal requests.
 
         Args:
-            count: How many.
-            round_name: Rounds of different names share no prompt but by chance.
-            rate: Requests a second of a Poisson process; ``None`` sends without arrival times.
+            count: Number of requests.
+            round_name: Rounds of different names share prompts only by chance.
+            rate: Requests a second of a Poisson process; ``None``: all at time 0.
 
         Raises:
-            WorkloadError: There are not that many different prompts of that length.
+            WorkloadError: There are fewer different prompts of that length.
         """
         random = Random(f"{self.seed}/{round_name}")  # noqa: S311 - repeatable, not secret  # nosec B311
         prompts = _distinct_prompts(random, self.prompt_words)
@@ -122,7 +122,7 @@ class Workload:
 
 
 def _distinct_prompts(random: Random, lengths: Lengths) -> Iterator[str]:
-    """Prompts that all differ, since a server may answer an equal one from a cache."""
+    """Prompts that all differ, because a server may answer an equal one from a cache."""
     seen: set[str] = set()
     while True:
         for _ in range(_MAX_DRAWS):

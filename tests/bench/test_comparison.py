@@ -1,4 +1,4 @@
-"""The arithmetic of the comparison, and the page that holds its figures."""
+"""The arithmetic of the comparison and of the overload."""
 
 import re
 from typing import Any
@@ -23,7 +23,7 @@ def figures(*speeds: float, ttft: float = 0.5) -> list[dict[str, Any]]:
 
 
 def measured() -> dict[str, Any]:
-    """A small comparison of one engine of ours with one peer."""
+    """A comparison of an engine with a peer."""
     return {
         "rows": ["ours, openvino", SERVE],
         "throughput": {
@@ -38,12 +38,12 @@ def measured() -> dict[str, Any]:
 
 
 def reached(data: dict[str, Any]) -> dict[str, Ratio]:
-    """The goals by what they compare."""
+    """The goals by description."""
     return {ratio.what: ratio for ratio in ratios(data)}
 
 
-def test_ratios_are_medians_of_the_rounds_own_ratios() -> None:
-    """4, 9 and 2 give 4; the medians of both sides, 40 and 10, would hide that it varies."""
+def test_a_ratio_is_the_median_over_rounds() -> None:
+    """The ratios 4, 9 and 2 of single rounds give 4, not the ratio of the medians."""
     found = reached(measured())[f"tokens/s, openvino ÷ {SERVE}, C = 1"]
     assert (found.value, found.goal, found.verdict) == (4.0, 3.5, "met")
 
@@ -62,7 +62,7 @@ def test_ratios_are_medians_of_the_rounds_own_ratios() -> None:
     ],
 )
 def test_each_goal_is_judged(what: str, value: float | None, verdict: str) -> None:
-    """A ratio that one side is missing for is not measured, and neither met nor missed."""
+    """A ratio is met, missed, or not measured when a side is missing."""
     found = reached(measured())[what]
     assert found.value == (None if value is None else pytest.approx(value))
     assert found.verdict == verdict
@@ -76,7 +76,7 @@ def test_the_page_has_every_section() -> None:
 
 
 def overload_data(**changed: Any) -> dict[str, Any]:
-    """Two rounds of overload; the second one with what is changed."""
+    """Two rounds of overload; ``changed`` applies to the second one."""
     one = {
         "rate": 9.0,
         "peak": 100.0,
@@ -110,13 +110,13 @@ def overload_data(**changed: Any) -> dict[str, Any]:
     ],
 )
 def test_an_overload_is_judged(changed: dict[str, Any], missed: str) -> None:
-    """Each bound is told apart; of the ratios the median counts, of the others the worst."""
+    """Each bound is judged alone: the ratios by their median, the other figures by the worst."""
     text = overload.render(overload_data(**changed))
     assert re.findall(r"([^|\s][^|]*): missed", text) == [missed]
 
 
-def test_the_steady_rate_counts_what_came_in_the_window() -> None:
-    """Pieces inside the window count, with a stream's tokens shared among its pieces."""
+def test_the_steady_rate_counts_pieces_in_the_window() -> None:
+    """Pieces inside the window count, each as an equal share of its stream's tokens."""
     stream = Result(Outcome.COMPLETED, 0.0, 4.0, ttft=1.0, gaps=(1.0, 1.0, 1.0), tokens=8)
     refused = Result(Outcome.REFUSED, 0.0, 4.0)
     assert steady_rate([stream, refused], 1.5, 3.5) == pytest.approx(2 * 2 / 2)

@@ -1,4 +1,4 @@
-"""The load generator against the running service, and against servers that misbehave."""
+"""The load generator against the service, and against servers with faults."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ LAST = b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]
 
 @asynccontextmanager
 async def serving(handler: Handler) -> AsyncIterator[Target]:
-    """A server that treats every connection as ``handler`` does."""
+    """Run a server that calls ``handler`` for every connection."""
     tasks: set[asyncio.Task[None] | None] = set()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -45,25 +45,25 @@ async def serving(handler: Handler) -> AsyncIterator[Target]:
 
 
 async def read_request(reader: asyncio.StreamReader) -> bytes:
-    """One request's body."""
+    """Read a request; its body."""
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
     length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
     return await reader.readexactly(length)
 
 
 def target_of(service: Service, route: Route = Route.CHAT) -> Target:
-    """How to ask a running service of the tests."""
+    """The target of a running service."""
     return Target(service.base_url, route, API_KEY)
 
 
 def outcomes(results: list[Result]) -> list[Outcome]:
-    """How the requests of a round ended."""
+    """The outcomes of a round's requests."""
     return [result.outcome for result in results]
 
 
 @pytest.mark.parametrize("route", [Route.CHAT, Route.GENERATE])
 async def test_a_closed_loop_completes_every_request(echo_service: Service, route: Route) -> None:
-    """Each request of a closed loop is answered once, with the text and the tokens asked for."""
+    """Each request of a closed loop is answered once, with its text and number of tokens."""
     results = await run_round(
         target_of(echo_service, route), Workload(), name="a", requests=24, clients=6
     )
@@ -74,8 +74,8 @@ async def test_a_closed_loop_completes_every_request(echo_service: Service, rout
     assert {result.text for result in results} == planned
 
 
-async def test_a_closed_loop_keeps_its_clients_busy() -> None:
-    """Three clients have three requests open at a time, neither fewer nor more."""
+async def test_a_closed_loop_has_one_request_a_client() -> None:
+    """Three clients have exactly three requests open at a time."""
     three = asyncio.Barrier(3)
     running = most = 0
 
@@ -84,7 +84,7 @@ async def test_a_closed_loop_keeps_its_clients_busy() -> None:
         await read_request(reader)
         running += 1
         most = max(most, running)
-        # Nobody passes before three requests are open.
+        # No request is answered before three are open.
         await three.wait()
         running -= 1
         writer.write(HEAD + b"\r\n" + PIECE + LAST)
@@ -97,7 +97,7 @@ async def test_a_closed_loop_keeps_its_clients_busy() -> None:
 
 
 async def test_an_open_loop_does_not_wait_for_answers(slow_service: Service) -> None:
-    """Requests are sent at their planned times, while earlier ones are still being answered."""
+    """Requests are sent at their planned times while earlier ones run."""
     workload = Workload(output_tokens=Lengths((40,)))
     results = await run_round(
         target_of(slow_service), workload, name="open", requests=10, rate=20.0
@@ -106,12 +106,12 @@ async def test_an_open_loop_does_not_wait_for_answers(slow_service: Service) -> 
     planned = [request.at for request in workload.plan(10, round_name="open", rate=20.0)]
     start = results[0].sent_at - planned[0]
     assert [r.sent_at - start for r in results] == pytest.approx(planned, abs=0.5)
-    # 40 tokens take 2 s, so all were under way when the first one ended.
+    # 40 tokens take 2 s, so all requests were sent before the first one ended.
     assert max(r.sent_at for r in results) < min(r.ended_at for r in results)
 
 
-async def test_refusals_of_a_full_queue_are_counted() -> None:
-    """With one running and one waiting, the others are refused at once, and each is counted."""
+async def test_rejections_of_a_full_queue_are_counted() -> None:
+    """With one slot and one place, all other requests count as rejected."""
     with running_service(
         ENGINE__ECHO_STEP_SECONDS="0.02", ENGINE__MAX_RUNNING="1", ENGINE__MAX_WAITING="1"
     ) as service:
@@ -128,7 +128,7 @@ async def test_refusals_of_a_full_queue_are_counted() -> None:
 
 
 async def test_a_server_that_dies_in_mid_stream_is_an_error() -> None:
-    """A connection that is lost within a stream ends the request as failed, and does not hang."""
+    """A request whose connection is lost in the stream has failed."""
 
     async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
@@ -143,7 +143,7 @@ async def test_a_server_that_dies_in_mid_stream_is_an_error() -> None:
 
 
 async def test_a_silent_server_runs_into_the_time_limit() -> None:
-    """A request without an end fails when its time is over."""
+    """A request without an answer fails after its timeout."""
 
     async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
@@ -156,7 +156,7 @@ async def test_a_silent_server_runs_into_the_time_limit() -> None:
 
 
 async def test_a_kept_connection_that_was_closed_costs_no_request() -> None:
-    """A request that met a closed connection is sent once more, and the report says so."""
+    """A request on a connection that the server had closed is sent again, and counted as resent."""
     bodies = []
 
     async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -164,7 +164,7 @@ async def test_a_kept_connection_that_was_closed_costs_no_request() -> None:
         body = PIECE + LAST
         writer.write(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         await writer.drain()
-        # The next request comes, is not read, and the connection goes away without a word.
+        # The next request arrives, is not read, and the connection is closed.
         await reader.read(1)
 
     async with serving(answer_once) as target, asyncio.timeout(20):
@@ -175,7 +175,7 @@ async def test_a_kept_connection_that_was_closed_costs_no_request() -> None:
 
 
 async def test_a_body_may_end_with_its_connection() -> None:
-    """A response without a length is whole when the server closes the connection."""
+    """A response without a length is complete when the server closes the connection."""
 
     async def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)

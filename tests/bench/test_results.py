@@ -1,4 +1,4 @@
-"""What is read from a response, and what is computed from results."""
+"""Parsing of responses, and the figures of a round."""
 
 import json
 
@@ -19,7 +19,7 @@ from benchmarks.load.workload import PlannedRequest
 
 
 def exchange(*pieces: tuple[float, str], status: int = 200, failure: str | None = None) -> Exchange:
-    """What came back at these times, for a request sent at 10.0."""
+    """A response of these pieces to a request sent at 10.0."""
     end = max((at for at, _ in pieces), default=10.5)
     body = [(at, text.encode()) for at, text in pieces]
     return Exchange(10.0, 10.0, status, {}, body, end, failure)
@@ -49,7 +49,7 @@ COMPLETIONS = ((10.3, data(choices=[{"text": "One", "finish_reason": "stop"}])),
 
 
 def test_a_native_stream_is_read() -> None:
-    """TTFT is the first piece of text's, not the role's; tokens are those the service counted."""
+    """TTFT is that of the first text, not of the role; tokens are the service's count."""
     result = result_of(exchange(*NATIVE))
     assert result.outcome is Outcome.COMPLETED
     assert result.text == "One two three"
@@ -60,7 +60,7 @@ def test_a_native_stream_is_read() -> None:
 
 
 def test_streams_of_openai_s_routes_are_read() -> None:
-    """Both of OpenAI's shapes give text, the usage chunk gives tokens, else pieces are counted."""
+    """Both of OpenAI's shapes are read; tokens are from usage, else the number of pieces."""
     chat, completion = result_of(exchange(*OPENAI)), result_of(exchange(*COMPLETIONS))
     assert (chat.outcome, chat.text, chat.tokens) == (Outcome.COMPLETED, "One two", 2)
     assert (completion.text, completion.tokens) == ("One", 1)
@@ -70,7 +70,7 @@ def test_streams_of_openai_s_routes_are_read() -> None:
 
 
 def test_any_division_of_a_stream_reads_the_same() -> None:
-    """Events that are cut anywhere, inside a character too, are the same events."""
+    """Events are read correctly wherever they are cut, also inside a character."""
     whole = "".join(text for _, text in NATIVE).replace("two", "\u6771\u4eac").encode()
     for size in (1, 2, 7, len(whole)):
         pieces = [(1.0, whole[i : i + size]) for i in range(0, len(whole), size)]
@@ -95,8 +95,8 @@ def test_any_division_of_a_stream_reads_the_same() -> None:
         (exchange((10.1, 'data: {"usage": 1}\n\n')), "failed", NO_EVENT),
     ],
 )
-def test_what_is_not_whole_is_no_completion(found: Exchange, outcome: str, error: str) -> None:
-    """Refusals are 429 and 503; everything else that is not a whole stream failed, and says why."""
+def test_an_incomplete_stream_has_failed(found: Exchange, outcome: str, error: str) -> None:
+    """429 and 503 are rejections; any other incomplete stream has failed, with a reason."""
     result = result_of(found)
     assert result.outcome == outcome
     assert (result.error or "").startswith(error)
@@ -108,7 +108,7 @@ def completed(sent_at: float, seconds: float, ttft: float, tokens: int = 10) -> 
 
 
 def test_a_round_is_summed_up() -> None:
-    """Rates are over the time from the first sending to the last end; every request is counted."""
+    """Rates are over the time from the first sending to the last end, and all requests count."""
     results = [
         completed(0.0, 2.0, 0.5),
         completed(1.0, 4.0, 1.5),
@@ -127,7 +127,7 @@ def test_a_round_is_summed_up() -> None:
 
 
 def test_goodput_needs_every_bound() -> None:
-    """A request is good within both bounds only, and never when it was not completed."""
+    """A request is good only when it was completed within both bounds."""
     bounds = LatencyTarget(ttft=1.0, seconds=3.0)
     assert bounds.holds(completed(0, 3.0, 1.0))
     assert not bounds.holds(completed(0, 3.1, 1.0))
@@ -136,7 +136,7 @@ def test_goodput_needs_every_bound() -> None:
 
 
 def test_percentiles_interpolate() -> None:
-    """Percentiles lie between the nearest values; of nothing there is none."""
+    """Percentiles are interpolated linearly, and are None without values."""
     assert percentile([4.0, 1.0, 3.0, 2.0], 50) == pytest.approx(2.5)
     assert percentile([1.0, 2.0], 90) == pytest.approx(1.9)
     assert percentile([7.0], 99) == 7.0
@@ -144,7 +144,7 @@ def test_percentiles_interpolate() -> None:
 
 
 def test_medians_are_taken_figure_by_figure() -> None:
-    """Over rounds each figure has its own median, and errors are added up."""
+    """Each figure has its own median over rounds, and errors are added up."""
     rounds = [
         summarise([completed(0, s, 0.1), Result(Outcome.FAILED, 0, 0, error="x")])
         for s in (1.0, 2.0, 10.0)
@@ -157,7 +157,7 @@ def test_medians_are_taken_figure_by_figure() -> None:
 
 
 def test_every_route_is_asked_for_a_stream_that_no_cache_answers() -> None:
-    """Native routes get `cache: false` and a key of their own header, others a model and usage."""
+    """Native routes get `cache: false` and X-API-Key, others a model, usage and a bearer token."""
     request = PlannedRequest("Hello", 5)
     for route in Route:
         target = Target("http://h", route, key="k", system="Be brief.")

@@ -1,4 +1,4 @@
-"""Mixed traffic, and what a service must not keep of it."""
+"""The soak test, and its judgement of leaks."""
 
 import pytest
 
@@ -7,8 +7,8 @@ from benchmarks.soak import SETTINGS, Report, Tally, slope, soak
 from tests.support.service import API_KEY, running_service
 
 
-async def test_a_soaked_service_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All kinds of requests get the answers they should, and leave nothing behind."""
+async def test_a_soaked_service_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All kinds of requests get the expected answers and leak nothing."""
     monkeypatch.setattr("benchmarks.soak.STILL_SECONDS", 1.0)
     with running_service(LOGGING__LEVEL="ERROR", **SETTINGS) as service:
         target = Target(service.base_url, Route.CHAT, API_KEY)
@@ -23,14 +23,14 @@ async def test_a_soaked_service_is_as_it_was(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def a_report(**changed: float) -> Report:
-    """A run without problems, but for what was changed at its end."""
+    """A run without problems but for the counts that ``changed`` at its end."""
     start = {"tasks": 3.0, "API: files": 20.0}
     steady = [(float(at), 100.0) for at in range(40)]
     return Report(Tally(), 40.0, start, start | changed, {"API": steady})
 
 
-def test_what_is_left_is_a_problem() -> None:
-    """A file too many, a wrong answer and memory that grows are each named."""
+def test_leaks_are_problems() -> None:
+    """A leaked file, an unexpected answer and growing memory are each reported."""
     assert a_report().problems() == []
     leaky = a_report(**{"API: files": 21.0})
     leaky.tally.surprises["stream, chat: boom"] += 2
@@ -43,7 +43,7 @@ def test_what_is_left_is_a_problem() -> None:
 
 
 def test_memory_may_rise_a_little() -> None:
-    """Growth below 16 MiB is no problem, and the slope is in MiB an hour."""
+    """Growth under 16 MiB is no problem, and the slope is in MiB an hour."""
     assert Report(Tally(), 40.0, {}, {}, {"API": _growing(0.5)}).problems() == []
     assert slope(_growing(0.5)) == pytest.approx(1800)
     assert slope([(0.0, 1.0)]) == 0.0
