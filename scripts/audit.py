@@ -1,9 +1,9 @@
-"""Look every locked package up in the database of known vulnerabilities.
+"""Look every locked package up in a database of known vulnerabilities.
 
-pip-audit asks; this script makes sure that it was answered. A package index that has no such
-database, as many mirrors have not, lets pip-audit skip every package and end with success. So a
-package that is known to be vulnerable is asked for first: only a service that knows of it is
-believed, and a package it then has nothing on is a fault.
+pip-audit does the look-ups. With a package index that has no such database, such as many mirrors,
+it skips every package and succeeds. So this script first looks up a package that is known to be
+vulnerable, and uses only a service that reports it. A package that this service then skips is a
+fault.
 """
 
 import argparse
@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCK_FILE = ROOT / "poetry.lock"
 
 SERVICES = ("pypi", "osv")
-# Old, and full of advisories that are not going to be withdrawn.
+# An old version with many advisories, which will not be withdrawn.
 KNOWN_VULNERABLE = "django==3.0"
 _SECONDS_EACH = 900
 
 Ask = Callable[[str, Sequence[str]], list[dict[str, Any]] | None]
-"""Looks requirements up in a service; ``None`` where it does not answer."""
+"""Looks requirements up in a service; ``None`` when it does not answer."""
 
 
 def locked(lock_file: Path) -> list[str]:
@@ -35,7 +35,7 @@ def locked(lock_file: Path) -> list[str]:
 
 
 def ask_pip_audit(service: str, requirements: Sequence[str]) -> list[dict[str, Any]] | None:
-    """What pip-audit finds out about each requirement."""
+    """Look requirements up by pip-audit; one result for each requirement."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "requirements.txt"
         file.write_text("\n".join(requirements), encoding="utf-8")
@@ -56,7 +56,7 @@ def ask_pip_audit(service: str, requirements: Sequence[str]) -> list[dict[str, A
 
 
 def faults_of(packages: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each vulnerability, and for each package that nothing is known of."""
+    """A line for each vulnerability, and for each package that was skipped."""
     faults = []
     for package in packages:
         if reason := package.get("skip_reason"):
@@ -69,7 +69,7 @@ def faults_of(packages: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def believable(ask: Ask) -> str | None:
-    """The first service that knows of a package that is known to be vulnerable."""
+    """The first service that reports the known vulnerability."""
     for service in SERVICES:
         answer = ask(service, [KNOWN_VULNERABLE])
         if answer and answer[0].get("vulns"):
@@ -78,11 +78,11 @@ def believable(ask: Ask) -> str | None:
 
 
 def audit(requirements: Sequence[str], *, where_reachable: bool, ask: Ask = ask_pip_audit) -> int:
-    """Say what is vulnerable; returns the exit status.
+    """Print vulnerabilities; returns the exit status.
 
     Args:
         requirements: Packages with their versions.
-        where_reachable: Take it that no service can be reached, and say so.
+        where_reachable: Only print a warning when no service can be reached.
         ask: See :data:`Ask`.
     """
     service = believable(ask)
@@ -109,7 +109,7 @@ def main() -> int:
     parser.add_argument(
         "--where-reachable",
         action="store_true",
-        help="succeed, loudly, where no service answers; else that fails",
+        help="only print a warning when no service answers",
     )
     return audit(locked(LOCK_FILE), where_reachable=parser.parse_args().where_reachable)
 

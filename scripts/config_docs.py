@@ -54,7 +54,7 @@ Each source overrides the one before it:
 In `.env` and in the environment two underscores join section and key: `MODEL__NAME` sets
 `model.name`; `.env.example` has every variable. Lists and objects are JSON there:
 `SECURITY__API_KEYS='[{"name": "ci", "key": "..."}]'`. Settings are read once, at the start;
-only the API keys are read again, on SIGHUP.
+only the API keys are read again on SIGHUP.
 
 An unknown setting or a value that is not allowed ends the start with one line that names the key,
 the value, its source and what is allowed. `app.environment: production` also refuses the default
@@ -70,7 +70,7 @@ The libraries under the service read these.
 |---|---|
 | `CONFIG_FILE` | The YAML file that is read instead of `config.yml`; it must exist. |
 | `HF_HOME` | Folder of downloaded hub models, and of the bundled model. |
-| `HF_HUB_OFFLINE` | `1`: never ask the hub, use what has been downloaded. |
+| `HF_HUB_OFFLINE` | `1`: use downloaded models only, without the network. |
 | `HF_ENDPOINT` | Address of a mirror of the hub. |
 | `FORWARDED_ALLOW_IPS` | Proxies that uvicorn believes; see `security.trusted_proxies`. |
 """
@@ -89,13 +89,13 @@ class DocsError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting.
+    """A setting.
 
     Attributes:
-        key: As in config.yml, ``model.name``.
-        default: Its value where no source has one.
+        key: Its name in config.yml, ``model.name``.
+        default: Its default.
         schema: Its JSON schema, without references.
-        description: One sentence or two.
+        description: Its description.
     """
 
     key: str
@@ -105,7 +105,7 @@ class Setting:
 
     @property
     def variable(self) -> str:
-        """Its environment variable, ``MODEL__NAME``."""
+        """Its environment variable, such as ``MODEL__NAME``."""
         return self.key.replace(".", "__").upper()
 
     @property
@@ -218,7 +218,7 @@ def _digits(number: float) -> str:
 
 
 def configuration_markdown() -> str:
-    """docs/configuration.md."""
+    """The text of docs/configuration.md."""
     parts = [_TABLE_HEAD]
     for section, rows in _sections().items():
         head = [f"## `{section}`", "", _section_intro(section)] if section else ["## No section"]
@@ -249,7 +249,7 @@ def _section_intro(section: str) -> str:
 
 
 def env_example() -> str:
-    """.env.example."""
+    """The text of .env.example."""
     by_variable = {setting.variable: setting for setting in settings()}
     parts = [_ENV_HEAD]
     for title, variables in _SET_IN_ENV.items():
@@ -284,7 +284,7 @@ def yaml_faults() -> list[str]:
         for line in text.splitlines()
         if line.startswith(" ") and ":" in line and "#" not in line and not line.endswith(":")
     ]
-    return faults + [f"config.yml does not say what this does: {line}" for line in uncommented]
+    return faults + [f"config.yml has no comment at: {line}" for line in uncommented]
 
 
 def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -1,8 +1,7 @@
-"""What builds and runs containers on this machine: Docker, or podman with the same commands.
+"""Builds and runs containers with Docker, or with podman, which has the same commands.
 
-podman needs no running engine, only root. The machine's certificates and pip's settings are
-mounted for the build alone, so that a package index of a company's own works; nothing of them
-becomes part of the image.
+podman needs root, but no running engine. The machine's certificates and pip's settings are mounted
+during the build, so that a private package index works; they do not become part of the image.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 BASE_IMAGE = "docker.io/library/python:3.11-slim-bookworm"
 STAND_IN = PROJECT_ROOT / "deploy" / "docker" / "stand_in_base.sh"
-# Apart from podman's own store, where the stand-in would take the real base image's name.
+# Not podman's default store, in which the stand-in would replace the real base image.
 DEFAULT_STORE = Path("/var/tmp/llm-fastapi-service-containers")  # noqa: S108 - too big for /tmp, and worth keeping
 _PACKAGES = ("podman", "runc", "netavark", "aardvark-dns", "iptables", "debootstrap")
 _CERTIFICATES = ("/etc/ssl/certs", "/usr/share/ca-certificates", "/usr/local/share/ca-certificates")
@@ -34,18 +33,18 @@ print(json.dumps([options.index_url, options.find_links]))
 
 
 class EngineError(Exception):
-    """No container can be built or run here; the message says why."""
+    """Containers cannot be built or run; the message has the reason."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One way to build and run containers.
+    """A program that builds and runs containers.
 
     Attributes:
-        name: For people.
-        command: What every call starts with.
-        build_options: What `build` needs on this machine.
-        run_options: What `run` needs on this machine.
+        name: Name in messages.
+        command: First words of every call.
+        build_options: Options of `build` on this machine.
+        run_options: Options of `run` on this machine.
     """
 
     name: str
@@ -54,7 +53,7 @@ class Engine:
     run_options: tuple[str, ...] = ()
 
     def build(self, tag: str, arguments: Mapping[str, str]) -> None:
-        """Build the project's image, showing the engine's own output.
+        """Build the project's image and show the engine's output.
 
         Raises:
             EngineError: The build failed.
@@ -65,10 +64,10 @@ class Engine:
             raise EngineError("the image could not be built")
 
     def call(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run one of the engine's commands and take its output.
+        """Run a command of the engine; its output.
 
         Raises:
-            EngineError: It failed, and `check` is set.
+            EngineError: It failed and `check` is set.
         """
         done = subprocess.run(
             [*self.command, *arguments], capture_output=True, text=True, check=False
@@ -79,10 +78,10 @@ class Engine:
 
 
 def choose_engine(store: Path) -> Engine:
-    """Docker where it answers, else podman with its images in `store`.
+    """Docker if it answers, else podman with its images in `store`.
 
     Raises:
-        EngineError: Neither can be had.
+        EngineError: Neither can be used.
     """
     if _answers(["docker", "info"]):
         return Engine("docker", ("docker",))
@@ -116,7 +115,7 @@ def _install_podman() -> None:
 def _podman(store: Path) -> Engine:
     store.mkdir(parents=True, exist_ok=True)
     places = (f"--root={store / 'images'}", f"--runroot={store / 'run'}")
-    # Left alone, podman raises limits, for which a host that is a container itself lacks the right.
+    # By default podman raises limits, which a host that is a container itself is not allowed to do.
     limits = [
         f"--ulimit={name}={most}:{most}"
         for name, most in {
@@ -127,9 +126,10 @@ def _podman(store: Path) -> Engine:
     engine = Engine(
         "podman",
         ("podman", *places, "--runtime=runc"),
-        # Docker's format, because OCI's has no health check; nested containers need no new ones.
+        # Docker's format, because OCI's has no health check; chroot, because a host that is a
+        # container itself may not create the namespaces of build steps.
         ("--isolation=chroot", "--format=docker", "--layers", "--pull=never", *_machine()),
-        # podman leaves health checks to systemd, which need not run here.
+        # podman runs health checks by systemd, which may not run here.
         (*limits, "--no-healthcheck"),
     )
     _provide_base_image(engine)
@@ -137,7 +137,7 @@ def _podman(store: Path) -> Engine:
 
 
 def _at_most(limit: int, kind: int) -> int:
-    """A resource limit that needs no right to raise; -1 says unlimited."""
+    """The lower of ``limit`` and the process's own limits, so that no limit is raised."""
     return min([limit, *(value for value in resource.getrlimit(kind) if value >= 0)])
 
 
@@ -156,9 +156,9 @@ def _provide_base_image(engine: Engine) -> None:
 
 
 def _machine() -> list[str]:
-    """Mounts and arguments by which pip in the build sees what pip on this machine sees.
+    """Mounts and arguments that give pip in the build the settings of pip on this machine.
 
-    They are mounted on folders that the base image has, so that no mount point stays behind.
+    The mount points are folders of the base image, so that no new folder remains in the image.
     """
     options = [f"--volume={path}:{path}:ro" for path in _CERTIFICATES if Path(path).is_dir()]
     answer = subprocess.run(
@@ -171,6 +171,6 @@ def _machine() -> list[str]:
     for wheels in [Path(link) for link in find_links if Path(link).is_dir()][:1]:
         options += [f"--volume={wheels}:/mnt:ro", "--build-arg=PIP_FIND_LINKS=/mnt"]
         if list(wheels.glob("torch-*+cpu-*.whl")):
-            # The CPU build of torch is here, so PyTorch's own index need not be reachable.
+            # The CPU build of torch is local, so PyTorch's index need not be reachable.
             options.append("--build-arg=TORCH_INDEX_URL=")
     return options

@@ -1,4 +1,4 @@
-"""Show the service at work: `make demo`, or `python -m scripts.demo` inside the environment.
+"""Show the service: `make demo`, or `python -m scripts.demo` inside the environment.
 
 Starts the service with the bundled model on a free port, waits until it is ready, asks it a
 question over a stream, shows how to ask the next one, and stops it.
@@ -40,12 +40,12 @@ LOG_LINES = 20
 
 
 class DemoError(Exception):
-    """The demo cannot go on; the message is one line that says why."""
+    """The demo failed; the message is one line with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a stream gave: its text, its tokens, and seconds counted from sending the request."""
+    """A streamed answer: text, tokens, and seconds after the request was sent."""
 
     text: str
     tokens: int
@@ -58,7 +58,7 @@ class Answer:
 
 @contextmanager
 def running_service(key: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Run the service with the bundled model, give its URL and process, and stop it at the end."""
+    """Run the service with the bundled model; yields its URL and process, and stops it."""
     port = _free_port()
     LOG.parent.mkdir(exist_ok=True)
     environment = os.environ | {
@@ -68,8 +68,8 @@ def running_service(key: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     }
     address = ["--host", "127.0.0.1", "--port", str(port)]
     with LOG.open("wb") as log:
-        # A session of its own: Ctrl-C reaches the demo alone, which then stops the service in
-        # order, and whatever the service started can be found and counted as one group.
+        # In a new session Ctrl-C reaches only the demo, which then stops the service in order, and
+        # all processes that the service starts are one group.
         process = subprocess.Popen(
             [sys.executable, "-m", "uvicorn", "app.main:app", *address],
             cwd=ROOT,
@@ -83,17 +83,17 @@ def running_service(key: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     try:
         yield f"http://127.0.0.1:{port}", process
     except BaseException:
-        # Whatever went wrong matters more than how the stop went, and is shown instead of it.
+        # The first error matters more than a failure of the stop.
         _kill_group(process)
         raise
     stop(process)
 
 
 def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
-    """Wait for /readyz, showing what /health says meanwhile.
+    """Wait for /readyz and show the status of /health meanwhile.
 
     Raises:
-        DemoError: the service died, or was not ready in time.
+        DemoError: The service ended, or was not ready in time.
     """
     started = time.monotonic()
     line = _StatusLine()
@@ -108,7 +108,7 @@ def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> 
                 return
             status = str(client.get("/health").json().get("status", status))
         except (httpx.TransportError, ValueError, AttributeError):
-            # Nothing listens yet, or the answer is not the service's: both pass or time out.
+            # Nothing listens yet, or another program answers; the timeout covers both.
             pass
         line.show(status, seconds)
         time.sleep(POLL_SECONDS)
@@ -117,10 +117,10 @@ def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> 
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the service to stop, and make sure that it and all it started have exited.
+    """Stop the service, and wait until it and its processes have exited.
 
     Raises:
-        DemoError: it had exited already, or did not stop by itself in time.
+        DemoError: It had exited already, or did not stop in time.
     """
     if process.poll() is not None:
         raise DemoError(f"the service stopped by itself, with status {process.returncode}")
@@ -140,12 +140,12 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _group_alive(process: subprocess.Popen[bytes]) -> bool:
-    """Whether any process of the service's session still runs, its engine process for example."""
+    """Whether a process of the service's session runs, such as the engine process."""
     try:
         os.killpg(process.pid, 0)
     except (ProcessLookupError, PermissionError):
         return False
-    # In a container whose first process never reaps orphans, the dead stay listed as zombies.
+    # In a container whose first process does not reap orphans, dead processes stay as zombies.
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             state, _parent, group = stat.read_text().rpartition(")")[2].split()[:3]
@@ -155,7 +155,7 @@ def _group_alive(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Let the service go at once: a short while for its own end, then the kernel's."""
+    """Terminate the service, and kill it after 5 s."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=5)
@@ -178,7 +178,7 @@ def ask(client: httpx.Client, key: str, question: str) -> Answer:
     """Ask over /v1/chat and print the answer as its pieces arrive.
 
     Raises:
-        DemoError: the service refused, sent an error, or ended the stream without an answer.
+        DemoError: The service answered with an error, or without text.
     """
     body = _chat(question) | {"temperature": 0}
     pieces: list[str] = []
@@ -205,7 +205,7 @@ def ask(client: httpx.Client, key: str, question: str) -> Answer:
 
 
 def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a stream's `data:` lines; comments and `[DONE]` are passed over."""
+    """The JSON objects of a stream's `data:` lines, without comments and `[DONE]`."""
     for line in response.iter_lines():
         data = line.removeprefix("data:").strip()
         if line.startswith("data:") and data != "[DONE]":
@@ -220,7 +220,7 @@ def _chat(question: str) -> dict[str, Any]:
 
 
 def curl_command(key: str, question: str, port: int = 8000) -> str:
-    """The command that asks `question`, fit to be pasted into a shell."""
+    """The shell command that asks `question`."""
     return (
         f"curl -N http://localhost:{port}/v1/chat \\\n"
         '    -H "Content-Type: application/json" \\\n'
@@ -233,7 +233,7 @@ def curl_command(key: str, question: str, port: int = 8000) -> str:
 
 
 class _StatusLine:
-    """A status that is redrawn on a terminal and told now and then elsewhere."""
+    """A status that is redrawn on a terminal, and printed on change or every 5 s elsewhere."""
 
     def __init__(self) -> None:
         self._redraws = sys.stdout.isatty()
@@ -265,20 +265,20 @@ def _log_tail() -> str:
 
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:
-    """Turn a request to end the demo into an exception, so that the service is stopped too."""
+    """Raise an exception at SIGTERM, so that the service is stopped too."""
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def demo() -> None:
-    """Run the demo from the start to the service's end.
+    """Run the demo.
 
     Raises:
-        DemoError, FetchError, httpx.HTTPError: a step failed.
+        DemoError, FetchError, httpx.HTTPError: A step failed.
     """
     fetch_with_progress()
     key = secrets.token_urlsafe(24)
     with running_service(key) as (url, process):
-        # The proxy of the environment is for other machines, and may not know this one.
+        # A proxy of the environment may not reach this machine.
         with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
             wait_until_ready(client, process)
             print(f"\nQuestion: {QUESTION}\nAnswer:   ", end="", flush=True)

@@ -1,7 +1,7 @@
 """Recall and precision of the PII filter on the tests' corpus: `python -m scripts.pii_report`.
 
-An entity counts as found only where kind, beginning and end are right. ``--errors`` lists what was
-missed and what was found wrongly.
+An entity counts as found only when its kind, beginning and end are right. ``--errors`` lists missed
+and wrong entities.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from tests.data.pii_corpus import Sample, negatives, positives
 
 @dataclass
 class Score:
-    """What the filter found in a corpus.
+    """The filter's result on a corpus.
 
     Attributes:
-        right: Of each kind, the entities found.
-        missed: Those not found, with their texts.
-        wrong: What was found and is none, or not all of one, with its text.
+        right: Number of entities found, by kind.
+        missed: Kind, value and text of each entity that was not found.
+        wrong: Kind, value and text of each match that is not exactly an entity.
     """
 
     right: Counter[str] = field(default_factory=Counter)
@@ -30,18 +30,18 @@ class Score:
     wrong: list[tuple[str, str, str]] = field(default_factory=list)
 
     def recall(self, kind: str) -> float:
-        """Found, of those there are."""
+        """Share of the entities of a kind that were found."""
         missed = sum(1 for entry in self.missed if entry[0] == kind)
         return self.right[kind] / max(1, self.right[kind] + missed)
 
     def precision(self, kind: str) -> float:
-        """Right, of those found."""
+        """Share of the matches of a kind that are entities."""
         wrong = sum(1 for entry in self.wrong if entry[0] == kind)
         return self.right[kind] / max(1, self.right[kind] + wrong)
 
 
 def score(samples: list[Sample]) -> Score:
-    """Run the filter, all kinds on, over a corpus."""
+    """Run the filter with all kinds over a corpus."""
     scanner = PiiScanner()
     result = Score()
     for sample in samples:
@@ -56,7 +56,7 @@ def score(samples: list[Sample]) -> Score:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--errors", action="store_true", help="list what was missed or wrong")
+    parser.add_argument("--errors", action="store_true", help="list missed and wrong entities")
     arguments = parser.parse_args()
     with_entities, without = positives(), negatives()
     result = score(with_entities + without)

@@ -1,8 +1,8 @@
-"""Build the image, run it, and check what it promises: `make test-docker`.
+"""Build, run and check the image: `make test-docker`.
 
-Docker does it where an engine answers. Elsewhere podman does, installed from Debian's packages if
-need be; where it can reach no image registry either, Debian's own Python stands in for the base
-image. Needs the standard library and curl only, so that nothing has to be installed first.
+Docker is used if it answers, else podman, which is installed from Debian's packages if necessary.
+Without an image registry, Debian's Python replaces the base image. The script needs only the
+standard library and curl, so that nothing has to be installed first.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from tests.support.user_commands import CHAT, GENERATE, HEALTH, METRICS, STREAM
 MAX_IMAGE_BYTES = 1_500_000_000
 USER = "10001"
 START_SECONDS = 180.0
-# A story of 512 tokens takes its time where other programs use the same cores.
+# A story of 512 tokens takes minutes when other programs use the cores.
 CURL_SECONDS = "600"
 STOP_SECONDS = 30
 
-# Prints what the image's Python environment holds and what it must not, as JSON.
+# Prints facts about the image's content as JSON.
 LOOK_INSIDE = """
 import importlib.metadata as m, importlib.util as u, json, os, shutil
 print(json.dumps({
@@ -50,13 +50,13 @@ print(json.dumps({
 
 
 class Checks:
-    """Tells what holds and counts what does not."""
+    """Prints and counts checks."""
 
     def __init__(self) -> None:
         self.passed = self.failed = 0
 
     def check(self, what: str, holds: bool, seen: object = "") -> None:
-        """Note one promise; `seen` is shown where it is broken."""
+        """Record a check; `seen` is printed when it failed."""
         self.passed += holds
         self.failed += not holds
         print(f"  {'ok    ' if holds else 'FAILED'} {what}", flush=True)
@@ -65,7 +65,7 @@ class Checks:
 
 
 class Container:
-    """A running container of the image, as the user's documentation starts it."""
+    """A running container of the image."""
 
     def __init__(self, engine: Engine, name: str, port: int, key: str) -> None:
         self.engine = engine
@@ -74,7 +74,7 @@ class Container:
         self.key = key
 
     def curl(self, command: str) -> str:
-        """Run one of the documentation's commands against this container."""
+        """Run a curl command of the documentation against this container."""
         command = command.replace("localhost:8000", f"localhost:{self.port}")
         command = command.replace("your-api-key-here", self.key)
         words = [word for word in shlex.split(command) if word != "\n"]
@@ -83,19 +83,19 @@ class Container:
         return done.stdout or done.stderr
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command inside."""
+        """Run a command inside the container."""
         return self.engine.call("exec", self.name, *command, check=False)
 
     def logs(self) -> str:
-        """What the container wrote."""
+        """The container's output."""
         done = self.engine.call("logs", self.name, check=False)
         return done.stdout + done.stderr
 
     def wait_until_healthy(self) -> float:
-        """Wait for /health to say so; returns the seconds it took.
+        """Wait until /health reports healthy; the seconds until then.
 
         Raises:
-            EngineError: It did not.
+            EngineError: It is not healthy in time.
         """
         started = time.monotonic()
         while time.monotonic() - started < START_SECONDS:
@@ -105,7 +105,7 @@ class Container:
         raise EngineError(f"not healthy within {START_SECONDS:.0f} s:\n{self.logs()}")
 
     def stop(self) -> tuple[int, float]:
-        """Send SIGTERM; returns the exit status and the seconds it took."""
+        """Stop the container by SIGTERM; the exit status and the seconds until its end."""
         started = time.monotonic()
         self.engine.call("stop", "--time", str(STOP_SECONDS), self.name)
         seconds = time.monotonic() - started
@@ -115,7 +115,7 @@ class Container:
 
 @contextmanager
 def running(engine: Engine, image: str, config: str) -> Iterator[Container]:
-    """Run the image with a config.yml of this text, as strictly as it can be run."""
+    """Run the image with a config.yml of this text and as few rights as possible."""
     key = secrets.token_hex(32)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -124,7 +124,7 @@ def running(engine: Engine, image: str, config: str) -> Iterator[Container]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yml"
         path.write_text(config, encoding="utf-8")
-        # The service's user is none of this machine's.
+        # The service's user, who is no user of this machine, must be able to read it.
         Path(folder).chmod(0o755)
         try:
             engine.call(
@@ -143,7 +143,7 @@ def running(engine: Engine, image: str, config: str) -> Iterator[Container]:
 
 
 def check_metadata(checks: Checks, engine: Engine, image: str) -> list[str]:
-    """What the image says about itself; returns its health check's command."""
+    """Check the image's metadata; its health check's command."""
     print("The image's metadata")
     inspected = json.loads(engine.call("image", "inspect", image).stdout)[0]
     config = inspected["Config"]
@@ -167,19 +167,19 @@ def check_metadata(checks: Checks, engine: Engine, image: str) -> list[str]:
 
 
 def check_refusals(checks: Checks, engine: Engine, image: str) -> None:
-    """Without a key of its own the image does not start."""
+    """Check that the image does not start with a weak key."""
     print("Weak keys")
     short = ["-e", "SECURITY__API_KEY=your_key"]
     for what, key in {"the default key": [], "a short key": short}.items():
         done = engine.call("run", "--rm", *engine.run_options, *key, image, check=False)
         lines = [line for line in done.stderr.splitlines() if "time=" not in line]
-        checks.check(f"refuses {what}", done.returncode not in (0, 125, 126, 127), done)
+        checks.check(f"rejects {what}", done.returncode not in (0, 125, 126, 127), done)
         named = len(lines) == 1 and "SECURITY__API_KEY" in lines[0]
         checks.check("says so in one line that names the setting", named, lines)
 
 
 def check_inside(checks: Checks, container: Container, health: list[str]) -> None:
-    """What a look inside the running container shows."""
+    """Check the content of the running container."""
     print("Inside the container")
     looked = container.run("python", "-c", LOOK_INSIDE)
     if looked.returncode:
@@ -193,7 +193,7 @@ def check_inside(checks: Checks, container: Container, health: list[str]) -> Non
     checks.check("no build tools", not seen["tools"], seen["tools"])
     checks.check("nothing left of the build", not seen["leftovers"], seen["leftovers"])
     belongs = ["LICENSE", "app", "config.yml"]
-    checks.check("/app is what belongs there", seen["app"] == belongs, seen["app"])
+    checks.check("/app has the expected files", seen["app"] == belongs, seen["app"])
     uid = container.run("id", "-u").stdout.strip()
     checks.check("its processes are not root's", uid == USER, uid)
     first = container.run("cat", "/proc/1/cmdline").stdout.split("\0")
@@ -206,7 +206,7 @@ def check_inside(checks: Checks, container: Container, health: list[str]) -> Non
 
 
 def check_examples(checks: Checks, container: Container, model: str) -> None:
-    """The documentation's commands give the documented answers."""
+    """Check that the documentation's commands give the documented answers."""
     print("The documentation's curl commands")
     health = _json(container.curl(HEALTH))
     expected = {"status": "healthy", "model_loaded": True, "model_name": model}
@@ -226,14 +226,14 @@ def check_examples(checks: Checks, container: Container, model: str) -> None:
     checks.check("/v1/chat streamed", whole, text[-500:])
     refused = _json(container.curl(CHAT.replace("your-api-key-here", "a-wrong-key")))
     code = refused.get("error", {}).get("code")
-    checks.check("/v1/chat with a wrong key is refused", code == "invalid_api_key", refused)
+    checks.check("/v1/chat with a wrong key is rejected", code == "invalid_api_key", refused)
     metrics = container.curl(METRICS)
     names = ("http_requests_total", "tokens_generated_total", "http_request_duration_seconds_count")
     checks.check("/metrics", all(f"\n{name}{{" in metrics for name in names), metrics[:500])
 
 
 def check_end(checks: Checks, container: Container) -> None:
-    """SIGTERM ends it in order, and its log is JSON from the first line to the last."""
+    """Check that SIGTERM ends the container cleanly, and that every line of its log is JSON."""
     status, seconds = container.stop()
     checks.check(f"SIGTERM ends it cleanly (in {seconds:.1f} s)", status == 0, status)
     lines = [line for line in container.logs().splitlines() if line]
@@ -242,7 +242,7 @@ def check_end(checks: Checks, container: Container) -> None:
 
 
 def check_model(checks: Checks, container: Container) -> None:
-    """The bundled model answers, out of the image, without a network."""
+    """Check an answer of the bundled model."""
     exact = CHAT.replace("0.7", "0")
     answer = _json(container.curl(exact))
     content = answer.get("message", {}).get("content", "")
@@ -258,7 +258,7 @@ def _json(text: str) -> dict[str, Any]:
 
 
 def show_sizes(engine: Engine, image: str, container: Container) -> None:
-    """The image's size by layer, and what is biggest in it."""
+    """Print the size of the image by layer, and its biggest packages."""
     print("Size by layer")
     form = "{{.Size}}\t{{.CreatedBy}}"
     history = engine.call("history", "--no-trunc", "--format", form, image).stdout
@@ -276,7 +276,7 @@ def show_sizes(engine: Engine, image: str, container: Container) -> None:
 
 
 def test_image(checks: Checks, engine: Engine, image: str) -> None:
-    """All checks of an image that is there."""
+    """Run all checks of an image."""
     health = check_metadata(checks, engine, image)
     check_refusals(checks, engine, image)
     # What engine and model run is said by the mounted file alone, so its effect proves the mount.
