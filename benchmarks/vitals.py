@@ -31,14 +31,7 @@ def has_grown(before: float, after: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ProcessVitals:
-    """The resources of a process.
-
-    Attributes:
-        pid: Process id.
-        memory: Resident MiB.
-        files: Open file descriptors.
-        threads: Number of threads.
-    """
+    """The resources of a process; ``memory`` is in resident MiB."""
 
     pid: int
     memory: float

@@ -19,13 +19,7 @@ _ENTRY_OVERHEAD_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class KeptAnswer:
-    """A complete answer.
-
-    Attributes:
-        status: HTTP status code.
-        headers: The headers that describe the answer, without those of the connection.
-        body: The whole body.
-    """
+    """A complete answer, with the headers that describe it, without those of the connection."""
 
     status: int
     headers: tuple[tuple[bytes, bytes], ...]
@@ -94,12 +88,7 @@ class IdempotencyStore:
         self._in_progress: dict[tuple[str, str], bytes] = {}
 
     def claim(self, caller: str, key: str, fingerprint: bytes) -> KeptAnswer | Claim:
-        """The kept answer of this key, or the right to execute the request.
-
-        Args:
-            caller: Id of the caller's API key.
-            key: The value of ``Idempotency-Key``.
-            fingerprint: Digest of the request, equal for equal requests only.
+        """The kept answer of this idempotency key, or the right to execute the request.
 
         Raises:
             IdempotencyKeyReusedError: The key belongs to another request.

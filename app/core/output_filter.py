@@ -26,12 +26,7 @@ _MAX_NESTED = 256
 
 @dataclass(frozen=True, slots=True)
 class Filtered:
-    """A whole text after filtering.
-
-    Attributes:
-        text: The filtered text.
-        blocked: Whether a blocked pattern ended it.
-    """
+    """A filtered text, and whether a blocked pattern ended it."""
 
     text: str
     blocked: bool
@@ -147,8 +142,7 @@ class _Held:
     """A character held back.
 
     Attributes:
-        character: The character.
-        state: The automaton's state after it.
+        state: The automaton's state after the character.
         base: Index of the first character that can still become part of a token when characters
             after this one are removed.
     """

@@ -102,14 +102,7 @@ STRATEGIES[_STRATEGY] = TokenBucketRateLimiter  # type: ignore[assignment]
 
 @dataclass(frozen=True, slots=True)
 class BucketState:
-    """A caller's bucket at one moment.
-
-    Attributes:
-        limit: Tokens in a full bucket.
-        remaining: Whole tokens in it now.
-        reset_seconds: Seconds until it is full.
-        retry_after: Seconds until the next token.
-    """
+    """A caller's bucket at one moment; it is full after ``reset_seconds``."""
 
     limit: int
     remaining: int
@@ -146,17 +139,13 @@ class CallerLimits:
         self.buckets.burst_size = settings.burst_size
 
     def take(self, caller: str, *, reason: str) -> dict[str, str]:
-        """Take a token from ``caller``'s bucket.
-
-        Args:
-            caller: ``key:...`` or ``ip:...``.
-            reason: Label of the rejection in the metrics.
+        """Take a token from the bucket of ``caller`` (``key:...`` or ``ip:...``).
 
         Returns:
             The X-RateLimit headers of the response; empty when limits are off.
 
         Raises:
-            RateLimitExceededError: The bucket is empty.
+            RateLimitExceededError: The bucket is empty; counted in the metrics under ``reason``.
         """
         if not self._enabled:
             return {}
@@ -187,11 +176,7 @@ class ClientAddress:
         self._uvicorn_configured = "FORWARDED_ALLOW_IPS" in os.environ
 
     def of(self, client: tuple[str, int] | None, headers: Mapping[str, str]) -> str:
-        """The nearest address that is no trusted proxy's, or the farthest where all of them are.
-
-        Returns:
-            The address, or ``unknown`` where it is not an IP address.
-        """
+        """The nearest address that is no trusted proxy's; ``unknown`` when it is no IP address."""
         if client is None:
             return "unknown"
         peer, port = client

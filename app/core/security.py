@@ -13,11 +13,8 @@ class Principal:
     """A caller that sent a valid key.
 
     Attributes:
-        name: The key's name in the configuration; ``default`` for ``security.api_key``.
         key_id: First 16 hexadecimal digits of the key's SHA-256. It identifies the owner of
             sessions, cached answers and rate-limit buckets, which a rename of the key keeps.
-        scopes: What the key may be used for.
-        daily_tokens: Most tokens a day (UTC), or ``None`` for no limit.
     """
 
     name: str

@@ -16,11 +16,9 @@ _TOKEN_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class HistoryMessage:
-    """One message of a conversation.
+    """A message of the user or the assistant.
 
     Attributes:
-        role: ``user`` or ``assistant``.
-        content: Its text.
         token_ids: The tokens that the model generated for an answer, where the answer is its
             whole text. The next prompt repeats them, so that the engine finds them in its cache.
     """
@@ -42,9 +40,6 @@ class Session:
 
     Attributes:
         owner: Id of the API key that created it.
-        id: The caller's ``session_id``.
-        system: The system message, where the caller sent one.
-        messages: The messages, oldest first.
         created_at: Unix time.
         busy: Whether a turn is in progress.
         forgotten: Whether it was deleted during a turn; that turn is then not stored.

@@ -16,13 +16,7 @@ from app.utils.errors import TokenBudgetExceededError
 
 @dataclass(slots=True)
 class Usage:
-    """Requests and tokens of a period.
-
-    Attributes:
-        requests: Answers begun, including those from the response cache.
-        prompt_tokens: Tokens read by the model.
-        completion_tokens: Tokens generated.
-    """
+    """Tokens of a period, and the answers begun in it, including those from the response cache."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -36,13 +30,7 @@ class Usage:
 
 @dataclass(slots=True)
 class Account:
-    """One caller's usage.
-
-    Attributes:
-        day: The day (UTC) that ``today`` belongs to.
-        today: Usage since midnight UTC.
-        total: Usage since the service started.
-    """
+    """One caller's usage on a day (UTC), and since the service started."""
 
     day: date
     today: Usage = field(default_factory=Usage)
@@ -52,14 +40,7 @@ class Account:
 class UsageLedger:
     """Counts requests and tokens by API key, and enforces the keys' daily budgets.
 
-    Args:
-        keys: The accepted keys, with their budgets.
-        metrics: Counts the rejections.
-        clock: Unix time.
-
-    Attributes:
-        clock: As given.
-        since: Unix time at which counting began.
+    ``clock`` is Unix time, and ``since`` the time at which counting began.
     """
 
     def __init__(
@@ -90,10 +71,7 @@ class UsageLedger:
         return math.ceil(midnight.timestamp() - self.clock())
 
     def check(self, caller: str) -> None:
-        """Check that a caller has not spent its budget.
-
-        Running requests are not stopped, so the requests that run when the budget is reached can
-        exceed it.
+        """Check that a caller's budget is not spent; running requests may exceed it.
 
         Raises:
             TokenBudgetExceededError: The budget of the day is spent.

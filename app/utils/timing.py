@@ -32,11 +32,7 @@ def utc_timestamp(epoch_seconds: float) -> str:
 
 
 async def within(deadline: float | None, work: Awaitable[T]) -> T:
-    """Await ``work``, and cancel it when ``deadline`` passes.
-
-    Args:
-        deadline: Time of the running event loop; ``None`` for no limit.
-        work: The awaitable.
+    """Await ``work``, and cancel it at ``deadline``, a time of the running event loop.
 
     Raises:
         DeadlineExceededError: The deadline passed.

@@ -113,12 +113,7 @@ def _refusal(exchange: Exchange) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LatencyTarget:
-    """Bounds on latency; a completed request within both of them counts as good.
-
-    Attributes:
-        ttft: Most seconds until the first piece of text.
-        seconds: Most seconds until the last byte.
-    """
+    """Most seconds until the first text and until the last byte of a good request."""
 
     ttft: float | None = None
     seconds: float | None = None

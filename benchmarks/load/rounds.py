@@ -63,8 +63,8 @@ async def run_round(
 
     Args:
         target: The server and its route.
-        workload: The requests.
-        name: Name of the round; rounds of different names have different prompts.
+        workload: The description of the requests.
+        name: Rounds of different names have different prompts.
         requests: Number of requests.
         clients: Clients of a closed loop.
         rate: Requests a second of an open loop. Exactly one of the two is given.

@@ -70,13 +70,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """A request of a round.
-
-    Attributes:
-        prompt: The prompt, different from all others of the round.
-        max_tokens: The request's ``max_tokens``.
-        at: Seconds from the round's start to its sending; 0 in a closed loop.
-    """
+    """A request of a round; ``at`` is its time of sending, in seconds after the round's start."""
 
     prompt: str
     max_tokens: int
@@ -85,13 +79,7 @@ class PlannedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A description of the requests of a run.
-
-    Attributes:
-        prompt_words: Length of the prompts in words, which is about that in tokens.
-        output_tokens: ``max_tokens`` of the requests.
-        seed: Seed of prompts, lengths and arrival times.
-    """
+    """A description of the requests of a run, which the seed decides."""
 
     prompt_words: Lengths = Lengths((16,))
     output_tokens: Lengths = Lengths((32,))
@@ -103,7 +91,7 @@ class Workload:
         """The requests of a round; equal seeds, names and counts give equal requests.
 
         Args:
-            count: Number of requests.
+            count: Number of requests, whose prompts all differ.
             round_name: Rounds of different names share prompts only by chance.
             rate: Requests a second of a Poisson process; ``None``: all at time 0.
 
