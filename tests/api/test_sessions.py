@@ -6,15 +6,34 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
-from tests.support.application import OTHER, Client, start
+from tests.support.application import KEY, OTHER, Client, start
+
+# The tests share an application, which lives on one event loop.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest.fixture
-async def client() -> AsyncIterator[Client]:
-    """An application with the default limits."""
-    async with start(engine={"echo_step_seconds": 0.001}) as running:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def application() -> AsyncIterator[Client]:
+    """An application with the default limits, which generates every answer anew."""
+    async with start(engine={"echo_step_seconds": 0.001}, cache={"enabled": False}) as running:
         yield running
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def roomy() -> AsyncIterator[Client]:
+    """An application whose answers may fill half of the context."""
+    async with start(model={"engine": "echo", "max_tokens": 4000}) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def client(application: Client) -> AsyncIterator[Client]:
+    """The application, without any session."""
+    yield application
+    for key in (KEY, OTHER):
+        await application.http.delete("/v1/sessions/s", headers={"X-API-Key": key})
 
 
 async def test_history_stands_before_the_new_messages(client: Client) -> None:
@@ -140,41 +159,39 @@ async def test_switched_off_sessions_are_refused_not_ignored() -> None:
         assert (await client.say("one", session=None)).status_code == 200
 
 
-async def test_old_turns_are_dropped_to_fit_the_context() -> None:
+async def test_old_turns_are_dropped_to_fit_the_context(roomy: Client) -> None:
     """History beyond the context loses its oldest turns, keeps the system message, and says so."""
-    async with start(model={"engine": "echo", "max_tokens": 1500}) as client:
-        system = {"role": "system", "content": "Be brief."}
-        text = "x" * 1400
-        await client.say("", messages=[system, {"role": "user", "content": text}])
-        dropped = []
-        for _ in range(4):
-            response = await client.say(text)
-            assert response.status_code == 200, response.text
-            usage = response.json()["usage"]
-            dropped.append(usage.get("dropped_messages", 0))
-            assert usage["prompt_tokens"] + 1500 <= 8192
-        assert dropped[0] == 0
-        assert dropped[-1] > 0
-        assert all(d % 2 == 0 for d in dropped)
-        assert (await client.http.get("/v1/sessions/s")).json()["system"] == "Be brief."
+    system = {"role": "system", "content": "Be brief."}
+    text = "x" * 1400
+    await roomy.say("", messages=[system, {"role": "user", "content": text}], max_tokens=1500)
+    dropped = []
+    for _ in range(4):
+        response = await roomy.say(text, max_tokens=1500)
+        assert response.status_code == 200, response.text
+        usage = response.json()["usage"]
+        dropped.append(usage.get("dropped_messages", 0))
+        assert usage["prompt_tokens"] + 1500 <= 8192
+    assert dropped[0] == 0
+    assert dropped[-1] > 0
+    assert all(d % 2 == 0 for d in dropped)
+    assert (await roomy.http.get("/v1/sessions/s")).json()["system"] == "Be brief."
 
 
-async def test_history_is_dropped_at_the_exact_edge() -> None:
+async def test_history_is_dropped_at_the_exact_edge(roomy: Client) -> None:
     """Around the context's edge every follow-up is answered: with its history, or without it."""
-    async with start(model={"engine": "echo", "max_tokens": 4000}) as client:
-        kept_sizes: list[int] = []
-        dropped_sizes: list[int] = []
-        # A token is a byte here. The first turn fills all but about 200 of what the answer leaves.
-        for size in range(20, 400, 20):
-            await client.say("x" * 1900, session=f"s{size}")
-            response = await client.say("y" * size, session=f"s{size}", max_tokens=4000)
-            assert response.status_code == 200, response.text
-            usage = response.json()["usage"]
-            (dropped_sizes if "dropped_messages" in usage else kept_sizes).append(size)
-            assert usage["prompt_tokens"] + 4000 <= 8192
-        assert kept_sizes
-        assert dropped_sizes
-        assert max(kept_sizes) < min(dropped_sizes)
+    kept_sizes: list[int] = []
+    dropped_sizes: list[int] = []
+    # A token is a byte here. The first turn fills all but about 200 of what the answer leaves.
+    for size in range(20, 400, 20):
+        await roomy.say("x" * 1900, session=f"s{size}")
+        response = await roomy.say("y" * size, session=f"s{size}", max_tokens=4000)
+        assert response.status_code == 200, response.text
+        usage = response.json()["usage"]
+        (dropped_sizes if "dropped_messages" in usage else kept_sizes).append(size)
+        assert usage["prompt_tokens"] + 4000 <= 8192
+    assert kept_sizes
+    assert dropped_sizes
+    assert max(kept_sizes) < min(dropped_sizes)
 
 
 async def test_a_full_queue_refuses_a_follow_up_before_its_history_is_counted() -> None:
