@@ -235,7 +235,8 @@ def test_the_documented_start_command() -> None:
 def _is_healthy(port: int) -> bool:
     try:
         url = f"http://127.0.0.1:{port}/health"
-        return httpx.get(url, trust_env=False, verify=False).status_code == 200
+        # Nothing is encrypted, and reading the certificates takes 35 ms.
+        return httpx.get(url, trust_env=False, verify=False).status_code == 200  # noqa: S501
     except httpx.TransportError:
         return False
 

@@ -212,7 +212,7 @@ def open_client(service: Service) -> httpx.AsyncClient:
         headers={"X-API-Key": API_KEY},
         timeout=60.0,
         trust_env=False,
-        verify=False,
+        verify=False,  # noqa: S501 - as in Service.client
         limits=httpx.Limits(max_connections=None),
     )
 
