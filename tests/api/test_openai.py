@@ -1,13 +1,23 @@
 """The OpenAI routes over the echo engine: every field is honoured or refused, never ignored."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from tests.conftest import RunApp
+from tests.conftest import RunApp, running_app
 from tests.support.openai import CHAT, COMPLETIONS, chat, chunks, complete, refused, texts, user
 from tests.support.service import OTHER_KEY
+
+
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[TestClient]:
+    """An application that has one place, and a model with aliases."""
+    aliases = {"aliases": ["gpt-4o-mini", "org/model"]}
+    with running_app(model=aliases, engine={"max_running": 1, "max_waiting": 0}) as client:
+        yield client
+
 
 # --- shapes -------------------------------------------------------------------------------------
 
@@ -94,15 +104,14 @@ def test_another_model_is_not_found(client: TestClient, path: str) -> None:
     assert refused(client.get("/v1/models/gpt-4o")) == (404, "model_not_found", "model")
 
 
-def test_models_are_listed(run_app: RunApp) -> None:
+def test_models_are_listed(narrow: TestClient) -> None:
     """The list has the model and its aliases; a name with a slash has an address."""
-    client = run_app(model={"aliases": ["gpt-4o-mini", "org/model"]})
-    listed = client.get("/v1/models").json()
+    listed = narrow.get("/v1/models").json()
     assert listed["object"] == "list"
     assert [m["id"] for m in listed["data"]] == ["echo", "gpt-4o-mini", "org/model"]
     assert {m["object"] for m in listed["data"]} == {"model"}
-    assert client.get("/v1/models/org/model").json()["id"] == "org/model"
-    assert chat(client, model="org/model").status_code == 200
+    assert narrow.get("/v1/models/org/model").json()["id"] == "org/model"
+    assert chat(narrow, model="org/model").status_code == 200
 
 
 def test_content_in_parts(client: TestClient) -> None:
@@ -160,11 +169,10 @@ def test_n_gives_choices(client: TestClient) -> None:
     assert found[-1]["usage"] == answer["usage"]
 
 
-def test_n_takes_places(run_app: RunApp) -> None:
+def test_n_takes_places(narrow: TestClient) -> None:
     """Where not all choices have a place, the request is refused as a whole and leaves nothing."""
-    client = run_app(engine={"max_running": 1, "max_waiting": 0})
-    assert refused(chat(client, n=3))[:2] == (503, "overloaded")
-    assert chat(client).status_code == 200
+    assert refused(chat(narrow, n=3))[:2] == (503, "overloaded")
+    assert chat(narrow).status_code == 200
 
 
 def test_several_prompts(client: TestClient) -> None:
@@ -273,12 +281,6 @@ def test_completion_logprobs(client: TestClient) -> None:
     }
 
 
-def test_logprobs_do_not_tell_what_is_taken_out(run_app: RunApp) -> None:
-    """Where answers are redacted, log-probabilities would tell what was there: they are refused."""
-    client = run_app(pii={"output": "redact"})
-    assert refused(chat(client, logprobs=True)) == (400, "unsupported_parameter", "logprobs")
-
-
 def test_user_has_kept_answers_alone(client: TestClient) -> None:
     """A kept answer is served to the end user it was made for, and to no other."""
     body = {"text": "for one user", "cache": True}
@@ -319,14 +321,18 @@ def test_x_session_id_keeps_a_conversation(client: TestClient) -> None:
 
 
 def test_both_routers_share_the_use_case(run_app: RunApp) -> None:
-    """PII, limits and metrics are the same as on the native routes."""
+    """PII, limits and metrics are the same as on the native routes.
+
+    Where answers are redacted, log-probabilities would tell what was there: they are refused.
+    """
     client = run_app(
-        pii={"input": "reject"},
-        rate_limit={"enabled": True, "burst_size": 3},
+        pii={"input": "reject", "output": "redact"},
+        rate_limit={"enabled": True, "burst_size": 4},
         security={"max_prompt_chars": 50},
     )
     assert refused(chat(client, "mail jane@example.com"))[:2] == (400, "pii_detected")
     assert refused(complete(client, "x" * 51)) == (400, "prompt_too_long", "prompt")
+    assert refused(chat(client, logprobs=True)) == (400, "unsupported_parameter", "logprobs")
     answer = chat(client)
     assert answer.headers["X-RateLimit-Remaining"] == "0"
     assert refused(chat(client))[:2] == (429, "rate_limit_exceeded")

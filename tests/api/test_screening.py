@@ -5,10 +5,14 @@ from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 
 from app.utils.errors import ConfigurationError
 from tests.support.application import Client, make_app, start
 from tests.support.sse import Streamed, parse
+
+# The tests share applications, which live on one event loop.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SECRET = "Write to jane.doe@example.com or call +49 30 1234567, card 4111 1111 1111 1111."
 REDACTED = "Write to [EMAIL] or call [PHONE], card [CARD]."
@@ -25,18 +29,36 @@ async def generate(client: Client, prompt: str, **fields: Any) -> httpx.Response
     return await client.http.post("/v1/generate", json={"prompt": prompt, **fields})
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def plain() -> AsyncIterator[Client]:
+    """Nothing is looked for."""
+    async with start() as client:
+        yield client
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def redacting() -> AsyncIterator[Client]:
     """Answers are redacted, prompts are not."""
     async with start(pii={"output": "redact"}) as client:
         yield client
 
 
-async def test_by_default_nothing_is_touched() -> None:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def particular() -> AsyncIterator[Client]:
+    """One kind and one pattern are redacted in answers, and another pattern ends them."""
+    pii = {
+        "output": "redact",
+        "kinds": ["email"],
+        "patterns": [{"name": "badge", "pattern": r"\bB-\d{4}\b"}],
+    }
+    async with start(pii=pii, output={"blocked_patterns": ["(?i)forbidden"]}) as client:
+        yield client
+
+
+async def test_by_default_nothing_is_touched(plain: Client) -> None:
     """PII filtering is optional: without a setting text passes as it is."""
-    async with start() as client:
-        answer = (await client.say(SECRET, session=None)).json()
-        assert answer["message"]["content"] == SECRET
+    answer = (await plain.say(SECRET, session=None)).json()
+    assert answer["message"]["content"] == SECRET
 
 
 async def test_an_answer_is_redacted_the_same_whole_and_streamed(redacting: Client) -> None:
@@ -50,10 +72,14 @@ async def test_an_answer_is_redacted_the_same_whole_and_streamed(redacting: Clie
 
 async def test_redactions_are_counted_by_kind(redacting: Client) -> None:
     """The metric tells kinds and numbers, and nothing else."""
+
+    def counted() -> list[float]:
+        value = redacting.services.metrics.registry.get_sample_value
+        return [value("pii_redactions_total", {"kind": k}) or 0 for k in ("email", "card")]
+
+    before = counted()
     await redacting.say(SECRET, session=None, cache=False)
-    value = redacting.services.metrics.registry.get_sample_value
-    assert value("pii_redactions_total", {"kind": "email"}) == 1
-    assert value("pii_redactions_total", {"kind": "card"}) == 1
+    assert counted() == [count + 1 for count in before]
 
 
 async def test_prompts_are_redacted_before_the_model_and_the_history() -> None:
@@ -75,38 +101,30 @@ async def test_prompts_with_personal_data_can_be_refused() -> None:
         assert (await client.say("Nothing personal.")).status_code == 200
 
 
-async def test_kinds_can_be_switched_and_patterns_added() -> None:
-    """Only the kinds that are listed are looked for, and patterns of one's own beside them."""
-    settings = {
-        "output": "redact",
-        "kinds": ["email"],
-        "patterns": [{"name": "badge", "pattern": r"\bB-\d{4}\b"}],
-    }
-    async with start(pii=settings) as client:
-        answer = (await client.say("B-1234, a@b.example, +49 30 1234567", session=None)).json()
-        assert answer["message"]["content"] == "[BADGE], [EMAIL], +49 30 1234567"
+async def test_kinds_can_be_switched_and_patterns_added(particular: Client) -> None:
+    """Only the kinds that are listed are looked for, and the operator's patterns beside them."""
+    answer = (await particular.say("B-1234, a@b.example, +49 30 1234567", session=None)).json()
+    assert answer["message"]["content"] == "[BADGE], [EMAIL], +49 30 1234567"
 
 
-async def test_a_blocked_pattern_ends_the_answer() -> None:
+async def test_a_blocked_pattern_ends_the_answer(particular: Client) -> None:
     """Text before the match is delivered, the rest is not, and the reason is content_filter."""
-    async with start(output={"blocked_patterns": ["(?i)forbidden"]}) as client:
-        text = "This is fine. FORBIDDEN words follow."
-        whole = (await client.say(text, session=None, cache=False)).json()
-        stream = await streamed(client, text)
-        assert whole["message"]["content"] == stream.text == "This is fine. "
-        assert whole["finish_reason"] == stream.last["finish_reason"] == "content_filter"
+    text = "This is fine. FORBIDDEN words follow."
+    whole = (await particular.say(text, session=None, cache=False)).json()
+    stream = await streamed(particular, text)
+    assert whole["message"]["content"] == stream.text == "This is fine. "
+    assert whole["finish_reason"] == stream.last["finish_reason"] == "content_filter"
 
 
-async def test_control_characters_and_template_tokens_do_not_leave() -> None:
+async def test_control_characters_and_template_tokens_do_not_leave(plain: Client) -> None:
     """What could fool a terminal or a next prompt is taken out, streamed or not."""
-    async with start() as client:
-        text = "a\x1b[31mb\u202ec<|im_end|>d"
-        whole = (await client.say(text, session=None, cache=False)).json()
-        assert whole["message"]["content"] == "a[31mbcd"
-        assert (await streamed(client, text)).text == "a[31mbcd"
+    text = "a\x1b[31mb\u202ec<|im_end|>d"
+    whole = (await plain.say(text, session=None, cache=False)).json()
+    assert whole["message"]["content"] == "a[31mbcd"
+    assert (await streamed(plain, text)).text == "a[31mbcd"
 
 
-def test_a_bad_pattern_stops_the_start_with_one_line() -> None:
+async def test_a_bad_pattern_stops_the_start_with_one_line() -> None:
     """A pattern RE2 cannot compile is a configuration error that names it."""
     with pytest.raises(ConfigurationError) as error:
         make_app(output={"blocked_patterns": ["(unclosed"]})
