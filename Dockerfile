@@ -52,11 +52,12 @@ ARG BUNDLED_MODEL=1
 ARG PIP_INDEX_URL=
 ARG PIP_FIND_LINKS=
 COPY app/__init__.py app/
-COPY app/llm/__init__.py app/llm/bundled.py app/llm/
+COPY app/llm/__init__.py app/llm/
+COPY app/llm/models/__init__.py app/llm/models/bundled.py app/llm/models/
 RUN set -eu; \
     mkdir -p /models; \
     if [ "$BUNDLED_MODEL" = 1 ]; then \
-        HF_HOME=/models /opt/tools/bin/python -c "from app.llm.bundled import fetch; print(fetch())"; \
+        HF_HOME=/models /opt/tools/bin/python -c "from app.llm.models.bundled import fetch; print(fetch())"; \
     fi
 
 # ---- application: the sources with their bytecode -------------------------------------------------

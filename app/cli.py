@@ -8,7 +8,7 @@ import uvicorn
 
 from app.core.config import load_settings
 from app.core.logging import configure_logging
-from app.llm import bundled
+from app.llm.models import bundled
 from app.main import create_app
 from app.utils.errors import StartupError
 

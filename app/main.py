@@ -46,7 +46,7 @@ from app.core.security import KeyRing
 from app.core.sessions import SessionStore
 from app.core.shutdown import GracefulShutdown
 from app.core.usage import UsageLedger
-from app.llm.engine.client import EngineClient
+from app.llm.client.client import EngineClient
 from app.llm.generator import GenerationOptions, TextGenerator
 from app.llm.tokenizer import template_library
 from app.services.conversation import ConversationService

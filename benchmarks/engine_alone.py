@@ -11,8 +11,8 @@ import time
 from typing import Any
 
 from app.core.config import load_settings
-from app.llm.engine.base import Backend, GenerationRequest, SamplingParams
 from app.llm.loader import load_backend
+from app.llm.protocol import Backend, GenerationRequest, SamplingParams
 from app.llm.tokenizer import PromptTokenizer
 from benchmarks.load.workload import Lengths, Workload
 from benchmarks.servers import SYSTEM

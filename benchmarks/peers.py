@@ -9,7 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from app.llm import bundled
+from app.llm.models import bundled
 from benchmarks.paths import ENVIRONMENTS, MODEL
 
 SERVE = "transformers[serving]==5.23.*"

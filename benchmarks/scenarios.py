@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from app.llm.engine.process import engine_environment
+from app.llm.client.process import engine_environment
 from benchmarks.load.results import Outcome, Result, result_of, summarise
 from benchmarks.load.rounds import run_round
 from benchmarks.load.targets import Target

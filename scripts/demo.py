@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import httpx
 
-from app.llm.bundled import FetchError
+from app.llm.models.bundled import FetchError
 from scripts.fetch_model import fetch_with_progress
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from app.llm.bundled import BUNDLED, FetchError, bundled_model_path, fetch, is_fetched
+from app.llm.models.bundled import BUNDLED, FetchError, bundled_model_path, fetch, is_fetched
 
 
 def fetch_with_progress() -> None:

@@ -13,8 +13,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from app.core.config import Settings, load_settings
-from app.llm import bundled
-from app.llm.engine.process import engine_environment
+from app.llm.client.process import engine_environment
+from app.llm.models import bundled
 from app.main import create_app
 from tests.support.live import STEP
 from tests.support.service import API_KEY, OTHER_KEY, Service, is_setting, running_service

@@ -25,7 +25,7 @@ from app.core.metrics import Metrics
 from app.core.rate_limit import CallerLimits, ClientAddress
 from app.core.security import KeyRing, Principal
 from app.core.usage import UsageLedger
-from app.llm.engine.client import EngineClient
+from app.llm.client.client import EngineClient
 from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
 from app.utils.errors import (

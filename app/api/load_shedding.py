@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from cachetools import FIFOCache
 
 from app.api.idempotency import HEADER as IDEMPOTENCY_KEY
-from app.llm.engine.client import EngineClient, EngineState
+from app.llm.client.client import EngineClient, EngineState
 
 _IDEMPOTENCY_KEY = IDEMPOTENCY_KEY.lower().encode()
 

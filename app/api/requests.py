@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from app.core.security import Principal
-from app.llm.engine.base import SAMPLING_FIELDS, Grammar, JsonSchemaGrammar, RegexGrammar
+from app.llm.protocol import SAMPLING_FIELDS, Grammar, JsonSchemaGrammar, RegexGrammar
 
 Schema = dict[str, Any]
 Role = Literal["system", "user", "assistant"]

@@ -4,10 +4,11 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
+from app.llm.client.admission import Place
+from app.llm.client.client import EngineClient
 from app.llm.detokenizer import Detokenizer, StopMatcher
 from app.llm.ebnf.check import check_grammar, grammar_param
-from app.llm.engine.admission import Place
-from app.llm.engine.base import (
+from app.llm.protocol import (
     NEUTRAL_SAMPLING,
     SAMPLING_FIELDS,
     EngineInfo,
@@ -16,7 +17,6 @@ from app.llm.engine.base import (
     SamplingParams,
     TokenEvent,
 )
-from app.llm.engine.client import EngineClient
 from app.llm.system_prompt import with_system_prompt
 from app.llm.tokenizer import PromptTokenizer
 from app.llm.tools import ChatMessage, Tool, ToolFormat

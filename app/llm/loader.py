@@ -14,18 +14,18 @@ from safetensors import SafetensorError, safe_open
 
 from app.core.config import ModelSettings
 from app.core.logging import get_logger
-from app.llm import bundled, gguf_header
-from app.llm.engine.base import (
+from app.llm.engine.echo import EchoBackend
+from app.llm.engine.openvino.loading import OpenVinoUnsupportedError, load_openvino
+from app.llm.engine.transformers.loading import check_device, load_transformers
+from app.llm.models import bundled, gguf_header
+from app.llm.models.load_errors import explaining, one_line
+from app.llm.models.snapshot import Progress, Snapshot, choose_weights
+from app.llm.protocol import (
     NEUTRAL_SAMPLING,
     Backend,
     EngineInfo,
     GenerationRequest,
 )
-from app.llm.engine.echo import EchoBackend
-from app.llm.load_errors import explaining, one_line
-from app.llm.openvino_loader import OpenVinoUnsupportedError, load_openvino
-from app.llm.snapshot import Progress, Snapshot, choose_weights
-from app.llm.transformers_loader import check_device, load_transformers
 from app.utils.errors import ModelLoadError
 
 log = get_logger("engine")
@@ -137,7 +137,7 @@ def find_model(settings: ModelSettings, *, token: str | None, progress: Progress
         path = Path(settings.name).expanduser()
         return _find_local(path, openvino=_may_use_openvino(settings))
     # The client of the hub takes a tenth of a second to import.
-    from app.llm import hub
+    from app.llm.models import hub
 
     return hub.download(
         settings.name,

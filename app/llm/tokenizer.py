@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 import jinja2
 from tokenizers import Tokenizer
 
-from app.llm.byte_level import BYTE_OF
-from app.llm.engine.base import EngineInfo
+from app.llm.models.byte_level import BYTE_OF
+from app.llm.protocol import EngineInfo
 from app.llm.tools import Tool, tool_format
 from app.utils.errors import ChatTemplateError
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
-from app.llm.engine.base import Tag, TagsGrammar
+from app.llm.protocol import Tag, TagsGrammar
 
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 

@@ -11,9 +11,8 @@ from app.core.cache import CacheStatistics
 from app.core.config import ModelSettings
 from app.core.config.security import SecuritySettings
 from app.core.usage import UsageLedger
-from app.llm.engine.admission import Place
-from app.llm.engine.base import Grammar, SamplingParams
-from app.llm.engine.client import EngineClient
+from app.llm.client.admission import Place
+from app.llm.client.client import EngineClient
 from app.llm.generator import (
     GenerationOptions,
     GenerationReport,
@@ -21,6 +20,7 @@ from app.llm.generator import (
     TextPiece,
     TokenLogprob,
 )
+from app.llm.protocol import Grammar, SamplingParams
 from app.llm.system_prompt import SYSTEM_PROMPT
 from app.llm.tool_calls import ToolCallParser
 from app.llm.tools import ChatMessage, Tool, ToolUse

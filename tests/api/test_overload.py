@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from app.api.load_shedding import LoadShedding
-from app.llm.engine.client import EngineClient, EngineState
+from app.llm.client.client import EngineClient, EngineState
 from app.utils.errors import OverloadedError
 from benchmarks.load.targets import Route, Target
 from benchmarks.overload import overload

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from app.llm.engine.base import GenerationRequest, SamplingParams
 from app.llm.engine.echo import EchoBackend
+from app.llm.protocol import GenerationRequest, SamplingParams
 from benchmarks import overload
 from benchmarks.engine_alone import drive
 from benchmarks.goals import Ratio, ratios

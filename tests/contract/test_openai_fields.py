@@ -7,7 +7,7 @@ import pytest
 from openai.types import completion_create_params as completion
 from openai.types.chat import completion_create_params as chat
 
-from app.api.openai_schemas import ChatCompletionRequest, CompletionRequest
+from app.api.openai.schemas import ChatCompletionRequest, CompletionRequest
 from app.core.config import PROJECT_ROOT
 
 ROUTES: dict[str, tuple[Any, Any]] = {

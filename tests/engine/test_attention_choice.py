@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from app.llm.engine import attention_choice
-from app.llm.engine.attention_choice import (
+from app.llm.engine.transformers import attention_choice
+from app.llm.engine.transformers.attention_choice import (
     attend_per_request,
     attention_of,
     page_size_for,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.llm import bundled
+from app.llm.models import bundled
 from app.llm.tokenizer import PromptTokenizer
 from tests.support.backends import MAX_RUNNING, load_bundled, logprobs, request, run, tokens
 

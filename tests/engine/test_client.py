@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from app.core.config import ModelSettings
-from app.llm.engine.admission import Place
-from app.llm.engine.base import GenerationRequest, SamplingParams, TokenEvent
-from app.llm.engine.client import EngineClient, EngineState
-from app.llm.engine.watchdog import LOOK_SECONDS, STALLED_LOOKS
+from app.llm.client.admission import Place
+from app.llm.client.client import EngineClient, EngineState
+from app.llm.client.watchdog import LOOK_SECONDS, STALLED_LOOKS
+from app.llm.protocol import GenerationRequest, SamplingParams, TokenEvent
 from app.utils.errors import (
     DeadlineExceededError,
     DrainingError,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from app.llm.engine.base import Backend, SamplingParams, TokenEvent
+from app.llm.protocol import Backend, SamplingParams, TokenEvent
 from tests.support.backends import (
     MAX_RUNNING,
     PROMPT,
@@ -316,7 +316,7 @@ def test_requests_that_outgrow_the_cache_take_turns(
     name: str, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With room for one context only, eight long answers come out as they do alone."""
-    monkeypatch.setattr("app.llm.engine.cpu_sizing.TOKENS_PER_REQUEST", 1)
+    monkeypatch.setattr("app.llm.engine.cache_size.TOKENS_PER_REQUEST", 1)
     backend = load(settings_of(name, tiny_model_dir))
     prompts = {f"r{i}": [10 + (i * 31 + j) % 200 for j in range(120)] for i in range(8)}
     alone = {n: tokens(run(backend, request(n, p, max_tokens=60))[n]) for n, p in prompts.items()}

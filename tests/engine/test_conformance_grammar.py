@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from tokenizers import Tokenizer
 
-from app.llm.engine.base import (
+from app.llm.protocol import (
     Backend,
     GenerationRequest,
     Grammar,
@@ -239,7 +239,7 @@ def test_penalties_and_filters_under_a_grammar(backend: Backend) -> None:
 
 def test_more_grammars_than_are_kept(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that were forgotten are compiled again, and none that is in use is harmed."""
-    monkeypatch.setattr("app.llm.engine.openvino_grammars.KEPT_GRAMMARS", 2)
+    monkeypatch.setattr("app.llm.engine.openvino.grammars.KEPT_GRAMMARS", 2)
     backend.add(with_grammar("first", RegexGrammar("[ab]{30}")))
     events = backend.step()
     for i in range(6):

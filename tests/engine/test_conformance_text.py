@@ -14,8 +14,8 @@ import pytest
 import pytest_asyncio
 
 from app.llm.detokenizer import Detokenizer
-from app.llm.engine.base import JsonSchemaGrammar
 from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
+from app.llm.protocol import JsonSchemaGrammar
 from app.utils.errors import (
     ContextLengthExceededError,
     DeadlineExceededError,

@@ -5,8 +5,13 @@ import torch
 from torch import nn
 
 from app.core.config import ModelSettings
-from app.llm.engine import cpu_linear
-from app.llm.engine.cpu_linear import Int8Linear, PackedLinear, RowQuantizer, replace_linears
+from app.llm.engine.transformers import cpu_linear
+from app.llm.engine.transformers.cpu_linear import (
+    Int8Linear,
+    PackedLinear,
+    RowQuantizer,
+    replace_linears,
+)
 from app.utils.errors import ModelLoadError
 from tests.support.backends import load
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from app.core.config import PROJECT_ROOT, ModelSettings
-from app.llm.engine.base import (
+from app.llm.protocol import (
     GenerationRequest,
     Loaded,
     LoadFailed,

@@ -12,12 +12,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from app.core.config import ModelSettings
-from app.llm import bundled
-from app.llm.engine.base import Backend
 from app.llm.engine.echo import EchoBackend
+from app.llm.engine.transformers.loading import weight_dtype
 from app.llm.loader import find_model
-from app.llm.snapshot import Snapshot
-from app.llm.transformers_loader import weight_dtype
+from app.llm.models import bundled
+from app.llm.models.snapshot import Snapshot
+from app.llm.protocol import Backend
 from app.utils.errors import ModelLoadError
 from tests.support import backends
 from tests.support.backends import load_local, request, run, tokens

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from app.core.config import ModelSettings
-from app.llm import bundled
-from app.llm.description import Vocabulary, gguf_vocabulary, read_tokenizer
-from app.llm.engine.base import Backend
-from app.llm.gguf_header import GgufArray, GgufHeader, read_header
-from app.llm.openvino_loader import keep_telemetry_out
-from app.llm.snapshot import Snapshot
-from app.llm.tokenizer_process import TokenizerProcess
+from app.llm.engine.openvino.loading import keep_telemetry_out
+from app.llm.models import bundled
+from app.llm.models.description import Vocabulary, gguf_vocabulary, read_tokenizer
+from app.llm.models.gguf_header import GgufArray, GgufHeader, read_header
+from app.llm.models.snapshot import Snapshot
+from app.llm.models.tokenizer_process import TokenizerProcess
+from app.llm.protocol import Backend
 from tests.support.backends import load_bundled, load_local, refusal, request, run, tokens
 from tests.support.tiny_gguf import make_tiny_gguf
 
@@ -77,7 +77,7 @@ def own_and_librarys_vocabulary(path: Path) -> list[tuple[dict[str, int], int]]:
     """A GGUF file's vocabulary and its last token, as this service and as OpenVINO has them."""
     import openvino_genai
 
-    from app.llm.engine.openvino_vocabulary import vocabulary_tokenizer
+    from app.llm.engine.openvino.vocabulary import vocabulary_tokenizer
 
     vocabulary = gguf_vocabulary(read_header(path, ("tokenizer.ggml.tokens",)))
     assert vocabulary is not None
@@ -122,7 +122,7 @@ def test_vocabularies_of_other_kinds_are_left_to_the_library(metadata: dict[str,
 
 def test_a_vocabulary_without_a_last_token_is_one() -> None:
     """Some base models have none; grammars can still be compiled for their vocabulary."""
-    from app.llm.engine.openvino_vocabulary import vocabulary_tokenizer
+    from app.llm.engine.openvino.vocabulary import vocabulary_tokenizer
 
     tokenizer = vocabulary_tokenizer(Vocabulary([b"a", b"", b"\xff"], None))
     assert tokenizer.get_eos_token_id() == -1
@@ -312,7 +312,7 @@ def test_the_reading_process_dies(gguf: Path, monkeypatch: pytest.MonkeyPatch) -
         process.kill()
         return process
 
-    monkeypatch.setattr("app.llm.tokenizer_process.subprocess.Popen", killed)
+    monkeypatch.setattr("app.llm.models.tokenizer_process.subprocess.Popen", killed)
     assert refusal(gguf) == (
         "reading the model's tokenizer ended with code -9: start again; if it stays, set "
         "MODEL__ENGINE=transformers"

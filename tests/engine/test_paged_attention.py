@@ -21,8 +21,9 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from app.core.config import ModelSettings
-from app.llm.engine import paged_attention, transformers_backend
-from app.llm.engine.paged_attention import NAME, attend, make_plan
+from app.llm.engine.transformers import backend as transformers_backend
+from app.llm.engine.transformers import paged_attention
+from app.llm.engine.transformers.paged_attention import NAME, attend, make_plan
 from tests.support.backends import load, refusal, request, run, tokens
 
 HEAD = 8

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from app.core.config import ModelSettings
-from app.llm import bundled
-from app.llm.engine import cpu_linear
-from app.llm.engine.cpu_linear import Int8Linear, PackedLinear, Quantization, replace_linears
+from app.llm.engine.transformers import cpu_linear
+from app.llm.engine.transformers.cpu_linear import (
+    Int8Linear,
+    PackedLinear,
+    Quantization,
+    replace_linears,
+)
+from app.llm.engine.transformers.loading import load_pipeline
 from app.llm.loader import find_model
-from app.llm.transformers_loader import load_pipeline
+from app.llm.models import bundled
 from tests.support.backends import load, load_bundled, request, run, tokens
 
 pytestmark = [

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from app.llm import bundled
+from app.llm.models import bundled
 from tests.support.backends import load_bundled
 from tests.support.structured import ask_for_schemas
 

@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from app.llm.engine.base import SamplingParams
-from app.llm.engine.sampling import RequestSampler, select
+from app.llm.engine.transformers.sampling import RequestSampler, select
+from app.llm.protocol import SamplingParams
 
 VOCABULARY = 2000
 DRAWS = 4000

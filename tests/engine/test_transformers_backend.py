@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from app.llm.engine.transformers_backend import batching_config
+from app.llm.engine.transformers.backend import batching_config
 from tests.support.backends import load_local, request, run, tokens
 
 

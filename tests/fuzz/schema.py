@@ -18,7 +18,7 @@ from schemathesis.engine import Status, events, from_schema
 from schemathesis.python.asgi import shutdown_lifespans
 from schemathesis.specs.openapi.checks import negative_data_rejection
 
-from app.llm.engine.client import EngineState
+from app.llm.client.client import EngineState
 from app.main import create_app
 from tests.conftest import make_settings
 from tests.support.service import API_KEY, START_SECONDS

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from app.api.dependencies import parse_json
 from app.api.errors import validation_error
-from app.api.openai_schemas import ChatCompletionRequest, CompletionRequest, TokenizeRequest
+from app.api.openai.schemas import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 from app.api.requests import ChatRequest, GenerateRequest
 from app.api.sse import ends_stream, frame, has_error_event
 from app.core.config.security import SecuritySettings
@@ -25,7 +25,7 @@ from app.core.pii.detectors import HOLD_BACK
 from app.core.rate_limit import ClientAddress
 from app.core.security import KeyRing
 from app.llm.detokenizer import StopMatcher
-from app.llm.gguf_header import MAGIC, read_header
+from app.llm.models.gguf_header import MAGIC, read_header
 from app.llm.tool_calls import ToolCallParser
 from app.utils.errors import InvalidAPIKeyError, InvalidJSONError
 from benchmarks.load.targets import read_stream

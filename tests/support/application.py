@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from app.api.dependencies import Services
 from app.core.config import Settings
-from app.llm.engine.client import EngineState
+from app.llm.client.client import EngineState
 from app.main import create_app
 
 KEY, OTHER = "key-of-alice", "key-of-bob"

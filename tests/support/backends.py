@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from app.core.config import ModelSettings
-from app.llm.engine.base import Backend, GenerationRequest, SamplingParams, TokenEvent
 from app.llm.loader import load_backend
+from app.llm.protocol import Backend, GenerationRequest, SamplingParams, TokenEvent
 from app.utils.errors import ModelLoadError
 from tests.support.tiny_gguf import make_tiny_gguf
 

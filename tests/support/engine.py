@@ -8,7 +8,7 @@ from typing import Any
 from app.core.config import LoggingSettings, ModelSettings
 from app.core.config.engine import EngineSettings
 from app.core.metrics import Metrics
-from app.llm.engine.client import EngineClient, EngineState
+from app.llm.client.client import EngineClient, EngineState
 
 
 class EchoEngine:

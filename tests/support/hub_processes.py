@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from app.core.config import PROJECT_ROOT, ModelSettings
-from app.llm.engine.base import (
+from app.llm.protocol import (
     HEADER_BYTES,
     Configure,
     Report,
@@ -34,11 +34,11 @@ DEFAULT_MODEL = "google/gemma-2-2b-it"
 PIECE = constants.DOWNLOAD_CHUNK_SIZE
 LARGE = {"config.json": b"{}", "large.gguf": random.Random(0).randbytes(2 * PIECE + 5000)}
 
-# Reads calls of app.llm.hub.download from standard input, one per line, and answers each.
+# Reads calls of app.llm.models.hub.download from standard input, one per line, and answers each.
 CHILD = """
 import json, logging, sys
 logging.basicConfig(level=logging.DEBUG)
-from app.llm import hub
+from app.llm.models import hub
 from app.utils.errors import ModelLoadError
 hub.PROGRESS_SECONDS = 0
 for line in sys.stdin:
@@ -71,7 +71,7 @@ def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
 
 
 class Downloader:
-    """A process that runs ``app.llm.hub.download`` on request."""
+    """A process that runs ``app.llm.models.hub.download`` on request."""
 
     def __init__(self, process: "subprocess.Popen[str]", log: Path) -> None:
         self._process = process

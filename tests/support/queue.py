@@ -5,8 +5,8 @@ from typing import Any
 
 from app.core.config.engine import EngineSettings
 from app.core.metrics import Metrics
-from app.llm.engine.admission import Place, RequestQueue
-from app.llm.engine.base import GenerationRequest, SamplingParams, TokenEvent
+from app.llm.client.admission import Place, RequestQueue
+from app.llm.protocol import GenerationRequest, SamplingParams, TokenEvent
 from app.utils.errors import ServiceError
 
 

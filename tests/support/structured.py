@@ -8,7 +8,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from tokenizers import Tokenizer
 
-from app.llm.engine.base import Backend, GenerationRequest, JsonSchemaGrammar, SamplingParams
+from app.llm.protocol import Backend, GenerationRequest, JsonSchemaGrammar, SamplingParams
 from tests.support.backends import run, tokens
 from tests.support.random_schemas import RandomSchemas
 

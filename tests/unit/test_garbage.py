@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from app.core.config import PROJECT_ROOT, ModelSettings
-from app.llm.engine.base import Configure, pack
+from app.llm.protocol import Configure, pack
 from tests.support.service import isolated_environment
 
 TELL = "import gc; print(gc.get_freeze_count(), len(gc.get_objects()), gc.isenabled())"

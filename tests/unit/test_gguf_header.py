@@ -8,8 +8,8 @@ from gguf import GGUFReader
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.llm.description import ModelShape, UnknownShapeError, gguf_shape
-from app.llm.gguf_header import GgufArray, GgufHeader, read_header
+from app.llm.models.description import ModelShape, UnknownShapeError, gguf_shape
+from app.llm.models.gguf_header import GgufArray, GgufHeader, read_header
 from tests.support import tiny_model
 from tests.support.tiny_gguf import make_tiny_gguf
 

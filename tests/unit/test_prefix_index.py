@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.llm.engine.prefix_index import BLOCK_SIZE, PrefixIndex
+from app.llm.engine.openvino.prefix_index import BLOCK_SIZE, PrefixIndex
 
 
 def test_whole_blocks_are_found() -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from app.llm.engine import process
-from app.llm.engine.resources import (
+from app.core.machine import (
     THREADS_VARIABLE,
     available_cores,
     available_memory,
     compute_threads,
 )
+from app.llm.client import process
 
 V2_MOUNT = "31 23 0:28 {root} /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate"
 V1_MOUNT = "32 31 0:29 {root} /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct"
@@ -133,7 +133,7 @@ def test_torch_in_the_engine_process_has_that_many_threads(
 ) -> None:
     """The environment of the engine process decides before torch starts its pool."""
     monkeypatch.delenv(THREADS_VARIABLE, raising=False)
-    monkeypatch.setattr("app.llm.engine.resources.available_cores", lambda: 1)
+    monkeypatch.setattr("app.core.machine.available_cores", lambda: 1)
     done = subprocess.run(
         [sys.executable, "-c", "import torch; print(torch.get_num_threads())"],
         env=process.engine_environment(os.environ),

@@ -1,6 +1,6 @@
 """When a dead engine process is started again, with a clock that the test sets."""
 
-from app.llm.engine.restarts import WINDOW_SECONDS, Restarts
+from app.llm.client.restarts import WINDOW_SECONDS, Restarts
 from tests.support.queue import Clock
 
 

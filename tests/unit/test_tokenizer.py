@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from app.llm.engine.base import EngineInfo
 from app.llm.engine.echo import EchoBackend
+from app.llm.protocol import EngineInfo
 from app.llm.tokenizer import PromptTokenizer
 from app.utils.errors import ChatTemplateError
 

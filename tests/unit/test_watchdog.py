@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from app.llm.engine.watchdog import LOOK_SECONDS, STALLED_LOOKS, Activity, Duty, Watchdog, observe
+from app.llm.client.watchdog import LOOK_SECONDS, STALLED_LOOKS, Activity, Duty, Watchdog, observe
 
 BUSY = "while True: pass"
 IDLE = "import sys; print(flush=True); sys.stdin.read()"

@@ -6,7 +6,9 @@ from typing import cast
 
 import pytest
 
-from app.llm.engine.base import (
+from app.llm.engine.echo import EchoBackend
+from app.llm.engine.worker import Channel, Worker
+from app.llm.protocol import (
     Backend,
     Cancel,
     Command,
@@ -19,8 +21,6 @@ from app.llm.engine.base import (
     Submit,
     TokenEvent,
 )
-from app.llm.engine.echo import EchoBackend
-from app.llm.engine.worker import Channel, Worker
 
 
 class _Recorder:

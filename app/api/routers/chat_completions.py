@@ -15,9 +15,9 @@ from app.api.dependencies import (
 )
 from app.api.errors import STREAM, responses
 from app.api.openai.answers import ChatCompletion
+from app.api.openai.routes import OpenAIRoute, check_model, jobs_for
+from app.api.openai.schemas import ChatCompletionRequest, chat_messages
 from app.api.openai.shapes import ChatCompletionShape
-from app.api.openai_routes import OpenAIRoute, check_model, jobs_for
-from app.api.openai_schemas import ChatCompletionRequest, chat_messages
 from app.api.respond import respond
 from app.utils.errors import (
     GENERATION_ERRORS,

@@ -7,9 +7,9 @@ from fastapi import APIRouter, Request, Response
 from app.api.dependencies import KEY_SCHEMES, AppServices, Caller, Deadline, Generation
 from app.api.errors import STREAM, responses
 from app.api.openai.answers import Completion
+from app.api.openai.routes import OpenAIRoute, check_model, jobs_for
+from app.api.openai.schemas import CompletionRequest
 from app.api.openai.shapes import CompletionShape
-from app.api.openai_routes import OpenAIRoute, check_model, jobs_for
-from app.api.openai_schemas import CompletionRequest
 from app.api.respond import respond
 from app.utils.errors import GENERATION_ERRORS, ModelNotFoundError
 

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from app.api.dependencies import AppServices, identify
 from app.api.errors import responses
 from app.api.schemas import HealthResponse, ProbeResponse
-from app.llm.engine.client import EngineState
+from app.llm.client.client import EngineState
 from app.utils.errors import InsufficientScopeError, InvalidAPIKeyError, RateLimitExceededError
 
 router = APIRouter(tags=["health"])

@@ -6,8 +6,8 @@ from fastapi import APIRouter, Request
 
 from app.api.dependencies import KEY_SCHEMES, AppServices, Services
 from app.api.errors import responses
-from app.api.openai_routes import OpenAIRoute, check_model
-from app.api.openai_schemas import ModelCard, ModelList
+from app.api.openai.routes import OpenAIRoute, check_model
+from app.api.openai.schemas import ModelCard, ModelList
 from app.utils.errors import InvalidAPIKeyError, ModelNotFoundError, RateLimitExceededError
 
 _MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}

@@ -15,7 +15,7 @@ from app.api.schemas import (
     SessionsStatus,
     StatusResponse,
 )
-from app.llm.engine.client import EngineState
+from app.llm.client.client import EngineState
 
 router = APIRouter(tags=["health"])
 

@@ -9,7 +9,7 @@ from app.api.dependencies import (
     GuardedRoute,
 )
 from app.api.errors import responses
-from app.api.openai_schemas import TokenizeRequest, TokenizeResponse, chat_messages
+from app.api.openai.schemas import TokenizeRequest, TokenizeResponse, chat_messages
 from app.services.answers import Job
 from app.utils.errors import GENERATION_ERRORS
 from app.utils.timing import within

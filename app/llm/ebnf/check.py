@@ -6,7 +6,7 @@ The compiler is imported with the first grammar, because most services get none.
 import asyncio
 from typing import Final
 
-from app.llm.engine.base import (
+from app.llm.protocol import (
     EngineInfo,
     Grammar,
     JsonSchemaGrammar,

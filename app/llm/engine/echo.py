@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from app.llm.engine.base import (
+from app.llm.protocol import (
     SAMPLING_FIELDS,
     EngineInfo,
     EngineStats,

@@ -20,7 +20,9 @@ from collections.abc import Sequence
 
 from app.core.config import LoggingSettings, ModelSettings
 from app.core.logging import configure_logging, get_logger
-from app.llm.engine.base import (
+from app.llm.loader import load_backend
+from app.llm.models.load_errors import one_line
+from app.llm.protocol import (
     HEADER_BYTES,
     Backend,
     Cancel,
@@ -41,8 +43,6 @@ from app.llm.engine.base import (
     pack,
     unpack_command,
 )
-from app.llm.load_errors import one_line
-from app.llm.loader import load_backend
 from app.utils.errors import ModelLoadError
 from app.utils.garbage import no_collections, spare_what_stays
 

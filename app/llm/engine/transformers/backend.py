@@ -16,8 +16,8 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from app.core.logging import get_logger
-from app.llm.description import cache_values_per_token, context_length, eos_token_ids
-from app.llm.engine.attention_choice import (
+from app.llm.engine.cache_size import PROMPT_TOKENS_PER_STEP, cache_tokens
+from app.llm.engine.transformers.attention_choice import (
     PAGE_SIZE,
     attend_per_request,
     attention_of,
@@ -25,16 +25,16 @@ from app.llm.engine.attention_choice import (
     prefer_flash_attention,
     runs_on_gpu,
 )
-from app.llm.engine.base import (
+from app.llm.engine.transformers.paged_attention import plan_step
+from app.llm.engine.transformers.sampling import RequestSampler, choose
+from app.llm.engine.transformers.token_masks import GrammarCompiler
+from app.llm.models.description import cache_values_per_token, context_length, eos_token_ids
+from app.llm.protocol import (
     EngineInfo,
     EngineStats,
     GenerationRequest,
     TokenEvent,
 )
-from app.llm.engine.cpu_sizing import PROMPT_TOKENS_PER_STEP, cache_tokens
-from app.llm.engine.paged_attention import plan_step
-from app.llm.engine.sampling import RequestSampler, choose
-from app.llm.engine.token_masks import GrammarCompiler
 
 log = get_logger("engine")
 

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from app.llm.engine.resources import available_memory
+from app.core.machine import available_memory
 
 PROMPT_TOKENS_PER_STEP: Final = 256
 """Most prompt tokens in a step beside the running requests; ADR 14 has the measurements."""

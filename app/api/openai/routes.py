@@ -8,7 +8,7 @@ from fastapi import Request
 
 from app.api.dependencies import GeneratingRoute, Services
 from app.api.errors import openai_status, validation_error
-from app.api.openai_schemas import OpenAIFields
+from app.api.openai.schemas import OpenAIFields
 from app.api.requests import job_fields
 from app.core.security import Principal
 from app.services.answers import Job

@@ -6,21 +6,21 @@ from typing import Any
 
 from app.core.config import ModelSettings
 from app.core.logging import get_logger
-from app.llm.description import (
+from app.core.machine import compute_threads
+from app.llm.engine.cache_size import cache_tokens
+from app.llm.engine.openvino.prefix_index import BLOCK_SIZE
+from app.llm.models.description import (
     ModelShape,
     UnknownShapeError,
     gguf_shape,
     gguf_vocabulary,
     read_gguf,
 )
-from app.llm.engine.base import Backend, EngineInfo
-from app.llm.engine.cpu_sizing import cache_tokens
-from app.llm.engine.prefix_index import BLOCK_SIZE
-from app.llm.engine.resources import compute_threads
-from app.llm.gguf_header import GgufHeader
-from app.llm.load_errors import one_line
-from app.llm.snapshot import Progress, Snapshot
-from app.llm.tokenizer_process import TokenizerProcess
+from app.llm.models.gguf_header import GgufHeader
+from app.llm.models.load_errors import one_line
+from app.llm.models.snapshot import Progress, Snapshot
+from app.llm.models.tokenizer_process import TokenizerProcess
+from app.llm.protocol import Backend, EngineInfo
 
 log = get_logger("engine")
 
@@ -63,7 +63,7 @@ def load_openvino(
         keep_telemetry_out()
         try:
             # This import takes time, and the other process reads the tokenizer meanwhile.
-            from app.llm.engine.openvino_backend import SUPPORTED, OpenVinoBackend, start_pipeline
+            from app.llm.engine.openvino.backend import SUPPORTED, OpenVinoBackend, start_pipeline
 
             shape = gguf_shape(header) if header else reader.shape()
             blocks = _cache_blocks(settings, shape, max_running)
@@ -98,7 +98,7 @@ def load_openvino(
 
 def _vocabulary(header: GgufHeader) -> Any:
     """A tokenizer with the file's vocabulary; ``None``: the library reads its own."""
-    from app.llm.engine.openvino_vocabulary import vocabulary_tokenizer
+    from app.llm.engine.openvino.vocabulary import vocabulary_tokenizer
 
     vocabulary = gguf_vocabulary(header)
     try:

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
-from app.llm.snapshot import OPENVINO_MODEL, Progress, Snapshot, choose_weights
+from app.llm.models.snapshot import OPENVINO_MODEL, Progress, Snapshot, choose_weights
 from app.utils.errors import ModelLoadError
 
 PROGRESS_SECONDS = 2.0

@@ -68,7 +68,7 @@ def bundled_model_path(asset: Asset = BUNDLED) -> Path:
     the project's git-ignored `models/` elsewhere.
     """
     home = os.environ.get("HF_HOME")
-    project = Path(__file__).resolve().parents[2]
+    project = Path(__file__).resolve().parents[3]
     folder = Path(home).expanduser() / "bundled" if home else project / "models"
     return folder / asset.filename
 

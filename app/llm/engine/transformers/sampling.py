@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from app.llm.engine.base import SamplingParams
-from app.llm.engine.token_masks import TokenMask
+from app.llm.engine.transformers.token_masks import TokenMask
+from app.llm.protocol import SamplingParams
 
 # Filters try this many of the likeliest tokens first. Sorting a whole vocabulary of 50,000 takes
 # milliseconds a row, and filters nearly always keep fewer than a hundred tokens.

@@ -2,7 +2,7 @@
 
 Reading a tokenizer needs transformers, which takes half a second and 100 MB to import. An engine
 process that runs OpenVINO needs transformers for nothing else, so it starts
-``python -m app.llm.tokenizer_process``, which writes its answers as lines of JSON and exits.
+``python -m app.llm.models.tokenizer_process``, which writes its answers as lines of JSON and exits.
 """
 
 import gc
@@ -17,9 +17,9 @@ from typing import IO, Any, Self, TypeVar
 import msgspec
 
 from app.core.config import ModelSettings
-from app.llm.description import ModelShape, ModelTokenizer, read_shape, read_tokenizer
-from app.llm.gguf_header import read_header
-from app.llm.snapshot import Snapshot
+from app.llm.models.description import ModelShape, ModelTokenizer, read_shape, read_tokenizer
+from app.llm.models.gguf_header import read_header
+from app.llm.models.snapshot import Snapshot
 from app.utils.errors import ModelLoadError
 
 _NICE = 10
@@ -41,7 +41,7 @@ class TokenizerProcess:
             [
                 sys.executable,
                 "-m",
-                "app.llm.tokenizer_process",
+                "app.llm.models.tokenizer_process",
                 settings.model_dump_json(),
                 str(snapshot.directory),
                 snapshot.weights or "",

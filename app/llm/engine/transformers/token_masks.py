@@ -16,7 +16,7 @@ from torch import Tensor
 
 from app.llm.ebnf import keywords, regex
 from app.llm.ebnf.grammars import parse_schema
-from app.llm.engine.base import Grammar, JsonSchemaGrammar, RegexGrammar, TagsGrammar
+from app.llm.protocol import Grammar, JsonSchemaGrammar, RegexGrammar, TagsGrammar
 
 _JSON_OPTIONS: Final[Any] = {
     # At most one space, after a comma or a colon. A small model would go on with white space.

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from app.core.logging import get_logger
-from app.llm.engine.admission import Place
-from app.llm.engine.base import GenerationRequest, Step
+from app.llm.client.admission import Place
+from app.llm.protocol import GenerationRequest, Step
 from app.utils.errors import EngineUnavailableError
 
 log = get_logger("engine")

@@ -19,7 +19,7 @@ from openvino import opset13 as ops
 from openvino_genai import GenerationConfig, StructuredOutputConfig
 
 from app.llm.ebnf.grammars import to_ebnf
-from app.llm.engine.base import Grammar
+from app.llm.protocol import Grammar
 
 KEPT_GRAMMARS: Final = 256
 """Most compiled grammars in the library's cache; each takes about a megabyte."""

@@ -15,8 +15,12 @@ from app.core.config import LoggingSettings, ModelSettings
 from app.core.config.engine import EngineSettings
 from app.core.logging import get_logger
 from app.core.metrics import Metrics
-from app.llm.engine.admission import Place, PlaceListener, RequestQueue
-from app.llm.engine.base import (
+from app.llm.client.admission import Place, PlaceListener, RequestQueue
+from app.llm.client.process import EngineProcess
+from app.llm.client.restarts import Restarts
+from app.llm.client.retries import InFlight
+from app.llm.client.watchdog import LOOK_SECONDS, Duty, Watchdog, observe
+from app.llm.protocol import (
     Cancel,
     Configure,
     EngineInfo,
@@ -29,10 +33,6 @@ from app.llm.engine.base import (
     Step,
     Submit,
 )
-from app.llm.engine.in_flight import InFlight
-from app.llm.engine.process import EngineProcess
-from app.llm.engine.restarts import Restarts
-from app.llm.engine.watchdog import LOOK_SECONDS, Duty, Watchdog, observe
 from app.llm.tokenizer import PromptTokenizer
 from app.utils.errors import (
     DrainingError,

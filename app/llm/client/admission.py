@@ -17,8 +17,8 @@ from typing import Protocol, Self
 
 from app.core.config.engine import EngineSettings
 from app.core.metrics import Metrics
-from app.llm.engine.base import FinishReason, GenerationRequest, TokenEvent
-from app.llm.engine.fairness import FairQueue
+from app.llm.client.fairness import FairQueue
+from app.llm.protocol import FinishReason, GenerationRequest, TokenEvent
 from app.utils.errors import (
     DeadlineExceededError,
     InternalError,

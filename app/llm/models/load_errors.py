@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from app.core.config import ModelSettings
-from app.llm.snapshot import Snapshot
+from app.llm.models.snapshot import Snapshot
 from app.utils.errors import ModelLoadError
 
 

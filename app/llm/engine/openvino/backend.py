@@ -14,7 +14,10 @@ import openvino
 import openvino_genai
 from openvino_genai import GenerationConfig, GenerationFinishReason, GenerationStatus
 
-from app.llm.engine.base import (
+from app.llm.engine.cache_size import PROMPT_TOKENS_PER_STEP
+from app.llm.engine.openvino.grammars import GrammarCompiler
+from app.llm.engine.openvino.prefix_index import PrefixIndex
+from app.llm.protocol import (
     SAMPLING_FIELDS,
     EngineInfo,
     EngineStats,
@@ -22,9 +25,6 @@ from app.llm.engine.base import (
     GenerationRequest,
     TokenEvent,
 )
-from app.llm.engine.cpu_sizing import PROMPT_TOKENS_PER_STEP
-from app.llm.engine.openvino_grammars import GrammarCompiler
-from app.llm.engine.prefix_index import PrefixIndex
 
 SUPPORTED: Final = frozenset((*SAMPLING_FIELDS, "logprobs", "grammar")) - {"logit_bias"}
 """What the library supports. It returns the log-probability of the chosen token only."""

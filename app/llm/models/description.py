@@ -3,7 +3,7 @@
 Functions that read files raise :class:`ModelLoadError` where a file cannot be read.
 
 transformers is imported inside the functions that need it, because an engine process that runs
-OpenVINO calls none of them: there :mod:`app.llm.tokenizer_process` does.
+OpenVINO calls none of them: there :mod:`app.llm.models.tokenizer_process` does.
 """
 
 import re
@@ -14,10 +14,10 @@ from typing import Any
 import msgspec
 
 from app.core.config import ModelSettings
-from app.llm.byte_level import BYTE_OF
-from app.llm.gguf_header import GgufHeader, read_header
-from app.llm.load_errors import explaining
-from app.llm.snapshot import OPENVINO_MODEL, Snapshot
+from app.llm.models.byte_level import BYTE_OF
+from app.llm.models.gguf_header import GgufHeader, read_header
+from app.llm.models.load_errors import explaining
+from app.llm.models.snapshot import OPENVINO_MODEL, Snapshot
 
 _GGUF_TOKENS = "tokenizer.ggml.tokens"
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 
 from app.core.config import PROJECT_ROOT
 from app.core.logging import get_logger
-from app.llm.engine.base import (
+from app.core.machine import THREADS_VARIABLE, compute_threads
+from app.llm.protocol import (
     HEADER_BYTES,
     Message,
     Report,
@@ -19,7 +20,6 @@ from app.llm.engine.base import (
     pack,
     unpack_report,
 )
-from app.llm.engine.resources import THREADS_VARIABLE, compute_threads
 
 log = get_logger()
 

@@ -6,7 +6,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from app.core.logging import get_logger
-from app.llm.engine import paged_attention
+from app.llm.engine.transformers import paged_attention
 
 log = get_logger("engine")
 

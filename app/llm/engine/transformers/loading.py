@@ -6,16 +6,16 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from app.core.config import ModelSettings
-from app.llm.description import (
+from app.llm.models.description import (
     chat_template,
     context_length,
     load_tokenizer,
     pretrained_source,
     special_tokens,
 )
-from app.llm.engine.base import REQUEST_FEATURES, SAMPLING_FIELDS, Backend, EngineInfo
-from app.llm.load_errors import explaining
-from app.llm.snapshot import Progress, Snapshot
+from app.llm.models.load_errors import explaining
+from app.llm.models.snapshot import Progress, Snapshot
+from app.llm.protocol import REQUEST_FEATURES, SAMPLING_FIELDS, Backend, EngineInfo
 from app.utils.errors import ModelLoadError
 
 if TYPE_CHECKING:
@@ -156,8 +156,8 @@ def _start_backend(
 ) -> Backend:
     import torch
 
-    from app.llm.engine import cpu_linear
-    from app.llm.engine.transformers_backend import TransformersBackend
+    from app.llm.engine.transformers import cpu_linear
+    from app.llm.engine.transformers.backend import TransformersBackend
 
     model, tokenizer = pipe.model, pipe.tokenizer
     on_cuda = settings.device == "cuda"

@@ -15,7 +15,7 @@ import openvino
 import openvino_genai
 from openvino import opset13 as ops
 
-from app.llm.description import Vocabulary
+from app.llm.models.description import Vocabulary
 
 
 def vocabulary_tokenizer(vocabulary: Vocabulary) -> openvino_genai.Tokenizer:
