@@ -87,6 +87,8 @@ async def test_prompts_are_redacted_before_the_model_and_the_history() -> None:
     async with start(pii={"input": "redact"}) as client:
         assert (await client.say(SECRET)).json()["message"]["content"] == REDACTED
         assert await client.history() == [("user", REDACTED), ("assistant", REDACTED)]
+        answer = (await generate(client, SECRET)).json()
+        assert (answer["generated_text"], answer["prompt"]) == (REDACTED, SECRET)
 
 
 async def test_prompts_with_personal_data_can_be_refused() -> None:

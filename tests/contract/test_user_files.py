@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from starlette.testclient import TestClient
 
 from app.core.config import PROJECT_ROOT, load_settings
 from app.main import create_app
-from tests.conftest import RunApp
-from tests.support.service import isolated_environment, session_members
+from tests.conftest import RunApp, running_app
+from tests.support.service import API_KEY, OTHER_KEY, isolated_environment, session_members
 from tests.support.tiny_model import make_tiny_model
 
+NEW_KEY = "a-key-from-the-environment"
 PROMPT = {"prompt": "hello", "max_tokens": 5}
 
 # The design card's packages and top level, and the document's project structure.
@@ -80,85 +83,95 @@ def test_the_rate_limit_can_be_adjusted_in_env(tmp_path: Path) -> None:
     assert (limits["requests_per_minute"], limits["burst_size"]) == (50, 100)
 
 
-def test_security_api_key(monkeypatch: pytest.MonkeyPatch, run_app: RunApp) -> None:
+@contextmanager
+def configured(environment: dict[str, str]) -> Iterator[TestClient]:
+    """An application that was started with these variables in its environment."""
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            client = stack.enter_context(running_app())
+        yield client
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[TestClient]:
+    """An application with another key, a small cache and short answers."""
+    environment = {
+        "SECURITY__API_KEY": NEW_KEY,
+        "CACHE__SIZE": "2",
+        "MODEL__MAX_TOKENS": "5",
+    }
+    with configured(environment) as client:
+        client.headers["X-API-Key"] = NEW_KEY
+        yield client
+
+
+@pytest.fixture(scope="module")
+def limited() -> Iterator[TestClient]:
+    """An application that limits requests and keeps no answers."""
+    environment = {
+        "RATE_LIMIT__ENABLED": "true",
+        "RATE_LIMIT__REQUESTS_PER_MINUTE": "60",
+        "RATE_LIMIT__BURST_SIZE": "3",
+        "CACHE__ENABLED": "false",
+    }
+    with configured(environment) as client:
+        yield client
+
+
+def test_security_api_key(small: TestClient) -> None:
     """SECURITY__API_KEY is the key that is let in, and the one it replaces is not."""
-    monkeypatch.setenv("SECURITY__API_KEY", "a-key-from-the-environment")
-    client = run_app()
-    assert generate(client).status_code == 401
-    client.headers["X-API-Key"] = "a-key-from-the-environment"
-    assert generate(client).status_code == 200
+    assert (
+        small.post("/v1/generate", json=PROMPT, headers={"X-API-Key": API_KEY}).status_code == 401
+    )
+    assert generate(small).status_code == 200
 
 
-def test_rate_limit_names(monkeypatch: pytest.MonkeyPatch, run_app: RunApp) -> None:
+def test_rate_limit_names(limited: TestClient) -> None:
     """With a burst of 3 at 60 a minute, three requests pass and the fourth waits a second."""
-    monkeypatch.setenv("RATE_LIMIT__ENABLED", "true")
-    monkeypatch.setenv("RATE_LIMIT__REQUESTS_PER_MINUTE", "60")
-    monkeypatch.setenv("RATE_LIMIT__BURST_SIZE", "3")
-    client = run_app()
-    responses = [generate(client) for _ in range(4)]
+    responses = [generate(limited) for _ in range(4)]
     assert [r.status_code for r in responses] == [200, 200, 200, 429]
     assert responses[0].headers["x-ratelimit-limit"] == "3"
     assert responses[3].headers["retry-after"] == "1"
 
 
-def test_cache_enabled(monkeypatch: pytest.MonkeyPatch, run_app: RunApp) -> None:
+def test_cache_enabled(limited: TestClient) -> None:
     """With CACHE__ENABLED=false an identical request is generated again."""
-    monkeypatch.setenv("CACHE__ENABLED", "false")
-    client = run_app()
-    assert [generate(client).json()["cached"] for _ in range(2)] == [False, False]
+    limited.headers["X-API-Key"] = OTHER_KEY
+    assert [generate(limited).json()["cached"] for _ in range(2)] == [False, False]
 
 
-def test_cache_size(monkeypatch: pytest.MonkeyPatch, run_app: RunApp) -> None:
+def test_cache_size(small: TestClient) -> None:
     """With CACHE__SIZE=2 the least recently used of three answers is the one that is gone."""
-    monkeypatch.setenv("CACHE__SIZE", "2")
-    client = run_app()
-    cached = [generate(client, prompt=p).json()["cached"] for p in "abacab"]
+    cached = [generate(small, prompt=p).json()["cached"] for p in "abacab"]
     assert cached == [False, False, True, False, True, False]
 
 
-def test_cache_ttl(run_app: RunApp) -> None:
-    """An answer is kept no longer than cache.ttl_seconds."""
-    client = run_app(cache={"ttl_seconds": 0.01})
-    for _ in range(2):
-        assert generate(client).json()["cached"] is False
-        time.sleep(0.02)
-
-
-def test_sessions_expire(run_app: RunApp) -> None:
-    """A session is kept no longer than chat_history.ttl_seconds after its last turn."""
-    client = run_app(chat_history={"ttl_seconds": 0.01})
+def test_what_is_kept_expires(run_app: RunApp) -> None:
+    """No answer outlives cache.ttl_seconds, and no session chat_history.ttl_seconds."""
+    client = run_app(cache={"ttl_seconds": 0.01}, chat_history={"ttl_seconds": 0.01})
     body = {"session_id": "s", "messages": [{"role": "user", "content": "hi"}]}
-    assert client.post("/v1/chat", json=body).status_code == 200
-    time.sleep(0.02)
-    assert client.get("/v1/sessions/s").status_code == 404
+    for _ in range(2):
+        assert client.post("/v1/chat", json=body).json()["cached"] is False
+        time.sleep(0.02)
+        assert client.get("/v1/sessions/s").status_code == 404
 
 
-def test_model_max_tokens(monkeypatch: pytest.MonkeyPatch, run_app: RunApp) -> None:
+def test_model_max_tokens(small: TestClient) -> None:
     """MODEL__MAX_TOKENS is the most a request may ask for, and what it gets without asking."""
-    monkeypatch.setenv("MODEL__MAX_TOKENS", "4")
-    client = run_app()
-    answer = client.post("/v1/generate", json={"prompt": "a long prompt"}).json()
-    assert (answer["tokens_generated"], answer["finish_reason"]) == (4, "length")
-    refused = generate(client, max_tokens=5)
+    answer = small.post("/v1/generate", json={"prompt": "a long prompt"}).json()
+    assert (answer["tokens_generated"], answer["finish_reason"]) == (5, "length")
+    refused = generate(small, max_tokens=6)
     assert (refused.status_code, refused.json()["error"]["param"]) == (422, "max_tokens")
 
 
-def test_prompt_length(run_app: RunApp) -> None:
+def test_prompt_length(small: TestClient) -> None:
     """A prompt over security.max_prompt_chars, 4000 by default, is refused without being echoed."""
-    client = run_app()
-    assert generate(client, prompt="x" * 4000).status_code == 200
-    refused = generate(client, prompt="x" * 4001)
+    assert generate(small, prompt="x" * 4000).status_code == 200
+    refused = generate(small, prompt="x" * 4001)
     assert (refused.status_code, refused.json()["error"]["code"]) == (422, "prompt_too_long")
     assert "xxx" not in refused.text
-
-
-def test_pii_filtering_is_optional(run_app: RunApp) -> None:
-    """Personal data passes by default, and is filtered where that is asked for."""
-    text = "write to ann@example.com"
-    assert generate(run_app(), prompt=text, max_tokens=60).json()["generated_text"] == text
-    filtered = generate(run_app(pii={"input": "redact"}), prompt=text, max_tokens=60).json()
-    assert filtered["generated_text"] == "write to [EMAIL]"
-    assert filtered["prompt"] == text
 
 
 def test_a_local_model(monkeypatch: pytest.MonkeyPatch, run_app: RunApp, tmp_path: Path) -> None:
