@@ -1,4 +1,4 @@
-"""What the engine's tests share."""
+"""Fixtures of the engine's tests."""
 
 import contextlib
 import ctypes
@@ -21,30 +21,30 @@ from tests.support.tiny_model import make_tiny_model
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model's folder; copy it before changing anything."""
+    """A tiny model's folder; copy it before changing it."""
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _memory_given_back() -> Iterator[None]:
-    """What a module's models took is the system's again; two processes of tests grow beside."""
+    """Return the memory of a module's models to the system."""
     yield
     gc.collect()
     with contextlib.suppress(AttributeError):
-        # Only glibc keeps what is freed, and has a function against that.
+        # glibc keeps freed memory unless this is called; other C libraries do not have it.
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="module")
 def one_hub() -> Iterator[FakeHub]:
-    """The hub that this module's tests share."""
+    """The fake hub of this module's tests."""
     with running_hub() as server:
         yield server
 
 
 @pytest.fixture
 def hub(one_hub: FakeHub) -> FakeHub:
-    """The hub as if freshly started."""
+    """The fake hub, reset."""
     one_hub.repos.clear()
     one_hub.requests.clear()
     one_hub.faults = Faults()

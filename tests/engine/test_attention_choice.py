@@ -1,4 +1,4 @@
-"""Which attention a model gets, on machines that this one is not."""
+"""Which attention a model gets, with a fake model on a fake GPU."""
 
 import logging
 from types import SimpleNamespace
@@ -17,16 +17,16 @@ from app.llm.engine.transformers.attention_choice import (
 
 
 class _Model:
-    """What the choice looks at."""
+    """The attributes that decide."""
 
     def __init__(self, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
         self.device = torch.device(device)
         self.dtype = dtype
         self.config = SimpleNamespace(_attn_implementation="sdpa")
-        self.refused: set[str] = set()
+        self.unsupported: set[str] = set()
 
     def set_attn_implementation(self, name: str) -> None:
-        if name in self.refused:
+        if name in self.unsupported:
             raise ImportError(f"{name} needs another GPU")
         self.config._attn_implementation = name
 
@@ -35,7 +35,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch, *versions: int) -> None:
     for version in (2, 3):
         here = version in versions
         name = f"is_flash_attn_{version}_available"
-        # transformers' functions take whether kernels may come from the hub; they may not.
+        # transformers' functions have an argument that allows kernels from the hub; it is not used.
         monkeypatch.setattr(attention_choice, name, lambda here=here: here)
 
 
@@ -46,7 +46,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch, *versions: int) -> None:
 def test_an_installed_flash_attention_is_used(
     versions: tuple[int, ...], chosen: str, page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The newest that is there, and it stays; without any, a GPU keeps sdpa."""
+    """The newest installed version is used and kept; without one a GPU keeps sdpa."""
     _installed(monkeypatch, *versions)
     model = _Model("cuda")
     prefer_flash_attention(model)
@@ -58,22 +58,22 @@ def test_an_installed_flash_attention_is_used(
 @pytest.mark.parametrize(
     "model", [_Model("cpu"), _Model("cuda", torch.float32)], ids=["cpu", "float32"]
 )
-def test_flash_attention_is_not_asked_for_what_it_cannot(
+def test_flash_attention_needs_a_gpu_and_16_bits(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It runs neither on a CPU nor in 32 bits, wherever it is installed."""
+    """It is not used on a CPU or in float32, although it is installed."""
     _installed(monkeypatch, 2, 3)
     prefer_flash_attention(model)
     assert attention_of(model) == "sdpa"
 
 
-def test_a_flash_attention_that_refuses_gives_way(
+def test_a_flash_attention_that_fails_is_skipped(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The next one is taken, and the log says why."""
+    """The next version is used, and the log has the reason."""
     _installed(monkeypatch, 2, 3)
     model = _Model("cuda")
-    model.refused.add("flash_attention_3")
+    model.unsupported.add("flash_attention_3")
     with caplog.at_level(logging.WARNING, logger="llm_service"):
         prefer_flash_attention(model)
     assert attention_of(model) == "flash_attention_2"

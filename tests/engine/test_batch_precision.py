@@ -1,4 +1,4 @@
-"""What sharing a batch may cost in exactness, where a model runs in less than float32."""
+"""How much a batch changes log-probabilities of a model in less than float32."""
 
 import pytest
 
@@ -13,7 +13,7 @@ pytestmark = [
 ]
 
 BOUND = 0.35
-"""Most that a token's log-probability may change, in nats.
+"""Largest change of a token's log-probability, in nats.
 
 Measured with AVX-512: 0.18 with OpenVINO on the Q4_1 file, 0.12 with transformers in bfloat16.
 """
@@ -21,10 +21,10 @@ Measured with AVX-512: 0.18 with OpenVINO on the Q4_1 file, 0.12 with transforme
 
 @pytest.mark.parametrize("engine", ["auto", "transformers"], ids=["openvino", "transformers"])
 def test_a_batch_changes_log_probabilities_little(engine: str) -> None:
-    """A chat's greedy tokens alone and among 31 others, as far as they are the same tokens.
+    """A chat's greedy tokens have nearly the same log-probabilities alone and in a batch of 32.
 
-    Sums of 16-bit numbers depend on their order, and that on the batch. A different token is only
-    taken where two are about as likely.
+    The rounding of 16-bit sums depends on their order, and the order on the batch. The comparison
+    ends at the first different token.
     """
     backend = load_bundled(engine)
     tokenizer = PromptTokenizer(backend.info)

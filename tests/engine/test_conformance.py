@@ -1,7 +1,6 @@
 """What every backend must do; a new backend is a row in tests/support/backends.py.
 
-What a backend does behind the API process, with text, deadlines and a process of its own, is in
-test_conformance_text.py.
+test_conformance_text.py has the same for the engine process: text, deadlines and faults.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ def loaded(tiny_model_dir: Path) -> Loader:
 
 
 def _leaves_nothing(backend: Backend) -> Iterator[Backend]:
-    """Whatever a test does, no request and no work is left behind."""
+    """After each test no request and no work is left."""
     yield backend
     for _ in range(3):
         if backend.has_work():
@@ -55,13 +54,13 @@ def model(request: pytest.FixtureRequest, loaded: Loader) -> Iterator[Backend]:
 
 
 def test_a_request_ends_with_exactly_one_terminal_event(backend: Backend) -> None:
-    """The last event, and no other, has a finish reason."""
+    """Only the last event has a finish reason."""
     for events in run(backend, *(request(f"r{i}", max_tokens=1 + i) for i in range(5))).values():
         assert [e.finish_reason is not None for e in events] == [False] * (len(events) - 1) + [True]
 
 
 def test_the_token_limit_is_exact(backend: Backend) -> None:
-    """An answer that does not end by itself has as many tokens as were asked for."""
+    """An answer that does not end by itself has exactly the requested number of tokens."""
     for limit in (1, 2, 5):
         (events,) = run(backend, request("r", max_tokens=limit)).values()
         assert len(tokens(events)) <= limit
@@ -75,8 +74,8 @@ def test_greedy_is_deterministic(backend: Backend) -> None:
     assert first == second
 
 
-def test_a_request_does_not_feel_its_batch(backend: Backend) -> None:
-    """Greedy tokens are the same alone and among 31 others, in float32."""
+def test_the_batch_does_not_change_an_answer(backend: Backend) -> None:
+    """In float32 greedy tokens are the same alone and in a batch of 32."""
     prompts = {f"r{i}": [10 + i, 20 + i, *range(30, 30 + i)] for i in range(MAX_RUNNING)}
     alone = {name: tokens(run(backend, request(name, p))[name]) for name, p in prompts.items()}
     together = run(backend, *(request(name, p) for name, p in prompts.items()))
@@ -84,7 +83,7 @@ def test_a_request_does_not_feel_its_batch(backend: Backend) -> None:
 
 
 def test_requests_join_a_running_batch(backend: Backend) -> None:
-    """A request that comes later gets tokens before an earlier one has ended."""
+    """A request that is added later gets tokens before an earlier one has ended."""
     backend.add(request("early", prompt=range(10, 60), max_tokens=40))
     for _ in range(3):
         backend.step()
@@ -95,8 +94,8 @@ def test_requests_join_a_running_batch(backend: Backend) -> None:
     assert order == ["late", "early"]
 
 
-def test_a_cancelled_request_is_silent_and_its_neighbours_go_on(backend: Backend) -> None:
-    """After a cancellation no event of that request comes, and others lose nothing."""
+def test_a_cancelled_request_has_no_more_events(backend: Backend) -> None:
+    """After a cancellation the request has no event, and another request's answer is complete."""
     expected = tokens(run(backend, request("stays"))["stays"])
     backend.add(request("stays"))
     backend.add(request("leaves", prompt=range(10, 60), max_tokens=40))
@@ -110,22 +109,22 @@ def test_a_cancelled_request_is_silent_and_its_neighbours_go_on(backend: Backend
 
 
 def test_a_request_can_be_cancelled_before_its_first_step(backend: Backend) -> None:
-    """Cancelling what was only just added leaves no work."""
+    """Cancelling a request before its first step leaves no work."""
     backend.add(request("r"))
     backend.cancel("r")
     assert backend.step() == []
 
 
-def test_cancelling_the_unknown_is_harmless(backend: Backend) -> None:
-    """An id that was never added, or has ended, is ignored."""
+def test_an_unknown_id_can_be_cancelled(backend: Backend) -> None:
+    """Cancelling an id that was never added, or whose request has ended, does nothing."""
     run(backend, request("r"))
     backend.cancel("r")
     backend.cancel("never")
     assert len(run(backend, request("r"))["r"]) > 0
 
 
-def test_a_cancelled_requests_room_is_given_back(backend: Backend) -> None:
-    """Cancelling over and over does not use up the cache."""
+def test_a_cancelled_requests_cache_is_freed(backend: Backend) -> None:
+    """Many cancelled requests do not fill the cache."""
     for i in range(3 * MAX_RUNNING):
         backend.add(request(f"r{i}", prompt=range(10, 200), max_tokens=200))
         backend.step()
@@ -134,12 +133,12 @@ def test_a_cancelled_requests_room_is_given_back(backend: Backend) -> None:
 
 
 def test_one_token_prompt(backend: Backend) -> None:
-    """The shortest prompt works."""
+    """A prompt of one token gets an answer."""
     assert len(run(backend, request("r", prompt=[42]))["r"]) >= 1
 
 
 def test_prompt_and_answer_may_fill_the_context(backend: Backend) -> None:
-    """A request that uses the last token of the context ends normally."""
+    """A request that fills the context ends normally."""
     limit = 4
     prompt = [10 + i % 200 for i in range(backend.info.context_length - limit)]
     events = run(backend, request("r", prompt=prompt, max_tokens=limit))["r"]
@@ -147,8 +146,8 @@ def test_prompt_and_answer_may_fill_the_context(backend: Backend) -> None:
     assert 1 <= len(tokens(events)) <= limit
 
 
-def test_a_seed_repeats_whatever_else_is_in_the_batch(backend: Backend) -> None:
-    """A seeded sampled answer is the same alone and beside others, and another seed differs."""
+def test_a_seed_repeats_an_answer_in_any_batch(backend: Backend) -> None:
+    """A seeded answer is the same alone and in a batch, and differs with another seed."""
     sampled = SamplingParams(temperature=1.5, seed=7)
     alone = tokens(run(backend, request("r", sampling=sampled, max_tokens=16))["r"])
     beside = run(
@@ -166,14 +165,14 @@ def test_a_seed_repeats_whatever_else_is_in_the_batch(backend: Backend) -> None:
 
 
 def test_top_k_one_is_greedy(backend: Backend) -> None:
-    """Only the likeliest token is left, however hot the sampling."""
+    """With top_k 1 the likeliest token is chosen at any temperature."""
     hot = SamplingParams(temperature=2, top_k=1, seed=1)
     greedy = tokens(run(backend, request("r"))["r"])
     assert tokens(run(backend, request("r", sampling=hot))["r"]) == greedy
 
 
-def test_the_context_and_the_tokenizer_are_told(backend: Backend) -> None:
-    """The API process gets what it needs to render, encode and check."""
+def test_the_info_has_the_context_and_the_tokenizer(backend: Backend) -> None:
+    """The API process gets what it needs to render, encode and check a prompt."""
     info = backend.info
     assert info.context_length > 0
     assert info.chat_template is not None
@@ -181,8 +180,8 @@ def test_the_context_and_the_tokenizer_are_told(backend: Backend) -> None:
     assert {"temperature", "top_p", "top_k", "seed"} <= info.supported
 
 
-def test_a_repeated_prompt_finds_its_prefix(model: Backend) -> None:
-    """The second request with a long common prefix reports tokens from the KV cache."""
+def test_a_repeated_prompt_hits_the_cache(model: Backend) -> None:
+    """The second request with the same long prompt reports cached tokens."""
     prompt = [50 + i * 7 % 180 for i in range(200)]
     first = run(model, request("a", prompt))["a"]
     second = run(model, request("b", prompt))["b"]
@@ -191,8 +190,8 @@ def test_a_repeated_prompt_finds_its_prefix(model: Backend) -> None:
     assert tokens(first) == tokens(second)
 
 
-def test_an_answer_is_part_of_the_next_prompts_prefix(model: Backend) -> None:
-    """A follow-up finds the answer before it in the KV cache, not only the prompt."""
+def test_an_answer_is_cached_for_the_next_prompt(model: Backend) -> None:
+    """A follow-up reports the previous answer's tokens as cached, too."""
     prompt = [60 + i * 11 % 150 for i in range(100)]
     answer = tokens(run(model, request("a", prompt, max_tokens=60))["a"])
     if len(answer) < 40:
@@ -203,7 +202,7 @@ def test_an_answer_is_part_of_the_next_prompts_prefix(model: Backend) -> None:
 
 
 def test_a_penalty_changes_only_its_own_row(model: Backend) -> None:
-    """A penalised request repeats less; its greedy neighbour says the same as alone."""
+    """A penalised request repeats less, and another request's greedy answer does not change."""
     prompt = [20, 20, 20]
     plain = tokens(run(model, request("p", prompt, max_tokens=100))["p"])
     assert len(set(plain)) < len(plain), "the tiny model is expected to repeat itself here"
@@ -218,17 +217,17 @@ def test_a_penalty_changes_only_its_own_row(model: Backend) -> None:
 
 
 def test_a_repetition_penalty_counts_the_prompt(model: Backend) -> None:
-    """A tiny divisor makes the prompt's own tokens the likeliest of all that are positive."""
+    """A tiny repetition penalty makes the prompt's tokens the likeliest."""
     prompt = [20, 30, 40, 50]
     rewarded = SamplingParams(temperature=0, repetition_penalty=0.01)
     said = tokens(run(model, request("r", prompt, max_tokens=10, sampling=rewarded))["r"])
     assert set(said) <= set(prompt), said
 
 
-def test_a_bias_decides_where_it_is_honoured(model: Backend) -> None:
-    """A backend that says so adds it to the logits; its neighbour says the same as alone."""
+def test_a_large_bias_decides(model: Backend) -> None:
+    """A backend that supports it adds it to the logits of that request alone."""
     if "logit_bias" not in model.info.supported:
-        pytest.skip(f"{model.info.backend} says that it does not honour logit_bias")
+        pytest.skip(f"{model.info.backend} does not support logit_bias")
     plain = tokens(run(model, request("p"))["p"])
     biased = SamplingParams(temperature=0, logit_bias={77: 100.0})
     both = run(model, request("p"), request("q", sampling=biased))
@@ -236,8 +235,8 @@ def test_a_bias_decides_where_it_is_honoured(model: Backend) -> None:
     assert tokens(both["q"]) == [77] * 8
 
 
-def test_logprobs_are_told_where_asked_for(backend: Backend) -> None:
-    """One for each token, natural logarithms; nothing for a neighbour that did not ask."""
+def test_requested_logprobs_are_returned(backend: Backend) -> None:
+    """Each token of the request has one, and a request that did not ask for them has none."""
     asked = request("asked", max_tokens=6, logprobs=True)
     events = run(backend, asked, request("other", max_tokens=6))
     values = logprobs(events["asked"])
@@ -247,7 +246,7 @@ def test_logprobs_are_told_where_asked_for(backend: Backend) -> None:
 
 
 def test_logprobs_are_the_models_own(model: Backend) -> None:
-    """Penalties, temperature and filters change which token is taken, not its log-probability."""
+    """Penalties, temperature and filters do not change a token's log-probability."""
     greedy = run(model, request("g", max_tokens=1, logprobs=True))["g"]
     sampling = SamplingParams(temperature=0.1, top_k=1, presence_penalty=1.5, seed=3)
     sampled = run(model, request("s", max_tokens=1, sampling=sampling, logprobs=True))["s"]
@@ -257,15 +256,15 @@ def test_logprobs_are_the_models_own(model: Backend) -> None:
 
 @pytest.mark.parametrize("prompt", [PROMPT, [200], [40 + i % 190 for i in range(150)]])
 def test_backends_agree(model: Backend, loaded: Loader, prompt: list[int]) -> None:
-    """In float32 every backend that runs a model says the same, with the same probabilities."""
+    """In float32 all backends give the same tokens with the same log-probabilities."""
     asked = request("r", prompt, max_tokens=24, logprobs=True)
     answer, expected = run(model, asked)["r"], run(loaded("transformers"), asked)["r"]
     assert tokens(answer) == tokens(expected)
     assert logprobs(answer) == pytest.approx(logprobs(expected), abs=1e-3)
 
 
-def test_extreme_sampling_is_sampling(backend: Backend) -> None:
-    """The ends of every range that the API admits give an answer, not a fault."""
+def test_extreme_parameters_give_an_answer(backend: Backend) -> None:
+    """The limits of every range that the API accepts give an answer, not an error."""
     extremes = [
         SamplingParams(temperature=1e-40),
         SamplingParams(temperature=1e-5, seed=0),
@@ -282,14 +281,14 @@ def test_extreme_sampling_is_sampling(backend: Backend) -> None:
 
 
 def test_min_p_one_is_greedy(backend: Backend) -> None:
-    """Only the likeliest token is as likely as the likeliest."""
+    """With min_p 1 the likeliest token is chosen at any temperature."""
     hot = SamplingParams(temperature=2, min_p=1, seed=1)
     greedy = tokens(run(backend, request("r"))["r"])
     assert tokens(run(backend, request("r", sampling=hot))["r"]) == greedy
 
 
 def test_unseeded_answers_differ(model: Backend) -> None:
-    """Requests that name no seed do not share one."""
+    """Requests without a seed do not share one."""
     hot = SamplingParams(temperature=2)
     answers = run(model, *(request(f"r{i}", max_tokens=16, sampling=hot) for i in range(4)))
     assert len({tuple(tokens(events)) for events in answers.values()}) == 4
@@ -297,7 +296,7 @@ def test_unseeded_answers_differ(model: Backend) -> None:
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 6])
 def test_cancel_at_every_phase(backend: Backend, steps: int) -> None:
-    """Waiting, while the prompt is read in pieces, and while answering: it is silent at once."""
+    """A request has no event after it is cancelled waiting, in its prompt or in its answer."""
     long = [10 + i % 200 for i in range(400)]
     backend.add(request("leaves", long, max_tokens=100))
     for _ in range(steps):
@@ -315,7 +314,7 @@ def test_cancel_at_every_phase(backend: Backend, steps: int) -> None:
 def test_requests_that_outgrow_the_cache_take_turns(
     name: str, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With room for one context only, eight long answers come out as they do alone."""
+    """Eight long answers are the same in a cache of one context as alone."""
     monkeypatch.setattr("app.llm.engine.cache_size.TOKENS_PER_REQUEST", 1)
     backend = load(settings_of(name, tiny_model_dir))
     prompts = {f"r{i}": [10 + (i * 31 + j) % 200 for j in range(120)] for i in range(8)}

@@ -1,4 +1,4 @@
-"""Grammars and likeliest tokens: what every backend that claims them must do."""
+"""Grammars and likeliest tokens: what every backend that supports them must do."""
 
 import json
 import math
@@ -47,10 +47,10 @@ def loaded(tiny_model_dir: Path) -> Callable[[str], Backend]:
 
 @pytest.fixture(params=rows(with_echo=False))
 def backend(request: pytest.FixtureRequest, loaded: Callable[[str], Backend]) -> Iterator[Backend]:
-    """Each backend that runs a model and claims grammars; nothing is left in it."""
+    """Each backend that supports grammars; after each test no work is left."""
     backend = loaded(request.param)
     if "grammar" not in backend.info.supported:
-        pytest.skip(f"{backend.info.backend} says that it does not honour grammars")
+        pytest.skip(f"{backend.info.backend} does not support grammars")
     yield backend
     for _ in range(3):
         if backend.has_work():
@@ -71,14 +71,14 @@ def of_schema(schema: Any) -> JsonSchemaGrammar:
 
 
 def text(backend: Backend, events: list[TokenEvent]) -> str:
-    """What a request said."""
+    """The text of a request's answer."""
     said: str = Tokenizer.from_str(backend.info.tokenizer_json).decode(tokens(events))
     return said
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(temperature=0), HOT])
 def test_an_answer_is_of_its_schema(backend: Backend, sampling: SamplingParams) -> None:
-    """It is complete JSON on one line, ends by itself, and its last token is the model's end."""
+    """It is complete JSON on one line, and its last token is the end-of-sequence token."""
     events = run(backend, with_grammar("r", of_schema(OBJECT), sampling=sampling))["r"]
     said = text(backend, events)
     value = json.loads(said)
@@ -95,7 +95,7 @@ def test_an_answer_is_of_its_schema(backend: Backend, sampling: SamplingParams) 
 def test_an_answer_matches_its_regular_expression(
     backend: Backend, sampling: SamplingParams
 ) -> None:
-    """The whole of it."""
+    """The whole answer matches."""
     pattern = r"(19|20)\d{2}-[a-f]{3,5}(ß|日本)?x"
     events = run(backend, with_grammar("r", RegexGrammar(pattern), sampling=sampling))["r"]
     assert re.fullmatch(pattern, text(backend, events))
@@ -114,8 +114,8 @@ def tags(**given: bool) -> TagsGrammar:
 _CALL = r"(<f:one>[12]</f>|<f:two>(true|false)</f>)"
 
 
-def test_required_tags_are_all_there_is(backend: Backend) -> None:
-    """One of them and nothing beside it; or, where several may come, one after the other."""
+def test_required_tags_have_no_text_beside_them(backend: Backend) -> None:
+    """An answer is one tagged part, or several in succession where that is allowed."""
     single = run(backend, with_grammar("r", tags(required=True, single=True), sampling=HOT))["r"]
     assert re.fullmatch(_CALL, text(backend, single))
     assert single[-1].finish_reason == "stop"
@@ -127,7 +127,7 @@ def test_required_tags_are_all_there_is(backend: Backend) -> None:
 
 @pytest.mark.parametrize("single", [False, True])
 def test_tags_may_come_in_text(backend: Backend, single: bool) -> None:
-    """Wherever the trigger comes, one of the tags does; other text is free."""
+    """The trigger always begins one of the tags, and other text is free."""
     tag = Tag(begin="ab", schema='{"enum": [1, 2]}', end="c")
     grammar = TagsGrammar(tags=[tag], trigger="a", single=single)
     requests = [
@@ -142,8 +142,8 @@ def test_tags_may_come_in_text(backend: Backend, single: bool) -> None:
         assert re.fullmatch(rf"(?s)[^a]*{calls}(a|ab|ab[12])?", said), said
 
 
-def test_neighbours_without_a_grammar_say_the_same(backend: Backend) -> None:
-    """Greedy tokens are the same alone and beside constrained requests."""
+def test_requests_without_a_grammar_are_not_changed(backend: Backend) -> None:
+    """Greedy tokens are the same alone and in a batch with grammars."""
     alone = {f"p{i}": tokens(run(backend, request("p", [20 + i]))["p"]) for i in range(4)}
     together = run(
         backend,
@@ -155,8 +155,8 @@ def test_neighbours_without_a_grammar_say_the_same(backend: Backend) -> None:
     assert re.fullmatch("[ab]{20}", text(backend, together["regex"]))
 
 
-def test_a_constrained_answer_does_not_feel_its_batch(backend: Backend) -> None:
-    """The same alone and beside others of the same grammar, seeded."""
+def test_the_batch_does_not_change_an_answer_with_a_grammar(backend: Backend) -> None:
+    """A seeded answer is the same alone and in a batch with the same grammar."""
     alone = run(backend, with_grammar("r", of_schema(OBJECT), 20, sampling=HOT))["r"]
     together = run(
         backend,
@@ -167,14 +167,14 @@ def test_a_constrained_answer_does_not_feel_its_batch(backend: Backend) -> None:
 
 
 def test_the_token_limit_cuts_a_grammar(backend: Backend) -> None:
-    """The answer is then not complete, and says so."""
+    """An answer that the limit cuts has the finish reason ``length``."""
     events = run(backend, with_grammar("r", of_schema(OBJECT), max_tokens=5))["r"]
     assert events[-1].finish_reason == "length"
     assert len(tokens(events)) == 5
 
 
 def test_cancelling_inside_a_grammar(backend: Backend) -> None:
-    """Its neighbours of the same grammar go on."""
+    """Another request with the same grammar goes on."""
     expected = tokens(run(backend, with_grammar("stays", of_schema(OBJECT), 20))["stays"])
     backend.add(with_grammar("stays", of_schema(OBJECT), 20))
     backend.add(with_grammar("leaves", of_schema(OBJECT), 20))
@@ -196,8 +196,8 @@ _BAD: list[Grammar] = [
 ]
 
 
-def test_a_grammar_that_slips_through_fails_alone(backend: Backend) -> None:
-    """It never gets into the batch, whose running requests say the same as without it."""
+def test_a_malformed_grammar_fails_alone(backend: Backend) -> None:
+    """It is rejected before it reaches the batch, whose answers do not change."""
     expected = tokens(run(backend, with_grammar("stays", of_schema(OBJECT), 20))["stays"])
     backend.add(with_grammar("stays", of_schema(OBJECT), 20))
     events = backend.step()
@@ -212,7 +212,7 @@ def test_a_grammar_that_slips_through_fails_alone(backend: Backend) -> None:
 
 
 def test_logprobs_under_a_grammar_are_the_models_own(backend: Backend) -> None:
-    """What the grammar forbids is not given to what it allows."""
+    """A grammar does not change a token's log-probability."""
     given = request("r", max_tokens=1, logprobs=True)
     free = run(backend, given)["r"]
     only = msgspec.structs.replace(given, id="g", grammar=RegexGrammar("[Q]+"))
@@ -222,7 +222,7 @@ def test_logprobs_under_a_grammar_are_the_models_own(backend: Backend) -> None:
 
 
 def test_penalties_and_filters_under_a_grammar(backend: Backend) -> None:
-    """Whatever they make of the logits, what the grammar forbids stays forbidden."""
+    """No penalty or filter allows a token that the grammar forbids."""
     extremes = [
         SamplingParams(temperature=2, top_k=1, seed=1),
         SamplingParams(temperature=2, top_p=1e-6, seed=1),
@@ -238,7 +238,7 @@ def test_penalties_and_filters_under_a_grammar(backend: Backend) -> None:
 
 
 def test_more_grammars_than_are_kept(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that were forgotten are compiled again, and none that is in use is harmed."""
+    """A dropped grammar is compiled again, and running requests keep theirs."""
     monkeypatch.setattr("app.llm.engine.openvino.grammars.KEPT_GRAMMARS", 2)
     backend.add(with_grammar("first", RegexGrammar("[ab]{30}")))
     events = backend.step()
@@ -257,9 +257,9 @@ def test_more_grammars_than_are_kept(backend: Backend, monkeypatch: pytest.Monke
 
 
 def test_top_logprobs_are_the_likeliest_of_each_place(backend: Backend) -> None:
-    """So many pairs, likeliest first, by the model alone; a greedy token is the first of them."""
+    """Each token has the requested number of pairs, and a greedy token is the first of them."""
     if "top_logprobs" not in backend.info.supported:
-        pytest.skip(f"{backend.info.backend} says that it does not honour top_logprobs")
+        pytest.skip(f"{backend.info.backend} does not support top_logprobs")
     asked = msgspec.structs.replace(request("r", max_tokens=6, logprobs=True), top_logprobs=4)
     other = request("other", max_tokens=6, logprobs=True)
     answers = run(backend, asked, other)
@@ -277,9 +277,9 @@ def test_top_logprobs_are_the_likeliest_of_each_place(backend: Backend) -> None:
 
 
 def test_top_logprobs_hold_for_sampled_and_constrained_tokens(backend: Backend) -> None:
-    """They tell what the model found likely, which need not be what was chosen."""
+    """They are the model's likeliest tokens, whether a grammar allows them or not."""
     if "top_logprobs" not in backend.info.supported:
-        pytest.skip(f"{backend.info.backend} says that it does not honour top_logprobs")
+        pytest.skip(f"{backend.info.backend} does not support top_logprobs")
     asked = msgspec.structs.replace(
         request("r", max_tokens=1, logprobs=True), top_logprobs=300, grammar=RegexGrammar("Q+")
     )

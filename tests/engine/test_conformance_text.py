@@ -1,6 +1,6 @@
-"""What every backend must do behind the API process: text, deadlines, leaving, faults.
+"""What every backend must do in an engine process: text, deadlines, cancellations and faults.
 
-The same tests on a real engine process for each row of tests/support/backends.py.
+The tests run on a real engine process for each row of tests/support/backends.py.
 """
 
 import asyncio
@@ -49,7 +49,7 @@ async def _leaves_nothing(engine: EchoEngine) -> AsyncIterator[None]:
 
 
 def options(**given: Any) -> GenerationOptions:
-    """Greedy, 32 tokens, but for what is given."""
+    """Options with defaults: greedy, 32 tokens."""
     return GenerationOptions(**{"max_tokens": 32, "sampling": GREEDY, **given})
 
 
@@ -64,7 +64,7 @@ async def pieces(
 
 
 async def test_pieces_are_the_text(engine: EchoEngine) -> None:
-    """The pieces joined are what the tokens decode to, and the count is right."""
+    """The joined pieces are the decoded tokens, and their number is reported."""
     said, report = await pieces(engine, options())
     tokenizer = engine.client.tokenizer
     assert tokenizer is not None
@@ -76,7 +76,7 @@ async def test_pieces_are_the_text(engine: EchoEngine) -> None:
 
 
 async def test_a_stop_string_ends_the_answer_before_it(engine: EchoEngine) -> None:
-    """Whatever the tokens are, nothing of the stop string and nothing after it comes out."""
+    """An answer has neither the stop string nor anything after it, however tokens split it."""
     text = "".join((await pieces(engine, options()))[0])
     for start, end in ((4, 5), (5, 8)):
         stop = text[start:end]
@@ -86,7 +86,7 @@ async def test_a_stop_string_ends_the_answer_before_it(engine: EchoEngine) -> No
 
 
 async def test_any_script_is_a_prompt(engine: EchoEngine) -> None:
-    """Characters of many bytes, joined and combining ones are taken; echo gives them back."""
+    """Multi-byte, joined and combining characters are accepted, and echo returns them."""
     for prompt in ("日本語 🎉 العربية", "👩‍👩‍👧‍👦" * 3, "e\u0301\u200d\ufeff"):
         said, report = await pieces(engine, options(max_tokens=100), prompt)
         assert report.finish_reason in {"stop", "length"}
@@ -95,20 +95,20 @@ async def test_any_script_is_a_prompt(engine: EchoEngine) -> None:
 
 
 async def test_an_empty_prompt_is_refused(engine: EchoEngine) -> None:
-    """It has no token to begin with."""
+    """A prompt without a token is a validation error."""
     with pytest.raises(ValidationFailedError):
         await pieces(engine, options(), "")
 
 
 async def test_one_character_is_a_prompt(engine: EchoEngine) -> None:
-    """The shortest prompt has an answer."""
+    """A prompt of one character gets an answer."""
     _, report = await pieces(engine, options(), "a")
     assert report.prompt_tokens == 1
     assert report.completion_tokens >= 1
 
 
 async def test_the_context_boundary_is_exact(engine: EchoEngine) -> None:
-    """Prompt and answer may fill the context, and not one token more."""
+    """Prompt and answer may fill the context, and one token more is an error."""
     assert engine.client.info is not None
     room = engine.client.info.context_length
     prompt = "z" * (room - 3)
@@ -119,8 +119,8 @@ async def test_the_context_boundary_is_exact(engine: EchoEngine) -> None:
         await pieces(engine, options(max_tokens=4), prompt)
 
 
-async def test_leaving_frees_the_place(engine: EchoEngine) -> None:
-    """A reader who leaves in the middle stops the engine; neighbours go on."""
+async def test_a_reader_who_leaves_frees_the_slot(engine: EchoEngine) -> None:
+    """Closing a stream cancels its request, and other requests go on."""
     expected, _ = await pieces(engine, options())
     stays = asyncio.create_task(pieces(engine, options()))
     with engine.client.admit() as place:
@@ -132,7 +132,7 @@ async def test_leaving_frees_the_place(engine: EchoEngine) -> None:
 
 
 async def test_a_deadline_ends_a_request(engine: EchoEngine) -> None:
-    """Past its time it ends with that error, in the engine too; neighbours go on."""
+    """A request past its deadline ends with that error, and other requests go on."""
     place = engine.client.admit()
     late = asyncio.create_task(read(place, request("late", max_tokens=400)))
     await asyncio.sleep(0)
@@ -143,7 +143,7 @@ async def test_a_deadline_ends_a_request(engine: EchoEngine) -> None:
 
 
 async def test_an_answer_of_a_schema(engine: EchoEngine) -> None:
-    """Its text is JSON of the schema; what cannot be honoured never reaches the engine."""
+    """Its text is JSON of the schema, and an unsupported schema never reaches the engine."""
     assert engine.client.info is not None
     if "grammar" not in engine.client.info.supported:
         with pytest.raises(UnsupportedParameterError):
@@ -162,7 +162,7 @@ async def test_an_answer_of_a_schema(engine: EchoEngine) -> None:
 
 
 async def test_a_token_the_model_does_not_have_fails_alone(engine: EchoEngine) -> None:
-    """It would be read past the end of the embeddings; neighbours are not harmed."""
+    """An id outside the vocabulary is an error of its request, and other requests go on."""
     expected, _ = await pieces(engine, options())
     stays = asyncio.create_task(pieces(engine, options()))
     for bad in ([10, 10**6], [-1, 10], []):

@@ -1,4 +1,4 @@
-"""Packed and 8-bit linear layers give what the plain ones give, within stated bounds."""
+"""Packed and 8-bit linear layers equal the plain ones within stated bounds."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ needs_int8 = pytest.mark.skipif(
 
 
 def linear(bias: bool = True, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
-    """A layer with weights of a usual size."""
+    """A layer with random weights."""
     torch.manual_seed(0)
     return nn.Linear(96, 160, bias=bias).to(dtype).requires_grad_(requires_grad=False)
 
@@ -32,8 +32,8 @@ def linear(bias: bool = True, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
 @needs_bf16
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 7, 32, 300])
-def test_a_packed_layer_gives_what_the_plain_one_gives(rows: int, bias: bool) -> None:
-    """To the last bit of bfloat16, or the one before it where sums are ordered otherwise."""
+def test_a_packed_layer_equals_the_plain_one(rows: int, bias: bool) -> None:
+    """The result is the same but for the last two bits of bfloat16."""
     plain = linear(bias)
     packed = PackedLinear(plain)
     x = torch.randn(1, rows, 96).bfloat16()
@@ -46,7 +46,7 @@ def test_a_packed_layer_gives_what_the_plain_one_gives(rows: int, bias: bool) ->
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 7, 32, 300])
 def test_an_int8_layer_is_close_to_the_plain_one(rows: int, bias: bool, dtype: torch.dtype) -> None:
-    """Within 2 % of the largest output."""
+    """The result differs by at most 2 % of the largest output."""
     plain = linear(bias, dtype)
     x = torch.randn(1, rows, 96).to(dtype)
     expected, got = plain(x), Int8Linear(plain, RowQuantizer())(x)
@@ -55,8 +55,8 @@ def test_an_int8_layer_is_close_to_the_plain_one(rows: int, bias: bool, dtype: t
 
 
 @needs_int8
-def test_a_row_is_rounded_by_itself() -> None:
-    """A neighbour with enormous values changes nothing, to the last bit."""
+def test_a_row_has_its_own_scale() -> None:
+    """A row with huge values does not change the result of another row."""
     layer = Int8Linear(linear(), RowQuantizer())
     row = torch.randn(1, 1, 96).bfloat16()
     beside = torch.cat([row, 1e4 * torch.randn(1, 3, 96).bfloat16()], dim=1)
@@ -64,15 +64,15 @@ def test_a_row_is_rounded_by_itself() -> None:
 
 
 def test_rows_of_zeros_and_extremes_quantize_without_overflow() -> None:
-    """Zero stays zero, and the largest value of either sign uses the whole range."""
+    """Zero stays zero, and the largest values of both signs use the whole range."""
     x = torch.tensor([[0.0, 0.0, 0.0], [5.0, -5.0, 0.0], [3e38, 1.0, -3e38]])
     integers, scales = RowQuantizer()(x)
     assert integers.tolist() == [[128, 128, 128], [255, 1, 128], [255, 128, 1]]
     assert torch.isfinite(scales).all()
 
 
-def test_the_last_input_is_quantized_once_and_another_one_anew() -> None:
-    """Several layers share one input; equal shape is not enough to be taken for it."""
+def test_the_last_input_is_quantized_once() -> None:
+    """The same tensor is quantized once, and another one of equal shape again."""
     quantize = RowQuantizer()
     first, second = torch.ones(1, 4), torch.tensor([[1.0, -1.0, 0.5, 0.0]])
     assert quantize(first) is quantize(first)
@@ -82,8 +82,8 @@ def test_the_last_input_is_quantized_once_and_another_one_anew() -> None:
 
 
 @needs_bf16
-def test_only_plain_linear_layers_are_exchanged() -> None:
-    """A subclass may do more than multiply, and float32 has nothing to gain."""
+def test_only_plain_linear_layers_are_replaced() -> None:
+    """Subclasses of the linear layer, other layers and float32 layers are kept."""
 
     class Special(nn.Linear):
         pass
@@ -98,16 +98,16 @@ def test_only_plain_linear_layers_are_exchanged() -> None:
 
 @needs_int8
 @needs_bf16
-def test_only_large_layers_go_over_to_int8() -> None:
-    """In a small one, rounding the activations costs more than reading fewer bytes saves."""
+def test_only_large_layers_become_int8() -> None:
+    """With int8 a small layer is packed, because quantizing would make it slower."""
     large = nn.Linear(2048, 1024, bias=False).bfloat16()
     model = nn.Sequential(large, linear())
     replace_linears(model, "int8", torch.bfloat16)
     assert [type(m) for m in model] == [Int8Linear, PackedLinear]
 
 
-def test_int8_is_refused_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line that says what to do: on CUDA, without the instructions, in half precision."""
+def test_int8_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA, a CPU without the instructions and float16 each give a line that says what to do."""
     with pytest.raises(ModelLoadError, match="only a CPU runs: set MODEL__QUANTIZATION=none"):
         load(ModelSettings(device="cuda", quantization="int8", engine="transformers"))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})

@@ -75,7 +75,7 @@ def test_the_dtype_is_honoured(tiny_model_dir: Path, dtype: str) -> None:
 def test_dtype_auto_on_a_cpu(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, *, has_instructions: bool
 ) -> None:
-    """On a CPU, auto is bfloat16 where the processor has instructions for it, else float32."""
+    """On a CPU, auto is bfloat16 if the processor has instructions for it, else float32."""
     import torch
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_instructions})
@@ -83,7 +83,7 @@ def test_dtype_auto_on_a_cpu(
 
 
 def test_dtype_auto_on_a_gpu(tmp_path: Path) -> None:
-    """A GPU takes weights as they are stored, and 16 bits for those that a GGUF file packs."""
+    """On a GPU, auto is the stored precision, and bfloat16 for a GGUF file."""
     import torch
 
     settings = ModelSettings(device="cuda")
@@ -92,7 +92,7 @@ def test_dtype_auto_on_a_gpu(tmp_path: Path) -> None:
 
 
 def test_shards_are_joined(model: Path, tiny_model_dir: Path) -> None:
-    """Weights split over files by an index are the same model."""
+    """Weights in several files with an index load as the same model."""
     split_weights(model)
     assert generate(load(model)) == generate(load(tiny_model_dir))
 
@@ -112,7 +112,7 @@ def test_a_model_without_a_template_loads(model: Path) -> None:
 
 
 def test_echo_needs_no_model(tmp_path: Path) -> None:
-    """The echo engine starts whatever model is named."""
+    """The echo engine starts although the named model does not exist."""
     backend = load(tmp_path / "nothing", engine="echo")
     assert isinstance(backend, EchoBackend)
 
@@ -373,7 +373,7 @@ def test_code_from_a_repository_is_not_run(
 
 
 def test_code_that_is_not_needed_is_ignored(model: Path, tmp_path: Path) -> None:
-    """A known architecture that brings code of its own runs with transformers' code instead."""
+    """A known architecture with code in its repository runs with transformers' code instead."""
     canary = tmp_path / "canary"
     (model / "evil.py").write_text(f"open({str(canary)!r}, 'w').close()\n")
     _edit_json(model / "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"})

@@ -1,4 +1,4 @@
-"""Which models OpenVINO runs, what falls back to transformers, and what is refused."""
+"""Which models OpenVINO runs, which fall back to transformers, and which are refused."""
 
 import os
 import shutil
@@ -24,19 +24,19 @@ from tests.support.tiny_gguf import make_tiny_gguf
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as a GGUF file; do not change it."""
+    """The tiny model as a GGUF file; a test must not change it."""
     return make_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
 @pytest.fixture(scope="module")
 def openvino_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model in OpenVINO's own format; copy it before changing anything."""
+    """The tiny model in OpenVINO's own format; copy it before changing it."""
     keep_telemetry_out()
     import openvino_genai
 
     folder = tmp_path_factory.mktemp("ir")
     path = make_tiny_gguf(folder / "tiny.gguf")
-    # The library writes what it made of a GGUF file beside it.
+    # With this option the library saves the converted model beside the GGUF file.
     openvino_genai.ContinuousBatchingPipeline(
         str(path), openvino_genai.SchedulerConfig(), "CPU", {"enable_save_ov_model": True}
     )
@@ -49,13 +49,13 @@ def openvino_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def copy(openvino_dir: Path, tmp_path: Path) -> Path:
-    """A copy of the model in OpenVINO's own format, to break."""
+    """A copy of the model in OpenVINO's own format that a test may change."""
     return shutil.copytree(openvino_dir, tmp_path / "model")
 
 
 @pytest.fixture(scope="module")
 def said() -> list[str]:
-    """What was said while the GGUF file was loaded."""
+    """The progress messages of loading the GGUF file."""
     return []
 
 
@@ -65,8 +65,8 @@ def loaded(gguf: Path, said: list[str]) -> Backend:
     return load_local(gguf, said)
 
 
-def test_auto_takes_openvino_for_a_gguf_file(loaded: Backend, gguf: Path, said: list[str]) -> None:
-    """On a CPU a GGUF file that OpenVINO can read is run by it, and /status can say why."""
+def test_auto_uses_openvino_for_a_gguf_file(loaded: Backend, gguf: Path, said: list[str]) -> None:
+    """On a CPU, OpenVINO runs a GGUF file that it can read, and the info has the reason."""
     info = loaded.info
     assert (info.backend, info.dtype, info.context_length) == ("openvino", "f16", 512)
     assert info.backend_reason == "model.engine is auto, and OpenVINO is the fastest on a CPU"
@@ -74,7 +74,7 @@ def test_auto_takes_openvino_for_a_gguf_file(loaded: Backend, gguf: Path, said: 
 
 
 def own_and_librarys_vocabulary(path: Path) -> list[tuple[dict[str, int], int]]:
-    """A GGUF file's vocabulary and its last token, as this service and as OpenVINO has them."""
+    """A GGUF file's vocabulary and end-of-sequence token: ours, and as OpenVINO reads them."""
     import openvino_genai
 
     from app.llm.engine.openvino.vocabulary import vocabulary_tokenizer
@@ -85,17 +85,15 @@ def own_and_librarys_vocabulary(path: Path) -> list[tuple[dict[str, int], int]]:
     return [(tokenizer.get_vocab(), tokenizer.get_eos_token_id()) for tokenizer in both]
 
 
-def test_grammars_have_the_vocabulary_that_the_library_would_read(
-    loaded: Backend, gguf: Path
-) -> None:
-    """Which takes it most of the time that a model takes to load."""
+def test_the_vocabulary_equals_the_librarys(loaded: Backend, gguf: Path) -> None:
+    """Grammars have the vocabulary that the library would read from the GGUF file."""
     own, librarys = own_and_librarys_vocabulary(gguf)
     assert own == librarys
     assert len(own[0]) == loaded.info.vocabulary_size
 
 
 def test_special_tokens_may_have_any_characters() -> None:
-    """Where one has a character that stands for no byte, all of it stands for itself."""
+    """A token with a character that is not a byte's symbol is taken as plain text."""
     metadata = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.tokens": ["<\uff5cend\uff5c>", "\u0120caf\u00c3\u00a9", "<|x|>"],
@@ -116,12 +114,12 @@ def test_special_tokens_may_have_any_characters() -> None:
     ],
 )
 def test_vocabularies_of_other_kinds_are_left_to_the_library(metadata: dict[str, Any]) -> None:
-    """It knows which of them it can read."""
+    """Only byte-level BPE vocabularies are read here."""
     assert gguf_vocabulary(GgufHeader(metadata, {}, 0)) is None
 
 
-def test_a_vocabulary_without_a_last_token_is_one() -> None:
-    """Some base models have none; grammars can still be compiled for their vocabulary."""
+def test_a_vocabulary_may_have_no_end_of_sequence() -> None:
+    """Grammars can be compiled for a base model without an end-of-sequence token."""
     from app.llm.engine.openvino.vocabulary import vocabulary_tokenizer
 
     tokenizer = vocabulary_tokenizer(Vocabulary([b"a", b"", b"\xff"], None))
@@ -132,7 +130,7 @@ def test_a_vocabulary_without_a_last_token_is_one() -> None:
 def test_a_machine_without_a_folder_for_temporary_files(
     gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The model is run all the same, with the library's own vocabulary, and the log says why."""
+    """The model runs with the vocabulary that the library reads, and the log has the reason."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with caplog.at_level("WARNING", logger="llm_service"):
         backend = load_local(gguf)
@@ -141,14 +139,14 @@ def test_a_machine_without_a_folder_for_temporary_files(
     assert len(tokens(run(backend, request("r"))["r"])) == 8
 
 
-def test_the_tokenizer_is_read_without_torch(gguf: Path) -> None:
-    """And is the same as with it, and with the reader of GGUF files that transformers has."""
+def test_the_description_is_read_without_torch(gguf: Path) -> None:
+    """The description equals the one by transformers' GGUF reader, and torch is not imported."""
     settings = ModelSettings(source="local", name=str(gguf))
     snapshot = Snapshot(gguf.parent, gguf.name)
     with TokenizerProcess(settings, snapshot) as reader:
         assert reader.tokenizer() == read_tokenizer(settings, snapshot)
     program = (
-        "import os, sys; from app.llm import tokenizer_process as p; p.main(sys.argv[1:]); "
+        "import os, sys; from app.llm.models import tokenizer_process as p; p.main(sys.argv[1:]); "
         "sys.stderr.write(str(sys.modules['torch'])); sys.stderr.flush(); os._exit(0)"
     )
     # The process ends when its standard input does.
@@ -168,8 +166,8 @@ def test_the_tokenizer_is_read_without_torch(gguf: Path) -> None:
     assert done.stderr == "None"
 
 
-def test_a_start_is_reported_to_nobody(loaded: Backend) -> None:
-    """OpenVINO sends Google Analytics an event when it is imported, unless it is kept from it."""
+def test_no_telemetry_is_sent(loaded: Backend) -> None:
+    """Importing OpenVINO does not load the package that reports to Google Analytics."""
     import openvino
 
     sender = openvino.tools.ovc.telemetry_utils.tm
@@ -177,12 +175,12 @@ def test_a_start_is_reported_to_nobody(loaded: Backend) -> None:
 
 
 def test_a_gguf_file_can_be_given_to_transformers(gguf: Path) -> None:
-    """The engine that is named runs it."""
+    """With the engine ``transformers`` a GGUF file is run by transformers."""
     assert load_local(gguf, engine="transformers").info.backend == "transformers"
 
 
 def test_a_folder_in_openvinos_format(openvino_dir: Path, loaded: Backend) -> None:
-    """It is run without transformers' weights, and says what the GGUF file says."""
+    """A folder with OpenVINO's weights alone gives the same tokens as the GGUF file."""
     backend = load_local(openvino_dir)
     assert backend.info.backend == "openvino"
     assert backend.info.dtype == "uncompressed"
@@ -191,14 +189,14 @@ def test_a_folder_in_openvinos_format(openvino_dir: Path, loaded: Backend) -> No
 
 
 def test_openvinos_format_is_preferred_on_a_cpu(copy: Path, tiny_model_dir: Path) -> None:
-    """A folder with both kinds of weights is run by the engine that is asked for."""
+    """Auto runs a folder with both kinds of weights with OpenVINO."""
     shutil.copy(tiny_model_dir / "model.safetensors", copy)
     assert load_local(copy).info.backend == "openvino"
     assert load_local(copy, engine="transformers").info.backend == "transformers"
 
 
 def test_safetensors_go_to_transformers(tiny_model_dir: Path) -> None:
-    """Auto says why OpenVINO does not run them."""
+    """Auto runs safetensors with transformers, and the info has the reason."""
     info = load_local(tiny_model_dir).info
     assert info.backend == "transformers"
     assert info.backend_reason == (
@@ -208,21 +206,21 @@ def test_safetensors_go_to_transformers(tiny_model_dir: Path) -> None:
 
 
 def test_safetensors_cannot_be_forced_on_openvino(tiny_model_dir: Path) -> None:
-    """The line names both ways out."""
+    """The line for safetensors with OpenVINO has two remedies."""
     line = refusal(tiny_model_dir, engine="openvino")
     assert line.endswith("set MODEL__ENGINE=auto, or convert the model (make export-openvino)")
 
 
 @pytest.fixture
 def unreadable(tmp_path: Path) -> Path:
-    """A whole GGUF file of a type that transformers reads and OpenVINO does not."""
+    """A complete GGUF file of a type that transformers reads and OpenVINO does not."""
     return make_tiny_gguf(tmp_path / "float32.gguf", half=False)
 
 
-def test_what_openvino_cannot_read_falls_back(
+def test_a_file_that_openvino_cannot_read_falls_back(
     unreadable: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Before readiness, with a warning that says what was wrong."""
+    """Auto runs it with transformers, and a warning has the reason."""
     with caplog.at_level("WARNING", logger="llm_service"):
         backend = load_local(unreadable)
     assert backend.info.backend == "transformers"
@@ -236,16 +234,16 @@ def test_what_openvino_cannot_read_falls_back(
     assert len(tokens(run(backend, request("r", max_tokens=4))["r"])) == 4
 
 
-def test_what_openvino_cannot_read_is_refused_where_it_is_named(unreadable: Path) -> None:
-    """No other engine than the one that was asked for is taken."""
+def test_a_file_that_openvino_cannot_read_is_refused(unreadable: Path) -> None:
+    """With the engine ``openvino`` there is no fallback."""
     assert refusal(unreadable, engine="openvino") == (
         f"OpenVINO cannot run {unreadable}: Unsupported quantization type; choose another model, "
         "or set MODEL__ENGINE=auto"
     )
 
 
-def test_a_shape_that_is_not_understood_falls_back(gguf: Path, tmp_path: Path) -> None:
-    """A whole file without a key that OpenVINO's cache is sized by; transformers has defaults."""
+def test_an_unknown_shape_falls_back(gguf: Path, tmp_path: Path) -> None:
+    """A file without the key that sizes OpenVINO's cache is run by transformers."""
     path = tmp_path / "odd.gguf"
     path.write_bytes(gguf.read_bytes().replace(b"llama.context_length", b"llama.contexts_other"))
     reason = f"OpenVINO cannot run {path}: its metadata have no number llama.context_length"
@@ -258,7 +256,7 @@ def test_a_shape_that_is_not_understood_falls_back(gguf: Path, tmp_path: Path) -
 
 
 def test_a_truncated_gguf_file(gguf: Path, tmp_path: Path) -> None:
-    """It is refused before native code maps what is not there."""
+    """A truncated file is refused before native code maps it."""
     whole = gguf.read_bytes()
     # In the last tensor, and in the metadata.
     for size in (len(whole) - 1, 300):
@@ -271,7 +269,7 @@ def test_a_truncated_gguf_file(gguf: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [None, b""])
 def test_openvino_weights_that_are_missing(copy: Path, content: bytes | None) -> None:
-    """The description of a model is not a model."""
+    """The line names weights that are missing or empty."""
     path = copy / "openvino_model.bin"
     path.unlink()
     if content is not None:
@@ -281,7 +279,7 @@ def test_openvino_weights_that_are_missing(copy: Path, content: bytes | None) ->
 
 @pytest.mark.parametrize("break_it", ["xml", "bin"])
 def test_openvino_files_that_are_corrupt(copy: Path, break_it: str) -> None:
-    """One line, and no other engine is tried, since none could run it."""
+    """Corrupt files are refused without a fallback."""
     path = copy / f"openvino_model.{break_it}"
     path.write_bytes(path.read_bytes()[:100])
     line = refusal(copy)
@@ -290,7 +288,7 @@ def test_openvino_files_that_are_corrupt(copy: Path, break_it: str) -> None:
 
 
 def test_openvinos_format_needs_openvino(openvino_dir: Path) -> None:
-    """Transformers cannot run it, and the line says who can."""
+    """The line for OpenVINO's format with transformers has the settings that run it."""
     assert refusal(openvino_dir, engine="transformers") == (
         f"{openvino_dir} has only OpenVINO weights: set MODEL__DEVICE=cpu and MODEL__ENGINE=auto, "
         "or choose a model with safetensors or GGUF weights"
@@ -298,13 +296,13 @@ def test_openvinos_format_needs_openvino(openvino_dir: Path) -> None:
 
 
 def test_a_broken_tokenizer(copy: Path) -> None:
-    """What the process that reads it found wrong is what the operator is told."""
+    """The line is the error of the process that reads the tokenizer."""
     (copy / "tokenizer.json").write_text("{")
     assert refusal(copy).startswith(f"the tokenizer in {copy} cannot be loaded (")
 
 
 def test_the_reading_process_dies(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that was killed is told from a model that is broken."""
+    """The line for a killed reading process differs from that for a broken model."""
     popen = subprocess.Popen
 
     def killed(*args: Any, **kwargs: Any) -> Any:
@@ -321,7 +319,7 @@ def test_the_reading_process_dies(gguf: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.model
 def test_the_bundled_model_is_run_by_openvino() -> None:
-    """With its own context length and kind of weights."""
+    """OpenVINO runs the bundled model with its context length, weights and vocabulary."""
     if not bundled.is_fetched():
         pytest.skip("the bundled model is not here: make model")
     info = load_bundled("auto").info

@@ -1,4 +1,4 @@
-"""Attention over a paged cache equals the textbook's, however requests are laid out."""
+"""Attention over a paged cache equals a plain reference implementation."""
 
 import logging
 import random
@@ -33,7 +33,7 @@ NOTHING_CACHED = torch.empty(0, dtype=torch.int64)
 def naive(
     query: Tensor, key: Tensor, value: Tensor, *, window: int | None, softcap: float | None
 ) -> Tensor:
-    """One request in double precision: the last query is the last key; [queries, heads, size]."""
+    """One request in double precision, [queries, heads, size]; the queries are the last keys."""
     heads, queries, size = query.shape
     keys = key.shape[1]
     shared = heads // key.shape[0]
@@ -58,7 +58,7 @@ def case(
     softcap: float | None = None,
     shared_prefix: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Run requests of (new, all) tokens through a shuffled cache; what came out and should have."""
+    """Run requests of (new, all) tokens on a shuffled cache; the result and the expected one."""
     torch.manual_seed(len(lengths))
     pool = 2 * sum(keys for _, keys in lengths) + 1
     cached_keys, cached_values = torch.randn(2, heads[1], pool, HEAD)
@@ -103,7 +103,7 @@ def case(
 def test_ragged_batches_of_decodes_prompts_and_chunks(
     heads: tuple[int, int], softcap: float | None
 ) -> None:
-    """Random mixtures, with grouped-query heads and capped scores."""
+    """Random mixtures with grouped-query heads and capped scores equal the reference."""
     random.seed(repr((heads, softcap)))
     for _ in range(8):
         lengths = []
@@ -114,8 +114,8 @@ def test_ragged_batches_of_decodes_prompts_and_chunks(
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_lengths_too_far_apart_to_be_padded() -> None:
-    """One very long request among short ones is attended to on its own."""
+def test_very_different_lengths_are_not_padded() -> None:
+    """A very long request among short ones is computed alone."""
     lengths = [(1, 700), (1, 3), (1, 1), (1, 650), (1, 40), (5, 300)]
     got, expected = case(lengths)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
@@ -126,21 +126,21 @@ def test_lengths_too_far_apart_to_be_padded() -> None:
 
 
 def test_requests_that_share_a_prefix() -> None:
-    """Pages that several requests read from give each what it would have had alone."""
+    """Requests that read the same pages get the same result as alone."""
     got, expected = case([(1, 40), (1, 33), (9, 45), (1, 60)], shared_prefix=32)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("window", [4, 16])
-def test_a_window_hides_what_is_too_far_back(window: int) -> None:
-    """Prompts longer than the window, and chunks that start before and after its edge."""
+def test_a_sliding_window_is_masked(window: int) -> None:
+    """Prompts longer than the window, and chunks on both sides of its edge, equal the reference."""
     lengths = [(1, 3), (1, window), (12, 12), (5, 5 + window - 1), (20, 20), (3, 4)]
     got, expected = case(lengths, window=window)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_new_prompts_read_nothing_back() -> None:
-    """Where nothing is cached, the new keys are used as they are."""
+    """If nothing is cached, the new keys are used without reading the cache."""
     torch.manual_seed(0)
     query, key, value = torch.randn(4, 9, HEAD), torch.randn(2, 9, HEAD), torch.randn(2, 9, HEAD)
     plan = make_plan([4, 1, 4], [4, 1, 4], NOTHING_CACHED, dtype=torch.float32)
@@ -173,21 +173,21 @@ MODELS: dict[str, tuple[type[PreTrainedModel], object]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_whole_models_say_what_they_say_with_their_own_attention(
+def test_whole_models_give_the_same_tokens_as_with_their_own_attention(
     name: str,
     tiny_model_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Prompts in pieces, beside running requests, against the model's plain forward pass."""
+    """Greedy tokens equal the plain forward pass's, with prompts read in chunks in a batch."""
     folder = shutil.copytree(tiny_model_dir, tmp_path / name)
     kind, config = MODELS[name]
     torch.manual_seed(1)
     model = kind(config).eval()
     model.save_pretrained(folder)
     model.set_attn_implementation("eager")
-    # Steps of 24 tokens, four of them for the running requests.
+    # A step has 24 tokens, four of them for decoding requests.
     monkeypatch.setattr(transformers_backend, "PROMPT_TOKENS_PER_STEP", 20)
     settings = {"source": "local", "name": str(folder), "engine": "transformers"}
     with caplog.at_level(logging.INFO, logger="llm_service"):
@@ -202,18 +202,18 @@ def test_whole_models_say_what_they_say_with_their_own_attention(
 
 
 @pytest.mark.parametrize("feature", ["s_aux", "position_bias"])
-def test_what_the_attention_lacks_is_refused(feature: str) -> None:
-    """Left out in silence, it would change every answer."""
+def test_unsupported_features_are_an_error(feature: str) -> None:
+    """A feature that the attention does not have raises an error instead of being ignored."""
     row = torch.zeros(1, 4, 3, HEAD)
     asked: dict[str, Any] = {feature: row}
     with pytest.raises(NotImplementedError, match=f"{feature} is not supported"):
         paged_attention._forward(torch.nn.Module(), row, row, row, None, **asked)
 
 
-def test_a_model_whose_attention_is_refused_never_gets_ready(
+def test_a_model_with_unsupported_attention_is_not_served(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first forward pass is before the first request, and its error is the one line."""
+    """The trial before readiness fails, and its error is the line that the operator gets."""
     forward = LlamaAttention.forward
 
     def with_sinks(self: LlamaAttention, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What faster arithmetic may cost in exactness, measured on the bundled model."""
+"""How exact packed and 8-bit linear layers are, measured on the bundled model."""
 
 import copy
 import itertools
@@ -46,10 +46,10 @@ TOPICS = (
 
 @dataclass
 class Reference:
-    """The plain model, its greedy answers, and its log-probabilities on the way.
+    """The plain model, its greedy answers and their log-probabilities.
 
     Attributes:
-        model: In bfloat16; copy it before changing anything.
+        model: In bfloat16; copy it before changing it.
     """
 
     model: Any
@@ -59,19 +59,19 @@ class Reference:
 
 
 def logits_of(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
-    """Of the whole vocabulary at every place of an answer, float32 [tokens, vocabulary]."""
+    """Logits of all tokens at each position of an answer, float32 [tokens, vocabulary]."""
     with torch.inference_mode():
         logits: Tensor = model(torch.tensor([prompt + answer]), use_cache=False).logits
     return logits[0, len(prompt) - 1 : -1].float()
 
 
 def log_probs(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
-    """As :func:`logits_of`, as log-probabilities."""
+    """Log-probabilities of all tokens at each position of an answer, [tokens, vocabulary]."""
     return torch.log_softmax(logits_of(model, prompt, answer), dim=-1)
 
 
 def greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
-    """The plain model's answers to prompts of one length, which need no padding."""
+    """The plain model's answers to prompts of equal length."""
     rows = torch.tensor(prompts)
     output = model.generate(
         rows, attention_mask=torch.ones_like(rows), do_sample=False, max_new_tokens=ANSWER_TOKENS
@@ -83,7 +83,7 @@ def greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
-    """What the plain bfloat16 model says to two dozen chats."""
+    """The plain bfloat16 model's answers to two dozen chats."""
     pipe = load_pipeline(SETTINGS, find_model(SETTINGS, token=None, progress=lambda _: None))
     encoded = []
     for topic in TOPICS:
@@ -103,10 +103,10 @@ def reference() -> Reference:
 
 
 def deviation(reference: Reference, quantization: Quantization) -> tuple[float, float]:
-    """How far from the plain model.
+    """How much a quantization differs from the plain model.
 
     Returns:
-        Share of places with the same likeliest token, and the mean difference of its
+        Share of positions with the same likeliest token, and the mean difference of its
         log-probability in nats.
     """
     model = copy.deepcopy(reference.model)
@@ -126,14 +126,14 @@ def deviation(reference: Reference, quantization: Quantization) -> tuple[float, 
 
 
 def test_packed_weights_change_nothing_but_the_last_bits(reference: Reference) -> None:
-    """At least 97 % of the tokens and a mean of 0.03 nats."""
+    """At least 97 % of the likeliest tokens agree, and differ by at most 0.03 nats on average."""
     agreement, difference = deviation(reference, "none")
     assert agreement >= 0.97
     assert difference <= 0.03
 
 
 def test_int8_stays_close_to_bfloat16(reference: Reference) -> None:
-    """As served: at least 97 % of the tokens and a mean of 0.08 nats."""
+    """At least 97 % of the likeliest tokens agree, and differ by at most 0.08 nats on average."""
     agreement, difference = deviation(reference, "int8")
     assert agreement >= 0.97
     assert difference <= 0.08
@@ -142,9 +142,9 @@ def test_int8_stays_close_to_bfloat16(reference: Reference) -> None:
 def test_int8_in_every_layer_stays_within_bounds(
     reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a larger model would be served: at least 88 % of the tokens and a mean of 0.2 nats.
+    """At least 88 % of the likeliest tokens agree, and differ by at most 0.2 nats on average.
 
-    A model this small feels the rounding most.
+    Larger models are served like this, and rounding affects a small model most.
     """
     monkeypatch.setattr(cpu_linear, "WORTH_QUANTIZING", 0)
     agreement, difference = deviation(reference, "int8")
@@ -152,12 +152,12 @@ def test_int8_in_every_layer_stays_within_bounds(
     assert difference <= 0.2
 
 
-def test_the_backend_takes_tokens_the_plain_model_takes(reference: Reference) -> None:
-    """All requests in one batch: no greedy token is more than 0.25 nats from the plain best."""
+def test_the_backend_chooses_the_plain_models_tokens(reference: Reference) -> None:
+    """In one batch, no greedy token is more than 0.25 nats below the plain model's likeliest."""
     requests = [request(str(i), p, ANSWER_TOKENS) for i, p in enumerate(reference.prompts)]
     backend = load_bundled("transformers")
     if backend.info.dtype != SETTINGS.dtype:
-        # A CPU that has the kernels, but not the instructions that make them fast.
+        # This CPU has the kernels, but not the instructions that make them fast.
         backend = load(SETTINGS)
     events = run(backend, *requests)
     worst = 0.0

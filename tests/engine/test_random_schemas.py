@@ -1,6 +1,6 @@
-"""Random schemas and a real model: every complete answer is of its schema.
+"""Random schemas and a real model: each complete answer matches its schema.
 
-`make schemas` asks for 200 on each engine, and prints how many answers were complete.
+`make schemas` runs 200 on each engine and prints how many answers were complete.
 """
 
 import os
@@ -13,15 +13,15 @@ from tests.support.backends import load_bundled
 from tests.support.structured import ask_for_schemas
 
 _COUNT = int(os.environ.get("SCHEMAS", "0"))
-# A few say enough in the suite: on a CPU transformers takes about ten times as long.
+# The suite runs a few: on a CPU transformers takes about ten times as long.
 _FEW = {"openvino": (20, 64), "transformers": (6, 48)}
 _MANY_TOKENS = 200
 
 
 @pytest.mark.model
 @pytest.mark.parametrize("engine", _FEW)
-def test_complete_answers_are_of_their_schemas(engine: str) -> None:
-    """Half of them greedy, half sampled, 32 at once, their schemas all different."""
+def test_complete_answers_match_their_schemas(engine: str) -> None:
+    """Of 32 answers at once, half of them sampled, each complete one matches its schema."""
     if not bundled.is_fetched():
         pytest.skip("the bundled model is not here; `make model` fetches it")
     backend = load_bundled(engine)

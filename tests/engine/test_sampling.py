@@ -1,4 +1,4 @@
-"""Token selection against what the parameters are defined to mean."""
+"""Token selection against the definitions of the parameters."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ DRAWS = 4000
 
 
 def draw(logits: torch.Tensor, params: SamplingParams, draws: int = DRAWS) -> Counter[int]:
-    """How often each token is chosen from the same logits, by one generator."""
+    """How often each token is chosen from the same logits with one generator."""
     sampler = RequestSampler(params, [])
     counts: Counter[int] = Counter()
     for start in range(0, draws, 500):
@@ -26,7 +26,7 @@ def draw(logits: torch.Tensor, params: SamplingParams, draws: int = DRAWS) -> Co
 
 @pytest.fixture
 def logits() -> torch.Tensor:
-    """A few likely tokens and a long tail."""
+    """Logits with a few likely tokens and a long tail."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(VOCABULARY, generator=generator)
     values[:5] += torch.tensor([6.0, 5.5, 5.0, 4.0, 3.0])
@@ -35,7 +35,7 @@ def logits() -> torch.Tensor:
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_frequencies_follow_the_softmax(logits: torch.Tensor, temperature: float) -> None:
-    """Each of the likely tokens comes as often as its probability says (6 standard errors)."""
+    """The frequencies of likely tokens are their probabilities, within 6 standard errors."""
     counts = draw(logits, SamplingParams(temperature=temperature, seed=1))
     expected = torch.softmax(logits / temperature, -1)
     for token in range(5):
@@ -53,10 +53,10 @@ def test_frequencies_follow_the_softmax(logits: torch.Tensor, temperature: float
         SamplingParams(temperature=1.3, top_k=50, top_p=0.5, min_p=0.1, seed=1),
     ],
 )
-def test_filters_keep_what_they_are_defined_to_keep(
+def test_filters_keep_the_tokens_of_their_definition(
     logits: torch.Tensor, params: SamplingParams
 ) -> None:
-    """Tokens outside a plainly written reference never come, and those inside do."""
+    """Only tokens that a plain reference keeps are chosen, and all likely ones of them are."""
     probabilities = torch.softmax(logits / params.temperature, -1)
     order = probabilities.argsort(descending=True)
     kept = order[: params.top_k] if params.top_k else order
@@ -70,14 +70,14 @@ def test_filters_keep_what_they_are_defined_to_keep(
 
 
 def test_a_flat_distribution_reaches_past_the_shortlist() -> None:
-    """top-p over more tokens than the shortlist holds still sees all of them."""
+    """Top-p considers more tokens than the shortlist has."""
     flat = torch.zeros(VOCABULARY)
     counts = draw(flat, SamplingParams(temperature=1, top_p=0.999, seed=3), draws=6000)
     assert len(counts) > 1500
 
 
-def test_greedy_rows_are_left_alone(logits: torch.Tensor) -> None:
-    """A greedy row's scores do not change at all."""
+def test_greedy_rows_do_not_change(logits: torch.Tensor) -> None:
+    """A greedy row's scores are unchanged beside a sampled row."""
     scores = logits.repeat(2, 1)
     greedy = RequestSampler(SamplingParams(temperature=0), [])
     sampled = RequestSampler(SamplingParams(temperature=1, seed=0), [])
@@ -87,7 +87,7 @@ def test_greedy_rows_are_left_alone(logits: torch.Tensor) -> None:
 
 
 def test_rows_draw_from_their_own_generators(logits: torch.Tensor) -> None:
-    """A row's choice is the same whether it is drawn alone or beside others."""
+    """A row's choices are the same alone and beside other rows."""
 
     def first_ten(others: int) -> list[int]:
         mine = RequestSampler(SamplingParams(temperature=1.5, seed=5), [])
@@ -101,7 +101,7 @@ def test_rows_draw_from_their_own_generators(logits: torch.Tensor) -> None:
 
 
 def test_repetition_penalty_counts_prompt_and_answer() -> None:
-    """Tokens of both lose: positive logits are divided, negative ones multiplied."""
+    """For tokens of both, positive logits are divided and negative ones multiplied."""
     sampler = RequestSampler(SamplingParams(temperature=0, repetition_penalty=2.0), [0, 1])
     sampler.generated.update([2])
     scores = select(torch.tensor([[4.0, -1.0, 3.0, 1.0]]), [sampler])
@@ -109,7 +109,7 @@ def test_repetition_penalty_counts_prompt_and_answer() -> None:
 
 
 def test_presence_and_frequency_penalties_count_the_answer_only() -> None:
-    """A token generated n times loses presence + n * frequency."""
+    """The logit of a token generated n times is lowered by presence + n * frequency."""
     params = SamplingParams(temperature=0, presence_penalty=1.0, frequency_penalty=0.5)
     sampler = RequestSampler(params, [0])
     sampler.generated.update([1, 2, 2])
@@ -118,7 +118,7 @@ def test_presence_and_frequency_penalties_count_the_answer_only() -> None:
 
 
 def test_an_extreme_distribution_is_never_out_of_range() -> None:
-    """With nearly all probability on one token, rounding never picks an impossible one."""
+    """If one token has nearly all the probability, rounding never selects another one."""
     logits = torch.full((VOCABULARY,), -1e4)
     logits[17] = 1e4
     for params in (
@@ -130,7 +130,7 @@ def test_an_extreme_distribution_is_never_out_of_range() -> None:
 
 
 def test_a_bias_is_added_to_its_tokens_only(logits: torch.Tensor) -> None:
-    """A large one decides, a small one shifts the odds by its exponential, neighbours feel none."""
+    """A large bias decides, a small one shifts the odds, and other rows do not change."""
     forced = SamplingParams(temperature=1, logit_bias={1234: 100.0}, seed=1)
     assert draw(logits, forced, 500) == {1234: 500}
     banned = SamplingParams(temperature=1, logit_bias={0: -100.0, 1: -100.0}, seed=1)

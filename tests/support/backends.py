@@ -1,4 +1,4 @@
-"""The backends that the conformance tests run on; a new backend is a row in :data:`BACKENDS`."""
+"""The backends of the conformance tests; a new backend is a row in :data:`BACKENDS`."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,11 +43,11 @@ BACKENDS: dict[str, Callable[[Path], ModelSettings]] = {
     "transformers": _transformers,
     "transformers-cuda": _cuda,
 }
-"""Settings that load the tiny model, whose safetensors folder is given, in float32."""
+"""Functions from the tiny model's safetensors folder to settings that load it in float32."""
 
 
 def rows(*, with_echo: bool = True) -> list[Any]:
-    """The names of :data:`BACKENDS` as parameters of a test; what needs a GPU is marked so."""
+    """The names of :data:`BACKENDS` as test parameters; those for a GPU have its mark."""
     return [
         pytest.param(name, marks=pytest.mark.gpu) if name.endswith("-cuda") else name
         for name in BACKENDS
@@ -56,7 +56,7 @@ def rows(*, with_echo: bool = True) -> list[Any]:
 
 
 def settings_of(name: str, tiny: Path) -> ModelSettings:
-    """The settings of a row; the test is skipped where there is no device for it."""
+    """The settings of a row; skips the test if this machine does not have its device."""
     settings = BACKENDS[name](tiny)
     if settings.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("this machine has no CUDA device")
@@ -66,7 +66,7 @@ def settings_of(name: str, tiny: Path) -> ModelSettings:
 def load(
     settings: ModelSettings, said: list[str] | None = None, *, max_running: int = MAX_RUNNING
 ) -> Backend:
-    """Load a backend in this process; what the loading says of its progress goes to ``said``."""
+    """Load a backend in this process; progress messages are appended to ``said``."""
     return load_backend(
         settings,
         max_running=max_running,
@@ -77,18 +77,18 @@ def load(
 
 
 def load_bundled(engine: str) -> Backend:
-    """Load the bundled model as :func:`load` does, in the precision in which it is served."""
+    """Load the bundled model as it is served."""
     return load(ModelSettings(source="bundled", engine=engine))
 
 
 def load_local(path: Path, said: list[str] | None = None, **settings: Any) -> Backend:
-    """Load a model of this machine as :func:`load` does, in float32 by default."""
+    """Load a local model, by default in float32, for two requests in a batch."""
     values = {"source": "local", "name": str(path), "dtype": "float32"} | settings
     return load(ModelSettings(**values), said, max_running=2)
 
 
 def refusal(path: Path, **settings: Any) -> str:
-    """The line with which a local model is refused; it must be one line and tell what to do."""
+    """The error of a local model that is refused; checks that it is a line that says what to do."""
     with pytest.raises(ModelLoadError) as caught:
         load_local(path, **settings)
     line = str(caught.value)
@@ -117,7 +117,7 @@ def request(
 
 
 def run(backend: Backend, *requests: GenerationRequest) -> dict[str, list[TokenEvent]]:
-    """Run requests together to their ends; each one's events in order."""
+    """Run requests together until they end, and return the events of each."""
     events: dict[str, list[TokenEvent]] = {r.id: [] for r in requests}
     for r in requests:
         backend.add(r)
@@ -126,7 +126,7 @@ def run(backend: Backend, *requests: GenerationRequest) -> dict[str, list[TokenE
         for event in backend.step():
             events[event.request_id].append(event)
         steps += 1
-        assert steps < 10_000, "a backend must come to an end"
+        assert steps < 10_000, "the requests do not end"
     return events
 
 

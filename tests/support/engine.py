@@ -1,4 +1,4 @@
-"""A real engine client over a real engine process that runs the echo backend."""
+"""A real engine client and engine process, by default with the echo backend."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,12 +12,10 @@ from app.llm.client.client import EngineClient, EngineState
 
 
 class EchoEngine:
-    """What :func:`echo_engine` hands out.
+    """An engine client with its metrics.
 
     Attributes:
-        client: The engine client.
-        metrics: Where it measures.
-        fatal: What it reported as beyond repair.
+        fatal: Messages of errors after which the client gave up.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -37,17 +35,17 @@ class EchoEngine:
         """Wait until the engine is in ``state``.
 
         Raises:
-            TimeoutError: It is not within 30 seconds.
+            TimeoutError: This takes longer than 30 seconds.
         """
         async with asyncio.timeout(30):
             while self.client.state is not state:  # noqa: ASYNC110 - polls another process
                 await asyncio.sleep(0.01)
 
     async def ended(self) -> str:
-        """Wait until it is beyond repair; returns what is wrong.
+        """Wait until the client gives up, and return its message.
 
         Raises:
-            TimeoutError: It is not within 30 seconds.
+            TimeoutError: This takes longer than 30 seconds.
         """
         async with asyncio.timeout(30):
             while not self.fatal:  # noqa: ASYNC110 - polls another process
@@ -56,13 +54,13 @@ class EchoEngine:
         return message
 
     def value(self, name: str, **labels: str) -> float:
-        """A metric's value; 0 for a series that has no sample yet."""
+        """A metric's value; 0 if it has no sample."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
 @asynccontextmanager
 async def echo_engine(**settings: Any) -> AsyncIterator[EchoEngine]:
-    """Start an engine and stop it again; ``settings`` are those of the ``engine`` section."""
+    """Run an engine; ``settings`` are ``model`` or settings of the ``engine`` section."""
     engine = EchoEngine(**settings)
     await engine.client.start()
     try:

@@ -1,4 +1,4 @@
-"""The mirror of a block cache."""
+"""The index predicts the hits of a block cache."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +7,7 @@ from app.llm.engine.openvino.prefix_index import BLOCK_SIZE, PrefixIndex
 
 
 def test_whole_blocks_are_found() -> None:
-    """A prefix counts in blocks, as far as it is the same."""
+    """The length of a common prefix is found in whole blocks."""
     index = PrefixIndex(100)
     tokens = list(range(5 * BLOCK_SIZE))
     assert index.find(tokens) == 0
@@ -18,15 +18,15 @@ def test_whole_blocks_are_found() -> None:
 
 
 def test_the_last_token_is_always_computed() -> None:
-    """A prompt that is there as a whole still needs its last token's logits."""
+    """The last token of a cached prompt does not count, because its logits are needed."""
     index = PrefixIndex(100)
     tokens = list(range(2 * BLOCK_SIZE))
     index.add(tokens)
     assert index.find(tokens) == 2 * BLOCK_SIZE - 1
 
 
-def test_the_same_block_elsewhere_is_another() -> None:
-    """What stands before a block is part of it."""
+def test_a_block_depends_on_the_tokens_before_it() -> None:
+    """Equal blocks after different tokens are different blocks."""
     index = PrefixIndex(100)
     block = list(range(BLOCK_SIZE))
     index.add([7] * BLOCK_SIZE + block)
@@ -34,7 +34,7 @@ def test_the_same_block_elsewhere_is_another() -> None:
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    """And being found is being used."""
+    """The least recently added or found block is evicted."""
     index = PrefixIndex(2)
     first, second, third = ([n] * (BLOCK_SIZE + 1) for n in (1, 2, 3))
     index.add(first)
@@ -48,7 +48,7 @@ def test_the_least_recently_used_goes_first() -> None:
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=4 * BLOCK_SIZE), max_size=20))
 def test_nothing_is_found_that_was_not_added(prompts: list[list[int]]) -> None:
-    """What is found is a common prefix with something that was added."""
+    """A prefix that is found is a prefix of a prompt that was added."""
     index = PrefixIndex(1000)
     for number, prompt in enumerate(prompts):
         found = index.find(prompt)

@@ -1,4 +1,4 @@
-"""The engine uses the cores and memory it has: affinity, hardware threads, limits, v1 and v2."""
+"""Cores and memory of the engine: affinity, hardware threads, control groups of both versions."""
 
 import os
 import subprocess
@@ -20,14 +20,14 @@ V1_MOUNT = "32 31 0:29 {root} /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,c
 
 
 def write(root: Path, path: str, text: str) -> None:
-    """One file below a made-up root."""
+    """Write a file below a fake root."""
     file = root / path
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text + "\n")
 
 
 def v2(root: Path, group: str = "/", mounted: str = "/") -> None:
-    """A machine with the unified hierarchy."""
+    """A machine with control groups of version 2."""
     write(root, "proc/self/cgroup", f"0::{group}")
     write(
         root,
@@ -37,13 +37,13 @@ def v2(root: Path, group: str = "/", mounted: str = "/") -> None:
 
 
 def v1(root: Path, group: str = "/", mounted: str = "/") -> None:
-    """A machine with a hierarchy for each controller."""
+    """A machine with control groups of version 1."""
     write(root, "proc/self/cgroup", f"5:memory:/other\n4:cpu,cpuacct:{group}\n0::/")
     write(root, "proc/self/mountinfo", V1_MOUNT.format(root=mounted))
 
 
 def test_without_a_quota_every_processor_counts(tmp_path: Path) -> None:
-    """No control groups, or ones without a limit, leave the affinity."""
+    """Without control groups or limits, all processors of the affinity count."""
     assert available_cores(tmp_path, range(6)) == 6
     v2(tmp_path)
     write(tmp_path, "sys/fs/cgroup/cpu.max", "max 100000")
@@ -55,7 +55,7 @@ def test_without_a_quota_every_processor_counts(tmp_path: Path) -> None:
 
 
 def test_hardware_threads_of_one_core_count_once(tmp_path: Path) -> None:
-    """Four processors on two cores are two, and half of a pair is still a core."""
+    """Four processors on two cores are two, and one processor of a pair is a core."""
     for processor, siblings in enumerate(["0,2", "1,3", "0,2", "1,3"]):
         topology = f"sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list"
         write(tmp_path, topology, siblings)
@@ -68,7 +68,7 @@ def test_hardware_threads_of_one_core_count_once(tmp_path: Path) -> None:
     ("quota", "cores"), [(50_000, 1), (100_000, 1), (150_000, 1), (250_000, 2), (3_200_000, 16)]
 )
 def test_a_quota_counts_in_whole_cores(tmp_path: Path, quota: int, cores: int) -> None:
-    """Both versions; at least one core, at most those there are."""
+    """In both versions a quota is rounded down to at least one core and at most all cores."""
     unified, split = tmp_path / "v2", tmp_path / "v1"
     v2(unified)
     write(unified, "sys/fs/cgroup/cpu.max", f"{quota} 100000")
@@ -79,8 +79,8 @@ def test_a_quota_counts_in_whole_cores(tmp_path: Path, quota: int, cores: int) -
     assert available_cores(split, range(16)) == cores
 
 
-def test_the_tightest_group_on_the_way_up_counts(tmp_path: Path) -> None:
-    """A limit on a parent holds for its children."""
+def test_the_tightest_group_counts(tmp_path: Path) -> None:
+    """A parent group's limit applies to its children."""
     v2(tmp_path, "/pods/pod1/main")
     write(tmp_path, "sys/fs/cgroup/pods/pod1/main/cpu.max", "max 100000")
     write(tmp_path, "sys/fs/cgroup/pods/pod1/cpu.max", "300000 100000")
@@ -90,8 +90,8 @@ def test_the_tightest_group_on_the_way_up_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mounted", ["/docker/abc", "/elsewhere"])
-def test_a_container_without_a_namespace_of_its_own(tmp_path: Path, mounted: str) -> None:
-    """Its group is named by the host's path, of which the mount shows the end at most."""
+def test_a_container_without_a_cgroup_namespace(tmp_path: Path, mounted: str) -> None:
+    """A group with the host's path is found at the container's mount."""
     v1(tmp_path, "/docker/abc", mounted)
     write(tmp_path, "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", "400000")
     write(tmp_path, "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us", "100000")
@@ -99,15 +99,15 @@ def test_a_container_without_a_namespace_of_its_own(tmp_path: Path, mounted: str
 
 
 def test_a_path_never_leads_out_of_the_mount(tmp_path: Path) -> None:
-    """A process moved out of its namespace's root is shown as ``/../``."""
+    """A group outside the namespace's root, shown as ``/../``, reads no file outside the mount."""
     v2(tmp_path, "/../other")
     write(tmp_path, "sys/fs/cgroup/cpu.max", "200000 100000")
     write(tmp_path, "sys/fs/other/cpu.max", "100000 100000")
     assert available_cores(tmp_path, range(16)) == 2
 
 
-def test_rubbish_is_no_limit(tmp_path: Path) -> None:
-    """Whatever the kernel says, the engine starts."""
+def test_malformed_limits_are_ignored(tmp_path: Path) -> None:
+    """A limit that cannot be parsed is no limit."""
     v2(tmp_path)
     for text in ("", "max", "lots of time", "0 100000", "100000 0"):
         write(tmp_path, "sys/fs/cgroup/cpu.max", text)
@@ -115,12 +115,12 @@ def test_rubbish_is_no_limit(tmp_path: Path) -> None:
 
 
 def test_this_machine_has_no_more_cores_than_the_process_may_use() -> None:
-    """Read from the real files."""
+    """The real files give at least one core and at most all processors."""
     assert 1 <= available_cores() <= (os.cpu_count() or 1)
 
 
 def test_a_set_number_of_threads_is_kept() -> None:
-    """What the operator says counts, if it is a count."""
+    """``OMP_NUM_THREADS`` is used if it is a positive number."""
     assert compute_threads({THREADS_VARIABLE: "7"}) == 7
     assert compute_threads({THREADS_VARIABLE: "5,2"}) == 5
     for nonsense in ("", "0", "-2", "many"):
@@ -131,7 +131,7 @@ def test_a_set_number_of_threads_is_kept() -> None:
 def test_torch_in_the_engine_process_has_that_many_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The environment of the engine process decides before torch starts its pool."""
+    """The environment of the engine process sets torch's number of threads."""
     monkeypatch.delenv(THREADS_VARIABLE, raising=False)
     monkeypatch.setattr("app.core.machine.available_cores", lambda: 1)
     done = subprocess.run(
@@ -145,13 +145,13 @@ def test_torch_in_the_engine_process_has_that_many_threads(
 
 
 def meminfo(root: Path, kilobytes: int) -> None:
-    """A machine with so much memory to spare."""
+    """A machine with this much available memory."""
     text = f"MemTotal: 99999999 kB\nMemFree: 1 kB\nMemAvailable: {kilobytes} kB"
     write(root, "proc/meminfo", text)
 
 
-def test_memory_is_what_the_machine_can_spare(tmp_path: Path) -> None:
-    """Caches that can be dropped count as free; groups without a limit change nothing."""
+def test_available_memory_is_the_machines(tmp_path: Path) -> None:
+    """Memory that the kernel can free counts, and a group without a limit changes nothing."""
     meminfo(tmp_path, 1000)
     assert available_memory(tmp_path) == 1_024_000
     v2(tmp_path)
@@ -160,7 +160,7 @@ def test_memory_is_what_the_machine_can_spare(tmp_path: Path) -> None:
 
 
 def test_memory_is_within_every_groups_limit(tmp_path: Path) -> None:
-    """The tightest group above the process decides; files it has merely read do not count."""
+    """The group with the least room decides, and its inactive file cache counts as free."""
     meminfo(tmp_path, 1000)
     v2(tmp_path, group="/a/b")
     write(tmp_path, "sys/fs/cgroup/a/memory.max", "900000")
@@ -174,7 +174,7 @@ def test_memory_is_within_every_groups_limit(tmp_path: Path) -> None:
 
 
 def test_memory_within_a_limit_of_version_1(tmp_path: Path) -> None:
-    """The memory controller's own hierarchy is found beside the others."""
+    """The memory controller's hierarchy is found beside those of other controllers."""
     meminfo(tmp_path, 1000)
     write(tmp_path, "proc/self/cgroup", "5:memory:/box\n4:cpu,cpuacct:/other")
     mount = "33 31 0:30 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"
