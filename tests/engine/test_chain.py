@@ -1,4 +1,4 @@
-"""ServedPipeline and the chains, as any LangChain program of this process would use them."""
+"""ServedPipeline and the chains, used as in any LangChain program."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -22,14 +22,14 @@ from tests.support.engine import EchoEngine, echo_engine
 
 @pytest.fixture
 async def engine() -> AsyncIterator[EchoEngine]:
-    """An engine that takes a moment for each token."""
+    """An engine that takes 2 ms for each token."""
     async with echo_engine(echo_step_seconds=0.002) as running:
         yield running
 
 
 @pytest.fixture
 async def pipeline(engine: EchoEngine) -> ServedPipeline:
-    """The served model as LangChain sees it."""
+    """The served model as a LangChain model."""
     return ServedPipeline(
         model_id="echo",
         generator=TextGenerator(engine.client),
@@ -38,19 +38,19 @@ async def pipeline(engine: EchoEngine) -> ServedPipeline:
 
 
 async def test_it_is_a_hugging_face_pipeline(pipeline: ServedPipeline) -> None:
-    """Whatever accepts LangChain's HuggingFacePipeline accepts this one."""
+    """It is an instance of LangChain's HuggingFacePipeline."""
     assert isinstance(pipeline, HuggingFacePipeline)
 
 
 async def test_ainvoke_and_astream_agree(pipeline: ServedPipeline) -> None:
-    """The streamed pieces joined are the invoked answer, and there are several."""
+    """Several streamed pieces, joined, are the invoked answer."""
     pieces = [piece async for piece in pipeline.astream("Grüße aus Köln 😀")]
     assert "".join(pieces) == await pipeline.ainvoke("Grüße aus Köln 😀") == "Grüße aus Köln 😀"
     assert len([p for p in pieces if p]) > 5
 
 
 async def test_blocking_calls_work_from_other_threads(pipeline: ServedPipeline) -> None:
-    """invoke, stream and batch serve threads that have no event loop."""
+    """The methods invoke, stream and batch work in threads without an event loop."""
 
     def use() -> tuple[str, str, list[str]]:
         return (
@@ -63,7 +63,7 @@ async def test_blocking_calls_work_from_other_threads(pipeline: ServedPipeline) 
 
 
 async def test_blocking_calls_on_the_loop_are_refused(pipeline: ServedPipeline) -> None:
-    """Invoke on the event loop would wait for itself; it says so at once."""
+    """On the event loop invoke raises an error instead of waiting for itself."""
     with pytest.raises(RuntimeError, match="ainvoke"):
         pipeline.invoke("hello")
 
@@ -79,27 +79,27 @@ async def test_abatch_runs_together(engine: EchoEngine, pipeline: ServedPipeline
             await asyncio.sleep(0.001)
 
     watcher = asyncio.create_task(watch())
-    texts = [f"prompt number {i}" for i in range(8)]
+    texts = [f"prompt number {i} " * 20 for i in range(8)]
     assert await pipeline.abatch(texts) == texts
     watcher.cancel()
     assert peak == 8
 
 
 async def test_stop_and_call_parameters_are_honoured(pipeline: ServedPipeline) -> None:
-    """Stop and max_tokens of a call, or bound to the model, take effect."""
+    """Parameters of a call, or bound to the model, take effect."""
     assert await pipeline.ainvoke("one two three", stop=["two"]) == "one "
     assert await pipeline.ainvoke("abcdef", max_tokens=3) == "abc"
     assert await pipeline.bind(stop=["e"], max_tokens=5).ainvoke("abcdef") == "abcd"
 
 
 async def test_an_unknown_parameter_is_refused(pipeline: ServedPipeline) -> None:
-    """A misspelt parameter is an error, not silence."""
+    """A misspelt parameter raises an error."""
     with pytest.raises(TypeError, match="temprature"):
         await pipeline.ainvoke("x", temprature=1)
 
 
 async def test_usage_and_finish_reason_are_reported(pipeline: ServedPipeline) -> None:
-    """Generate tells token usage and why the answer ended."""
+    """The result of generate has the token usage and the finish reason."""
     result: LLMResult = await pipeline.agenerate(["abc", "abcdef"], max_tokens=4)
     infos = [g[0].generation_info or {} for g in result.generations]
     assert [i["finish_reason"] for i in infos] == ["stop", "length"]
@@ -135,7 +135,7 @@ async def test_streaming_callbacks_see_usage_at_the_end(pipeline: ServedPipeline
 
 
 async def test_it_composes_like_any_other_model(pipeline: ServedPipeline) -> None:
-    """Prompt | model | parser works with LangChain's own parts."""
+    """It works in a chain with LangChain's own prompt and parser."""
     template = PromptTemplate.from_template("say {word}")
     chain: Runnable[dict[str, str], str] = RunnableSequence(template, pipeline, StrOutputParser())
     assert await chain.ainvoke({"word": "{braces}"}) == "say {braces}"
@@ -145,15 +145,16 @@ async def test_it_composes_like_any_other_model(pipeline: ServedPipeline) -> Non
 async def test_leaving_a_stream_frees_the_engine(
     engine: EchoEngine, pipeline: ServedPipeline
 ) -> None:
-    """A consumer that is cancelled leaves nothing running."""
+    """After a consumer is cancelled no request is running."""
 
     async def consume() -> None:
         async for _ in pipeline.astream("x" * 4000, max_tokens=4000):
             pass
 
     task = asyncio.create_task(consume())
-    await asyncio.sleep(0.1)
-    assert engine.client.queue.snapshot().running == 1
+    async with asyncio.timeout(30):
+        while not engine.client.queue.snapshot().running:  # noqa: ASYNC110 - polls another process
+            await asyncio.sleep(0.01)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     async with asyncio.timeout(5):
@@ -162,7 +163,7 @@ async def test_leaving_a_stream_frees_the_engine(
 
 
 async def test_an_engine_error_reaches_the_caller_at_once(pipeline: ServedPipeline) -> None:
-    """A crash is the service's own error, not a timeout, in batches too."""
+    """A crash of the engine raises the service's error in a batch, not a timeout."""
     with pytest.raises(EngineUnavailableError):
         async with asyncio.timeout(5):
             await pipeline.abatch(["[echo:crash]", "fine"])
@@ -171,7 +172,7 @@ async def test_an_engine_error_reaches_the_caller_at_once(pipeline: ServedPipeli
 async def test_the_chat_chain_renders_the_models_template(
     engine: EchoEngine, pipeline: ServedPipeline
 ) -> None:
-    """The chat chain answers the last user message, behind base_system.txt or the caller's."""
+    """The chat chain uses base_system.txt unless the caller has a system message."""
     chains = Chains(pipeline, pipeline.generator)
     asked: list[ChatMessage] = [{"role": "user", "content": "What now?"}]
     with engine.client.admit() as place:
