@@ -64,7 +64,7 @@ def faults_of(packages: Sequence[dict[str, Any]]) -> list[str]:
         for vulnerability in package.get("vulns", ()):
             fixed = ", ".join(vulnerability["fix_versions"]) or "no version"
             name = f"{package['name']} {package['version']}"
-            faults.append(f"{name}: {vulnerability['id']}, mended in {fixed}")
+            faults.append(f"{name}: {vulnerability['id']}, fixed in {fixed}")
     return faults
 
 

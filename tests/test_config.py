@@ -1,4 +1,4 @@
-"""Settings: where they come from, which source wins, and what a mistake looks like."""
+"""Settings: their sources, the order of the sources, and the errors."""
 
 import json
 import os
@@ -70,12 +70,12 @@ CACHE__SIZE=100
 
 
 def test_the_users_config_yml_loads(load: Load) -> None:
-    """The config.yml of the user's document is valid as it stands, and holds the defaults."""
+    """The config.yml of the user's document is valid unchanged, and has the defaults."""
     assert load(USERS_CONFIG) == load()
 
 
 def test_the_users_env_loads(load: Load) -> None:
-    """The .env of the user's document is valid as it stands."""
+    """The .env of the user's document is valid unchanged."""
     settings = load(USERS_CONFIG, USERS_ENV)
     assert settings.security.api_key.get_secret_value() == "your-secure-api-key-here"
     assert settings.huggingface_token is not None
@@ -83,7 +83,7 @@ def test_the_users_env_loads(load: Load) -> None:
 
 
 def test_every_key_of_the_user_has_the_users_default() -> None:
-    """Without any source the settings are those of the user's document."""
+    """The defaults are the values of the user's document."""
     settings = Settings(_env_file=None)
     for section, values in yaml.safe_load(USERS_CONFIG).items():
         for key, value in values.items():
@@ -100,7 +100,7 @@ def test_env_wins_over_config_yml(load: Load) -> None:
 
 
 def test_the_environment_wins_over_env(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment overrides .env and config.yml key by key, whatever its case."""
+    """The environment overrides .env and config.yml key by key, in upper or lower case."""
     monkeypatch.setenv("MODEL__NAME", "a/environment")
     monkeypatch.setenv("cache__size", "7")
     settings = load(
@@ -113,8 +113,8 @@ def test_the_environment_wins_over_env(load: Load, monkeypatch: pytest.MonkeyPat
     assert settings.cache.size == 7
 
 
-def test_the_token_stands_at_the_top(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HUGGINGFACE_TOKEN is read without a section, in the same order of sources."""
+def test_the_token_has_no_section(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HUGGINGFACE_TOKEN is read without a section, with the same order of sources."""
     assert load().huggingface_token is None
     token = load("huggingface_token: from-yaml", "HUGGINGFACE_TOKEN=from-env").huggingface_token
     assert token is not None
@@ -138,7 +138,7 @@ def test_lists_are_json_in_the_environment(load: Load) -> None:
 
 
 def test_config_file_names_another_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CONFIG_FILE in the environment takes the place of config.yml."""
+    """CONFIG_FILE in the environment replaces config.yml."""
     other = tmp_path / "other.yml"
     other.write_text("model: {name: other/model}")
     monkeypatch.setenv("CONFIG_FILE", str(other))
@@ -148,7 +148,7 @@ def test_config_file_names_another_yaml(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_config_file_that_is_named_must_exist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CONFIG_FILE that is missing or a folder is refused in one line with its path."""
+    """A CONFIG_FILE that is missing or a folder is rejected in one line with its path."""
     for path in (tmp_path / "missing.yml", tmp_path):
         monkeypatch.setenv("CONFIG_FILE", str(path))
         with pytest.raises(ConfigurationError, match=re.escape(str(path))) as caught:
@@ -158,7 +158,7 @@ def test_a_config_file_that_is_named_must_exist(
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n"])
 def test_an_empty_config_yml_is_all_defaults(load: Load, text: str) -> None:
-    """A config.yml without content leaves every setting at its default."""
+    """An empty config.yml leaves every setting at its default."""
     assert load(text) == Settings(_env_file=None)
 
 
@@ -193,12 +193,12 @@ BAD_VALUES = {
 def test_a_bad_value_names_key_value_origin_and_what_is_allowed(
     load: Load, config: str, parts: list[str]
 ) -> None:
-    """A bad value is one line with the key, the value, where it stands, and what is allowed."""
+    """An invalid value gives one line with the key, the value, its source and what is allowed."""
     check_refused(load, *parts, config=config)
 
 
 def test_a_bad_value_in_env_names_the_file_and_the_variable(load: Load, tmp_path: Path) -> None:
-    """The origin of a value from .env is that file, with the variable's name."""
+    """An invalid value from .env is reported with the file and the variable."""
     origin = f"(in {tmp_path / '.env'}, MODEL__MAX_TOKENS)"
     check_refused(load, "model.max_tokens = 'many'", origin, env="MODEL__MAX_TOKENS=many")
 
@@ -206,7 +206,7 @@ def test_a_bad_value_in_env_names_the_file_and_the_variable(load: Load, tmp_path
 def test_a_bad_value_in_the_environment_names_the_variable(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The origin of a value from the environment is its variable, also where .env has one too."""
+    """An invalid value from the environment is reported with its variable, not with .env's."""
     monkeypatch.setenv("MODEL__MAX_TOKENS", "lots")
     origin = "(in the environment, MODEL__MAX_TOKENS)"
     check_refused(load, "model.max_tokens = 'lots'", origin, env="MODEL__MAX_TOKENS=8")
@@ -228,14 +228,14 @@ def test_a_bad_value_in_the_environment_names_the_variable(
 def test_an_unknown_key_is_refused_and_the_known_ones_named(
     load: Load, config: str, env: str, parts: list[str]
 ) -> None:
-    """A key that is no setting stops the start, so that no typing mistake is ignored."""
+    """An unknown key is rejected in one line that names the known keys."""
     check_refused(load, *parts, config=config, env=env)
 
 
 def test_an_unknown_variable_of_a_section_is_refused(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A misspelt variable in the environment is refused as well, and other variables are not."""
+    """A misspelt variable of a section is rejected; variables of other programs are ignored."""
     monkeypatch.setenv("SOMETHING_ELSE", "x")
     load()
     monkeypatch.setenv("MODEL__NMAE", "x")
@@ -254,12 +254,12 @@ def test_an_unknown_variable_of_a_section_is_refused(
     ],
 )
 def test_malformed_yaml_is_refused_in_one_line(load: Load, config: str) -> None:
-    """A config.yml that is not YAML, or holds objects, is refused in one line with its path."""
+    """A config.yml that is not YAML, or has tags, is rejected in one line with its path."""
     check_refused(load, "config.yml is not YAML", config=config)
 
 
 def test_a_config_yml_that_is_not_text_is_refused(tmp_path: Path) -> None:
-    """Bytes that are not UTF-8 are refused in one line with the path."""
+    """A config.yml that is not UTF-8 is rejected in one line with its path."""
     path = tmp_path / "config.yml"
     path.write_bytes(b"model: {name: \xff}")
     with pytest.raises(ConfigurationError, match=re.escape(f"cannot read {path}")) as caught:
@@ -269,13 +269,13 @@ def test_a_config_yml_that_is_not_text_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["10.0.0.0/8", "[10.0.0.0/8]", '["10.0.0.0/8"', "{}"])
 def test_a_list_that_is_not_json_says_how_to_write_it(load: Load, value: str) -> None:
-    """A list in .env that is not JSON is refused in one line."""
+    """A list in .env that is not JSON is rejected in one line."""
     check_refused(load, "SECURITY__TRUSTED_PROXIES", env=f"SECURITY__TRUSTED_PROXIES={value}")
 
 
 @pytest.mark.parametrize("value", ["nonsense", "10.0.0.0/99", "", "proxy.example.org"])
 def test_a_trusted_proxy_that_is_no_address_is_refused(load: Load, value: str) -> None:
-    """trusted_proxies takes addresses and networks; anything else stops the start in one line."""
+    """A trusted proxy that is no address or network is rejected in one line."""
     config = f"security: {{trusted_proxies: [10.0.0.1, {json.dumps(value)}]}}"
     check_refused(load, "trusted_proxies", config=config)
 
@@ -305,17 +305,14 @@ def test_config_yml_lists_every_setting_with_its_default() -> None:
         f"{s}.{key}": value for s, section in content.items() for key, value in section.items()
     }
     defaults = leaves(Settings(_env_file=None))
-    # A token in a file that is committed would be a mistake, so its place is not shown there.
+    # A committed file must not hold a token, so config.yml does not list it.
     del defaults["huggingface_token"]
     assert listed == defaults
 
 
 def test_env_example_names_real_settings_only(load: Load) -> None:
-    """Every variable of .env.example is a setting, and the file loads as it is and uncommented."""
-    path = PROJECT_ROOT / ".env.example"
-    if not path.exists():
-        pytest.skip(".env.example is not here yet")
-    text = path.read_text(encoding="utf-8")
+    """Every variable of .env.example is a setting; the file is valid unchanged and uncommented."""
+    text = (PROJECT_ROOT / ".env.example").read_text(encoding="utf-8")
     named = re.findall(r"^#?\s?([A-Z][A-Z_]+)=", text, re.MULTILINE)
     assert named
     assert set(named) <= set(setting_names())
@@ -337,7 +334,7 @@ def test_env_example_names_real_settings_only(load: Load) -> None:
     ids=["value", "name", "production", "file"],
 )
 def test_uvicorn_stops_with_one_readable_line(variables: dict[str, str], parts: list[str]) -> None:
-    """`uvicorn app.main:app` with a bad setting ends with a status and one line, no traceback."""
+    """`uvicorn app.main:app` with an invalid setting ends with a status and one line."""
     done = subprocess.run(
         [sys.executable, "-m", "uvicorn", "app.main:app", "--port", "0"],
         cwd=PROJECT_ROOT,
@@ -354,7 +351,7 @@ def test_uvicorn_stops_with_one_readable_line(variables: dict[str, str], parts: 
 
 
 def test_importing_the_application_reads_no_settings(tmp_path: Path) -> None:
-    """`import app.main` works whatever the environment says; only `app.main.app` reads it."""
+    """`import app.main` works with invalid settings; only `app.main.app` reads them."""
     program = (
         "import app.main\n"
         "try:\n"
@@ -381,6 +378,6 @@ def test_importing_the_application_reads_no_settings(tmp_path: Path) -> None:
 
 
 def test_create_app_takes_the_settings_it_is_given(load: Load) -> None:
-    """The application is built from the settings passed to it, and from nothing else."""
+    """The application is built from the settings that are passed to create_app."""
     app = create_app(load("app: {name: My Service}\nmodel: {engine: echo}"))
     assert app.title == "My Service"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Kind, and a text that is wholly of that kind.
+# A kind, and a text that is an entity of that kind.
 FOUND = [
     ("email", "jane.doe+news@mail.example.co.uk"),
     ("email", "o'brien@example.com"),
@@ -135,7 +135,7 @@ HOSTILE = [
     *("\u00e9", "\U0001f6001@a.co", '"', "aaab", "project ", "EMP-1"),
 ]
 
-# Patterns whose prefixes can be derived, and texts in which each has a match somewhere.
+# Patterns whose prefixes can be derived, and texts in which each pattern has a match.
 SOURCES = [
     r"\bEMP-\d{6}\b",
     r"(?i)project\s+(falcon|eagle)",

@@ -47,7 +47,7 @@ def negatives(per_shape: int = 15) -> list[Sample]:
     return samples
 
 
-# What surrounds a value: punctuation, markup, quotes, code and the end of the text.
+# The surroundings of a value: punctuation, markup, quotes, code and the end of the text.
 CONTEXTS = (
     "{}",
     "It is {}.",
@@ -256,7 +256,7 @@ LOOKALIKES: tuple[Callable[[random.Random], str], ...] = (
     lambda r: str(1_600_000_000 + r.getrandbits(26)),
     lambda r: f"ORD-{r.randint(2019, 2025)}-{_numerals(r, 6)}",
     lambda r: f"order {_numerals(r, 10)}",
-    lambda r: f"order {_numerals(r, 16)}",  # One in some thirty passes for a card.
+    lambda r: f"order {_numerals(r, 16)}",  # About one in thirty is a valid card.
     lambda r: f"#{_numerals(r, 4)}-{_numerals(r, 4)}",
     lambda r: f"INV {r.randint(2019, 2025)}/{_numerals(r, 5)}",
     lambda r: _hex(r, 32),
@@ -290,7 +290,7 @@ def _one(kind: str, value: str, text: str) -> tuple[str, Entities]:
     return text.replace("{}", value), ((kind, value),)
 
 
-# The last ones of each kind are hard on purpose: some of them are not found.
+# The last ones of each kind are hard; some of them are not found.
 HAND_WRITTEN: tuple[tuple[str, Entities], ...] = (
     _one("email", "jane@example.com", "Mail me at {}, or don't."),
     _one("email", "jane.roe@example.com", "Thanks...{}"),
@@ -375,13 +375,13 @@ HAND_WRITTEN_NEGATIVES: tuple[str, ...] = (
 
 OUT_OF_SCOPE: tuple[str, ...] = (
     "020 7946 0958",  # A national number of a country outside the North American plan.
-    "4155552671",  # Ten digits, with no word beside them.
-    "078051120",  # Nine digits, the same.
-    "jane at example dot com",  # Written to be overlooked.
+    "4155552671",  # Ten digits without a word that names them.
+    "078051120",  # Nine digits without such a word.
+    "jane at example dot com",  # Spelt out to evade filters.
     "\uff14\uff11\uff11\uff11 1111 1111 1111",  # Full-width digits.
     "j\u200bane@exam\u200bple.c\u200bom",  # Zero-width characters inside the domain.
 )
-"""What the filter does not claim to find; no part of the figures."""
+"""Forms that the filter does not find; the figures leave them out."""
 
 
 def all_samples() -> Iterator[Sample]:

@@ -1,4 +1,4 @@
-"""make audit: an answer that says nothing is never taken for a good one."""
+"""`make audit` succeeds only when every package was looked up."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ SKIPPED = {"name": "odd", "skip_reason": "Dependency not found on PyPI"}
 
 
 class Service:
-    """Stands for pip-audit and the databases behind it."""
+    """A fake of pip-audit and its databases."""
 
     def __init__(self, answers: Sequence[dict[str, Any]] | None, knows: str = "osv") -> None:
         self._answers = answers
@@ -35,7 +35,7 @@ def run(service: Service, *, where_reachable: bool = False) -> int:
 
 
 def test_sound_packages_pass(capsys: pytest.CaptureFixture[str]) -> None:
-    """With an answer for every package, and no vulnerability, it succeeds and says by whom."""
+    """With an answer for every package and no vulnerability it succeeds and names the service."""
     assert run(Service([SOUND, SOUND])) == 0
     assert "2 packages, no known vulnerability (osv)" in capsys.readouterr().out
 
@@ -43,7 +43,7 @@ def test_sound_packages_pass(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("answers", "line"),
     [
-        ([SOUND, BROKEN], "broken 1.0: PYSEC-1, mended in 1.1"),
+        ([SOUND, BROKEN], "broken 1.0: PYSEC-1, fixed in 1.1"),
         ([SOUND, SKIPPED], "odd: not audited: Dependency not found"),
         ([SOUND], "did not answer for every package"),
         (None, "did not answer for every package"),
@@ -51,24 +51,24 @@ def test_sound_packages_pass(capsys: pytest.CaptureFixture[str]) -> None:
     ids=["vulnerable", "skipped", "missing", "broken off"],
 )
 @pytest.mark.parametrize("where_reachable", [False, True])
-def test_anything_less_fails(
+def test_an_incomplete_audit_fails(
     answers: Any, line: str, where_reachable: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A vulnerability, a package that was skipped, and half an answer each fail the audit."""
+    """A vulnerability, a skipped package and an incomplete answer each fail the audit."""
     assert run(Service(answers), where_reachable=where_reachable) == 1
     printed = capsys.readouterr()
     assert line in printed.out + printed.err
 
 
 def test_a_service_that_knows_nothing_is_not_believed(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where no service knows of a vulnerable package the audit says so; only check-all goes on."""
+    """An audit by services that know no vulnerability fails; for check-all it only warns."""
     assert run(Service([SOUND, SOUND], knows="none")) == 2
     assert run(Service([SOUND, SOUND], knows="none"), where_reachable=True) == 0
     assert capsys.readouterr().err.count("NOT AUDITED") == 2
 
 
 def test_every_locked_package_is_asked_for() -> None:
-    """The lock file's packages are all there, with their versions."""
+    """Every package of the lock file is looked up with its version."""
     requirements = audit.locked(audit.LOCK_FILE)
     assert len(requirements) > 100
     assert any(r.startswith("fastapi==0.") for r in requirements)

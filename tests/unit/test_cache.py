@@ -1,4 +1,4 @@
-"""The bounded cache: how long, how many, how much, and who goes first."""
+"""The bounded cache: lifetime, number, bytes and eviction."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from app.core.cache import BoundedCache
 
 @dataclass
 class Clock:
-    """Time that stands still until it is moved."""
+    """A clock that the test sets."""
 
     now: float = 0.0
 
@@ -21,23 +21,23 @@ class Clock:
 
 @pytest.fixture
 def clock() -> Clock:
-    """See :class:`Clock`."""
+    """A clock at 0."""
     return Clock()
 
 
 @pytest.fixture
 def cache(clock: Clock) -> BoundedCache[str]:
-    """Three values of at most 100 bytes together, for ten seconds."""
+    """A cache for three values, 100 bytes and ten seconds."""
     return new_cache(clock)
 
 
 def new_cache(clock: Clock) -> BoundedCache[str]:
-    """See :func:`cache`."""
+    """A cache for three values, 100 bytes and ten seconds."""
     return BoundedCache(max_entries=3, max_bytes=100, ttl_seconds=10, size_of=len, clock=clock)
 
 
 def test_a_value_is_kept_for_its_time(cache: BoundedCache[str], clock: Clock) -> None:
-    """A value is there until its time is over, and gone at that moment."""
+    """A value is found until its time to live has passed, and not at that moment."""
     cache.put("a", "x")
     clock.now = 9.999
     assert cache.get("a") == "x"
@@ -48,7 +48,7 @@ def test_a_value_is_kept_for_its_time(cache: BoundedCache[str], clock: Clock) ->
 
 
 def test_being_used_does_not_prolong_a_value(cache: BoundedCache[str], clock: Clock) -> None:
-    """An answer gets old from the moment it was made, however often it is asked for."""
+    """Reading a value does not extend its time to live."""
     cache.put("a", "x")
     clock.now = 9
     cache.get("a")
@@ -57,7 +57,7 @@ def test_being_used_does_not_prolong_a_value(cache: BoundedCache[str], clock: Cl
 
 
 def test_the_least_recently_used_goes_first(cache: BoundedCache[str]) -> None:
-    """When there is no place the value that was used longest ago makes room."""
+    """A full cache evicts the least recently used value."""
     for key in ("a", "b", "c"):
         cache.put(key, key)
     cache.get("a")
@@ -65,8 +65,8 @@ def test_the_least_recently_used_goes_first(cache: BoundedCache[str]) -> None:
     assert [cache.get(key) for key in ("a", "b", "c", "d")] == ["a", None, "c", "d"]
 
 
-def test_bytes_make_room_as_well(cache: BoundedCache[str]) -> None:
-    """Values are pushed out until the new one fits into the bytes, not only into the number."""
+def test_bytes_are_bounded_by_eviction() -> None:
+    """Values are evicted until the new one fits into max_bytes."""
     wide: BoundedCache[str] = BoundedCache(
         max_entries=100, max_bytes=100, ttl_seconds=10, size_of=len
     )
@@ -77,7 +77,7 @@ def test_bytes_make_room_as_well(cache: BoundedCache[str]) -> None:
 
 
 def test_a_value_too_large_is_not_kept(cache: BoundedCache[str]) -> None:
-    """A value of more than a quarter of all bytes pushes nothing out, and is not kept."""
+    """A value larger than a quarter of max_bytes is not kept and evicts nothing."""
     cache.put("a", "x" * 25)
     cache.put("b", "x" * 26)
     assert cache.get("a") is not None
@@ -85,7 +85,7 @@ def test_a_value_too_large_is_not_kept(cache: BoundedCache[str]) -> None:
 
 
 def test_putting_again_replaces(cache: BoundedCache[str], clock: Clock) -> None:
-    """A key has one value, the last one, and its time begins anew."""
+    """Putting a key again replaces its value and restarts its time to live."""
     cache.put("a", "old")
     clock.now = 6
     cache.put("a", "new")
@@ -95,7 +95,7 @@ def test_putting_again_replaces(cache: BoundedCache[str], clock: Clock) -> None:
 
 
 def test_statistics_count_hits_and_misses(cache: BoundedCache[str]) -> None:
-    """What is found and what is not is counted, and the limits are told."""
+    """Statistics count hits and misses and show the bounds."""
     cache.put("a", "xyz")
     for key in ("a", "a", "b"):
         cache.get(key)
@@ -107,7 +107,7 @@ def test_statistics_count_hits_and_misses(cache: BoundedCache[str]) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 40), st.floats(0, 6))))
 def test_the_bounds_always_hold(steps: list[tuple[str, int, float]]) -> None:
-    """After any sequence of puts and pauses number, bytes and age are within their bounds."""
+    """Number, bytes and age stay within their bounds after any sequence of puts and pauses."""
     clock = Clock()
     cache = new_cache(clock)
     made: dict[str, float] = {}

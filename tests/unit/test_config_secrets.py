@@ -1,4 +1,4 @@
-"""Keys and tokens in the settings: never shown, and strong in production."""
+"""Keys and tokens in the settings are never shown, and are strong in production."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ SECRET_CONFIGS = {
 
 @pytest.mark.parametrize("config", SECRET_CONFIGS.values(), ids=SECRET_CONFIGS.keys())
 def test_a_mistake_near_a_secret_does_not_show_it(load: Load, config: str) -> None:
-    """No error about config.yml shows a key or a token, however the file is broken."""
+    """No error about config.yml shows a key or a token, whatever its fault is."""
     assert SECRET not in check_refused(load, config=config)
 
 
@@ -53,7 +53,7 @@ def test_a_mistake_near_a_secret_does_not_show_it(load: Load, config: str) -> No
 def test_a_mistake_in_the_environment_does_not_show_a_secret(
     load: Load, monkeypatch: pytest.MonkeyPatch, env: str, source: str
 ) -> None:
-    """No error about .env or the environment shows a key or a token either."""
+    """No error about .env or the environment shows a key or a token."""
     if source == "environment":
         for line in env.splitlines():
             monkeypatch.setenv(*line.split("=", 1))
@@ -75,7 +75,7 @@ def test_settings_do_not_show_secrets_when_printed(load: Load) -> None:
 
 @pytest.mark.parametrize("key", ["", DEFAULT_API_KEY, "short", "x" * 31])
 def test_production_refuses_a_weak_key(load: Load, key: str) -> None:
-    """In production the default key, an empty one and one under 32 characters stop the start."""
+    """In production the default key, an empty key and a key under 32 characters stop the start."""
     config = json.dumps({"app": {"environment": "production"}, "security": {"api_key": key}})
     line = check_refused(load, config=config)
     assert "api_key" in line.lower()
@@ -92,7 +92,7 @@ def test_production_refuses_a_weak_key_among_several(load: Load, key: str) -> No
 
 
 def test_production_starts_with_strong_keys(load: Load) -> None:
-    """A key of one's own of 32 characters is accepted in production."""
+    """Keys of 32 characters are accepted in production."""
     security = {"api_key": STRONG_KEY, "api_keys": [{"name": "a", "key": STRONG_KEY[::-1]}]}
     config = json.dumps({"app": {"environment": "production"}, "security": security})
     assert load(config).app.environment == "production"
@@ -105,14 +105,14 @@ def test_development_takes_the_default_key(load: Load) -> None:
 
 @pytest.mark.parametrize("key", [DEFAULT_API_KEY, ""])
 def test_production_refuses_a_weak_digest(load: Load, key: str) -> None:
-    """The digest of a key that everybody knows is as weak as the key."""
+    """The digest of the default key or of an empty key stops the start in production."""
     keys = [{"name": "a", "digest": f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"}]
     config = json.dumps({"app": {"environment": "production"}, "security": {"api_keys": keys}})
     check_refused(load, "production", config=config)
 
 
 def test_production_starts_with_digests_alone(load: Load) -> None:
-    """With api_keys the default api_key lets nobody in, so production needs no other one."""
+    """With api_keys the default api_key is not accepted, so production does not reject it."""
     keys = [{"name": "a", "digest": f"sha256:{'0' * 64}", "scopes": ["infer", "metrics"]}]
     config = json.dumps({"app": {"environment": "production"}, "security": {"api_keys": keys}})
     assert [key.name for key in load(config).security.accepted_keys] == ["a"]
@@ -140,15 +140,15 @@ DIGEST = f"sha256:{hashlib.sha256(SECRET.encode()).hexdigest()}"
         ([{"name": "a", "key": SECRET}, {"name": "b", "digest": DIGEST}], "the same key"),
     ],
 )
-def test_a_key_that_cannot_be_meant_is_refused(load: Load, keys: Any, fault: str) -> None:
-    """Keys of one name, names of one key, unknown scopes and the like: one line without secrets."""
+def test_an_invalid_key_is_refused(load: Load, keys: Any, fault: str) -> None:
+    """Repeated names or keys, unknown scopes and the like give one line without secrets."""
     line = check_refused(load, fault, config=json.dumps({"security": {"api_keys": keys}}))
     assert SECRET not in line
     assert DIGEST[7:] not in line.lower()
 
 
 def test_a_key_is_for_generating_unless_it_says_more(load: Load) -> None:
-    """A named key without scopes may generate and no more; api_key may do everything."""
+    """A named key without scopes has the scope infer only; api_key has every scope."""
     settings = load(f"security: {{api_key: {STRONG_KEY}, api_keys: [{{name: a, key: b}}]}}")
     scopes = {key.name: key.scopes for key in settings.security.accepted_keys}
     assert scopes == {"default": ["infer", "metrics", "admin"], "a": ["infer"]}

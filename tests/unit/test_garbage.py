@@ -1,4 +1,4 @@
-"""Long-lived objects are no business of the garbage collector, in either process."""
+"""Long-lived objects are excluded from garbage collections in both processes."""
 
 import os
 import socket
@@ -23,8 +23,8 @@ asyncio.run(main())
 """
 
 
-def told_by(program: str, *arguments: str, pass_fds: tuple[int, ...] = ()) -> tuple[int, int]:
-    """How many objects a program's collector spares, and how many it looks at."""
+def objects_of(program: str, *arguments: str, pass_fds: tuple[int, ...] = ()) -> tuple[int, int]:
+    """The objects that a program's collector ignores, and those that it traverses."""
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
         cwd=PROJECT_ROOT,
@@ -41,14 +41,14 @@ def told_by(program: str, *arguments: str, pass_fds: tuple[int, ...] = ()) -> tu
 
 
 def test_the_api_process_spares_its_libraries() -> None:
-    """Once the service is ready, nearly nothing is left to look at, and collections go on."""
-    spared, seen = told_by(SERVE)
+    """When the service is ready, collections are on and traverse less than 2 % of all objects."""
+    spared, seen = objects_of(SERVE)
     assert spared > 100_000
     assert seen < spared / 50
 
 
 def test_the_engine_process_spares_its_libraries() -> None:
-    """The same holds once the model is loaded, before the service is told so."""
+    """The same holds in the engine process when the model is loaded."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.sendall(
@@ -70,7 +70,7 @@ def test_the_engine_process_spares_its_libraries() -> None:
         )
         fd = os.dup(theirs.fileno())
         try:
-            spared, seen = told_by(program, str(fd), "2", pass_fds=(fd,))
+            spared, seen = objects_of(program, str(fd), "2", pass_fds=(fd,))
         finally:
             os.close(fd)
     assert spared > 10_000

@@ -1,4 +1,4 @@
-"""Answers kept under callers' own keys: who gets which, for how long, and how many."""
+"""Answers kept under idempotency keys: isolation of callers, lifetime and bounds."""
 
 import pytest
 from hypothesis import given
@@ -14,7 +14,7 @@ MAX_ENTRIES = 3
 
 
 class Clock:
-    """Time that stands still until it is moved."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -33,7 +33,7 @@ class Store:
         self.store = IdempotencyStore(settings, self.metrics, self.clock)
 
     def ask(self, key: str, body: str = "a", caller: str = "alice") -> bytes | None:
-        """A request that is answered at once where it is a new one, else the kept answer."""
+        """Send a request: a new one is executed, and a repeated one returns the kept answer."""
         claim = self.store.claim(caller, key, body.encode())
         if isinstance(claim, KeptAnswer):
             return claim.body
@@ -41,25 +41,25 @@ class Store:
         return None
 
     def begin(self, key: str, body: str = "a", caller: str = "alice") -> Claim:
-        """A request that is under way."""
+        """Begin a new request."""
         claim = self.store.claim(caller, key, body.encode())
         assert isinstance(claim, Claim)
         return claim
 
     def counted(self) -> dict[str, float]:
-        """How many requests ended so."""
+        """The number of requests by result."""
         (family,) = self.metrics.idempotency_requests.collect()
         return {s.labels["result"]: s.value for s in family.samples if s.name.endswith("_total")}
 
 
 @pytest.fixture
 def store() -> Store:
-    """See :class:`Store`."""
+    """An empty store."""
     return Store()
 
 
 def test_an_answer_is_kept_for_its_time(store: Store) -> None:
-    """The same request gets the kept answer until its time is over, and is then a new one."""
+    """A repeated request gets the kept answer until its time to live has passed."""
     assert store.ask("k") is None
     store.clock.now = TTL - 0.001
     assert store.ask("k") == b"alice k a"
@@ -67,8 +67,8 @@ def test_an_answer_is_kept_for_its_time(store: Store) -> None:
     assert store.ask("k") is None
 
 
-def test_a_key_stands_for_one_request(store: Store) -> None:
-    """Another request under the same key is refused, while the first runs and afterwards."""
+def test_a_key_belongs_to_one_request(store: Store) -> None:
+    """A different request with the same key is rejected, during the first one and afterwards."""
     claim = store.begin("k")
     with pytest.raises(IdempotencyKeyReusedError):
         store.ask("k", "b")
@@ -79,7 +79,7 @@ def test_a_key_stands_for_one_request(store: Store) -> None:
 
 
 def test_a_request_runs_once_at_a_time(store: Store) -> None:
-    """The same request again is refused while the first one runs; a released key is free."""
+    """A repeated request is rejected while the first one runs; a released key can be used again."""
     claim = store.begin("k")
     with pytest.raises(IdempotencyKeyInUseError):
         store.ask("k")
@@ -88,7 +88,7 @@ def test_a_request_runs_once_at_a_time(store: Store) -> None:
 
 
 def test_only_the_first_ending_of_a_claim_counts(store: Store) -> None:
-    """A claim that has ended neither forgets its answer nor another request's."""
+    """A claim that has ended changes neither its answer nor another request's claim."""
     claim = store.begin("k")
     claim.keep(KeptAnswer(200, (), b"x"))
     claim.release()
@@ -104,7 +104,7 @@ def test_only_the_first_ending_of_a_claim_counts(store: Store) -> None:
 
 
 def test_callers_have_bounds_of_their_own(store: Store) -> None:
-    """A caller that keeps more than its number loses its own oldest answers, nobody else's."""
+    """A caller that exceeds max_entries loses its own oldest answers, and no other caller does."""
     store.ask("k", caller="bob")
     for number in range(MAX_ENTRIES + 1):
         store.ask(str(number))
@@ -114,7 +114,7 @@ def test_callers_have_bounds_of_their_own(store: Store) -> None:
 
 
 def test_what_fits_is_kept_and_no_more(store: Store) -> None:
-    """An answer as large as its claim allows is kept; one byte more is not."""
+    """An answer of max_body_bytes is kept, and one of a byte more is not."""
     for excess in (0, 1):
         claim = store.begin(f"k{excess}")
         claim.keep(KeptAnswer(200, (), b"x" * (claim.max_body_bytes + excess)))
@@ -123,7 +123,7 @@ def test_what_fits_is_kept_and_no_more(store: Store) -> None:
 
 
 def test_requests_are_counted_by_what_became_of_them(store: Store) -> None:
-    """New, repeated, refused as running and refused as another: each is counted once."""
+    """New, replayed, in-use and reused requests are each counted once."""
     store.ask("k")
     store.ask("k")
     store.begin("running")
@@ -146,9 +146,9 @@ steps = st.tuples(
 def test_a_caller_never_gets_anothers_answer(
     sequence: list[tuple[str, str, str, str, float]],
 ) -> None:
-    """After any sequence of requests each answer is the caller's own, to that very request.
+    """After any sequence of requests each answer belongs to its caller and its request.
 
-    What one caller holds or keeps never refuses another: bob sees what he would see alone.
+    One caller's requests do not change another's results: bob gets what he would get alone.
     """
     together, alone = Store(), Store()
     held: dict[int, dict[tuple[str, str], Claim]] = {id(together): {}, id(alone): {}}

@@ -1,4 +1,4 @@
-"""The log's formatters: shape, escaping, and whose loggers they speak for."""
+"""The log's formatters: shape, escaping, and the loggers that use them."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ NASTY = 'a\nb\r\nc\u2028d\x1b[31m"e" {"level": "CRITICAL"}'
 
 
 def record(message: str, *arguments: Any, **extra: Any) -> logging.LogRecord:
-    """A record as a logger makes it."""
+    """A record made by a logger."""
     logger = logging.getLogger("llm_service.test")
     return logger.makeRecord(
         logger.name, logging.INFO, "file.py", 1, message, arguments, None, extra=extra
@@ -40,7 +40,7 @@ def with_traceback() -> logging.LogRecord:
 
 @pytest.fixture
 def request_id() -> Iterator[str]:
-    """The id of a request that is being served."""
+    """Set the id of a request that is being served."""
     token = request_id_var.set("req-7")
     yield "req-7"
     request_id_var.reset(token)
@@ -63,13 +63,13 @@ def test_json_has_the_documents_members_in_order(request_id: str) -> None:
 
 
 def test_json_outside_a_request_has_no_request_id() -> None:
-    """An event that belongs to no request does not pretend to."""
+    """An event outside a request has no member request_id."""
     assert "request_id" not in json.loads(ServiceJsonFormatter().format(record("started")))
 
 
 @pytest.mark.parametrize("made", [record(NASTY), record("%s", NASTY), record("x", extra=NASTY)])
 def test_json_is_one_line_whatever_it_carries(made: logging.LogRecord) -> None:
-    """Line breaks and quotes in a message or a member cannot begin a line or end a member."""
+    """Line breaks and quotes in a message or a member neither begin a line nor end a member."""
     line = ServiceJsonFormatter().format(made)
     assert len(line.splitlines()) == 1
     event = json.loads(line)
@@ -98,7 +98,7 @@ def raise_in_many_ways() -> None:
 
 @pytest.mark.parametrize("formatter", [ServiceJsonFormatter(), TextFormatter()])
 def test_a_traceback_has_no_messages(formatter: logging.Formatter) -> None:
-    """What an exception says may be a prompt: kinds and places are shown, of those before too."""
+    """Types and stacks of an exception and its causes are logged, but no messages."""
     made = record("failed")
     try:
         raise_in_many_ways()
@@ -111,8 +111,8 @@ def test_a_traceback_has_no_messages(formatter: logging.Formatter) -> None:
     assert "CRITICAL" not in text
 
 
-def test_a_ring_of_exceptions_ends() -> None:
-    """An exception that is its own cause is shown once."""
+def test_a_cycle_of_causes_ends() -> None:
+    """An exception that is its own cause is logged once."""
     error = ValueError("x")
     error.__cause__ = error
     made = record("failed")
@@ -121,13 +121,13 @@ def test_a_ring_of_exceptions_ends() -> None:
 
 
 def test_json_has_no_colours() -> None:
-    """The server's second, coloured copy of a message is left out."""
+    """The coloured copy of a message that uvicorn adds is left out."""
     event = json.loads(ServiceJsonFormatter().format(record("x", color_message="\x1b[36mx")))
     assert "color_message" not in event
 
 
 def test_text_escapes_control_characters(request_id: str) -> None:
-    """A message for people is one line, with control characters shown and not obeyed."""
+    """A message in the text format is one line, with control characters escaped."""
     line = TextFormatter().format(record(NASTY))
     assert len(line.splitlines()) == 1
     assert "\x1b" not in line
@@ -136,7 +136,7 @@ def test_text_escapes_control_characters(request_id: str) -> None:
 
 
 def test_text_shows_tracebacks() -> None:
-    """In the text format a traceback follows on lines of its own, for people to read."""
+    """In the text format a traceback follows on further lines."""
     lines = TextFormatter().format(with_traceback()).splitlines()
     assert lines[0].endswith("llm_service.test: failed")
     assert lines[1] == "Traceback (most recent call last):"
@@ -144,7 +144,7 @@ def test_text_shows_tracebacks() -> None:
 
 @pytest.fixture
 def restored() -> Iterator[None]:
-    """Puts back the root logger's handlers and the levels that configure_logging changes."""
+    """Restore the root logger's handlers and the levels that configure_logging changes."""
     names = ("uvicorn", "uvicorn.error", "uvicorn.access", "llm_service", "httpx", None)
     before = [(logging.getLogger(n), logging.getLogger(n).level) for n in names]
     handlers = logging.getLogger().handlers[:]
@@ -157,7 +157,7 @@ def restored() -> Iterator[None]:
 
 @pytest.mark.usefixtures("restored")
 def test_every_logger_writes_through_one_handler(capsys: pytest.CaptureFixture[str]) -> None:
-    """The service's, uvicorn's and libraries' events come once each, as JSON on standard error."""
+    """Events of the service, uvicorn and libraries are each written once to standard error."""
     logging.getLogger("uvicorn.error").addHandler(logging.StreamHandler())
     logging.getLogger("uvicorn.error").setLevel("INFO")
     configure_logging(LoggingSettings())
@@ -177,7 +177,7 @@ def test_every_logger_writes_through_one_handler(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.usefixtures("restored")
 def test_noise_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    """The access log, libraries' information and levels below the least are not written."""
+    """The server's access log, libraries' INFO and levels under the configured one are left out."""
     configure_logging(LoggingSettings(level="WARNING", format="text"))
     get_logger().info("ours")
     logging.getLogger("uvicorn.access").info("GET /?key=secret")
@@ -189,6 +189,6 @@ def test_noise_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_loggers_are_named_after_the_service() -> None:
-    """The service's logger has the name of the user's document, and its children below it."""
+    """The service's logger has the name of the user's document, and its children that prefix."""
     assert get_logger().name == "llm_service"
     assert get_logger("engine").name == "llm_service.engine"

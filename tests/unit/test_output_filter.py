@@ -1,4 +1,4 @@
-"""What leaves the model: control characters, template tokens and blocked patterns do not."""
+"""The output filter: control characters, template tokens and blocked patterns."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def chunks(text: str, rng: random.Random) -> list[str]:
 
 
 def stream(rules: OutputFilter, pieces: list[str]) -> Filtered:
-    """Feed all pieces, and check on the way that not too much is held back."""
+    """Feed all pieces, and check after each that no more than the bound is held back."""
     filtering = rules.stream()
     out = []
     for piece in pieces:
@@ -105,7 +105,7 @@ def stream(rules: OutputFilter, pieces: list[str]) -> Filtered:
     ],
 )  # fmt: skip
 def test_control_characters_go(text: str, clean: str) -> None:
-    """Control characters and bidirectional overrides go; layout, emoji and RTL marks stay."""
+    """Control characters and bidirectional overrides are removed; layout and RTL marks stay."""
     assert OutputFilter().clean(text) == Filtered(clean, blocked=False)
 
 
@@ -121,17 +121,17 @@ def test_control_characters_go(text: str, clean: str) -> None:
     ],
 )
 def test_template_tokens_go(text: str, clean: str) -> None:
-    """Spellings of special tokens go, those that a removal would join included; the rest stays."""
+    """Special tokens are removed, and those that a removal would create; the rest stays."""
     assert OutputFilter(["<|im_start|>", "<|im_end|>", "<s>", "</s>"]).clean(text).text == clean
 
 
 def test_blank_tokens_are_ignored() -> None:
-    """A tokenizer that lists a space among its special tokens does not cost the text its spaces."""
+    """A space among the special tokens does not remove the spaces of a text."""
     assert OutputFilter([" ", "", "\n\n"]).clean("a b\n\nc").text == "a b\n\nc"
 
 
 def test_a_blocked_pattern_ends_the_text() -> None:
-    """What comes before the first match is delivered, the match and all after it never."""
+    """The text before the first match is delivered; the match and all text after it are not."""
     rules = OutputFilter((), [r"(?i)\bsecret\s+plan\b", "zzz"])
     assert rules.clean("The SECRET\nplan is zzz") == Filtered("The ", blocked=True)
     assert rules.clean("The secret planet") == Filtered("The secret planet", blocked=False)
@@ -144,13 +144,13 @@ def test_a_blocked_pattern_ends_the_text() -> None:
 
 
 def test_patterns_see_what_would_be_delivered() -> None:
-    """Patterns see the text as it would be delivered, without control characters and tokens."""
+    """Patterns search the text without control characters and special tokens."""
     rules = OutputFilter(["<s>"], ["forbidden"])
     assert rules.clean("a for<s>bid\x00den b") == Filtered("a ", blocked=True)
 
 
 def test_a_blocked_match_has_a_longest_length() -> None:
-    """A match of 256 characters blocks, one of 257 does not, in both modes."""
+    """A match of 256 characters blocks and one of 257 does not, whole or streamed."""
     rules = OutputFilter((), [r"<x+>"])
     for length, blocked in ((WINDOW, True), (WINDOW + 1, False)):
         text = f"a <{'x' * (length - 2)}> b"
@@ -162,7 +162,7 @@ def test_a_blocked_match_has_a_longest_length() -> None:
     ("source", "reason"), [("a(", "missing"), ("(?=a)", "invalid perl"), ("x?", "empty string")]
 )
 def test_a_bad_pattern_stops_the_start_in_one_line(source: str, reason: str) -> None:
-    """A pattern that cannot work is a ValueError of one line that names it."""
+    """An invalid pattern is a ValueError of one line that names it."""
     with pytest.raises(ValueError, match=reason) as caught:
         OutputFilter((), [source])
     assert str(caught.value).startswith(f"blocked pattern {source!r}: ")
@@ -171,9 +171,10 @@ def test_a_bad_pattern_stops_the_start_in_one_line(source: str, reason: str) -> 
 
 @pytest.mark.parametrize("rules", [TOKENS_ONLY, BOTH, OPAQUE])
 def test_a_stream_equals_the_whole(rules: OutputFilter) -> None:
-    """For 800 texts, each in 5 random chunkings and 1 character at a time, the pieces joined equal
-    the filtered whole, and no more than the bound is ever held back.
-    """  # noqa: D205
+    """The joined results of a stream equal the filtered whole, and the held text is bounded.
+
+    There are 800 texts, each in 5 random chunkings and one character at a time.
+    """
     rng = random.Random(5)
     for _ in range(800):
         text = "".join(rng.choices(PIECES, k=rng.randint(1, 14)))
@@ -183,7 +184,7 @@ def test_a_stream_equals_the_whole(rules: OutputFilter) -> None:
 
 
 def test_patterns_block_what_one_look_at_the_whole_finds() -> None:
-    """Searching as the text comes finds the same first match as searching all of it at once."""
+    """A stream ends at the first match that a search of the whole text finds."""
     rng = random.Random(7)
     for _ in range(1500):
         text = "".join(rng.choices(PIECES, k=rng.randint(1, 20)))
@@ -194,7 +195,7 @@ def test_patterns_block_what_one_look_at_the_whole_finds() -> None:
 
 
 def test_no_token_is_left() -> None:
-    """Whatever is nested in whatever, no spelling of a special token is in the result."""
+    """No special token is in the result, however tokens are nested."""
     rng = random.Random(6)
     tokens = [token for token in TOKENS if token.strip()]
     for _ in range(2000):
@@ -203,7 +204,7 @@ def test_no_token_is_left() -> None:
 
 
 def test_text_flows() -> None:
-    """Text that no token and no pattern can begin with is passed on at once."""
+    """Text that cannot begin a token or a match is passed on at once."""
     filtering = BOTH.stream()
     for piece in ["Hello, ", "1 < 2. ", "Use <div>. ", "12 of them, ", "too\n"]:
         assert filtering.feed(piece) == piece
@@ -215,5 +216,5 @@ def test_text_flows() -> None:
     "unit", ["<", "<|im_", "<|im_<|im_end|>", "a", "b", "secret ", "q", "<s>", "\x00", "#x "]
 )
 def test_hostile_text_costs_linear_time(unit: str) -> None:
-    """100,000 characters made to be costly take no time out of proportion."""
+    """The time for 100,000 adversarial characters is linear in their number."""
     assert is_linear(lambda text: BOTH.clean("x" + text), unit)

@@ -1,4 +1,4 @@
-"""The token bucket by its arithmetic, and the address a request comes from."""
+"""The token bucket, and the address that a request comes from."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ RATE = parse("60/minute")
 
 @dataclass
 class Clock:
-    """Time that stands still until it is moved."""
+    """A clock that the test sets."""
 
     now: float = 5000.0
 
@@ -30,7 +30,7 @@ class Clock:
 
 @dataclass
 class Bucket:
-    """One caller's bucket of five tokens."""
+    """A limiter whose buckets have five tokens."""
 
     clock: Clock = field(default_factory=Clock)
     limiter: TokenBucketRateLimiter = field(
@@ -42,13 +42,13 @@ class Bucket:
         self.limiter.burst_size = 5
 
     def hit(self, caller: str = "a", cost: int = 1) -> bool:
-        """Take tokens."""
+        """Take ``cost`` tokens."""
         return self.limiter.hit(RATE, caller, cost=cost)
 
 
 @given(st.lists(st.floats(0, 10), max_size=200))
-def test_no_window_lets_more_than_the_bucket_and_the_refill_through(pauses: list[float]) -> None:
-    """In any time t at most burst + rate * t hits pass, and a patient caller is never refused."""
+def test_hits_in_any_window_are_bounded(pauses: list[float]) -> None:
+    """At most burst + rate * t hits pass in any t seconds, and one a second always does."""
     bucket = Bucket()
     passed: list[float] = []
     for pause in pauses:
@@ -64,7 +64,7 @@ def test_no_window_lets_more_than_the_bucket_and_the_refill_through(pauses: list
 
 
 def test_a_burst_passes_and_then_one_a_second() -> None:
-    """A full bucket gives its tokens at once; from then on each takes its interval."""
+    """A full bucket allows a burst, and an empty one allows a hit for each interval."""
     bucket = Bucket()
     assert [bucket.hit() for _ in range(7)] == [True] * 5 + [False] * 2
     for _ in range(100):
@@ -73,7 +73,7 @@ def test_a_burst_passes_and_then_one_a_second() -> None:
 
 
 def test_rounding_never_costs_a_token() -> None:
-    """An interval that no float can hold adds up to whole tokens over a long time."""
+    """Rounding of an interval that no float can hold costs no token over 1,000 intervals."""
     bucket = Bucket()
     sevenths = parse("7/minute")
     for _ in range(5):
@@ -85,7 +85,7 @@ def test_rounding_never_costs_a_token() -> None:
 
 
 def test_a_cost_takes_as_many_tokens_or_none() -> None:
-    """A hit of several tokens takes all of them, or none where the bucket has fewer."""
+    """A hit of several tokens takes all of them, or none when the bucket has fewer."""
     bucket = Bucket()
     assert bucket.hit(cost=3)
     assert not bucket.hit(cost=3)
@@ -93,8 +93,8 @@ def test_a_cost_takes_as_many_tokens_or_none() -> None:
     assert not bucket.hit(cost=6)
 
 
-def test_the_state_tells_what_is_left() -> None:
-    """Limit, whole tokens left, seconds until full and until the next token, at any moment."""
+def test_the_state_describes_the_bucket() -> None:
+    """The state has the limit, the whole tokens left, and the seconds until full and until one."""
     bucket = Bucket()
     assert bucket.limiter.test(RATE, "a")
     bucket.hit(cost=4)
@@ -115,15 +115,15 @@ def test_the_state_tells_what_is_left() -> None:
     assert not bucket.limiter.test(RATE, "a")
 
 
-def test_callers_are_apart() -> None:
-    """One caller's hits leave the others' buckets full."""
+def test_each_caller_has_a_bucket() -> None:
+    """One caller's hits take no tokens of another's bucket."""
     bucket = Bucket()
     assert bucket.hit("a", cost=5)
     assert bucket.hit("b", cost=5)
 
 
 def test_a_thousand_callers_at_once_get_exactly_the_burst() -> None:
-    """Hits from many threads never overdraw a bucket, and each caller has one."""
+    """Concurrent hits from 32 threads take exactly the tokens of a bucket."""
     bucket = Bucket()
     with ThreadPoolExecutor(32) as pool:
         shared = list(pool.map(lambda _: bucket.hit("same"), range(1000)))
@@ -135,8 +135,8 @@ def test_a_thousand_callers_at_once_get_exactly_the_burst() -> None:
 # --- The limits in front of the routes ------------------------------------------------------------
 
 
-def test_taking_returns_headers_and_refusing_carries_them() -> None:
-    """A taken token is told in the headers; the refusal has them too, and when to come back."""
+def test_a_rejection_has_the_headers_too() -> None:
+    """An accepted request gets the X-RateLimit headers; a rejected one gets Retry-After too."""
     metrics = Metrics()
     settings = RateLimitSettings(requests_per_minute=60, burst_size=1)
     limits = CallerLimits(settings, metrics)
@@ -154,7 +154,7 @@ def test_taking_returns_headers_and_refusing_carries_them() -> None:
 
 
 def test_limits_that_are_off_take_nothing() -> None:
-    """Switched off, every request passes and no header pretends otherwise."""
+    """With limits off every request passes, without X-RateLimit headers."""
     settings = RateLimitSettings(enabled=False, requests_per_minute=1)
     limits = CallerLimits(settings, Metrics())
     for _ in range(5):
@@ -191,18 +191,18 @@ ADDRESSES = {
 def test_only_trusted_proxies_are_believed(
     trusted: list[str], peer: str, forwarded: str, expected: str
 ) -> None:
-    """The address is the rightmost one that no trusted proxy vouches against."""
+    """The address is the rightmost one that is no trusted proxy's."""
     headers = {"x-forwarded-for": forwarded} if forwarded else {}
     assert ClientAddress(trusted).of((peer, 40_000), headers) == expected
 
 
 def test_a_request_without_a_peer_has_no_address() -> None:
-    """Over a Unix socket there is no address to limit by."""
+    """A request over a Unix socket has the address unknown."""
     assert ClientAddress([]).of(None, {}) == "unknown"
 
 
-def test_what_uvicorn_rewrote_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server believes the header from this machine by itself, and leaves port 0: we do not."""
+def test_an_address_that_uvicorn_rewrote_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Port 0 shows that uvicorn believed a header from this machine; the service does not."""
     monkeypatch.delenv("FORWARDED_ALLOW_IPS", raising=False)
     headers = {"x-forwarded-for": "198.51.100.1"}
     assert ClientAddress([]).of(("198.51.100.1", 0), headers) == "127.0.0.1"

@@ -1,4 +1,4 @@
-"""API keys: which are accepted, from which header, and as whom."""
+"""API keys: which are accepted, from which header, and whose they are."""
 
 import hashlib
 
@@ -19,7 +19,7 @@ KEYS = SecuritySettings(
 
 
 def key_id(key: str) -> str:
-    """What owns a caller's sessions and answers."""
+    """The id of a key."""
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
@@ -28,21 +28,21 @@ def key_id(key: str) -> str:
     [("default", "first-key"), ("team", "second-key"), ("naive", "schlüssel-🔑")],
 )
 def test_each_key_is_its_own_caller(name: str, key: str) -> None:
-    """Every configured key is accepted, under its name and with an id made from the key alone."""
+    """Every configured key is accepted with its name, and its id depends on the key alone."""
     principal = KeyRing(KEYS).authenticate({"x-api-key": key})
     scopes = {"infer", "metrics", "admin"} if name == "default" else {"infer"}
     assert principal == Principal(name=name, key_id=key_id(key), scopes=frozenset(scopes))  # type: ignore[arg-type]
 
 
 def test_the_id_survives_a_rename() -> None:
-    """A key that gets another name keeps its id, and so its sessions."""
+    """A renamed key keeps its id, and with it its sessions."""
     renamed = SecuritySettings(api_keys=[NamedKey(name="new", key=SecretStr("second-key"))])
     principal = KeyRing(renamed).authenticate({"x-api-key": "second-key"})
     assert (principal.name, principal.key_id) == ("new", key_id("second-key"))
 
 
 def test_the_id_does_not_show_the_key() -> None:
-    """What goes into caches and stores holds nothing of the key."""
+    """The principal, which caches and stores hold, does not contain the key."""
     principal = KeyRing(KEYS).authenticate({"x-api-key": "first-key"})
     assert "first" not in repr(principal)
 
@@ -57,7 +57,7 @@ def test_the_id_does_not_show_the_key() -> None:
     ],
 )
 def test_a_bearer_token_is_a_key_and_x_api_key_goes_first(headers: dict[str, str]) -> None:
-    """Authorization: Bearer is read where X-API-Key is missing, and only there."""
+    """Authorization: Bearer is read only where X-API-Key is missing."""
     assert KeyRing(KEYS).authenticate(headers).name == "default"
 
 
@@ -81,14 +81,14 @@ def test_a_bearer_token_is_a_key_and_x_api_key_goes_first(headers: dict[str, str
     ],
 )
 def test_anything_else_is_refused(headers: dict[str, str]) -> None:
-    """A missing, wrong, cut, padded or oddly encoded key is refused, always by the same error."""
+    """A missing, wrong, cut, padded or badly encoded key is rejected by the same error."""
     with pytest.raises(InvalidAPIKeyError) as caught:
         KeyRing(KEYS).authenticate(headers)
     assert caught.value.message == InvalidAPIKeyError.default_message
 
 
 def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever key matches, each known one is compared once, as a digest, by hmac."""
+    """Each known key is compared once, as a digest, by hmac, whichever key matches."""
     compared: list[tuple[bytes, bytes]] = []
 
     def compare(known: bytes, presented: bytes) -> bool:
@@ -109,7 +109,7 @@ def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_ring_keeps_no_key() -> None:
-    """Only digests are kept in memory, so that a dump of the ring shows no key."""
+    """The ring holds digests only, so that a dump of it shows no key."""
     assert "first-key" not in repr(vars(KeyRing(KEYS)))
 
 
@@ -117,23 +117,23 @@ def test_the_ring_keeps_no_key() -> None:
 
 
 def ring(*keys: NamedKey) -> KeyRing:
-    """A ring of these keys alone."""
+    """A ring of these keys only."""
     return KeyRing(SecuritySettings(api_keys=list(keys)))
 
 
 def test_a_digest_stands_for_its_key() -> None:
-    """A key that is configured as its digest is the same caller as the key itself."""
+    """A key configured by its digest gives the same principal as the key itself."""
     as_key = NamedKey(name="a", key=SecretStr("a key"))
     as_digest = NamedKey(name="a", digest=f"sha256:{hashlib.sha256(b'a key').hexdigest()}")
     headers = {"x-api-key": "a key"}
     assert ring(as_digest).authenticate(headers) == ring(as_key).authenticate(headers)
     with pytest.raises(InvalidAPIKeyError):
-        # Whoever reads the configuration has no key.
+        # The digest itself is no key.
         ring(as_digest).authenticate({"x-api-key": str(as_digest.digest)})
 
 
 def test_the_default_key_counts_only_while_it_is_alone() -> None:
-    """The key that everybody knows is let in until there is another, and then no longer."""
+    """The default key is accepted only while it is the only key."""
     default = {"x-api-key": DEFAULT_API_KEY}
     assert KeyRing(SecuritySettings()).authenticate(default).name == "default"
     with pytest.raises(InvalidAPIKeyError):
@@ -141,7 +141,7 @@ def test_the_default_key_counts_only_while_it_is_alone() -> None:
 
 
 def test_a_scope_is_required_by_name() -> None:
-    """A key is for its own scopes only; none of them implies another."""
+    """A key has its configured scopes only; no scope implies another."""
     admin = ring(NamedKey(name="a", key=SecretStr("k"), scopes=["admin"])).principals[0]
     admin.require("admin")
     for scope in ("infer", "metrics"):
@@ -150,7 +150,7 @@ def test_a_scope_is_required_by_name() -> None:
 
 
 def test_replaced_keys_are_out_at_once() -> None:
-    """After a replacement the new keys are let in, those that stayed keep their id, no others."""
+    """After a replacement only the new keys are accepted, and a key that stays keeps its id."""
     stays = NamedKey(name="stays", key=SecretStr("stays"))
     goes = NamedKey(name="goes", key=SecretStr("goes"))
     keys = ring(stays, goes)

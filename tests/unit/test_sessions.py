@@ -1,4 +1,4 @@
-"""The session store's bounds."""
+"""The session store: lifetime and bounds."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from app.utils.errors import SessionBusyError
 
 
 class Clock:
-    """A clock that is moved by hand."""
+    """A clock that the test sets."""
 
     now = 0.0
 
@@ -17,13 +17,13 @@ class Clock:
 
 
 def turn(store: SessionStore, session_id: str, text: str = "hi", owner: str = "k") -> None:
-    """One whole turn."""
+    """Add a turn of two messages."""
     session = store.begin_turn(owner, session_id)
     store.end_turn(session, [HistoryMessage("user", text), HistoryMessage("assistant", text)])
 
 
 def test_a_session_expires_after_being_idle_for_its_ttl() -> None:
-    """Each turn starts the time anew; without one the session is gone."""
+    """Each turn restarts the time to live; without a turn the session expires."""
     clock = Clock()
     store = SessionStore(ChatHistorySettings(ttl_seconds=10), clock)
     turn(store, "a")
@@ -37,7 +37,7 @@ def test_a_session_expires_after_being_idle_for_its_ttl() -> None:
 
 
 def test_the_session_unused_longest_goes_first() -> None:
-    """Past max_sessions the least recently used one is forgotten."""
+    """Past max_sessions the least recently used session is evicted."""
     store = SessionStore(ChatHistorySettings(max_sessions=2))
     for name in ("a", "b", "a", "c"):
         turn(store, name)
@@ -47,7 +47,7 @@ def test_the_session_unused_longest_goes_first() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    """Conversations together stay under max_bytes, however many and long."""
+    """All conversations together stay within max_bytes."""
     store = SessionStore(ChatHistorySettings(max_bytes=20_000))
     for i in range(100):
         turn(store, f"s{i}", "x" * 1000)
@@ -56,7 +56,7 @@ def test_memory_is_bounded() -> None:
 
 
 def test_messages_are_bounded_by_whole_turns() -> None:
-    """The oldest turns go, and a conversation always begins with the user."""
+    """Past max_messages the oldest turns are dropped, and the first message is the user's."""
     store = SessionStore(ChatHistorySettings(max_messages=5))
     for i in range(4):
         turn(store, "a", str(i))
@@ -71,7 +71,7 @@ def test_messages_are_bounded_by_whole_turns() -> None:
 
 
 def test_a_busy_session_takes_no_second_turn() -> None:
-    """Until a turn has ended, another one is refused; a failed turn ends too."""
+    """A second turn is rejected until the first has ended, also without messages."""
     store = SessionStore(ChatHistorySettings())
     session = store.begin_turn("k", "a")
     with pytest.raises(SessionBusyError):

@@ -1,4 +1,4 @@
-"""What each key has used, by the day, and the budgets that end one."""
+"""Usage by key and day, and daily budgets."""
 
 from datetime import UTC, datetime
 
@@ -19,7 +19,7 @@ BUDGET = 100
 
 
 class Books:
-    """A ledger for a caller with a budget and one without, and its clock."""
+    """A ledger with a clock, a key with a budget and a key without one."""
 
     def __init__(self) -> None:
         self.now = NOON
@@ -34,12 +34,12 @@ class Books:
 
 @pytest.fixture
 def books() -> Books:
-    """See :class:`Books`."""
+    """A ledger without usage."""
     return Books()
 
 
 def test_a_spent_budget_ends_the_day(books: Books) -> None:
-    """At its budget a caller is refused until midnight UTC; one token before, it is not."""
+    """A caller that has used its whole budget is rejected until midnight UTC."""
     books.ledger.add_tokens(books.limited, 50, 49)
     books.ledger.check(books.limited)
     books.ledger.add_tokens(books.limited, 0, 1)
@@ -48,7 +48,7 @@ def test_a_spent_budget_ends_the_day(books: Books) -> None:
     assert caught.value.retry_after == DAY / 2
     refused = books.metrics.registry.get_sample_value("rate_limited_total", {"reason": "budget"})
     assert refused == 1
-    # Whoever waits as long as it was told is let in, and not a moment earlier.
+    # A caller is accepted again after retry_after seconds, and not before.
     books.now += caught.value.retry_after - 0.001
     with pytest.raises(TokenBudgetExceededError):
         books.ledger.check(books.limited)
@@ -57,14 +57,14 @@ def test_a_spent_budget_ends_the_day(books: Books) -> None:
 
 
 def test_a_caller_without_a_budget_is_never_refused(books: Books) -> None:
-    """Neither another's use nor its own ends the day of a key without a budget."""
+    """A key without a budget is not rejected, whatever it and other keys have used."""
     for caller in (books.limited, books.free):
         books.ledger.add_tokens(caller, 10**9, 10**9)
     books.ledger.check(books.free)
 
 
 def test_a_new_budget_counts_at_once(books: Books) -> None:
-    """Keys that are replaced bring their budgets; what was used today stays used."""
+    """A replaced key's budget applies at once, to the usage of the whole day."""
     books.ledger.add_tokens(books.limited, BUDGET, 0)
     for budget, refused in ((BUDGET + 1, False), (1, True)):
         key = NamedKey(name="limited", key=SecretStr("a"), daily_tokens=budget)
@@ -76,8 +76,8 @@ def test_a_new_budget_counts_at_once(books: Books) -> None:
             books.ledger.check(books.limited)
 
 
-def test_what_is_told_does_not_change_afterwards(books: Books) -> None:
-    """An account that was asked for is a copy."""
+def test_a_returned_account_is_a_copy(books: Books) -> None:
+    """Later usage does not change an account that was returned."""
     account = books.ledger.of(books.free)
     books.ledger.add_tokens(books.free, 1, 1)
     books.ledger.add_request(books.free)
@@ -90,7 +90,7 @@ def test_what_is_told_does_not_change_afterwards(books: Books) -> None:
     )
 )
 def test_the_books_balance(entries: list[tuple[bool, int, int, float]]) -> None:
-    """Each caller's day and total are the sums of its own entries, whenever they were made."""
+    """The day and the total of each caller are the sums of its entries."""
     books = Books()
     made: list[tuple[str, int, int, int]] = []
     for is_limited, prompt, completion, pause in entries:
