@@ -33,7 +33,7 @@ from app.api.routers import (
     usage,
 )
 from app.api.server.connections import Connections
-from app.api.server.guard import GuardedApplication
+from app.api.server.protocol import GuardedApplication
 from app.core.config import Settings, load_settings
 from app.core.config.security import SecuritySettings
 from app.core.event_loop import EventLoopMonitor

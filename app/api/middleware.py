@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.errors import METHODS, error_response
 from app.core.logging import get_logger, request_id_var
 from app.core.metrics import Metrics
-from app.utils.errors import BodyTooLargeError, InternalError
+from app.utils.errors import BodyTooLargeError, InternalError, ServiceError
 from app.utils.timing import Stopwatch
 
 log = get_logger()
@@ -167,6 +167,23 @@ def common_headers(headers: HeaderPairs, request_id: str, seconds: float) -> Hea
     added.append((b"x-request-id", request_id.encode()))
     added.append((b"x-process-time", b"%.6f" % seconds))
     return [*headers, *added]
+
+
+def last_response(error: ServiceError, server_headers: HeaderPairs) -> bytes:
+    """The last response of a connection as bytes, to what never became a request.
+
+    Args:
+        error: What it reports.
+        server_headers: Headers that the server adds to every response.
+    """
+    request_id = new_request_id()
+    token = request_id_var.set(request_id)
+    response = error_response(error)
+    request_id_var.reset(token)
+    headers = common_headers(response.raw_headers, request_id, seconds=0.0)
+    head = [b"HTTP/1.1 %d %s" % (error.status, HTTPStatus(error.status).phrase.encode())]
+    head += [b"%s: %s" % pair for pair in (*server_headers, *headers, CLOSE)]
+    return b"\r\n".join([*head, b"", response.body])
 
 
 def route_template(scope: Scope) -> str:

@@ -6,12 +6,11 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
-import msgspec
 import pytest
 
 from tests.support.flood import flooded
 from tests.support.live import LONG, STEP, generate, open_stream
-from tests.support.raw import KEY, LIVEZ, RawClient, generate_request, post, request
+from tests.support.raw import KEY, LIVEZ, RawClient, generate_request, large_answers, post, request
 from tests.support.service import Service, running_service
 from tests.support.sse import piece_of
 
@@ -19,25 +18,7 @@ from tests.support.sse import piece_of
 SHORT = 0.5
 # What it has not ended by then, which is ten times and more, it would not have ended at all.
 LATE = 10.0
-
-_STREAM = msgspec.json.encode(
-    {
-        "model": "echo",
-        "messages": [{"role": "user", "content": "\1" * 3900}],
-        "max_tokens": 3900,
-        "stream": True,
-        "logprobs": True,
-        "top_logprobs": 1,
-    }
-)
-# More than all buffers between the service and its client hold: about 20 and 12 megabytes.
-FILLINGS = {
-    "answers": request("GET", "/openapi.json") * 400,
-    "streams": post(
-        KEY, f"Content-Length: {len(_STREAM)}", body=_STREAM, path="/v1/chat/completions"
-    )
-    * 30,
-}
+CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +29,6 @@ def impatient() -> Iterator[Service]:
         SERVER__BODY_TIMEOUT_SECONDS=str(SHORT),
         SERVER__KEEP_ALIVE_SECONDS=str(SHORT),
         SERVER__SEND_TIMEOUT_SECONDS=str(SHORT),
-        SECURITY__MAX_PROMPT_CHARS="8000",
-        MODEL__MAX_TOKENS="8000",
     ) as service:
         yield service
 
@@ -85,14 +64,10 @@ def test_a_silent_connection_is_closed(impatient: Service) -> None:
 
 @pytest.mark.parametrize("piece", [b"a", b"\r\nX-B: c", b"a: b\r\n"])
 def test_a_head_that_drips_is_ended(impatient: Service, piece: bytes) -> None:
-    """A head that never ends is 408, however steadily its bytes come (slowloris)."""
+    """A head that never ends closes its connection, however steadily its bytes come (slowloris)."""
     count = dropped(impatient, "header_timeout")
     with RawClient(impatient) as client:
         client.send(b"GET /livez HTTP/1.1\r\nHost: a\r\nX-A: ")
-        answer = client.answer()
-        assert (answer.status, answer.code) == (408, "request_timeout")
-        assert answer.headers["connection"] == "close"
-        assert answer.headers["x-request-id"].startswith("req-")
         client.drip(piece)
     assert dropped(impatient, "header_timeout") == count + 1
 
@@ -166,12 +141,12 @@ def test_a_refused_body_that_drips_is_ended(impatient: Service) -> None:
         client.drip(b"x")
 
 
-@pytest.mark.parametrize("filling", FILLINGS.values(), ids=FILLINGS)
-def test_a_reader_that_takes_nothing_is_dropped(impatient: Service, filling: bytes) -> None:
+@pytest.mark.parametrize("stream", [False, True], ids=["answers", "streams"])
+def test_a_reader_that_takes_nothing_is_dropped(impatient: Service, *, stream: bool) -> None:
     """A client that does not read is dropped, in a stream or an answer; it is no error of ours."""
     count, lines = dropped(impatient, "send_timeout"), len(impatient.log())
     with RawClient(impatient, receive_buffer=4096) as client:
-        client.send(filling)
+        client.send(large_answers(stream=stream))
         impatient.wait_for(lambda: dropped(impatient, "send_timeout") > count, "the drop")
         # The one that asks.
         impatient.wait_for_metric("http_connections_open", 1)
@@ -193,11 +168,10 @@ def test_a_reader_that_takes_nothing_does_not_hold_up_the_end() -> None:
         ) as service,
         RawClient(service, receive_buffer=4096) as client,
     ):
-        client.send(FILLINGS["answers"])
-        # The answers have stopped coming out.
-        answered = -1.0
-        while answered < (answered := service.metric("http_requests_total", endpoint="unmatched")):
-            time.sleep(0.1)
+        client.send(large_answers(stream=False))
+        service.wait_for(
+            lambda: service.metric("http_requests_total", endpoint=CHAT) > 3, "answers"
+        )
         started = time.monotonic()
         service.terminate()
         assert time.monotonic() - started < LATE
@@ -228,10 +202,10 @@ def test_ten_thousand_idle_connections_hold_up_no_probe() -> None:
 def test_a_reader_has_thirty_seconds() -> None:
     """With the default time a stream's reader that takes nothing is dropped after 30 s."""
     with (
-        running_service(SECURITY__MAX_PROMPT_CHARS="8000", MODEL__MAX_TOKENS="8000") as service,
+        running_service() as service,
         RawClient(service, receive_buffer=4096) as client,
     ):
-        client.send(FILLINGS["streams"])
+        client.send(large_answers(stream=True))
         seconds = service.wait_for(lambda: dropped(service, "send_timeout") == 1, "the drop", 60)
         service.wait_for_metric("llm_requests_running", 0)
     print(f"dropped after {seconds:.1f} s")  # noqa: T201 - the answer of `make failures`

@@ -19,7 +19,7 @@ from tests.support.live import (
     open_stream,
     rest_of,
 )
-from tests.support.raw import KEY, LIVEZ, RawClient, generate_request, post, request
+from tests.support.raw import KEY, LIVEZ, RawClient, generate_request, large_answers, post
 from tests.support.service import API_KEY, Service, running_service
 from tests.support.sse import piece_of
 
@@ -119,7 +119,7 @@ STAYING = {
     "an answer": generate_request(generate(LONG)),
     "half a body": post(KEY, "Content-Length: 100", body=b"{"),
     "half a head": LIVEZ[:9],
-    "unread answers": request("GET", "/openapi.json") * 400,
+    "unread answers": large_answers(stream=False),
     "an idle connection": LIVEZ,
 }
 

@@ -59,6 +59,21 @@ def generate_request(body: dict[str, Any]) -> bytes:
     return post(KEY, f"Content-Length: {len(content)}", body=content)
 
 
+def large_answers(*, stream: bool) -> bytes:
+    """Requests whose answers, 14 MB, are more than all buffers on the way to a client hold."""
+    body = {
+        "model": "echo",
+        "messages": [{"role": "user", "content": "\1" * 500}],
+        "max_tokens": 500,
+        "n": 16,
+        "logprobs": True,
+        "stream": stream,
+    }
+    content = msgspec.json.encode(body)
+    length = f"Content-Length: {len(content)}"
+    return post(KEY, length, body=content, path="/v1/chat/completions") * 17
+
+
 class RawClient:
     """A connection to a service."""
 

@@ -1,360 +1,263 @@
-"""One connection, with an end to everything that a client can hold open.
+"""uvicorn's protocol with strict framing and a deadline for all that a client can hold open.
 
-uvicorn has a limit for idle connections alone; docs/adr/0020-connections.md says what was measured
-and why its protocol is extended rather than replaced.
+docs/adr/0020-connections.md says what uvicorn's own lacks.
 """
 
 import asyncio
-from enum import Enum
+import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import httptools
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
-from uvicorn.server import ServerState
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from app.api.middleware import last_response
 from app.api.server.connections import Connections
-from app.api.server.messages import last_response
-from app.api.server.strict import StrictProtocol
-from app.api.server.transport import GentleTransport
 from app.core.logging import get_logger
-from app.utils.errors import (
-    HeadersTooLargeError,
-    MalformedHTTPError,
-    RequestTimeoutError,
-    ServiceError,
-    TooManyConnectionsError,
-)
+from app.utils import errors
 
 log = get_logger()
 
 PROBES = frozenset({b"/health", b"/livez", b"/readyz"})
 
-# Bytes that may come without the parser making anything of them: heads, trailers, extensions.
+# Bytes that the parser may hold back without reporting anything: heads, trailers, extensions.
 _MAX_HEAD_BYTES = 65_536
-# The parser is fed no more at a time, so that few pipelined requests are queued at once.
-_PIECE_BYTES = 4096
-# Bytes kept for later while a request is being answered; past that, reading pauses.
-_MAX_AHEAD_BYTES = 65_536
-# Rest of a refused request's body that is read for the sake of the requests behind it.
-_MAX_DRAINED_BYTES = 65_536
-# A body that comes at this rate, in bytes a second, has as long as it takes.
+# Requests that may wait behind the one that is being answered.
+_MAX_PIPELINED = 16
+# A body that comes at this rate, in bytes a second, may take any time.
 _SLOWEST_BODY = 16_384
-# How long what a client still sends is thrown away after the last answer, so that it reads that.
 _LINGER_SECONDS = 2.0
+_DEFAULT_KEEP_ALIVE = 5  # uvicorn's
 
 
-class _Phase(Enum):
-    HEAD = "the head of a request is to come"
-    BODY = "the body of a request is to come, which may have been refused already"
-    ANSWER = "a request has come whole and is being answered"
-    IDLE = "a request has been answered, and nothing of the next one has come"
-    LINGER = "the last answer has been sent, and what still comes is thrown away"
+class _Transport:
+    """Counts what is written, and leaves to ``on_close`` how the connection is closed."""
+
+    def __init__(self, transport: asyncio.Transport, on_close: Callable[[], None]) -> None:
+        self._transport, self._on_close = transport, on_close
+        self.written, self._is_closed = 0, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self.is_closing():
+            self.written += len(data)
+            self._transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._is_closed or self._transport.is_closing()
+
+    def close(self) -> None:
+        if not self.is_closing():
+            self._is_closed = True
+            self._on_close()
 
 
-class GuardedProtocol(StrictProtocol):
-    """One connection of a client.
+class GuardedProtocol(HttpToolsProtocol):
+    """One connection of a client, as uvicorn makes them."""
 
-    Attributes:
-        address: What the connection is counted by.
-        probes_only: Whether it is one too many, and so is good for a probe alone.
-    """
+    cycle: Any  # The request that came last; None before the first.
 
-    def __init__(
-        self,
-        connections: Connections,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
-        self.address: str | None = None
+    def __init__(self, connections: Connections, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.probes_only = False
         self._all = connections
-        self._limits = connections.limits
-        self._phase = _Phase.HEAD
-        self._since = 0.0
-        self._answering: RequestResponseCycle | None = None
-        # What has come behind a request that is still being answered.
-        self._ahead = bytearray()
-        # Of the request that is coming in.
-        self._announced: int | None = None
-        self._body_bytes = 0
-        self._drained_bytes = 0
-        # Bytes since the parser last made something of them.
+        # The request whose answer is not complete.
+        self._answering: Any = None
+        # When the connection is closed, and the reason if the client has taken too long.
+        self._deadline, self._reason = math.inf, ""
+        # Bytes that the client had taken when it last took some.
+        self._taken, self._taken_at = 0, self.loop.time()
+        # Bytes since the parser last reported something.
         self._unused_bytes = 0
-        # Bytes that the system had taken when it last took some, and when that was.
-        self._taken_bytes = 0
-        self._taken_at = 0.0
+        self._is_stopped = False
 
-    # --- The connection ---------------------------------------------------------------------------
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the service does no work for it."""
+        return self._answering is None or self.transport.is_closing()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
-        self._gentle = GentleTransport(transport, self._close)
-        super().connection_made(self._gentle)
-        self.address = self.client[0] if self.client else None
-        self._since = self._taken_at = self.loop.time()
-        self._all.add(self)
+        self._socket = transport
+        self._counted = _Transport(transport, self._close)
+        super().connection_made(cast("asyncio.Transport", self._counted))
+        self._all.add(self, self.client[0] if self.client else None)
+        self._wait(self._all.limits.header_timeout_seconds, "header_timeout")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone; whoever works for it is told."""
+        """The connection is gone; the request that is being answered is told."""
         self._all.remove(self)
-        self._gentle.shut()
-        self._ahead.clear()
-        # uvicorn tells the last request that came, which pipelining makes another one.
-        self._disconnect(self._answering)
+        self.cycle = self._answering or self.cycle
         super().connection_lost(exc)
 
-    def make_room(self) -> None:
-        """Close at once; nobody is being served."""
-        self._all.remove(self)
-        self._all.drops("limit" if self.probes_only else "evicted")
-        self._gentle.abort()
-
-    def abort(self) -> None:
-        """Close at once, and forget what has not been sent."""
-        self._gentle.abort()
-
     def _close(self) -> None:
-        """Close; where the client may still be sending, only after it has had time to read."""
-        half_sent = self._unused_bytes > 0 or self._phase is _Phase.BODY or self._ahead
-        if half_sent and self._phase is not _Phase.LINGER:
-            self._gentle.end()
-            self._enter(_Phase.LINGER)
+        if self._is_stopped or (self.cycle and self.cycle.more_body):
+            # Closing a socket while the client sends resets it, and the answer may be lost. So
+            # what the client still sends is read and discarded for a while.
+            self._wait(_LINGER_SECONDS)
+            if self._socket.can_write_eof():
+                self._socket.write_eof()
+            self.flow.resume_reading()
         else:
-            self._gentle.shut()
+            self._socket.close()
 
-    def _enter(self, phase: _Phase) -> None:
-        self._phase = phase
-        self._since = self.loop.time()
-        if phase in (_Phase.BODY, _Phase.ANSWER):
-            self._all.serves(self)
+    def _wait(self, seconds: float, reason: str = "") -> None:
+        self._deadline, self._reason = self.loop.time() + seconds, reason
+        self._all.waits(self)
+
+    def _go_on(self) -> None:
+        if self._answering is None:
+            if not self.cycle.more_body:
+                self._wait(self._all.limits.keep_alive_seconds)
+        elif self._answering.more_body:
+            self._wait(self._all.limits.body_timeout_seconds, "body_timeout")
         else:
-            self._all.waits(self)
-
-    # --- Time -------------------------------------------------------------------------------------
+            self._wait(math.inf)
 
     def check(self, now: float) -> None:
         """Close what has taken longer than it may; ``now`` is the event loop's time."""
-        if self._is_stuck(now):
-            self._drop_reader()
-        elif self._phase is _Phase.LINGER:
-            if now - self._since >= _LINGER_SECONDS and not self._gentle.get_write_buffer_size():
-                self._gentle.shut()
-        elif not self.transport.is_closing():
-            self._check_phase(now - self._since)
-
-    def _drop_reader(self) -> None:
-        if not self._gentle.aborted:
+        unsent = self._socket.get_write_buffer_size()
+        taken = self._counted.written - unsent
+        if not unsent or taken > self._taken:
+            self._taken, self._taken_at = taken, now
+        if now - self._taken_at >= self._all.limits.send_timeout_seconds:
             log.warning("a client took nothing of its answer in time and was dropped")
             self._all.drops("send_timeout")
-            self._gentle.abort()
+            self._socket.abort()
+        elif now < self._deadline or self._socket.is_closing():
+            return
+        elif self._reason == "body_timeout":
+            self._reject(errors.RequestTimeoutError(), self._reason)
+        else:
+            if self._reason:
+                self._all.drops(self._reason)
+            self._socket.close()
 
-    def _is_stuck(self, now: float) -> bool:
-        """Whether the client has taken nothing for too long of what there is for it."""
-        unsent = self._gentle.get_write_buffer_size()
-        taken = self._gentle.written - unsent
-        if not unsent or taken > self._taken_bytes:
-            self._taken_bytes = taken
-            self._taken_at = now
-        return now - self._taken_at >= self._limits.send_timeout_seconds
-
-    def _check_phase(self, seconds: float) -> None:
-        if self._phase is _Phase.IDLE:
-            if seconds >= self._limits.keep_alive_seconds:
-                self.transport.close()
-        elif self._phase is _Phase.BODY:
-            earned = self._body_bytes / _SLOWEST_BODY
-            if seconds >= self._limits.body_timeout_seconds + earned:
-                self._reject(RequestTimeoutError(), "body_timeout")
-        elif self._phase is _Phase.HEAD and seconds >= self._limits.header_timeout_seconds:
-            self._reject(RequestTimeoutError(), "header_timeout")
-
-    # --- What comes in ----------------------------------------------------------------------------
-
-    @property
-    def _is_busy(self) -> bool:
-        """Whether a request that has come whole is still being answered."""
-        cycle = self._answering
-        is_open = cycle is not None and not cycle.response_complete
-        return is_open and (cycle is not self.cycle or not self.cycle.more_body)
+    def timeout_keep_alive_handler(self) -> None:
+        """Leave idle connections to :meth:`check`, before which what has come is read."""
 
     def data_received(self, data: bytes) -> None:
-        """Something has come; it is parsed when its turn is.
-
-        What stands behind a request is kept as it came. Parsing it would make uvicorn stop
-        reading, and then it would not be seen that the client has left.
-        """
-        if self.transport.is_closing():
+        """Parse what has come."""
+        if self._is_stopped or self.transport.is_closing():
             return
-        if self._ahead or self._is_busy:
-            self._ahead += data
-            if len(self._ahead) > _MAX_AHEAD_BYTES:
-                self.flow.pause_reading()
-        else:
-            self._feed(data)
-
-    def _feed(self, data: bytes) -> None:
-        self._take_pieces(data)
-        if self.pipeline:
-            self.flow.resume_reading()
-
-    def _take_pieces(self, data: bytes) -> None:
-        for start in range(0, len(data), _PIECE_BYTES):
-            if self.transport.is_closing():
-                return
-            if self._is_busy:
-                self._ahead += data[start:]
-                break
-            self._take(data[start : start + _PIECE_BYTES])
-
-    def _feed_ahead(self) -> None:
-        data, self._ahead = bytes(self._ahead), bytearray()
-        if not self.transport.is_closing():
-            self._feed(data)
-
-    def _take(self, piece: bytes) -> None:
-        if self._phase is _Phase.IDLE:
-            self._enter(_Phase.HEAD)
-        self._unused_bytes += len(piece)
+        if self._answering is None and not self._reason:
+            self._wait(self._all.limits.header_timeout_seconds, "header_timeout")
+        self._unused_bytes += len(data)
         try:
-            self.parse(piece)
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as found:
+            # The parser stops behind a head that asks for another protocol. A server may ignore
+            # the wish (RFC 9110, 7.8), so the head is read once more without it.
+            version = self.parser.get_http_version().encode()
+            lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+            lines += [b"%s: %s" % pair for pair in self.headers if pair[0] != b"upgrade"]
+            self.data_received(b"\r\n".join([*lines, b"", data[found.args[0] :]]))
         except httptools.HttpParserError:
-            self._reject(MalformedHTTPError(), "malformed")
+            self._reject(errors.MalformedHTTPError(), "malformed")
         else:
             if self._unused_bytes > _MAX_HEAD_BYTES:
-                self._reject(HeadersTooLargeError(), "headers_too_large")
+                self._reject(errors.HeadersTooLargeError(), "headers_too_large")
 
-    # --- What the parser finds --------------------------------------------------------------------
-
-    def on_message_begin(self) -> None:
-        """A request begins."""
-        super().on_message_begin()
-        self._announced = None
-        self._body_bytes = self._drained_bytes = 0
-
-    def on_request(self) -> None:
-        """The head has come; the request is started, or waits for those before it.
-
-        Raises:
-            ValueError: No further request is taken.
-        """
-        if self.transport.is_closing():
-            raise ValueError("the connection has ended")
-        if self.probes_only and self.url.partition(b"?")[0] not in PROBES:
-            self._reject(TooManyConnectionsError(), "limit")
-            raise ValueError("the connection is for probes")
-        for name, value in self.headers:
-            if name == b"content-length" and value.isdigit():
-                self._announced = int(value)
-        super().on_request()
+    def on_headers_complete(self) -> None:
+        """Start the request, or let it wait for those before it; an error stops the parser."""
+        is_tunnel = self.parser.get_method() == b"CONNECT"
+        if self.parser.should_upgrade() and not is_tunnel:
+            return
+        framing = self.parser.get_http_version(), [name for name, _ in self.headers].count(b"host")
+        if is_tunnel or framing not in (("1.1", 1), ("1.0", 1), ("1.0", 0)):
+            raise ValueError("a tunnel, not HTTP/1.1, or not one Host")
+        is_refused = self.probes_only and self.url.partition(b"?")[0] not in PROBES
+        if is_refused or len(self.pipeline) == _MAX_PIPELINED:
+            self._reject(errors.TooManyConnectionsError(), "limit")
+            raise ValueError("too many connections, or requests that wait")
+        super().on_headers_complete()
+        # Trailers may follow the body. uvicorn would add them to the request's headers, where a
+        # proxy that removes headers has not looked for them.
+        self.headers = []
         self._unused_bytes = 0
+        if self.probes_only or self.expect_100_continue:
+            # A client that is answered before it was told to continue may send the body or not.
+            self.cycle.keep_alive = False
+        if self.pipeline:
+            # uvicorn has paused reading, and would not notice that the client leaves.
+            self.flow.resume_reading()
+        else:
+            self._answering = self.cycle
+            self._go_on()
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body; thrown away where the request has been answered."""
-        self._unused_bytes = 0
-        self._body_bytes += len(body)
+        """A piece of the body has come; it is discarded if the request has been answered."""
         super().on_body(body)
-        if self.cycle.response_complete:
-            self._drained_bytes += len(body)
-            if self._drained_bytes > _MAX_DRAINED_BYTES:
-                self.transport.close()
-
-    def on_request_complete(self) -> None:
-        """The request has come whole."""
         self._unused_bytes = 0
-        super().on_request_complete()
-        self.cycle.more_body = False
-        if self.cycle is self._answering and self._phase is _Phase.BODY:
-            self._enter(_Phase.IDLE if self.cycle.response_complete else _Phase.ANSWER)
+        if self._answering is self.cycle:
+            self._deadline += len(body) / _SLOWEST_BODY
 
-    # --- What goes out ----------------------------------------------------------------------------
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
-        self._answering = cycle
-        self._enter(_Phase.BODY if cycle.more_body else _Phase.ANSWER)
-        answer: Any = partial(self._answer, cycle, app)
-        super()._start_asgi_task(cycle, answer)
-
-    async def _answer(
-        self, cycle: RequestResponseCycle, app: ASGIApp, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """Let the application answer; decide when it begins whether the connection stays."""
-
-        async def deciding(message: Message) -> None:
-            if message["type"] != "http.response.start":
-                await send(message)
-                self._gentle.let_go()
-                return
-            if not self._stays(cycle):
-                cycle.keep_alive = False
-            if any(name == b"content-length" for name, _ in message["headers"]):
-                # The body follows at once; one packet costs both sides half of two.
-                self._gentle.hold()
-            await send(message)
-
-        await app(scope, receive, deciding)
-
-    def _stays(self, cycle: RequestResponseCycle) -> bool:
-        """Whether another request can follow: at once, or after a rest of a body not too long."""
-        if self.probes_only:
-            return False
-        if not cycle.more_body:
-            return True
-        if cycle.waiting_for_100_continue:
-            # Nobody can know whether a body or another request comes next.
-            return False
-        return (self._announced or 0) - self._body_bytes <= _MAX_DRAINED_BYTES
+    def on_message_complete(self) -> None:
+        """The request has come whole."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+            self._unused_bytes = 0
+            self.cycle.more_body = False
+            if self.expect_100_continue and not self.probes_only:
+                self.cycle.keep_alive = self.parser.should_keep_alive()
+            if not self.pipeline:
+                self._go_on()
 
     def on_response_complete(self) -> None:
         """A request has been answered; the next one's turn."""
+        self._answering = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
-        # Its timer would fire before what has come is read, when the process was held up.
-        self._unset_keepalive_if_required()
-        cycle = self._answering
-        if cycle is None or self.transport.is_closing():
-            return
-        if cycle.response_complete:
-            if cycle.more_body:
-                self._all.waits(self)
-            else:
-                self._enter(_Phase.IDLE)
-        if self._ahead and not self._is_busy:
-            self.loop.call_soon(self._feed_ahead)
+        if not self.transport.is_closing():
+            self._go_on()
 
-    # --- Refusals of what is not a request --------------------------------------------------------
-
-    def _reject(self, error: ServiceError, reason: str) -> None:
-        """End the connection for what has come last, after answering what came before it."""
-        if self.transport.is_closing():
+    def _reject(self, error: errors.ServiceError, reason: str) -> None:
+        """End the connection for what has come last; a whole request is answered before that."""
+        if self._is_stopped:
             return
+        self._is_stopped = True
         self._all.drops(reason)
-        if self._is_busy and self._answering is not None:
-            last = self._answering
-            for cycle, _ in reversed(self.pipeline):
-                last = last if cycle.more_body else cycle
-            if self.cycle is not last:
-                self.pipeline.popleft()
-                self.cycle = last
-            last.keep_alive = False
+        if self._answering is not None and (self.pipeline or not self._answering.more_body):
+            self.pipeline.clear()
+            self.cycle = self._answering
+            self.cycle.keep_alive = False
             return
-        cycle = self._answering
-        if cycle is not None and cycle.response_started and cycle.more_body:
-            # The answer has been given, or is being given: there is no place for another one.
-            self.transport.close()
-            return
-        self._disconnect(cycle)
-        if self._unused_bytes or self._phase is _Phase.BODY:
-            common, seconds = self.server_state.default_headers, self.loop.time() - self._since
-            self.transport.write(last_response(error, common, seconds))
+        if not (self.cycle and self.cycle.more_body and self.cycle.response_started):
+            self.transport.write(last_response(error, self.server_state.default_headers))
         self.transport.close()
 
-    def _disconnect(self, cycle: RequestResponseCycle | None) -> None:
-        """Tell the application that nobody waits for its answer any longer."""
-        if cycle is not None and not cycle.response_complete:
-            cycle.disconnected = True
-            cycle.message_event.set()
+
+class GuardedApplication(FastAPI):
+    """An application that puts :class:`GuardedProtocol` under the server that runs it.
+
+    ``uvicorn app.main:app`` names no protocol, and must be as safe as any other start. uvicorn
+    begins the lifespan before it accepts a connection, and the lifespan's ``receive`` is a method
+    of an object with the server's configuration, which names the class of connections.
+    """
+
+    def __init__(self, *, connections: Connections, **options: Any) -> None:
+        super().__init__(**options)
+        self._connections = connections
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or the lifespan."""
+        if scope["type"] != "lifespan":
+            await super().__call__(scope, receive, send)
+            return
+        config: Any = getattr(getattr(receive, "__self__", None), "config", None)
+        if isinstance(config, Config) and config.http_protocol_class is HttpToolsProtocol:
+            config.http_protocol_class = cast("Any", partial(GuardedProtocol, self._connections))
+            if config.timeout_keep_alive != _DEFAULT_KEEP_ALIVE:
+                log.warning("--timeout-keep-alive is not used: see server.keep_alive_seconds")
+        else:
+            log.warning("connections are not bounded: the server is not uvicorn with httptools")
+        watch = asyncio.create_task(self._connections.watch(), name="connections")
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            watch.cancel()
