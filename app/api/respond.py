@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from app.api.dependencies import CLIENT_CLOSED_REQUEST, unless_disconnected
+from app.api.disconnects import CLIENT_CLOSED_REQUEST, unless_disconnected
 from app.api.sse import DONE, EventStream, fault_frame, frame
 from app.llm.tool_calls import Piece
 from app.services.answers import Answer

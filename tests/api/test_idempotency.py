@@ -11,7 +11,7 @@ from fastapi import APIRouter, Body, Response
 from fastapi.responses import StreamingResponse
 from starlette.testclient import TestClient
 
-from app.api.dependencies import GuardedRoute
+from app.api.guard import GuardedRoute
 from app.main import create_app
 from tests.api.test_errors import check_error
 from tests.conftest import make_settings

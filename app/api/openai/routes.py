@@ -6,8 +6,9 @@ from typing import Any
 
 from fastapi import Request
 
-from app.api.dependencies import GeneratingRoute, Services
+from app.api.dependencies import Services
 from app.api.errors import openai_status, validation_error
+from app.api.guard import GeneratingRoute
 from app.api.openai.schemas import OpenAIFields
 from app.api.requests import job_fields
 from app.core.security import Principal

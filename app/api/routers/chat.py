@@ -2,15 +2,9 @@
 
 from fastapi import APIRouter, Request, Response
 
-from app.api.dependencies import (
-    KEY_SCHEMES,
-    Caller,
-    Conversation,
-    Deadline,
-    GeneratingRoute,
-    Generation,
-)
+from app.api.dependencies import Caller, Conversation, Deadline, Generation
 from app.api.errors import STREAM, responses
+from app.api.guard import KEY_SCHEMES, GeneratingRoute
 from app.api.native import ChatShape
 from app.api.requests import ChatRequest, job_fields
 from app.api.respond import respond

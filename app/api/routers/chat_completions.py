@@ -5,15 +5,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
 
-from app.api.dependencies import (
-    KEY_SCHEMES,
-    AppServices,
-    Caller,
-    Conversation,
-    Deadline,
-    Generation,
-)
+from app.api.dependencies import AppServices, Caller, Conversation, Deadline, Generation
 from app.api.errors import STREAM, responses
+from app.api.guard import KEY_SCHEMES
 from app.api.openai.answers import ChatCompletion
 from app.api.openai.routes import OpenAIRoute, check_model, jobs_for
 from app.api.openai.schemas import ChatCompletionRequest, chat_messages

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 
-from app.api.dependencies import KEY_SCHEMES, AppServices, Caller, Deadline, Generation
+from app.api.dependencies import AppServices, Caller, Deadline, Generation
 from app.api.errors import STREAM, responses
+from app.api.guard import KEY_SCHEMES
 from app.api.openai.answers import Completion
 from app.api.openai.routes import OpenAIRoute, check_model, jobs_for
 from app.api.openai.schemas import CompletionRequest

@@ -4,8 +4,9 @@ from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 
-from app.api.dependencies import AppServices, identify
+from app.api.dependencies import AppServices
 from app.api.errors import responses
+from app.api.guard import identify
 from app.api.schemas import HealthResponse, ProbeResponse
 from app.llm.client.client import EngineState
 from app.utils.errors import InsufficientScopeError, InvalidAPIKeyError, RateLimitExceededError

@@ -2,8 +2,9 @@
 
 from fastapi import APIRouter, Request, Response
 
-from app.api.dependencies import KEY_SCHEMES, Caller, Deadline, GeneratingRoute, Generation
+from app.api.dependencies import Caller, Deadline, Generation
 from app.api.errors import STREAM, responses
+from app.api.guard import KEY_SCHEMES, GeneratingRoute
 from app.api.native import GenerateShape
 from app.api.requests import GenerateRequest, job_fields
 from app.api.respond import respond

@@ -4,8 +4,9 @@ import time
 
 from fastapi import APIRouter, Request
 
-from app.api.dependencies import KEY_SCHEMES, AppServices, Services
+from app.api.dependencies import AppServices, Services
 from app.api.errors import responses
+from app.api.guard import KEY_SCHEMES
 from app.api.openai.routes import OpenAIRoute, check_model
 from app.api.openai.schemas import ModelCard, ModelList
 from app.utils.errors import InvalidAPIKeyError, ModelNotFoundError, RateLimitExceededError

@@ -2,8 +2,9 @@
 
 from fastapi import APIRouter, Response
 
-from app.api.dependencies import KEY_SCHEMES, Caller, Conversation, GuardedRoute
+from app.api.dependencies import Caller, Conversation
 from app.api.errors import responses
+from app.api.guard import KEY_SCHEMES, GuardedRoute
 from app.api.schemas import AnyMessage, SessionResponse
 from app.utils.errors import (
     InvalidAPIKeyError,

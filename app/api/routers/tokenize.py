@@ -2,13 +2,9 @@
 
 from fastapi import APIRouter
 
-from app.api.dependencies import (
-    KEY_SCHEMES,
-    Deadline,
-    Generation,
-    GuardedRoute,
-)
+from app.api.dependencies import Deadline, Generation
 from app.api.errors import responses
+from app.api.guard import KEY_SCHEMES, GuardedRoute
 from app.api.openai.schemas import TokenizeRequest, TokenizeResponse, chat_messages
 from app.services.answers import Job
 from app.utils.errors import GENERATION_ERRORS

@@ -2,8 +2,9 @@
 
 from fastapi import APIRouter
 
-from app.api.dependencies import KEY_SCHEMES, AnyKeyRoute, AppServices, Caller
+from app.api.dependencies import AppServices, Caller
 from app.api.errors import responses
+from app.api.guard import KEY_SCHEMES, AnyKeyRoute
 from app.api.schemas import KeyUsage, UsageCount, UsageResponse
 from app.core.security import Principal
 from app.core.usage import Usage, UsageLedger

@@ -1,0 +1,177 @@
+"""The guard in front of every route with a key: who calls, and whether the request may enter."""
+
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, ClassVar
+
+from fastapi import Depends, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from fastapi.security import APIKeyHeader, HTTPBearer
+from pydantic_core import from_json
+from starlette.types import Receive, Scope
+
+from app.api.dependencies import Services, services_of
+from app.api.errors import error_response, validation_error, with_errors
+from app.api.idempotency import PARAMETER as IDEMPOTENCY_KEY
+from app.api.idempotency import answer_once
+from app.core.config.security import Scope as KeyScope
+from app.core.security import Principal
+from app.utils.errors import (
+    IdempotencyKeyInUseError,
+    IdempotencyKeyReusedError,
+    InsufficientScopeError,
+    InvalidAPIKeyError,
+    InvalidJSONError,
+    ServiceError,
+)
+
+# Only for the OpenAPI document; the guard does the checking.
+KEY_SCHEMES = [
+    Depends(APIKeyHeader(name="X-API-Key", auto_error=False)),
+    Depends(HTTPBearer(auto_error=False)),
+]
+
+
+class _ParsedRequest(Request):
+    """A request whose body has been read and parsed.
+
+    Raises:
+        InvalidJSONError: When it is made. FastAPI would turn whatever its own parsing raises
+            into a bare 400.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, body: bytes) -> None:
+        # The body is JSON, whatever the client called it; FastAPI would refuse it by its name.
+        headers = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
+        super().__init__(
+            {**scope, "headers": [*headers, (b"content-type", b"application/json")]}, receive
+        )
+        self._content = body
+        self._value = parse_json(body)
+
+    async def body(self) -> bytes:
+        """The body's bytes."""
+        return self._content
+
+    async def json(self) -> Any:
+        """The body's JSON."""
+        return self._value
+
+
+def parse_json(body: bytes) -> Any:
+    """Parse a request body.
+
+    Raises:
+        InvalidJSONError: Malformed, not UTF-8, a lone surrogate, NaN or an infinity, nested too
+            deeply, or a number too long to be meant.
+    """
+    try:
+        return from_json(body, allow_inf_nan=False)
+    except (ValueError, RecursionError):
+        raise InvalidJSONError from None
+
+
+class GuardedRoute(APIRoute):
+    """A route that knows its caller before it reads the body.
+
+    FastAPI reads and parses the body before any dependency runs; a caller without a key must
+    not cost that much. What takes a body takes an idempotency key too.
+
+    Attributes:
+        scope: What the caller's key must be for; ``None`` takes any key.
+        generates: Whether what has a body needs a place in the engine.
+    """
+
+    scope: ClassVar[KeyScope | None] = "infer"
+    generates: ClassVar[bool] = False
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        if self.scope is not None:
+            options["responses"] = with_errors(options.get("responses"), InsufficientScopeError)
+        if "POST" in (options.get("methods") or ()):
+            options["responses"] = with_errors(
+                options.get("responses"), IdempotencyKeyInUseError, IdempotencyKeyReusedError
+            )
+            options["openapi_extra"] = {"parameters": [IDEMPOTENCY_KEY]}
+        super().__init__(path, endpoint, **options)
+
+    def refusal(self, faults: Sequence[Mapping[str, Any]]) -> ServiceError:
+        """The error for what pydantic found wrong with a request."""
+        return validation_error(faults)
+
+    def status_of(self, error: ServiceError) -> int:
+        """The status with which an error is answered on this route."""
+        return error.status
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler, behind the guard."""
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            try:
+                response = await self._answer(request, handle)
+            except RequestValidationError as error:
+                return self._refuse(request, self.refusal(error.errors()))
+            except ServiceError as error:
+                return self._refuse(request, error)
+            response.headers.update(_limit_headers(request))
+            return response
+
+        return guarded
+
+    async def _answer(
+        self, request: Request, handle: Callable[[Request], Coroutine[Any, Any, Response]]
+    ) -> Response:
+        services = services_of(request)
+        request.state.principal = caller = identify(request, services)
+        request.state.limit_headers = services.limits.take(f"key:{caller.key_id}", reason="key")
+        if self.scope is not None:
+            caller.require(self.scope)
+        if self.body_field is None:
+            return await handle(request)
+        body = await request.body()
+        if self.generates:
+            services.shedding.check(caller.key_id, request.scope["headers"], body)
+
+        async def answer() -> Response:
+            return await handle(_ParsedRequest(request.scope, request.receive, body))
+
+        return await answer_once(services.idempotency, request, body, answer)
+
+    def _refuse(self, request: Request, error: ServiceError) -> Response:
+        error.status = self.status_of(error)
+        error.headers.update(_limit_headers(request))
+        return error_response(error)
+
+
+def _limit_headers(request: Request) -> dict[str, str]:
+    """The X-RateLimit headers of the answer; none where no token was taken of a key's bucket."""
+    headers: dict[str, str] = getattr(request.state, "limit_headers", {})
+    return headers
+
+
+class GeneratingRoute(GuardedRoute):
+    """A route whose requests need a place in the engine, unless their answers are kept."""
+
+    generates = True
+
+
+class AnyKeyRoute(GuardedRoute):
+    """A route for every key, whatever it is for."""
+
+    scope = None
+
+
+def identify(request: Request, services: Services) -> Principal:
+    """Who calls.
+
+    Raises:
+        InvalidAPIKeyError: No key, or an unknown one; each costs the address a token.
+        RateLimitExceededError: The address has none left.
+    """
+    try:
+        return services.keys.authenticate(request.headers)
+    except InvalidAPIKeyError as error:
+        address = services.addresses.of(request.scope.get("client"), request.headers)
+        error.headers.update(services.limits.take(f"ip:{address}", reason="ip"))
+        raise
