@@ -8,7 +8,7 @@ event loop of the API process.
 import asyncio
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ from typing import Protocol, Self
 
 from app.core.config.engine import EngineSettings
 from app.core.metrics import Metrics
-from app.llm.client.fairness import FairQueue
 from app.llm.protocol import FinishReason, GenerationRequest, TokenEvent
 from app.utils.errors import (
     DeadlineExceededError,
@@ -78,15 +77,17 @@ class Place:
     """A request's place. The code that took it releases it.
 
     Attributes:
-        id: Of its request.
-        caller: Whose request it is.
-        stage: How far it has come.
         accepted: Whether :meth:`start` has queued a request.
-        prompt_tokens: Tokens of that request's prompt.
-        cached_tokens: How many of them were in the KV cache; known from the first event.
+        request: That request; not set before.
+        cached_tokens: Tokens of the prompt that were in the KV cache; known from the first event.
         completion_tokens: Tokens that :meth:`events` has returned so far.
         context: Where the place was taken, which names the HTTP request in the log.
+        sent: Whether the present engine process has the request.
+        answered: Whether an event has come. The caller may have seen it, so there is no retry.
+        suspect: Whether an engine process died with the request.
     """
+
+    request: GenerationRequest
 
     def __init__(
         self,
@@ -101,18 +102,16 @@ class Place:
         self.accepted = False
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
         self.context = copy_context()
+        self.sent = self.answered = self.suspect = False
         self._listener = listener
         self._queue = queue
         self._link = link
-        self._request: GenerationRequest | None = None
         self._events: list[TokenEvent] = []
-        self._waiter: asyncio.Future[None] | None = None
+        self._news = asyncio.Event()
         self._error: ServiceError | None = None
-        self._is_released = False
         self._admitted_at = time.perf_counter()
         self._running_since: float | None = None
         self._last_token_at: float | None = None
-        self._is_measured = False
         limits, later = queue.limits, asyncio.get_running_loop().call_later
         self._queue_timeout = later(
             limits.queue_timeout_seconds, lambda: self.fail(queue.timed_out())
@@ -138,7 +137,7 @@ class Place:
         self._check()
         self.accepted = True
         self.prompt_tokens = len(request.prompt_token_ids)
-        self._request = request
+        self.request = request
         self.stage = Stage.WAITING
         self._queue.add(self)
         if self._listener is not None:
@@ -156,11 +155,8 @@ class Place:
         """
         while not self._events:
             self._check()
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            self._news.clear()
+            await self._news.wait()
         events, self._events = self._events, []
         for event in events:
             self._count(event)
@@ -168,33 +164,29 @@ class Place:
 
     def finish(self) -> None:
         """Stop the engine, since the answer is complete before the engine thinks so."""
-        self._end(served=True)
-        self._measure("stop")
+        self._end("stop")
 
     def fail(self, error: ServiceError) -> None:
         """End the request with ``error``, wherever it is; nothing happens where it has ended."""
         if self.stage is not Stage.ENDED:
             self._error = error
             self._end()
-            self._wake()
+            self._news.set()
             if self._listener is not None and not self.accepted:
                 self._listener.failed(error)
 
     def release(self) -> None:
         """Give the place back, and stop the request if it has not ended; may be called twice."""
-        if not self._is_released:
-            self._is_released = True
-            if self._end():
-                self._queue.metrics.cancelled.inc()
-            self._queue.leave(self)
+        if self._end():
+            self._queue.metrics.cancelled.inc()
+        self._queue.leave(self)
 
     # --- for the queue and the engine ------------------------------------------------------
 
     def submit(self) -> None:
         """Send the request to the engine."""
-        if self._request is not None:
-            self.stage = Stage.SUBMITTED
-            self._link.submit(self._request, self)
+        self.stage = Stage.SUBMITTED
+        self._link.submit(self.request, self)
 
     def slot_taken(self) -> None:
         """The engine has taken the request into its batch."""
@@ -214,34 +206,33 @@ class Place:
     def deliver(self, event: TokenEvent) -> None:
         """Take an event from the engine."""
         if event.finish_reason == "error":
-            self._measure("error")
-            self.fail(InternalError())
-            return
-        self._events.append(event)
+            self._error = self._error or InternalError()
+        else:
+            self._events.append(event)
         if event.finish_reason is not None:
             # The slot is free now, whenever the reader gets to this event.
-            self._end(served=True)
-        self._wake()
+            self._end(event.finish_reason)
+        self._news.set()
 
     def _check(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def _end(self, *, served: bool = False) -> bool:
+    def _end(self, reason: FinishReason | None = None) -> bool:
         """Take the request from the queue or the engine; returns whether the engine had it."""
         stage, self.stage = self.stage, Stage.ENDED
         self._queue_timeout.cancel()
         self._deadline.cancel()
-        if self._request is None or stage in (Stage.PREPARING, Stage.ENDED):
+        if stage in (Stage.PREPARING, Stage.ENDED):
             return False
+        now = time.perf_counter()
+        if reason is not None:
+            seconds = now - self._admitted_at
+            self._queue.metrics.request_duration.labels(reason).observe(seconds)
         if stage is not Stage.WAITING:
-            self._link.cancel(self._request.id)
-        if stage is Stage.RUNNING and served and self._running_since is not None:
-            self._queue.served(time.perf_counter() - self._running_since)
+            self._link.cancel(self.request.id)
+        if stage is Stage.RUNNING and reason not in (None, "error") and self._running_since:
+            self._queue.served(now - self._running_since)
         self._queue.remove(self, stage)
         return stage is not Stage.WAITING
 
@@ -258,14 +249,6 @@ class Place:
             else:
                 metrics.inter_token_latency.observe((now - self._last_token_at) / new)
             self._last_token_at = now
-        if event.finish_reason:
-            self._measure(event.finish_reason)
-
-    def _measure(self, reason: FinishReason) -> None:
-        if not self._is_measured:
-            self._is_measured = True
-            seconds = time.perf_counter() - self._admitted_at
-            self._queue.metrics.request_duration.labels(reason).observe(seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,10 +264,10 @@ class QueueSnapshot:
 class RequestQueue:
     """All places: bounded in number, and shared fairly between callers.
 
-    Args:
-        limits: How many requests may run and wait, and for how long.
-        metrics: Where timings and the queue's length go.
-        model: Name of the model, for the metrics.
+    The next request for the engine is one of the caller with the fewest requests there; among
+    equals, of the caller served longest ago; within one caller, the request that came first. A new
+    caller stands directly before the caller served last and behind all that have been waiting:
+    docs/adr/0011-fair-turns-between-callers.md.
 
     Attributes:
         running: Requests in the engine's batch, as the engine has told.
@@ -296,8 +279,12 @@ class RequestQueue:
         self.model = model
         self.running = 0
         self._places: set[Place] = set()
-        self._waiting: FairQueue[Place] = FairQueue()
-        self._submitted = 0
+        self._waiting: list[Place] = []
+        # By caller, of those with a request that waits or is in the engine: when a request of it
+        # last went to the engine, counted in requests; and how many the engine has.
+        self._turns: dict[str, float] = {}
+        self._in_engine: Counter[str] = Counter()
+        self._turn = 0
         self._max_submitted = limits.max_running + limits.max_running // _SLOTS_PER_REQUEST_AHEAD
         self._capacity = limits.max_running + limits.max_waiting
         self._reserved = limits.max_waiting // _RESERVED_PART
@@ -350,7 +337,7 @@ class RequestQueue:
 
     def leave(self, place: Place) -> None:
         """Give a place back."""
-        self._places.remove(place)
+        self._places.discard(place)
 
     def fail_all(self, error: Callable[[], ServiceError]) -> None:
         """End every request, each with an error of its own."""
@@ -365,26 +352,37 @@ class RequestQueue:
 
     def add(self, place: Place) -> None:
         """Submit a place's request when it is the next one and the engine has room."""
-        self._waiting.add(place.caller, place)
+        # Were a newcomer first, callers that come and go could keep another waiting for ever.
+        self._turns.setdefault(place.caller, self._turn - 0.5)
+        self._waiting.append(place)
         self._submit_next()
 
     def remove(self, place: Place, stage: Stage) -> None:
         """A place's request has ended, in the stage that is given."""
+        caller = place.caller
         if stage is Stage.WAITING:
-            self._waiting.remove(place.caller, place)
+            self._waiting.remove(place)
         else:
-            self._submitted -= 1
-            self._waiting.ended(place.caller)
-            self._submit_next()
+            self._in_engine[caller] -= 1
+        if not self._in_engine[caller] and all(other.caller != caller for other in self._waiting):
+            del self._turns[caller], self._in_engine[caller]
+        self._submit_next()
 
     def served(self, seconds: float) -> None:
         """A request has got its whole answer, and had its slot for this time."""
         self._seconds.append(seconds)
 
     def _submit_next(self) -> None:
-        while self._submitted < self._max_submitted and (place := self._waiting.take()):
-            self._submitted += 1
+        while self._waiting and self._in_engine.total() < self._max_submitted:
+            place = min(self._waiting, key=self._rank)
+            self._waiting.remove(place)
+            self._turn += 1
+            self._turns[place.caller] = self._turn
+            self._in_engine[place.caller] += 1
             place.submit()
+
+    def _rank(self, place: Place) -> tuple[int, float]:
+        return self._in_engine[place.caller], self._turns[place.caller]
 
     def _retry_after(self) -> float:
         """Time in which the engine serves as many requests as wait now."""

@@ -373,7 +373,7 @@ class EngineClient:
 
         While the engine process is being started again, the request waits for it.
         """
-        self._in_flight.add(request, place)
+        self._in_flight.add(request.id, place)
 
     def cancel(self, request_id: str) -> None:
         """Stop a request; the engine frees its slot before its next step."""

@@ -1,15 +1,12 @@
 """The submitted requests, and their retries after the engine process died.
 
-A request without an event so far is tried once more, since its caller notices nothing. But it is a
-suspect: it may have killed the engine. So the next engine process gets the suspects one at a time,
-each after the first event of the one before. A suspect with which the process dies again fails, and
-the log names it.
+A request without an event so far is tried once more, since its caller notices nothing. But it may
+have killed the engine. So the next engine process gets such suspects one at a time, each after the
+first event of the one before. A suspect with which the process dies again fails.
 """
 
 import logging
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from app.core.logging import get_logger
 from app.llm.client.admission import Place
@@ -19,32 +16,8 @@ from app.utils.errors import EngineUnavailableError
 log = get_logger("engine")
 
 
-@dataclass(slots=True)
-class _Flight:
-    """A submitted request.
-
-    Attributes:
-        request: The request.
-        place: Where its events go.
-        sent: Whether the present engine process has it.
-        answered: Whether an event has come. Its caller may have seen it, so it is not retried.
-        suspect: Whether an engine process died with it.
-    """
-
-    request: GenerationRequest
-    place: Place
-    sent: bool = False
-    answered: bool = False
-    suspect: bool = False
-
-    def log(self, level: int, message: str, **extra: str) -> None:
-        """Write a line about this request to the log."""
-        about = {"engine_request": self.request.id, **extra}
-        self.place.context.run(log.log, level, message, extra=about)
-
-
 class InFlight:
-    """Requests by their ids, from their submission to their last event.
+    """Places by their requests' ids, from the submission to the last event.
 
     Args:
         send: Sends a request to the engine process; called only while there is one.
@@ -53,87 +26,81 @@ class InFlight:
     def __init__(self, send: Callable[[GenerationRequest], None]) -> None:
         self._send_request = send
         self._has_engine = False
-        self._flights: dict[str, _Flight] = {}
-        self._suspects: deque[_Flight] = deque()
-        self._current_suspect: _Flight | None = None
+        self._places: dict[str, Place] = {}
 
     @property
     def engine_is_asked(self) -> bool:
         """Whether there is an engine process with requests to answer."""
-        return self._has_engine and bool(self._flights)
+        return self._has_engine and bool(self._places)
 
-    def add(self, request: GenerationRequest, place: Place) -> None:
+    def add(self, request_id: str, place: Place) -> None:
         """Send a request to the engine process, or to the next one if there is none."""
-        flight = self._flights[request.id] = _Flight(request, place)
+        self._places[request_id] = place
         if self._has_engine:
-            self._send(flight)
+            self._send(place)
 
     def remove(self, request_id: str) -> bool:
         """Forget a request; returns whether the engine process has it."""
-        flight = self._flights.pop(request_id, None)
-        if flight is None:
+        place = self._places.pop(request_id, None)
+        if place is None:
             return False
-        self._suspect_survived(flight)
-        return flight.sent
+        if place.suspect:
+            self._send_next_suspect()
+        return place.sent
 
     def dispatch(self, step: Step) -> None:
         """Pass what the engine has reported to the requests' places."""
         for request_id in step.started:
-            if flight := self._flights.get(request_id):
-                flight.place.slot_taken()
+            if place := self._places.get(request_id):
+                place.slot_taken()
         for event in step.events:
-            flight = self._flights.get(event.request_id)
-            if flight is None:
+            place = self._places.get(event.request_id)
+            if place is None:
                 # It was cancelled after this step had begun.
                 continue
-            flight.answered = True
-            self._suspect_survived(flight)
+            place.answered = True
             if event.finish_reason is not None:
-                del self._flights[event.request_id]
+                del self._places[event.request_id]
+            if place.suspect:
+                self._send_next_suspect()
             if event.error:
-                flight.log(logging.ERROR, "a request failed in the engine", reason=event.error)
-            flight.place.deliver(event)
+                _log(place, logging.ERROR, "a request failed in the engine", reason=event.error)
+            place.deliver(event)
 
     def engine_started(self) -> None:
         """There is an engine process again: send the requests that wait for it."""
         self._has_engine = True
-        for flight in self._flights.values():
-            if not flight.suspect:
-                self._send(flight)
+        for place in self._places.values():
+            if not place.suspect:
+                self._send(place)
         self._send_next_suspect()
 
     def engine_died(self) -> None:
         """Fail the requests that must not be retried, and keep the others for the next engine."""
         self._has_engine = False
-        self._current_suspect = None
-        for flight in [flight for flight in self._flights.values() if flight.sent]:
-            flight.sent = False
-            if not flight.answered and not flight.suspect:
-                flight.suspect = True
-                flight.place.slot_lost()
-                self._suspects.append(flight)
-                flight.log(
-                    logging.WARNING,
-                    "the engine process died with this request: it is tried once more",
-                )
+        for place in [place for place in self._places.values() if place.sent]:
+            place.sent = False
+            if not place.answered and not place.suspect:
+                place.suspect = True
+                place.slot_lost()
+                message = "the engine process died with this request: it is tried once more"
+                _log(place, logging.WARNING, message)
                 continue
-            again = "again: it is given up" if flight.suspect else "half answered"
-            flight.log(logging.ERROR, f"the engine process died with this request {again}")
-            del self._flights[flight.request.id]
-            flight.place.fail(EngineUnavailableError())
+            again = "again: it is given up" if place.suspect else "half answered"
+            _log(place, logging.ERROR, f"the engine process died with this request {again}")
+            del self._places[place.request.id]
+            place.fail(EngineUnavailableError())
 
-    def _send(self, flight: _Flight) -> None:
-        flight.sent = True
-        self._send_request(flight.request)
+    def _send(self, place: Place) -> None:
+        place.sent = True
+        self._send_request(place.request)
 
     def _send_next_suspect(self) -> None:
-        while self._current_suspect is None and self._suspects:
-            flight = self._suspects.popleft()
-            if flight.request.id in self._flights:
-                self._current_suspect = flight
-                self._send(flight)
+        suspects = [p for p in self._places.values() if p.suspect and not p.answered]
+        if self._has_engine and suspects and not any(place.sent for place in suspects):
+            self._send(suspects[0])
 
-    def _suspect_survived(self, flight: _Flight) -> None:
-        if flight is self._current_suspect:
-            self._current_suspect = None
-            self._send_next_suspect()
+
+def _log(place: Place, level: int, message: str, **extra: str) -> None:
+    about = {"engine_request": place.request.id, **extra}
+    place.context.run(log.log, level, message, extra=about)
