@@ -48,13 +48,10 @@ class EngineLink(Protocol):
 
 
 class PlaceListener(Protocol):
-    """Told what becomes of a request before its first event.
-
-    Attributes:
-        id: Of the request.
-    """
+    """Told what becomes of a request before its first event."""
 
     id: str
+    """The request's."""
 
     def accepted(self) -> None:
         """The request has been queued for the engine."""

@@ -1,8 +1,7 @@
 """The API process's side of the engine: starts the process, keeps it running, and talks to it.
 
-All methods run on the event loop of the API process. A request takes three steps: it is admitted
-or refused before any work is spent on it, it waits for a slot, and its events are read until the
-last. When its caller leaves, whatever it held is free before the engine's next step.
+A request is admitted or refused before any work is spent on it, it waits for a slot, and its events
+are read until the last. When its caller leaves, what it held is free before the engine's next step.
 """
 
 import asyncio
@@ -21,25 +20,18 @@ from app.llm.client.restarts import Restarts
 from app.llm.client.retries import InFlight
 from app.llm.client.watchdog import LOOK_SECONDS, Duty, Watchdog, observe
 from app.llm.protocol import (
-    Cancel,
+    Command,
     Configure,
     EngineInfo,
     EngineStats,
-    GenerationRequest,
     Loaded,
     Loading,
     Ready,
     Report,
     Step,
-    Submit,
 )
 from app.llm.tokenizer import PromptTokenizer
-from app.utils.errors import (
-    DrainingError,
-    EngineUnavailableError,
-    ModelLoadingError,
-    ServiceError,
-)
+from app.utils.errors import DrainingError, EngineUnavailableError, ModelLoadingError, ServiceError
 from app.utils.garbage import spare_what_stays
 
 log = get_logger("engine")
@@ -47,10 +39,6 @@ log = get_logger("engine")
 _LOADING_RETRY_AFTER = 5.0
 # Time to send the last errors before the service exits.
 _LAST_ERRORS_SECONDS = 0.5
-
-
-def _nothing() -> None:
-    pass
 
 
 class EngineState(StrEnum):
@@ -68,22 +56,17 @@ class EngineClient:
     """Starts the engine process, keeps it running, and shares it between requests.
 
     Args:
-        model: Which model to load.
         model_label: Name callers see, also before the model is loaded.
-        engine: Limits.
         logging: How the engine process is to log.
         huggingface_token: For gated models.
-        metrics: Where timings go.
         on_fatal: Called with one line when the engine cannot run and will not be retried.
 
     Attributes:
-        state: Whether the engine takes requests.
         info: What is being served; ``None`` before the model is loaded.
         tokenizer: The served model's; ``None`` before the model is loaded.
         stats: The engine's last figures; zeros while there is no engine process.
         loading_message: What the engine process is loading, for /status.
         restarts: How often the engine process has been started again.
-        queue: The requests' places.
     """
 
     def __init__(
@@ -122,15 +105,15 @@ class EngineClient:
         self._process: EngineProcess | None = None
         self._phase = Duty.LOADING
         self._supervisor: asyncio.Task[None] | None = None
-        self._prepare: Callable[[], None] = _nothing
+        self._prepare: Callable[[], None] = lambda: None
         self._prepared: asyncio.Task[None] | None = None
         self._describing: asyncio.Task[None] | None = None
-        self._in_flight = InFlight(self._submit)
+        self._in_flight = InFlight(self._send)
         self._patience: asyncio.TimerHandle | None = None
 
     # --- life ------------------------------------------------------------------------------
 
-    async def start(self, prepare: Callable[[], None] = _nothing) -> None:
+    async def start(self, prepare: Callable[[], None] = lambda: None) -> None:
         """Begin loading; returns at once.
 
         Args:
@@ -330,7 +313,7 @@ class EngineClient:
         Args:
             caller: Whose request it is; callers share the engine fairly. The empty name stands
                 for this process, for example for a LangChain program in it.
-            listener: Told what becomes of the request until its first event.
+            listener: Told whether the request is accepted.
 
         Raises:
             ModelLoadingError: The model is not loaded yet.
@@ -340,7 +323,7 @@ class EngineClient:
         """
         with self._counting_rejections():
             self._check_state()
-            return self.queue.admit(self, caller, listener)
+            return self.queue.admit(self._in_flight, caller, listener)
 
     def check(self, caller: str = "") -> None:
         """Refuse what :meth:`admit` would refuse now, without taking a place.
@@ -368,21 +351,9 @@ class EngineClient:
         if self.state is not EngineState.READY:
             raise EngineUnavailableError(retry_after=_LOADING_RETRY_AFTER)
 
-    def submit(self, request: GenerationRequest, place: Place) -> None:
-        """Send a request to the engine process; its events go to ``place``.
-
-        While the engine process is being started again, the request waits for it.
-        """
-        self._in_flight.add(request.id, place)
-
-    def cancel(self, request_id: str) -> None:
-        """Stop a request; the engine frees its slot before its next step."""
-        if self._in_flight.remove(request_id) and self._process is not None:
-            self._process.send(Cancel(request_id=request_id))
-
-    def _submit(self, request: GenerationRequest) -> None:
+    def _send(self, command: Command) -> None:
         if self._process is not None:
-            self._process.send(Submit(request=request))
+            self._process.send(command)
 
     def _set_stats(self, stats: EngineStats) -> None:
         self.stats = stats

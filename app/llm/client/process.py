@@ -6,20 +6,12 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from app.core.config import PROJECT_ROOT
 from app.core.logging import get_logger
 from app.core.machine import THREADS_VARIABLE, compute_threads
-from app.llm.protocol import (
-    HEADER_BYTES,
-    Message,
-    Report,
-    Stop,
-    body_length,
-    pack,
-    unpack_report,
-)
+from app.llm.protocol import HEADER_BYTES, Command, Report, Stop, body_length, pack, unpack_report
 
 log = get_logger()
 
@@ -42,6 +34,7 @@ class EngineProcess:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
+        self.pid = process.pid
         self._process = process
         self._reader = reader
         self._writer = writer
@@ -59,8 +52,9 @@ class EngineProcess:
         # This reads files of control groups, which would block the event loop.
         environment = await asyncio.to_thread(engine_environment, os.environ)
         ours, theirs = socket.socketpair()
-        with theirs, _duplicate(_STDERR) as log_descriptor:
-            descriptors = (theirs.fileno(), log_descriptor)
+        with theirs, contextlib.ExitStack() as stack:
+            descriptors = (theirs.fileno(), os.dup(_STDERR))
+            stack.callback(os.close, descriptors[1])
             try:
                 process = await asyncio.create_subprocess_exec(
                     sys.executable,
@@ -82,15 +76,10 @@ class EngineProcess:
             raise
         return cls(process, reader, writer)
 
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
-
-    def send(self, message: Message) -> None:
-        """Queue a message; dropped when the process is gone, which :meth:`receive` notices."""
+    def send(self, command: Command) -> None:
+        """Queue a command; dropped when the process is gone, which :meth:`receive` notices."""
         if not self._writer.is_closing():
-            self._writer.write(pack(message))
+            self._writer.write(pack(command))
 
     async def receive(self) -> Report | None:
         """Wait for the next report; ``None`` when the process has closed its end."""
@@ -106,47 +95,31 @@ class EngineProcess:
         self._writer.close()
         with contextlib.suppress(ConnectionError):
             await self._writer.wait_closed()
-        try:
-            async with asyncio.timeout(_STOP_SECONDS):
-                code = await self._process.wait()
-        except TimeoutError:
-            # It has closed its end of the socket but still runs, so no message can end it.
-            self.kill()
-            code = await self._process.wait()
+        code = await self._exit_code()
         await asyncio.wait({self._written}, timeout=_STOP_SECONDS)
         return self._killed_because or _describe_exit(code)
 
     async def stop(self) -> None:
         """Ask the process to end, and kill it if it does not."""
         self.send(Stop())
+        await self._exit_code()
+
+    async def _exit_code(self) -> int:
+        """Wait until the process ends, and kill it if it does not."""
         try:
             async with asyncio.timeout(_STOP_SECONDS):
-                await self._process.wait()
+                return await self._process.wait()
         except TimeoutError:
             self.kill()
-            await self._process.wait()
+            return await self._process.wait()
 
     def kill(self, because: str = "") -> None:
-        """End the process at once; :meth:`receive` returns ``None`` then.
-
-        Args:
-            because: The reason that :meth:`wait` returns instead of the signal's name.
-        """
+        """End the process at once; :meth:`wait` then returns ``because`` if there is such a text."""
         self._killed_because = because
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         # A process that waits for a disk outlives the signal. Its requests must not wait for it.
         self._writer.transport.abort()
-
-
-@contextlib.contextmanager
-def _duplicate(descriptor: int) -> Iterator[int]:
-    """Another descriptor of the same file, to be passed on to a process."""
-    copy = os.dup(descriptor)
-    try:
-        yield copy
-    finally:
-        os.close(copy)
 
 
 async def _log_lines(stderr: asyncio.StreamReader | None) -> None:
@@ -176,6 +149,5 @@ def engine_environment(base: Mapping[str, str]) -> dict[str, str]:
 def _describe_exit(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
-    name = signal.Signals(-code).name
     hint = " (often: out of memory)" if -code == signal.SIGKILL else ""
-    return f"signal {name}{hint}"
+    return f"signal {signal.Signals(-code).name}{hint}"

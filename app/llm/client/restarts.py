@@ -17,7 +17,7 @@ class Restarts:
 
     Args:
         max_restarts: Restarts allowed within :data:`WINDOW_SECONDS`.
-        clock: Seconds, never going back.
+        clock: In seconds.
     """
 
     def __init__(self, max_restarts: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -27,14 +27,7 @@ class Restarts:
         self._failed_starts = 0
 
     def died(self, *, was_ready: bool) -> str | None:
-        """A process has died.
-
-        Args:
-            was_ready: Whether it had loaded the model.
-
-        Returns:
-            Why no process must be started again, for the log; ``None`` where one may.
-        """
+        """A process has died; returns why none must be started again, for the log, if so."""
         now = self._clock()
         self._deaths.append(now)
         while self._deaths[0] < now - WINDOW_SECONDS:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from app.core.logging import get_logger
 from app.llm.client.admission import Place
-from app.llm.protocol import GenerationRequest, Step
+from app.llm.protocol import Cancel, Command, GenerationRequest, Step, Submit
 from app.utils.errors import EngineUnavailableError
 
 log = get_logger("engine")
@@ -20,11 +20,11 @@ class InFlight:
     """Places by their requests' ids, from the submission to the last event.
 
     Args:
-        send: Sends a request to the engine process; called only while there is one.
+        send: Sends a command to the engine process; drops it if there is none.
     """
 
-    def __init__(self, send: Callable[[GenerationRequest], None]) -> None:
-        self._send_request = send
+    def __init__(self, send: Callable[[Command], None]) -> None:
+        self._send_command = send
         self._has_engine = False
         self._places: dict[str, Place] = {}
 
@@ -33,20 +33,19 @@ class InFlight:
         """Whether there is an engine process with requests to answer."""
         return self._has_engine and bool(self._places)
 
-    def add(self, request_id: str, place: Place) -> None:
+    def submit(self, request: GenerationRequest, place: Place) -> None:
         """Send a request to the engine process, or to the next one if there is none."""
-        self._places[request_id] = place
+        self._places[request.id] = place
         if self._has_engine:
             self._send(place)
 
-    def remove(self, request_id: str) -> bool:
-        """Forget a request; returns whether the engine process has it."""
-        place = self._places.pop(request_id, None)
-        if place is None:
-            return False
-        if place.suspect:
-            self._send_next_suspect()
-        return place.sent
+    def cancel(self, request_id: str) -> None:
+        """Stop a request; the engine frees its slot before its next step."""
+        if place := self._places.pop(request_id, None):
+            if place.suspect:
+                self._send_next_suspect()
+            if place.sent:
+                self._send_command(Cancel(request_id))
 
     def dispatch(self, step: Step) -> None:
         """Pass what the engine has reported to the requests' places."""
@@ -93,7 +92,7 @@ class InFlight:
 
     def _send(self, place: Place) -> None:
         place.sent = True
-        self._send_request(place.request)
+        self._send_command(Submit(place.request))
 
     def _send_next_suspect(self) -> None:
         suspects = [p for p in self._places.values() if p.suspect and not p.answered]

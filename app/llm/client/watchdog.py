@@ -63,34 +63,25 @@ def _read(pid: int) -> Activity | None:
         fields = (folder / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    state, page_faults, user, system = fields[0], *map(int, (fields[9], *fields[11:13]))
-    return Activity(state, user + system, page_faults + _bytes_read(folder))
-
-
-def _bytes_read(folder: Path) -> int:
+    page_faults, user, system = map(int, (fields[9], *fields[11:13]))
     try:
-        # Hardened kernels do not let anybody read this file.
-        return int((folder / "io").read_text().split()[1])
+        read = int((folder / "io").read_text().split()[1])
     except OSError:
-        return 0
+        # Hardened kernels do not let anybody read this file.
+        read = 0
+    return Activity(fields[0], user + system, page_faults + read)
 
 
 def _children(pid: int) -> list[int]:
     """Processes that the main thread has started; loading starts one to read the tokenizer."""
     try:
-        return [
-            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        ]
+        return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
     except OSError:
         return []
 
 
 class Watchdog:
-    """Watches one engine process.
-
-    Args:
-        step_timeout_seconds: A process that generates must report at least this often.
-    """
+    """Watches one engine process; one that generates must report within a step timeout."""
 
     def __init__(self, step_timeout_seconds: float) -> None:
         self._step_timeout = step_timeout_seconds
@@ -104,15 +95,7 @@ class Watchdog:
         self._still = self._silent = 0
 
     def look(self, duty: Duty, activity: Activity | None) -> str | None:
-        """Take a look, every :data:`LOOK_SECONDS`.
-
-        Args:
-            duty: What is expected of the process now.
-            activity: From :func:`observe`.
-
-        Returns:
-            Why the process must be killed, for the log; ``None`` where it must not.
-        """
+        """Take a look, every :data:`LOOK_SECONDS`; returns why the process must be killed."""
         if duty is not self._duty:
             # The time without progress until now belongs to the duty before.
             self._duty = duty
@@ -131,12 +114,12 @@ class Watchdog:
 
     def _has_moved(self, activity: Activity) -> bool:
         seen = self._seen
-        moved = (
-            seen is None
-            or activity.state in _EXCUSED_STATES
-            or activity.ticks - seen.ticks >= _LEAST_TICKS
-            or activity.reads != seen.reads
-        )
-        if moved:
-            self._seen = activity
-        return moved
+        if (
+            seen is not None
+            and activity.state not in _EXCUSED_STATES
+            and activity.ticks - seen.ticks < _LEAST_TICKS
+            and activity.reads == seen.reads
+        ):
+            return False
+        self._seen = activity
+        return True
