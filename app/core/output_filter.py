@@ -1,13 +1,10 @@
 """Removes control characters and template tokens from a model's text; stops at blocked patterns.
 
-Each of the three steps gives the same result for a text in pieces, wherever it is cut, as for the
-whole text. So does their sequence.
+Each step gives the same result for a text in pieces, wherever it is cut, as for the whole text.
 """
 
 import re
-from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from app.core.pii.patterns import WINDOW, BoundedPattern, HoldBack
 
@@ -22,14 +19,6 @@ _BLOCK = 256
 # Characters before the searched text that a pattern's \b and (?m)^ look at.
 _LEFT_CONTEXT = 1
 _MAX_NESTED = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Filtered:
-    """A filtered text, and whether a blocked pattern ended it."""
-
-    text: str
-    blocked: bool
 
 
 class OutputFilter:
@@ -56,59 +45,6 @@ class OutputFilter:
                 raise ValueError(f"blocked pattern {source[:80]!r}: {error}") from None
         self.hold_back = HoldBack((p.prefixes for p in self.patterns), WINDOW)
 
-    @property
-    def bound(self) -> int:
-        """Most characters that a stream holds back at any time."""
-        return self.tokens.bound + (self.hold_back.bound if self.patterns else 0)
-
-    def clean(self, text: str) -> Filtered:
-        """Filter a whole text."""
-        stream = self.stream()
-        cleaned = stream.feed(text) + stream.flush()
-        return Filtered(cleaned, stream.blocked)
-
-    def stream(self) -> "StreamFilter":
-        """A filter for one text that comes in pieces."""
-        return StreamFilter(self)
-
-
-class StreamFilter:
-    """Filters one text that comes in pieces.
-
-    The joined results are :meth:`OutputFilter.clean` of the whole text, wherever it is cut.
-    """
-
-    def __init__(self, rules: OutputFilter) -> None:
-        self._remover = _TokenRemover(rules.tokens) if rules.tokens.any else None
-        self._blocker = _Blocker(rules) if rules.patterns else None
-
-    @property
-    def blocked(self) -> bool:
-        """Whether a blocked pattern has ended the text; all further results are empty then."""
-        return self._blocker is not None and self._blocker.blocked
-
-    @property
-    def held(self) -> int:
-        """Characters that are held back now."""
-        removing = self._remover.held if self._remover else 0
-        return removing + (self._blocker.held if self._blocker else 0)
-
-    def feed(self, piece: str) -> str:
-        """Add a piece; the text that is decided by it."""
-        if self.blocked:
-            return ""
-        piece = _CONTROLS.sub("", piece)
-        if self._remover is not None:
-            piece = self._remover.feed(piece)
-        return piece if self._blocker is None else self._blocker.feed(piece)
-
-    def flush(self) -> str:
-        """The text that is still held back, after the last piece."""
-        if self.blocked:
-            return ""
-        rest = "" if self._remover is None else self._remover.flush()
-        return rest if self._blocker is None else self._blocker.feed(rest) + self._blocker.flush()
-
 
 class _Tokens:
     """The tokens to remove, as an automaton of Aho and Corasick (1975).
@@ -118,7 +54,6 @@ class _Tokens:
 
     def __init__(self, texts: Iterable[str]) -> None:
         tokens = {t for text in texts if (t := _CONTROLS.sub("", text)).strip()}
-        self.any = bool(tokens)
         self.bound = max(_MAX_NESTED, *map(len, tokens)) if tokens else 0
         self._states = {token[:n] for token in tokens for n in range(len(token) + 1)} | {""}
         # The length of the longest token that a state ends with, or 0.
@@ -137,77 +72,71 @@ class _Tokens:
         return state
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """A character held back.
+class StreamFilter:
+    """Filters one text that comes in pieces; the joined results do not depend on the cuts.
 
-    Attributes:
-        state: The automaton's state after the character.
-        base: Index of the first character that can still become part of a token when characters
-            after this one are removed.
+    Tokens are removed character by character, and so are those that a removal creates
+    ("<|e<|end|>nd|>"). The end of the text is held back as far as it consists of prefixes of
+    tokens, or may begin a blocked pattern.
     """
 
-    character: str
-    state: str
-    base: int
+    def __init__(self, rules: OutputFilter) -> None:
+        self._tokens = rules.tokens
+        # The characters held back, each with the automaton's state after it.
+        self._held: list[tuple[str, str]] = []
+        self._blocker = _Blocker(rules) if rules.patterns else None
 
-
-class _TokenRemover:
-    """Removes tokens from a stream, and tokens that a removal creates ("<|e<|end|>nd|>").
-
-    It reads character by character, so the result does not depend on where the text is cut. It
-    holds back the end of the text as far as it consists of prefixes of tokens.
-    """
-
-    def __init__(self, tokens: _Tokens) -> None:
-        self._tokens = tokens
-        self._stack: deque[_Held] = deque()
-        self._end = 0  # Index after the stack's last character.
+    @property
+    def blocked(self) -> bool:
+        """Whether a blocked pattern has ended the text; all further results are empty then."""
+        return self._blocker is not None and self._blocker.blocked
 
     @property
     def held(self) -> int:
-        return len(self._stack)
+        """Characters that are held back now."""
+        return len(self._held) + (self._blocker.held if self._blocker else 0)
 
     def feed(self, piece: str) -> str:
+        """Add a piece; the text that is decided by it."""
+        if self.blocked:
+            return ""
+        piece = self._without_tokens(_CONTROLS.sub("", piece))
+        return piece if self._blocker is None else self._blocker.feed(piece)
+
+    def flush(self) -> str:
+        """The text that is still held back, after the last piece."""
+        if self.blocked:
+            return ""
+        rest = self._release(len(self._held))
+        return rest if self._blocker is None else self._blocker.feed(rest) + self._blocker.flush()
+
+    def _without_tokens(self, piece: str) -> str:
+        tokens, held = self._tokens, self._held
         out: list[str] = []
         at = 0
         while at < len(piece):
-            if not self._stack:
-                begin = self._tokens.start.search(piece, at)
+            if not held:
+                begin = tokens.start.search(piece, at)
                 if begin is None:
                     out.append(piece[at:])
                     break
                 out.append(piece[at : begin.start()])
                 at = begin.start()
-            out.append(self._push(piece[at]))
+            state = tokens.step(held[-1][1] if held else "", piece[at])
+            if removed := tokens.removed[state]:
+                del held[len(held) + 1 - removed :]
+            else:
+                held.append((piece[at], state))
+                # Prefixes nested in prefixes would otherwise be held back without a bound.
+                out.append(self._release(len(held) - (tokens.bound if state else 0)))
             at += 1
         return "".join(out)
 
-    def flush(self) -> str:
-        return self._release(len(self._stack))
-
-    def _push(self, character: str) -> str:
-        """Add a character; the text that is decided by it."""
-        stack = self._stack
-        state = self._tokens.step(stack[-1].state if stack else "", character)
-        removed = self._tokens.removed[state]
-        if removed:
-            for _ in range(removed - 1):
-                stack.pop()
-            self._end -= removed - 1
-            return ""
-        self._end += 1
-        base = self._end - len(state)
-        before = len(stack) - len(state)  # Place of the character before the state's first.
-        if state and before >= 0:
-            base = stack[before].base
-        stack.append(_Held(character, state, base))
-        # Prefixes nested in prefixes would otherwise be held back without a bound.
-        oldest = self._end - len(stack)
-        return self._release(max(stack[-1].base - oldest, len(stack) - self._tokens.bound))
-
     def _release(self, count: int) -> str:
-        return "".join(self._stack.popleft().character for _ in range(count))
+        count = max(0, count)
+        released = "".join(character for character, _ in self._held[:count])
+        del self._held[:count]
+        return released
 
 
 class _Blocker:

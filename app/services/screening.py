@@ -74,7 +74,7 @@ class Screening:
             template_tokens: Spellings that are not to leave.
         """
         redactor = self._scanner.stream() if self._pii.output == "redact" else None
-        return AnswerScreen(self._filter_for(template_tokens).stream(), redactor, self._count)
+        return AnswerScreen(StreamFilter(self._filter_for(template_tokens)), redactor, self._count)
 
     def _filter_for(self, template_tokens: tuple[str, ...]) -> OutputFilter:
         # The tokens are known once the model is loaded, and stay what they are.

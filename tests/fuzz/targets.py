@@ -107,7 +107,7 @@ def output(data: bytes) -> None:
     rules = (test_output_filter.BOTH, test_output_filter.TOKENS_ONLY)[source.byte() % 2]
     shares = source.cuts()
     text = source.text(test_output_filter.PIECES)
-    whole = rules.clean(text)
+    whole = test_output_filter.clean(rules, text)
     assert test_output_filter.stream(rules, cut(text, shares)) == whole
     assert not any(token in whole.text for token in test_output_filter.TOKENS if token.strip())
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import NamedTuple
 
 import pytest
 
-from app.core.output_filter import Filtered, OutputFilter, StreamFilter
+from app.core.output_filter import OutputFilter, StreamFilter
 from app.core.pii.patterns import WINDOW
 from tests.support.costs import is_linear
 
@@ -75,6 +76,19 @@ PIECES = [
 ]
 
 
+class Filtered(NamedTuple):
+    """A filtered text, and whether a blocked pattern ended it."""
+
+    text: str
+    blocked: bool
+
+
+def clean(rules: OutputFilter, text: str) -> Filtered:
+    """Filter a text that comes in one piece."""
+    filtering = StreamFilter(rules)
+    return Filtered(filtering.feed(text) + filtering.flush(), filtering.blocked)
+
+
 def chunks(text: str, rng: random.Random) -> list[str]:
     """Cut ``text`` at random places; one time in ten after every character."""
     if rng.random() < 0.1:
@@ -84,18 +98,19 @@ def chunks(text: str, rng: random.Random) -> list[str]:
 
 
 def stream(rules: OutputFilter, pieces: list[str]) -> Filtered:
-    """Feed all pieces, and check after each that no more than the bound is held back."""
-    filtering = rules.stream()
+    """Feed all pieces, and check on the way that not too much is held back."""
+    filtering = StreamFilter(rules)
+    bound = rules.tokens.bound + (WINDOW if rules.patterns else 0)
     out = []
     for piece in pieces:
         out.append(filtering.feed(piece))
-        assert filtering.held <= rules.bound
+        assert filtering.held <= bound
     out.append(filtering.flush())
     return Filtered("".join(out), filtering.blocked)
 
 
 @pytest.mark.parametrize(
-    ("text", "clean"),
+    ("text", "cleaned"),
     [
         ("a\x00b\x07c\x1b[31m\x7f\x85\x9f", "abc[31m"),
         ("tab\tline\nreturn\r\n", "tab\tline\nreturn\r\n"),
@@ -104,13 +119,13 @@ def stream(rules: OutputFilter, pieces: list[str]) -> Filtered:
         ("\U0001f468\u200d\U0001f469 caf\u00e9 \ud800", "\U0001f468\u200d\U0001f469 caf\u00e9 "),
     ],
 )  # fmt: skip
-def test_control_characters_go(text: str, clean: str) -> None:
-    """Control characters and bidirectional overrides are removed; layout and RTL marks stay."""
-    assert OutputFilter().clean(text) == Filtered(clean, blocked=False)
+def test_control_characters_go(text: str, cleaned: str) -> None:
+    """Control characters and bidirectional overrides go; layout, emoji and RTL marks stay."""
+    assert clean(OutputFilter(), text) == Filtered(cleaned, blocked=False)
 
 
 @pytest.mark.parametrize(
-    ("text", "clean"),
+    ("text", "cleaned"),
     [
         ("hello<|im_end|>", "hello"),
         ("<|im_start|>assistant<|im_end|>", "assistant"),
@@ -120,22 +135,22 @@ def test_control_characters_go(text: str, clean: str) -> None:
         ("</s><s>", ""),
     ],
 )
-def test_template_tokens_go(text: str, clean: str) -> None:
-    """Special tokens are removed, and those that a removal would create; the rest stays."""
-    assert OutputFilter(["<|im_start|>", "<|im_end|>", "<s>", "</s>"]).clean(text).text == clean
+def test_template_tokens_go(text: str, cleaned: str) -> None:
+    """Spellings of special tokens go, those that a removal would join included; the rest stays."""
+    assert clean(OutputFilter(["<|im_start|>", "<|im_end|>", "<s>", "</s>"]), text).text == cleaned
 
 
 def test_blank_tokens_are_ignored() -> None:
-    """A space among the special tokens does not remove the spaces of a text."""
-    assert OutputFilter([" ", "", "\n\n"]).clean("a b\n\nc").text == "a b\n\nc"
+    """A tokenizer that lists a space among its special tokens does not cost the text its spaces."""
+    assert clean(OutputFilter([" ", "", "\n\n"]), "a b\n\nc").text == "a b\n\nc"
 
 
 def test_a_blocked_pattern_ends_the_text() -> None:
     """The text before the first match is delivered; the match and all text after it are not."""
     rules = OutputFilter((), [r"(?i)\bsecret\s+plan\b", "zzz"])
-    assert rules.clean("The SECRET\nplan is zzz") == Filtered("The ", blocked=True)
-    assert rules.clean("The secret planet") == Filtered("The secret planet", blocked=False)
-    filtering = rules.stream()
+    assert clean(rules, "The SECRET\nplan is zzz") == Filtered("The ", blocked=True)
+    assert clean(rules, "The secret planet") == Filtered("The secret planet", blocked=False)
+    filtering = StreamFilter(rules)
     assert [filtering.feed(p) for p in ("all of the sec", "ret plan", "!", "more")] == [
         "all of the ", "", "", "",
     ]  # fmt: skip
@@ -146,7 +161,7 @@ def test_a_blocked_pattern_ends_the_text() -> None:
 def test_patterns_see_what_would_be_delivered() -> None:
     """Patterns search the text without control characters and special tokens."""
     rules = OutputFilter(["<s>"], ["forbidden"])
-    assert rules.clean("a for<s>bid\x00den b") == Filtered("a ", blocked=True)
+    assert clean(rules, "a for<s>bid\x00den b") == Filtered("a ", blocked=True)
 
 
 def test_a_blocked_match_has_a_longest_length() -> None:
@@ -154,8 +169,8 @@ def test_a_blocked_match_has_a_longest_length() -> None:
     rules = OutputFilter((), [r"<x+>"])
     for length, blocked in ((WINDOW, True), (WINDOW + 1, False)):
         text = f"a <{'x' * (length - 2)}> b"
-        assert rules.clean(text).blocked is blocked
-        assert stream(rules, list(text)) == rules.clean(text)
+        assert clean(rules, text).blocked is blocked
+        assert stream(rules, list(text)) == clean(rules, text)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +193,7 @@ def test_a_stream_equals_the_whole(rules: OutputFilter) -> None:
     rng = random.Random(5)
     for _ in range(800):
         text = "".join(rng.choices(PIECES, k=rng.randint(1, 14)))
-        whole = rules.clean(text)
+        whole = clean(rules, text)
         for pieces in (list(text), *(chunks(text, rng) for _ in range(5))):
             assert stream(rules, pieces) == whole, text
 
@@ -188,10 +203,10 @@ def test_patterns_block_what_one_look_at_the_whole_finds() -> None:
     rng = random.Random(7)
     for _ in range(1500):
         text = "".join(rng.choices(PIECES, k=rng.randint(1, 20)))
-        delivered = TOKENS_ONLY.clean(text).text
+        delivered = clean(TOKENS_ONLY, text).text
         spans = [span for p in BOTH.patterns if (span := p.first(delivered, 0)) is not None]
         first = min((start for start, _ in spans), default=len(delivered))
-        assert BOTH.clean(text) == Filtered(delivered[:first], blocked=bool(spans)), text
+        assert clean(BOTH, text) == Filtered(delivered[:first], blocked=bool(spans)), text
 
 
 def test_no_token_is_left() -> None:
@@ -200,12 +215,12 @@ def test_no_token_is_left() -> None:
     tokens = [token for token in TOKENS if token.strip()]
     for _ in range(2000):
         text = "".join(rng.choices(PIECES[:20], k=rng.randint(1, 20)))
-        assert not any(token in TOKENS_ONLY.clean(text).text for token in tokens), text
+        assert not any(token in clean(TOKENS_ONLY, text).text for token in tokens), text
 
 
 def test_text_flows() -> None:
-    """Text that cannot begin a token or a match is passed on at once."""
-    filtering = BOTH.stream()
+    """Text that no token and no pattern can begin with is passed on at once."""
+    filtering = StreamFilter(BOTH)
     for piece in ["Hello, ", "1 < 2. ", "Use <div>. ", "12 of them, ", "too\n"]:
         assert filtering.feed(piece) == piece
     plain = StreamFilter(OutputFilter())
@@ -216,5 +231,5 @@ def test_text_flows() -> None:
     "unit", ["<", "<|im_", "<|im_<|im_end|>", "a", "b", "secret ", "q", "<s>", "\x00", "#x "]
 )
 def test_hostile_text_costs_linear_time(unit: str) -> None:
-    """The time for 100,000 adversarial characters is linear in their number."""
-    assert is_linear(lambda text: BOTH.clean("x" + text), unit)
+    """100,000 characters made to be costly take no time out of proportion."""
+    assert is_linear(lambda text: clean(BOTH, "x" + text), unit)
