@@ -5,8 +5,9 @@ Both are kept in memory, as the rate limits are: a restart resets them.
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 
 from app.core.metrics import Metrics
@@ -28,15 +29,6 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
 
-@dataclass(slots=True)
-class Account:
-    """One caller's usage on a day (UTC), and since the service started."""
-
-    day: date
-    today: Usage = field(default_factory=Usage)
-    total: Usage = field(default_factory=Usage)
-
-
 class UsageLedger:
     """Counts requests and tokens by API key, and enforces the keys' daily budgets.
 
@@ -49,15 +41,17 @@ class UsageLedger:
         self._keys = keys
         self._metrics = metrics
         self.clock = clock
-        self._accounts: dict[str, Account] = {}
         self.since = clock()
+        self._day = self.today
+        self._today: defaultdict[str, Usage] = defaultdict(Usage)
+        self._total: defaultdict[str, Usage] = defaultdict(Usage)
 
-    def _account(self, caller: str) -> Account:
-        today = self.today
-        account = self._accounts.setdefault(caller, Account(today))
-        if account.day != today:
-            account.day, account.today = today, Usage()
-        return account
+    def of(self, caller: str) -> tuple[Usage, Usage]:
+        """A caller's usage today (UTC) and since the service started; both go on counting."""
+        if self._day != self.today:
+            self._day = self.today
+            self._today.clear()
+        return self._today[caller], self._total[caller]
 
     @property
     def today(self) -> date:
@@ -79,24 +73,17 @@ class UsageLedger:
         principal = self._keys.find(caller)
         if principal is None or principal.daily_tokens is None:
             return
-        if self._account(caller).today.tokens >= principal.daily_tokens:
+        if self.of(caller)[0].tokens >= principal.daily_tokens:
             self._metrics.rate_limited.labels("budget").inc()
             raise TokenBudgetExceededError(retry_after=self.seconds_left)
 
     def add_request(self, caller: str) -> None:
         """Count an answer that has begun."""
-        account = self._account(caller)
-        for usage in (account.today, account.total):
+        for usage in self.of(caller):
             usage.requests += 1
 
     def add_tokens(self, caller: str, prompt_tokens: int, completion_tokens: int) -> None:
         """Count the tokens of a generation that has ended, successfully or not."""
-        account = self._account(caller)
-        for usage in (account.today, account.total):
+        for usage in self.of(caller):
             usage.prompt_tokens += prompt_tokens
             usage.completion_tokens += completion_tokens
-
-    def of(self, caller: str) -> Account:
-        """A copy of a caller's usage so far."""
-        account = self._account(caller)
-        return replace(account, today=replace(account.today), total=replace(account.total))

@@ -27,14 +27,14 @@ async def get_usage(services: AppServices, caller: Caller) -> UsageResponse:
 
 
 def _usage_of(principal: Principal, ledger: UsageLedger) -> KeyUsage:
-    account = ledger.of(principal.key_id)
+    today, total = ledger.of(principal.key_id)
     budget = principal.daily_tokens
     return KeyUsage(
         name=principal.name,
-        today=_count(account.today),
-        total=_count(account.total),
+        today=_count(today),
+        total=_count(total),
         daily_tokens=budget,
-        remaining_tokens=None if budget is None else max(budget - account.today.tokens, 0),
+        remaining_tokens=None if budget is None else max(budget - today.tokens, 0),
     )
 
 
