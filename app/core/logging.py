@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from pythonjsonlogger.json import JsonFormatter
 
-from app.core.config import LoggingSettings
+from app.core.config.logging import LoggingSettings
 from app.utils.timing import utc_timestamp
 
 LOGGER_NAME = "llm_service"

@@ -17,7 +17,7 @@ from app.core.config import PROJECT_ROOT
 HEAVY = ("torch", "accelerate", "gguf", "openvino", "openvino_genai", "transformers.models")
 
 # Modules of the longest chain in which each imports the next one.
-MAX_CHAIN = 21
+MAX_CHAIN = 17
 
 
 PROGRAM = """

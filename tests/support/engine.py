@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from app.core.config import LoggingSettings, ModelSettings
+from app.core.config import ModelSettings
 from app.core.config.engine import EngineSettings
+from app.core.config.logging import LoggingSettings
 from app.core.metrics import Metrics
 from app.llm.client.client import EngineClient, EngineState
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.core.config import LoggingSettings
+from app.core.config.logging import LoggingSettings
 from app.core.logging import (
     ServiceJsonFormatter,
     TextFormatter,

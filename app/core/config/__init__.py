@@ -26,6 +26,7 @@ from pydantic_settings import (
 from app.core.config.base import Section
 from app.core.config.engine import EngineSettings
 from app.core.config.errors import Origins
+from app.core.config.logging import LoggingSettings
 from app.core.config.security import PRODUCTION_KEY_MIN_CHARS, SecuritySettings
 from app.core.config.server import ServerSettings
 from app.core.config.yaml_file import read_yaml
@@ -214,17 +215,6 @@ class MetricsSettings(Section):
     """The route /metrics."""
 
     require_key: bool = Field(False, description="Ask for an API key on /metrics.")
-
-
-class LoggingSettings(Section):
-    """The log on standard error."""
-
-    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", description="Lowest level logged."
-    )
-    format: Literal["json", "text"] = Field(
-        "json", description="json: one object a line; text: lines for a terminal."
-    )
 
 
 class Settings(BaseSettings):

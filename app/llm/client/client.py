@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from enum import StrEnum
 from functools import cache
 
-from app.core.config import LoggingSettings, ModelSettings
+from app.core.config import ModelSettings
 from app.core.config.engine import EngineSettings
+from app.core.config.logging import LoggingSettings
 from app.core.logging import get_logger
 from app.core.metrics import Metrics
 from app.llm.client.admission import Place, PlaceListener, RequestQueue

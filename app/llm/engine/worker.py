@@ -18,7 +18,8 @@ import threading
 import time
 from collections.abc import Sequence
 
-from app.core.config import LoggingSettings, ModelSettings
+from app.core.config import ModelSettings
+from app.core.config.logging import LoggingSettings
 from app.core.logging import configure_logging, get_logger
 from app.llm.loader import load_backend
 from app.llm.models.load_errors import one_line
