@@ -7,6 +7,7 @@ module reads no settings.
 import asyncio
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import cache, partial
@@ -55,7 +56,6 @@ from app.services.response_cache import ResponseCache
 from app.services.screening import Screening
 from app.utils.errors import StartupError
 from app.utils.garbage import no_collections
-from app.utils.timing import Stopwatch
 
 if TYPE_CHECKING:
     from app.llm.chain import Chains
@@ -105,7 +105,7 @@ def create_app(
     )
     services = Services(
         settings=settings,
-        uptime=Stopwatch(),
+        started=time.monotonic(),
         metrics=metrics,
         keys=keys,
         limits=CallerLimits(settings.rate_limit, metrics),

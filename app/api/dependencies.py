@@ -18,15 +18,14 @@ from app.core.usage import UsageLedger
 from app.llm.client.client import EngineClient
 from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
-from app.utils.timing import Stopwatch
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Everything the composition root built, for the routers."""
+    """Everything the composition root built, for the routers; ``started`` is monotonic time."""
 
     settings: Settings
-    uptime: Stopwatch
+    started: float
     metrics: Metrics
     keys: KeyRing
     limits: CallerLimits

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from http import HTTPStatus
+from time import perf_counter
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,7 +19,6 @@ from app.api.errors import METHODS, error_response
 from app.core.logging import get_logger, request_id_var
 from app.core.metrics import Metrics
 from app.utils.errors import BodyTooLargeError, InternalError, ServiceError
-from app.utils.timing import Stopwatch
 
 log = get_logger()
 
@@ -64,7 +64,7 @@ class RequestContextMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        watch = Stopwatch()
+        begin = perf_counter()
         request_id = _request_id(scope["headers"])
         token = request_id_var.set(request_id)
         status = 0
@@ -73,7 +73,7 @@ class RequestContextMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = common_headers(message["headers"], request_id, watch.seconds)
+                headers = common_headers(message["headers"], request_id, perf_counter() - begin)
                 if self._leaving() and CLOSE not in headers:
                     # A request sent down this connection later would cross with its end.
                     headers.append(CLOSE)
@@ -92,7 +92,7 @@ class RequestContextMiddleware:
                 raise
             await error_response(InternalError())(scope, receive, send_with_headers)
         finally:
-            self._record(scope, status, watch.seconds)
+            self._record(scope, status, perf_counter() - begin)
             request_id_var.reset(token)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:

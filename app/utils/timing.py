@@ -1,7 +1,6 @@
 """Clocks and durations."""
 
 import asyncio
-import time
 from collections.abc import Awaitable
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -9,20 +8,6 @@ from typing import TypeVar
 from app.utils.errors import DeadlineExceededError
 
 T = TypeVar("T")
-
-
-class Stopwatch:
-    """Measures the time since it was created."""
-
-    __slots__ = ("_start",)
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since it was created."""
-        return time.perf_counter() - self._start
 
 
 def utc_timestamp(epoch_seconds: float) -> str:

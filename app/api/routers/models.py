@@ -45,5 +45,5 @@ async def get_model(request: Request, services: AppServices) -> ModelCard:
 
 def _card(name: str, services: Services) -> ModelCard:
     owner, slash, _ = services.settings.model.label.partition("/")
-    started = int(time.time() - services.uptime.seconds)
+    started = int(time.time() - (time.monotonic() - services.started))
     return ModelCard(id=name, created=started, owned_by=owner if slash else "llm-service")

@@ -1,5 +1,6 @@
 """GET /status: what is served, how full it is, and which limits are in force."""
 
+import time
 from dataclasses import asdict
 
 from fastapi import APIRouter
@@ -29,7 +30,7 @@ async def status(services: AppServices) -> StatusResponse:
         name=settings.app.name,
         version=__version__,
         environment=settings.app.environment,
-        uptime_seconds=round(services.uptime.seconds, 3),
+        uptime_seconds=round(time.monotonic() - services.started, 3),
         model=ModelStatus(
             name=services.engine.model_label,
             source=settings.model.source,
