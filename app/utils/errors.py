@@ -25,6 +25,7 @@ class ServiceError(Exception):
     code: ClassVar[str] = "internal_error"
     type: ClassVar[str] = "server_error"
     default_message: ClassVar[str] = "The service failed to answer this request."
+    param: str | None = None
 
     def __init__(
         self,
@@ -35,7 +36,7 @@ class ServiceError(Exception):
         details: dict[str, int] | None = None,
     ) -> None:
         self.message = message or self.default_message
-        self.param = param
+        self.param = param or self.param
         self.headers = dict(headers or {})
         self.details = dict(details or {})
         super().__init__(self.message)
@@ -157,9 +158,7 @@ class ModelNotFoundError(NotFoundError):
 
     code = "model_not_found"
     default_message = "That model is not served here; GET /v1/models tells which is."
-
-    def __init__(self) -> None:
-        super().__init__(param="model")
+    param = "model"
 
 
 class SessionNotFoundError(NotFoundError):
@@ -175,9 +174,7 @@ class SessionBusyError(InvalidRequestError):
     status = 409
     code = "session_busy"
     default_message = "Another request of this session is being answered."
-
-    def __init__(self) -> None:
-        super().__init__(param="session_id")
+    param = "session_id"
 
 
 class IdempotencyKeyInUseError(InvalidRequestError):
@@ -186,9 +183,7 @@ class IdempotencyKeyInUseError(InvalidRequestError):
     status = 409
     code = "idempotency_key_in_use"
     default_message = "The first request with this Idempotency-Key is still being answered."
-
-    def __init__(self) -> None:
-        super().__init__(param="Idempotency-Key")
+    param = "Idempotency-Key"
 
 
 class IdempotencyKeyReusedError(InvalidRequestError):
@@ -197,9 +192,7 @@ class IdempotencyKeyReusedError(InvalidRequestError):
     status = 422
     code = "idempotency_key_reused"
     default_message = "This Idempotency-Key belongs to another request; a new one needs a new key."
-
-    def __init__(self) -> None:
-        super().__init__(param="Idempotency-Key")
+    param = "Idempotency-Key"
 
 
 class BodyTooLargeError(InvalidRequestError):
