@@ -8,36 +8,30 @@ import math
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
 
 from app.llm.ebnf import writer
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.writer import EMPTY, Range
 
-MAX_LENGTH: Final = 10_000
-"""Maximum number of characters of a regular expression."""
-
+_MAX_LENGTH = 10_000
 _MAX_DEPTH = 32
 # xgrammar counts more repetitions at run time, which takes a second for each token.
 _MAX_COUNT = 128
 # Characters of the expression with its repetitions written out: the cost of compiling it.
 _MAX_POSITIONS = 10_000
 
-_DIGITS: list[Range] = [(0x30, 0x39)]
-_WORD: list[Range] = [(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)]
-_SPACE: list[Range] = [(0x09, 0x0D), (0x20, 0x20)]
-# Negated classes hold ASCII only: dialects differ on which other letters are in them.
-_CLASSES: dict[str, list[Range]] = {
-    "d": _DIGITS,
-    "w": _WORD,
-    "s": _SPACE,
-    **{
-        name.upper(): [(a, min(b, 0x7F)) for a, b in writer.complement(ranges) if a <= 0x7F]
-        for name, ranges in (("d", _DIGITS), ("w", _WORD), ("s", _SPACE))
-    },
+# The characters that a letter after a backslash stands for.
+_ESCAPES: dict[str, list[Range]] = {
+    "d": [(0x30, 0x39)],
+    "w": [(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)],
+    "s": [(0x09, 0x0D), (0x20, 0x20)],
 }
-_CONTROLS = {"n": 0x0A, "r": 0x0D, "t": 0x09, "f": 0x0C, "v": 0x0B, "0": 0x00}
-_HEX_DIGITS = {"x": 2, "u": 4}
+# Negated classes hold ASCII only: dialects differ on which other letters are in them.
+_ESCAPES |= {
+    name.upper(): [(a, min(b, 0x7F)) for a, b in writer.complement(ranges) if a <= 0x7F]
+    for name, ranges in _ESCAPES.items()
+}
+_ESCAPES |= {name: [(code, code)] for name, code in zip("nrtfv0", b"\n\r\t\f\v\0", strict=True)}
 
 
 @dataclass(frozen=True)
@@ -93,11 +87,10 @@ def parse(pattern: str, *, whole: bool) -> Node:
     Raises:
         GrammarError: The expression is malformed, too large, or uses an unsupported feature.
     """
-    if len(pattern) > MAX_LENGTH:
-        raise GrammarError(f"a regular expression has more than {MAX_LENGTH} characters")
-    parser = _Parser(pattern)
-    node = _anchored(parser.parse(), whole=whole)
-    if _positions(node) > _MAX_POSITIONS:
+    if len(pattern) > _MAX_LENGTH:
+        raise GrammarError(f"a regular expression has more than {_MAX_LENGTH} characters")
+    node = _anchored(_Parser(pattern).parse(), whole=whole)
+    if cost(node, lambda _: 1.0) > _MAX_POSITIONS:
         raise GrammarError("a regular expression repeats too much")
     return node
 
@@ -146,7 +139,8 @@ class _Parser:
         while (bounds := self._quantifier()) is not None:
             if quantified or isinstance(node, Anchor):
                 raise GrammarError("a regular expression repeats what cannot be repeated")
-            node, quantified = Repeat(node, *bounds), True
+            node = Sequence(()) if bounds == (0, 0) else Repeat(node, *bounds)
+            quantified = True
             # A lazy quantifier matches the same texts.
             self._takes("?")
         return node
@@ -227,11 +221,9 @@ class _Parser:
 
     def _escape(self) -> list[Range]:
         character = self._take()
-        if character in _CLASSES:
-            return _CLASSES[character]
-        if character in _CONTROLS:
-            return [(_CONTROLS[character], _CONTROLS[character])]
-        if digits := _HEX_DIGITS.get(character):
+        if character in _ESCAPES:
+            return _ESCAPES[character]
+        if digits := {"x": 2, "u": 4}.get(character):
             code = self._pattern[self._at : self._at + digits]
             if len(code) < digits or not set(code) <= set(string.hexdigits):
                 raise GrammarError("a regular expression has a malformed escape")
@@ -256,32 +248,7 @@ def _anchored(node: Node, *, whole: bool) -> Node:
     before = [] if starts or whole else [_ANY_TEXT]
     after = [] if ends or whole else [_ANY_TEXT]
     parts = [*before, *parts, *after]
-    if any(_has_anchor(part) for part in parts):
-        raise GrammarError("a regular expression has an anchor inside")
     return parts[0] if len(parts) == 1 else Sequence(tuple(parts))
-
-
-def _has_anchor(node: Node) -> bool:
-    match node:
-        case Anchor():
-            return True
-        case Sequence(parts) | Alternatives(parts):
-            return any(_has_anchor(part) for part in parts)
-        case Repeat(part):
-            return _has_anchor(part)
-        case _:
-            return False
-
-
-def _positions(node: Node) -> int:
-    match node:
-        case Sequence(parts) | Alternatives(parts):
-            return sum(map(_positions, parts))
-        case Repeat(part, least, most):
-            # Without a limit, the part is written once more for the further repetitions.
-            return _positions(part) * (least + 1 if most is None else max(1, most))
-        case _:
-            return 1
 
 
 def lengths(node: Node) -> tuple[int, float]:
@@ -295,33 +262,27 @@ def lengths(node: Node) -> tuple[int, float]:
             return min(least for least, _ in every), max(most for _, most in every)
         case Repeat(part, least, most):
             shortest, longest = lengths(part)
-            if most is None or math.isinf(longest):
-                return shortest * least, math.inf
-            return shortest * least, longest * most
+            return shortest * least, math.inf if most is None else longest * most
         case _:
             return 1, 1
 
 
-def cost(node: Node) -> float:
-    """Cost of compiling a tree, in the unit of :func:`writer.cost_of`."""
+def cost(node: Node, of: Callable[[tuple[Range, ...]], float] = writer.cost_of) -> float:
+    """Cost of compiling a tree, given the cost ``of`` one character of some ranges."""
     match node:
         case Sequence(parts) | Alternatives(parts):
-            return sum(map(cost, parts))
+            return sum(cost(part, of) for part in parts)
         case Repeat(part, least, most):
-            return cost(part) * (least + 1 if most is None else most)
+            # Without a limit, the part is written once more for the further repetitions.
+            return cost(part, of) * (least + 1 if most is None else most)
         case Characters(ranges):
-            return writer.cost_of(ranges)
+            return of(ranges)
         case _:
-            return 0.0
+            raise GrammarError("a regular expression has an anchor inside")
 
 
 def expression(node: Node, characters: Callable[[tuple[Range, ...]], str]) -> str:
-    """A tree as EBNF.
-
-    Args:
-        node: The tree from :func:`parse`.
-        characters: Writes one character of some ranges; a JSON string needs escapes for some.
-    """
+    """A tree as EBNF; ``characters`` writes one character of some ranges."""
     match node:
         case Sequence(parts):
             return writer.sequence(expression(part, characters) for part in parts)
