@@ -4,36 +4,25 @@ The compiler is imported with the first grammar, because most services get none.
 """
 
 import asyncio
-from typing import Final
 
-from app.llm.protocol import (
-    EngineInfo,
-    Grammar,
-    JsonSchemaGrammar,
-    RegexGrammar,
-    TagsGrammar,
-)
+from app.llm.protocol import EngineInfo, Grammar, JsonSchemaGrammar, RegexGrammar, TagsGrammar
 from app.utils.errors import InvalidGrammarError
 
-MAX_CHARACTERS: Final = 64 * 1024
-"""Limit for a grammar's schemas and texts together, whose check takes tens of milliseconds."""
+# Limit for a grammar's schemas and texts together, whose check takes tens of milliseconds.
+_MAX_CHARACTERS = 64 * 1024
 
 
 async def check_grammar(grammar: Grammar, info: EngineInfo) -> None:
     """Reject a grammar that cannot be compiled, or that would not be enforced in full.
 
-    The grammar is translated as for the openvino backend, so that every backend rejects the same
-    grammars; only the limit on counted characters depends on the backend. The translation runs in
-    a thread, and its limits bound its time.
+    Every backend rejects the same grammars; only the limit on counted characters depends on the
+    backend. The translation runs in a thread, and its limits bound its time.
 
     Raises:
         InvalidGrammarError: It says why.
     """
-    if _size(grammar) > MAX_CHARACTERS:
-        raise InvalidGrammarError(
-            f"The {_name(grammar)} has more than {MAX_CHARACTERS} characters.",
-            param=grammar_param(grammar),
-        )
+    if _size(grammar) > _MAX_CHARACTERS:
+        raise _invalid(grammar, f"has more than {_MAX_CHARACTERS} characters")
     vocabulary_size = info.vocabulary_size if info.backend == "openvino" else None
     await asyncio.to_thread(_translate, grammar, vocabulary_size)
 
@@ -45,9 +34,7 @@ def _translate(grammar: Grammar, vocabulary_size: int | None) -> None:
     try:
         to_ebnf(grammar, vocabulary_size)
     except GrammarError as error:
-        raise InvalidGrammarError(
-            f"The {_name(grammar)} cannot be used: {error}.", param=grammar_param(grammar)
-        ) from error
+        raise _invalid(grammar, f"cannot be used: {error}") from error
 
 
 def grammar_param(grammar: Grammar) -> str:
@@ -63,7 +50,7 @@ def _size(grammar: Grammar) -> int:
     return sum(len(t.begin) + len(t.schema) + len(t.end) for t in grammar.tags)
 
 
-def _name(grammar: Grammar) -> str:
-    if isinstance(grammar, JsonSchemaGrammar):
-        return "JSON schema"
-    return "regular expression" if isinstance(grammar, RegexGrammar) else "tools' JSON schema"
+def _invalid(grammar: Grammar, fault: str) -> InvalidGrammarError:
+    kinds = {JsonSchemaGrammar: "JSON schema", RegexGrammar: "regular expression"}
+    name = kinds.get(type(grammar), "tools' JSON schema")
+    return InvalidGrammarError(f"The {name} {fault}.", param=grammar_param(grammar))

@@ -19,16 +19,16 @@ _VOCABULARY = 50_000
 def to_ebnf(grammar: Grammar, vocabulary_size: int | None) -> str:
     """Translate a grammar to xgrammar's dialect of EBNF; its first rule is ``root``.
 
-    Args:
-        grammar: The grammar of the answer.
-        vocabulary_size: Number of the model's tokens. The more there are, the longer the library
-            takes to compile counted characters, and the fewer may be counted. ``None`` is for an
-            engine to which counted characters cost nothing.
+    The more tokens the model has, the longer the library takes to compile counted characters, and
+    the fewer may be counted. ``None`` is for an engine to which they cost nothing.
 
     Raises:
         GrammarError: The grammar cannot be compiled, or would not be enforced in full.
     """
-    rules = Rules(_budget(vocabulary_size))
+    budget = math.inf
+    if vocabulary_size is not None:
+        budget = _COUNTED_CHARACTERS * math.pow(_VOCABULARY / vocabulary_size, 1.5)
+    rules = Rules(budget)
     if isinstance(grammar, JsonSchemaGrammar):
         return rules.text(SchemaCompiler(parse_schema(grammar.schema), rules).compile())
     if isinstance(grammar, RegexGrammar):
@@ -37,18 +37,8 @@ def to_ebnf(grammar: Grammar, vocabulary_size: int | None) -> str:
     return _tags(grammar, rules)
 
 
-def _budget(vocabulary_size: int | None) -> float:
-    if vocabulary_size is None:
-        return math.inf
-    return _COUNTED_CHARACTERS * math.pow(_VOCABULARY / vocabulary_size, 1.5)
-
-
 def parse_schema(text: str) -> Any:
-    """Parse the text of a JSON schema.
-
-    Raises:
-        GrammarError: The text is not JSON.
-    """
+    """Parse the text of a JSON schema; a :class:`GrammarError` says that it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -33,13 +33,14 @@ ANNOTATIONS: Final = frozenset(
 )
 """Keywords that do not restrict the answer."""
 
-_NUMBER = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
+BOUNDS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+
 BY_TYPE: Final[dict[str, frozenset[str]]] = {
     "object": frozenset(("properties", "required", "additionalProperties")),
     "array": frozenset(("items", "prefixItems", "minItems", "maxItems")),
     "string": frozenset(("minLength", "maxLength", "pattern", "format")),
-    "number": _NUMBER,
-    "integer": _NUMBER,
+    "number": frozenset(BOUNDS),
+    "integer": frozenset(BOUNDS),
     "boolean": frozenset(),
     "null": frozenset(),
 }
@@ -138,6 +139,16 @@ def bound(schema: Schema, keyword: str) -> Decimal | None:
     return number
 
 
+def members(schema: Schema) -> tuple[Schema, set[str]]:
+    """The listed properties of an object, and the names of the required ones."""
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        raise GrammarError("properties is not an object, or required is not a list")
+    if not all(isinstance(name, str) for name in required):
+        raise GrammarError("required is not a list of names")
+    return properties, set(required)
+
+
 def resolve(root: Any, reference: Any) -> Any:
     """The part of the schema ``root`` that a ``$ref`` names."""
     if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
@@ -165,10 +176,10 @@ def apart(root: Any, first: Any, second: Any, *, depth: int = 3) -> bool:
         return True
     if kinds != ({"object"}, {"object"}) or depth == 0:
         return False
-    properties = first.get("properties", {}), second.get("properties", {})
+    (mine, required), (its, also_required) = members(first), members(second)
     return any(
-        apart(root, properties[0].get(name), properties[1].get(name), depth=depth - 1)
-        for name in set(first.get("required", ())) & set(second.get("required", ()))
+        apart(root, mine.get(name), its.get(name), depth=depth - 1)
+        for name in required & also_required
     )
 
 

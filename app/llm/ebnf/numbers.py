@@ -3,16 +3,15 @@
 Bounds without a number between them, or with too many digits, raise :class:`GrammarError`.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
-from typing import Final
 
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.writer import EMPTY, alternatives, literal, one_of, optional, repeat, sequence
 
 # Digits of a number without a bound: a small model would not stop by itself. A 64-bit float holds
 # the whole digits exactly.
-_WHOLE_DIGITS: Final = 15
+_WHOLE_DIGITS = 15
 _DECIMALS = 6
 # Maximum number of digits of a bound, on either side of the point.
 _MOST_DIGITS = 20
@@ -21,25 +20,22 @@ _NONE = "there is no number between the bounds"
 
 @dataclass(frozen=True)
 class Bounds:
-    """The bounds of a number; ``None`` is no bound.
-
-    Attributes:
-        minimum: The smallest value.
-        maximum: The largest value.
-        above: Every value is larger than this.
-        below: Every value is smaller than this.
-    """
+    """The bounds of a number: ``minimum`` and ``maximum`` are in the range, the others are not."""
 
     minimum: Decimal | None = None
     maximum: Decimal | None = None
     above: Decimal | None = None
     below: Decimal | None = None
 
+    def __post_init__(self) -> None:
+        for bound in self.given:
+            if len(bound.as_tuple().digits) > _MOST_DIGITS or abs(bound.adjusted()) > _MOST_DIGITS:
+                raise GrammarError(f"a bound of a number has more than {_MOST_DIGITS} digits")
+
     @property
     def given(self) -> list[Decimal]:
         """The bounds that are not ``None``."""
-        every = (self.minimum, self.maximum, self.above, self.below)
-        return [bound for bound in every if bound is not None]
+        return [bound for bound in astuple(self) if bound is not None]
 
     def scaled(self, decimals: int) -> tuple[int, int]:
         """The first and the last number with this many decimals, in units of the last place.
@@ -65,17 +61,14 @@ def _scale(bound: Decimal, decimals: int, rounding: str) -> int:
 
 def integer(bounds: Bounds) -> str:
     """The expression of a whole number."""
-    _check(bounds)
     return _in_range(*bounds.scaled(0), decimals=0)
 
 
 def number(bounds: Bounds) -> str:
     """The expression of a whole number or one with decimals, without an exponent."""
-    _check(bounds)
     if not bounds.given:
-        return sequence(
-            [optional(literal("-")), _digits(0, 10 ** (_WHOLE_DIGITS + _DECIMALS) - 1, _DECIMALS)]
-        )
+        largest = 10 ** (_WHOLE_DIGITS + _DECIMALS) - 1
+        return sequence([optional(literal("-")), _digits(0, largest, _DECIMALS)])
     places = [-int(bound.as_tuple().exponent) for bound in bounds.given]
     # With one decimal more than the bounds have, there is a number between any two of them.
     decimals = max(1, *places) + 1
@@ -84,12 +77,6 @@ def number(bounds: Bounds) -> str:
     if not ranges:
         raise GrammarError(_NONE)
     return alternatives(_in_range(*r, decimals=n) for r, n in ranges)
-
-
-def _check(bounds: Bounds) -> None:
-    for bound in bounds.given:
-        if len(bound.as_tuple().digits) > _MOST_DIGITS or abs(bound.adjusted()) > _MOST_DIGITS:
-            raise GrammarError(f"a bound of a number has more than {_MOST_DIGITS} digits")
 
 
 def _in_range(first: int, last: int, *, decimals: int) -> str:

@@ -79,10 +79,8 @@ _ANY_TEXT = Repeat(Characters(tuple(writer.complement([]))), 0, None)
 def parse(pattern: str, *, whole: bool) -> Node:
     """Parse a regular expression into a tree without anchors.
 
-    Args:
-        pattern: The expression.
-        whole: Whether it has to match the whole text. Otherwise other text may come before and
-            after a match where there is no anchor, as in JSON Schema.
+    A ``whole`` expression has to match the whole text. Otherwise other text may come before and
+    after a match where there is no anchor, as in JSON Schema.
 
     Raises:
         GrammarError: The expression is malformed, too large, or uses an unsupported feature.

@@ -6,28 +6,23 @@ too large, cannot be satisfied or cannot be translated in full raises :class:`Gr
 """
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from app.llm.ebnf import keywords, numbers, regex, strings
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.keywords import Schema
 from app.llm.ebnf.writer import EMPTY, Rules, alternatives, literal, optional, repeat, sequence
 
-MAX_ITEMS: Final = 1_000
-"""Limit for minItems and maxItems."""
-
-MAX_PARTS: Final = 1_000
-"""Limit for properties and values of enums together."""
-
-MAX_OPTIONAL: Final = 100
-"""Limit for optional properties of one object, since any of those left may come next."""
-
-MAX_DEPTH: Final = 32
-"""Limit for nested objects, arrays and alternatives."""
-
+# Limit for minItems and maxItems.
+_MAX_ITEMS = 1_000
+# Limit for properties and values of enums together.
+_MAX_PARTS = 1_000
+# Limit for optional properties of one object, since any of those left may come next.
+_MAX_OPTIONAL = 100
+# Limit for nested objects, arrays and alternatives.
+_MAX_DEPTH = 32
 # Limit for pairs of schemas that oneOf compares; each pair takes microseconds.
 _MAX_PAIRS = 3_000
-
 _BOOLEAN = alternatives([literal("true"), literal("false")])
 
 
@@ -53,8 +48,8 @@ class _Path:
         return self._deeper(frozenset(), self.unwritten)
 
     def _deeper(self, forced: frozenset[str], unwritten: frozenset[str]) -> "_Path":
-        if self.depth == MAX_DEPTH:
-            raise GrammarError(f"it nests more than {MAX_DEPTH} levels")
+        if self.depth == _MAX_DEPTH:
+            raise GrammarError(f"it nests more than {_MAX_DEPTH} levels")
         return _Path(self.depth + 1, forced, unwritten)
 
     def follow(self, reference: str) -> "_Path":
@@ -167,24 +162,20 @@ class SchemaCompiler:
             return _string(self._rules, schema)
         if name in {"integer", "number"}:
             write = numbers.integer if name == "integer" else numbers.number
-            return self._rules.shared(write(_bounds(schema)))
+            bounds = [keywords.bound(schema, keyword) for keyword in keywords.BOUNDS]
+            return self._rules.shared(write(numbers.Bounds(*bounds)))
         return _BOOLEAN if name == "boolean" else literal("null")
 
     def _object(self, schema: Schema, path: _Path) -> str:
-        properties, required = schema.get("properties", {}), schema.get("required", [])
+        properties, required = keywords.members(schema)
         others = schema.get("additionalProperties", True)
-        if not isinstance(properties, dict) or not isinstance(required, list):
-            raise GrammarError("properties is not an object, or required is not a list")
-        unlisted = [name for name in required if name not in properties]
-        if not all(isinstance(name, str) for name in unlisted):
-            raise GrammarError("required is not a list of names")
+        unlisted = [name for name in schema.get("required", ()) if name not in properties]
         if unlisted and others is False:
             raise GrammarError("a required property is not among the properties")
-        required = set(required)
         members = {**properties, **dict.fromkeys(unlisted, others)}
         self._count(len(members))
-        if len(members) - len(required) > MAX_OPTIONAL:
-            raise GrammarError(f"an object has more than {MAX_OPTIONAL} optional properties")
+        if len(members) - len(required) > _MAX_OPTIONAL:
+            raise GrammarError(f"an object has more than {_MAX_OPTIONAL} optional properties")
         if not members:
             return self._map(others, path)
         written = [
@@ -196,8 +187,8 @@ class SchemaCompiler:
 
     def _count(self, parts: int) -> None:
         self._parts += parts
-        if self._parts > MAX_PARTS:
-            raise GrammarError(f"it has more than {MAX_PARTS} properties and values of enums")
+        if self._parts > _MAX_PARTS:
+            raise GrammarError(f"it has more than {_MAX_PARTS} properties and values of enums")
 
     def _member(self, name: str, schema: Any, path: _Path) -> str:
         value = self._value(schema, path)
@@ -231,25 +222,22 @@ class SchemaCompiler:
         value = self._value(others, path.inside(forced=False))
         name = strings.plain(self._rules, 0, None)
         member = self._rules.name(sequence([name, self._colon, value]))
-        return self._rules.name(
-            sequence([literal("{"), self._list_of(member, 0, None), literal("}")])
-        )
+        members = self._list_of(member, 0, None)
+        return self._rules.name(sequence([literal("{"), members, literal("}")]))
 
     def _list_of(self, item: str, least: int, most: int | None) -> str:
         """Items with commas between them."""
         if most == 0:
             return EMPTY
-        more = repeat(
-            sequence([self._comma, item]), max(0, least - 1), None if most is None else most - 1
-        )
-        several = sequence([item, more])
+        most = None if most is None else most - 1
+        several = sequence([item, repeat(f"{self._comma} {item}", max(0, least - 1), most)])
         return several if least else optional(several)
 
     def _array(self, schema: Schema, path: _Path) -> str:
         least = keywords.count(schema, "minItems") or 0
         most = keywords.count(schema, "maxItems")
-        if max(least, most or 0) > MAX_ITEMS:
-            raise GrammarError(f"minItems or maxItems is above {MAX_ITEMS}")
+        if max(least, most or 0) > _MAX_ITEMS:
+            raise GrammarError(f"minItems or maxItems is above {_MAX_ITEMS}")
         leading = schema.get("prefixItems", [])
         if not isinstance(leading, list):
             raise GrammarError("prefixItems is not a list of schemas")
@@ -292,22 +280,12 @@ def _string(rules: Rules, schema: Schema) -> str:
         return strings.plain(rules, least, most)
     if pattern is not None and name is not None:
         raise GrammarError("pattern beside format is not supported")
-    if name is not None and name not in strings.FORMATS:
-        raise GrammarError(f"the format {str(name)[:40]} is not supported")
-    if pattern is not None and not isinstance(pattern, str):
+    if name is not None:
+        if not isinstance(name, str) or name not in strings.FORMATS:
+            raise GrammarError(f"the format {str(name)[:40]} is not supported")
+        node = regex.parse(strings.FORMATS[name], whole=True)
+    elif isinstance(pattern, str):
+        node = regex.parse(pattern, whole=False)
+    else:
         raise GrammarError("pattern is not a string")
-    node = (
-        regex.parse(strings.FORMATS[str(name)], whole=True)
-        if pattern is None
-        else regex.parse(pattern, whole=False)
-    )
     return strings.matching(rules, node, least, most)
-
-
-def _bounds(schema: Schema) -> numbers.Bounds:
-    return numbers.Bounds(
-        minimum=keywords.bound(schema, "minimum"),
-        maximum=keywords.bound(schema, "maximum"),
-        above=keywords.bound(schema, "exclusiveMinimum"),
-        below=keywords.bound(schema, "exclusiveMaximum"),
-    )

@@ -11,9 +11,8 @@ from app.llm.ebnf import regex, writer
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.writer import Range, Rules, alternatives, literal, one_of, repeat, sequence
 
-MAX_LENGTH: Final = 10_000
-"""Limit for minLength and maxLength; no answer is longer."""
-
+# Limit for minLength and maxLength; no answer is longer.
+_MAX_LENGTH = 10_000
 # xgrammar counts more characters at run time, which takes a second for each token.
 _MAX_COMPILED_LENGTH = 128
 
@@ -54,15 +53,15 @@ FORMATS: Final = {
 
 def plain(rules: Rules, least: int, most: int | None) -> str:
     """A string of ``least`` to ``most`` characters; counted characters need no escape."""
-    longest = _MAX_COMPILED_LENGTH if rules.is_compiled else MAX_LENGTH
+    longest = _MAX_COMPILED_LENGTH if rules.is_compiled else _MAX_LENGTH
     if max(least, most or 0) > longest:
         raise GrammarError(f"minLength or maxLength is above {longest}")
     if most is not None and least > most:
         raise GrammarError("minLength is above maxLength")
-    cost = writer.cost_of(_PLAIN) * (least if most is None else most)
-    counted = repeat(one_of(_PLAIN), least, least if most is None else most)
+    count = least if most is None else most
+    counted = repeat(one_of(_PLAIN), least, count)
     end = _QUOTE if most is not None else rules.recursive(_open_end)
-    return rules.shared(sequence([_QUOTE, counted, end]), cost)
+    return rules.shared(sequence([_QUOTE, counted, end]), writer.cost_of(_PLAIN) * count)
 
 
 def _open_end(name: str) -> str:

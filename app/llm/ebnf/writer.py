@@ -19,7 +19,6 @@ MAX_TEXT: Final = 100_000
 Range = tuple[int, int]
 """Code points, both ends included."""
 
-LAST_CODE_POINT: Final = 0x10FFFF
 # xgrammar prints a grammar before it compiles it, and prints these as \xN. It would read a
 # hexadecimal digit that follows in the string as part of N, so each of them is a string by itself.
 _PRINTED_AS_HEX = frozenset((*range(0x20), *range(0x7F, 0x100)))
@@ -87,11 +86,12 @@ def complement(ranges: Iterable[Range]) -> list[Range]:
     """All other characters but surrogates, which no text contains."""
     outside: list[Range] = []
     start = 0
-    for first, last in union([*ranges, (0xD800, 0xDFFF)]):
+    # 0x110000 is the number after the last code point.
+    for first, last in union([*ranges, (0xD800, 0xDFFF), (0x110000, 0x110000)]):
         if start < first:
             outside.append((start, first - 1))
         start = last + 1
-    return [*outside, (start, LAST_CODE_POINT)] if start <= LAST_CODE_POINT else outside
+    return outside
 
 
 def sequence(expressions: Iterable[str]) -> str:
@@ -136,12 +136,8 @@ def _is_atom(expression: str) -> bool:
 class Rules:
     """The rules of one grammar.
 
-    Args:
-        budget: Limit for the cost of compiling, in the unit of :func:`cost_of`; infinite if the
-            library compiles nothing.
-
-    Attributes:
-        is_compiled: Whether the library compiles the rules.
+    ``budget`` limits the cost of compiling, in the unit of :func:`cost_of`. It is infinite if the
+    library compiles nothing.
     """
 
     def __init__(self, budget: float) -> None:
@@ -165,20 +161,15 @@ class Rules:
         self._bodies[name] = body
 
     def name(self, body: str, cost: float = 0.0) -> str:
-        """The name of a rule with this body; equal bodies share one, and are compiled once.
-
-        Args:
-            body: An expression.
-            cost: Cost of compiling it, see :func:`cost_of`; 0 if it is negligible.
-        """
+        """The name of a rule with this body; equal bodies share one, and are compiled once."""
         if body not in self._names:
             self._budget -= cost
             if self._budget < 0:
                 raise GrammarError(
                     "its strings have too many counted characters (minLength, maxLength, {m,n})"
                 )
-            self._names[body] = self.reserve()
-            self.define(self._names[body], body)
+            self._names[body] = name = self.reserve()
+            self.define(name, body)
         return self._names[body]
 
     def shared(self, body: str, cost: float = 0.0) -> str:
@@ -192,8 +183,8 @@ class Rules:
         """The name of a rule that refers to itself; ``body`` writes it, given the name."""
         key = body("itself")
         if key not in self._names:
-            self._names[key] = self.reserve()
-            self.define(self._names[key], body(self._names[key]))
+            self._names[key] = name = self.reserve()
+            self.define(name, body(name))
         return self._names[key]
 
     def text(self, root: str) -> str:
