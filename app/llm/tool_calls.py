@@ -15,13 +15,10 @@ _LONGEST_HEAD = 256
 
 @dataclass(frozen=True, slots=True)
 class CallPiece:
-    """A part of a call.
+    """A part of a call, which has number ``index`` in the answer, from 0.
 
-    Attributes:
-        index: Number of the call in the answer, from 0.
-        id: Id of the call; only in its first piece.
-        name: Name of the function; only in the first piece.
-        arguments: A further part of the arguments' JSON text.
+    Only the first piece has the call's id and the function's name. ``arguments`` is a further part
+    of the arguments' JSON text.
     """
 
     index: int
@@ -37,14 +34,7 @@ class ToolCallParser:
     """Splits one answer, which arrives in pieces, into text and calls.
 
     Text that is not a call of a known function is passed on unchanged. White space around calls is
-    dropped.
-
-    Args:
-        form: How the model writes calls.
-        names: Names of the functions that may be called.
-
-    Attributes:
-        calls: Number of calls so far.
+    dropped. ``calls`` is the number of calls so far.
     """
 
     def __init__(self, form: ToolFormat, names: Collection[str]) -> None:
@@ -118,17 +108,15 @@ class ToolCallParser:
 
     def _read_closing(self, _: list[Piece]) -> bool:
         """Skip the text that closes a call; returns whether to go on parsing."""
-        matched = position = 0
-        for position, character in enumerate(self._buffer):  # noqa: B007 - used after the loop
-            if matched < len(self._closing) and character == self._closing[matched]:
-                matched += 1
-            elif character not in _SPACE or matched == len(self._closing):
-                break
-        else:
-            if matched < len(self._closing):
+        rest = self._buffer
+        for expected in self._closing:
+            rest = rest.lstrip(_SPACE)
+            if not rest:
                 return False
-            position = len(self._buffer)
-        self._buffer = self._buffer[position:]
+            if rest[0] != expected:
+                break
+            rest = rest[1:]
+        self._buffer = rest
         self._after_call = True
         self._state = self._read_text
         return True
@@ -148,17 +136,19 @@ class _JsonValue:
     def __init__(self) -> None:
         self.began = self.ended = False
         self._depth = 0
-        self._in_string = False
-        self._escaped = False
+        self._in_string = self._escaped = False
 
     def feed(self, text: str) -> int:
         """Read further text; returns how many of its characters belong to the value."""
         self.began = self.began or bool(text)
         for position, character in enumerate(text):
-            if self._in_string:
-                self._string(character)
+            if self._escaped:
+                self._escaped = False
             elif character == '"':
-                self._in_string = True
+                self._in_string = not self._in_string
+                self.ended = self._depth == 0 and not self._in_string
+            elif self._in_string:
+                self._escaped = character == "\\"
             elif character in "{[":
                 self._depth += 1
             elif character in "}]":
@@ -167,17 +157,7 @@ class _JsonValue:
                     self.ended = True
                     return position
                 self._depth -= 1
-            else:
-                continue
-            if self._depth == 0 and not self._in_string:
-                self.ended = True
+                self.ended = self._depth == 0
+            if self.ended:
                 return position + 1
         return len(text)
-
-    def _string(self, character: str) -> None:
-        if self._escaped:
-            self._escaped = False
-        elif character == "\\":
-            self._escaped = True
-        elif character == '"':
-            self._in_string = False

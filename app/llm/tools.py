@@ -10,11 +10,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal, NotRequired, TypedDict
 
 from app.llm.protocol import Tag, TagsGrammar
-
-_ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 _INSTRUCTIONS = """\
 You can call functions. Each line between <tools> and </tools> describes one:
@@ -32,10 +31,8 @@ Its result comes back between <tool_response> and </tool_response>."""
 class Tool:
     """A function that a model may call.
 
-    Attributes:
-        name: Letters, digits, ``_`` and ``-``.
-        description: What the function does.
-        parameters: JSON Schema of its arguments, which are an object; ``None`` for no arguments.
+    Its name has letters, digits, ``_`` and ``-``. ``parameters`` is the JSON Schema of its
+    arguments, which are an object; ``None`` is for no arguments.
     """
 
     name: str
@@ -133,7 +130,7 @@ class ToolFormat:
     def grammar(self, use: ToolUse) -> TagsGrammar:
         """The grammar of answers whose calls are calls of these tools."""
         tags = [
-            Tag(self._head(t.name), json.dumps(t.parameters or _ANY_OBJECT), self._tail)
+            Tag(self._head(t.name), json.dumps(t.parameters or {"type": "object"}), self._tail)
             for t in use.allowed
         ]
         required = use.choice != "auto"
@@ -146,15 +143,12 @@ class ToolFormat:
         return [self._message_as_text(m) for m in messages]
 
     def _message_as_text(self, message: ChatMessage) -> ChatMessage:
-        calls = message.get("tool_calls")
-        if not calls:
+        parts = [message["content"]] if message["content"] else []
+        called = [call["function"] for call in message.get("tool_calls", ())]
+        if not called:
             return message
-        written = [
-            self._head(c["function"]["name"]) + c["function"]["arguments"] + self._tail
-            for c in calls
-        ]
-        said = [message["content"]] if message["content"] else []
-        return {"role": message["role"], "content": "\n".join([*said, *written])}
+        parts += [self._head(f["name"]) + f["arguments"] + self._tail for f in called]
+        return {"role": message["role"], "content": "\n".join(parts)}
 
     def for_template(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]
@@ -168,8 +162,7 @@ class ToolFormat:
         lines = "\n".join(json.dumps(t.definition(), ensure_ascii=False) for t in tools)
         instructions = _INSTRUCTIONS.format(tools=lines)
         if converted and converted[0]["role"] == "system":
-            system = {**converted[0], "content": f"{converted[0]['content']}\n\n{instructions}"}
-            return [system, *converted[1:]]
+            instructions = f"{converted.pop(0)['content']}\n\n{instructions}"
         return [{"role": "system", "content": instructions}, *converted]
 
 
@@ -193,16 +186,10 @@ def tool_format(template: str) -> ToolFormat:
 def _results_as_user(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Turn results of tools into user messages; adjacent results share one message."""
     converted: list[Mapping[str, Any]] = []
-    after_result = False
-    for message in messages:
-        is_result = message["role"] == "tool"
+    for is_result, group in groupby(messages, lambda message: message["role"] == "tool"):
         if is_result:
-            text = f"<tool_response>\n{message['content']}\n</tool_response>"
-            if after_result:
-                before = converted.pop()["content"]
-                text = f"{before}\n{text}"
-            converted.append({"role": "user", "content": text})
+            results = [f"<tool_response>\n{m['content']}\n</tool_response>" for m in group]
+            converted.append({"role": "user", "content": "\n".join(results)})
         else:
-            converted.append(message)
-        after_result = is_result
+            converted += group
     return converted
