@@ -29,7 +29,7 @@ from app.utils.errors import ChatTemplateError
 T = TypeVar("T")
 
 # For models that have no chat template.
-DEFAULT_CHAT_TEMPLATE = (
+_DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
@@ -61,7 +61,7 @@ class PromptTokenizer:
         self._encoder.no_truncation()
         self._encoder.no_padding()
         self.decoder = Tokenizer.from_str(info.tokenizer_json)
-        self._template = info.chat_template or DEFAULT_CHAT_TEMPLATE
+        self._template = info.chat_template or _DEFAULT_CHAT_TEMPLATE
         self.tool_format = tool_format(self._template)
         self._template_variables = dict(info.special_tokens)
         added = self._encoder.get_added_tokens_decoder()
@@ -80,8 +80,7 @@ class PromptTokenizer:
         self._chat_mark = f"\ue000{self._nonce}!\ue001"
         self._exact = re.compile(f"\ue000{self._nonce}#(?P<exact>[\\d,]+)\ue001")
         self._boundary = re.compile(f"{self._exact.pattern}|{self._spelling.pattern}")
-        self._spellings = spellings
-        self._added = {token_id: token.content.encode() for token_id, token in added.items()}
+        self._added = {token_id: token.content for token_id, token in added.items()}
         self._is_byte_level = b'"ByteLevel"' in self.decoder.decoder.__getstate__()
         self._takes_system = self._probe_system_role()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
@@ -113,10 +112,8 @@ class PromptTokenizer:
     def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()) -> str:
         """The prompt for a chat, which ends where the assistant's turn begins.
 
-        Args:
-            messages: Each with ``role`` and ``content``. An earlier answer may have ``token_ids``:
-                these are then used in place of encoding its content.
-            tools: Functions that the model may call.
+        Each message has ``role`` and ``content``. An earlier answer may have ``token_ids``, which
+        are then used in place of encoding its content.
 
         Returns:
             Text for :meth:`encode_rendered`, with placeholders for spellings of special tokens.
@@ -158,10 +155,8 @@ class PromptTokenizer:
         contents: Sequence[str],
         tools: Sequence[dict[str, Any]] = (),
     ) -> str:
-        chat = [
-            {"role": m["role"], "content": content}
-            for m, content in zip(messages, contents, strict=True)
-        ]
+        pairs = zip(messages, contents, strict=True)
+        chat = [{"role": m["role"], "content": content} for m, content in pairs]
         try:
             rendered, _ = template_library().render_jinja_template(
                 [chat],
@@ -181,7 +176,7 @@ class PromptTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; none for an id that only pads the embeddings."""
         if (added := self._added.get(token_id)) is not None:
-            return added
+            return added.encode()
         token = self.decoder.id_to_token(token_id) or ""
         if self._is_byte_level:
             return bytes(BYTE_OF[c] for c in token)
@@ -209,7 +204,7 @@ class PromptTokenizer:
         return ids + self._encode_restored(rendered[position:])
 
     def _encode_restored(self, text: str) -> list[int]:
-        restored = self._placeholder.sub(lambda m: self._spellings[int(m[1])], text)
+        restored = self._placeholder.sub(lambda m: self._added[int(m[1])], text)
         return self._encode(restored, specials_are_text=True) if restored else []
 
     def _encode(
@@ -223,9 +218,8 @@ class PromptTokenizer:
         return f"\ue000{self._nonce}#{','.join(map(str, token_ids))}\ue001"
 
     def _escape(self, content: str) -> str:
-        index = self._spellings.index
         return self._spelling.sub(
-            lambda m: f"\ue000{self._nonce}:{index(m.group())}\ue001", content
+            lambda m: f"\ue000{self._nonce}:{self._special[m.group()]}\ue001", content
         )
 
     def _escape_within(self, value: Any) -> Any:
@@ -243,8 +237,7 @@ def _fold_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     """Put the system message in front of the first user message, for templates without one."""
     if messages[0]["role"] != "system":
         return list(messages)
-    system, *rest = messages
+    text, rest = messages[0]["content"], list(messages[1:])
     if rest and rest[0]["role"] == "user":
-        first = {**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}
-        return [first, *rest[1:]]
-    return [{"role": "user", "content": system["content"]}, *rest]
+        text = f"{text}\n\n{rest.pop(0)['content']}"
+    return [{"role": "user", "content": text}, *rest]
