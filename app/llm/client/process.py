@@ -114,7 +114,7 @@ class EngineProcess:
             return await self._process.wait()
 
     def kill(self, because: str = "") -> None:
-        """End the process at once; :meth:`wait` then returns ``because`` if there is such a text."""
+        """End the process at once; :meth:`wait` then returns ``because``, if given."""
         self._killed_because = because
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
