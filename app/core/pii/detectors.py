@@ -6,7 +6,7 @@ Digits are ASCII.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple
 
 from app.core.pii.checks import (
     DASHES,
@@ -31,33 +31,34 @@ _MAX_DOMAIN = 255
 HOLD_BACK = _MAX_LOCAL + 1 + _MAX_DOMAIN
 """Characters of the longest entity, an e-mail address (RFC 5321, section 4.5.3.1)."""
 
+Span = tuple[int, int]
+
 _GAP = rf"[{SPACES}\{DASHES}]"
 _GAP_OR_DOT = rf"[{SPACES}\{DASHES}.]"
 
 
-class Detector(Protocol):
-    """Finds the entities of one kind."""
+class Detector(NamedTuple):
+    """Finds the entities of one kind.
 
-    @property
-    def kind(self) -> str:
-        """One of :data:`KINDS`, or a configured pattern's name."""
-        ...
+    Attributes:
+        kind: One of :data:`KINDS`, or a configured pattern's name.
+        prefixes: RE2 source that matches every prefix of an entity; ``None`` where it is not known.
+        first: Gets a text and a start; returns beginning and end of the leftmost entity that begins
+            there or later.
+    """
 
-    @property
-    def prefixes(self) -> str | None:
-        """RE2 source that matches every prefix of an entity; ``None`` where it is not known."""
-        ...
-
-    def first(self, text: str, start: int) -> tuple[int, int] | None:
-        """Beginning and end of the leftmost entity that begins at ``start`` or after it."""
-        ...
+    kind: str
+    prefixes: str | None
+    first: Callable[[str, int], Span | None]
 
 
 Check = Callable[[str, int, int], int | None]
 """Gets a text and a candidate's beginning and end; returns the entity's end, or ``None``."""
 
 
-class _Shape:
+def _shape(
+    kind: str, source: str, check: Check, *, needs: str = "", runs: bool = False
+) -> Detector:
     """Finds candidates by a pattern and decides about them by a check.
 
     Args:
@@ -67,99 +68,86 @@ class _Shape:
         needs: A string that every entity has; a text without it is not searched.
         runs: Whether no entity can begin inside a rejected candidate, which is then skipped.
     """
+    pattern = LinearPattern(source)
 
-    def __init__(
-        self, kind: str, source: str, check: Check, *, needs: str = "", runs: bool = False
-    ) -> None:
-        self.kind = kind
-        # The checks look at a dot or a dash after an entity, and at the character after that.
-        self.prefixes = prefixes_of(source + r"[.\-]?")
-        self._pattern = LinearPattern(source)
-        self._check = check
-        self._needs = needs
-        self._runs = runs
-
-    def first(self, text: str, start: int) -> tuple[int, int] | None:
-        if self._needs and text.find(self._needs, start) < 0:
+    def first(text: str, start: int) -> Span | None:
+        if needs and text.find(needs, start) < 0:
             return None
-        while (span := self._pattern.search(text, start)) is not None:
+        while (span := pattern.search(text, start)) is not None:
             begin, end = span
-            stop = self._check(text, begin, end)
+            stop = check(text, begin, end)
             if stop is not None:
                 return begin, stop
-            start = end if self._runs else begin + 1
+            start = end if runs else begin + 1
         return None
 
+    # The checks look at a dot or a dash after an entity, and at the character after that.
+    return Detector(kind, prefixes_of(source + r"[.\-]?"), first)
 
-class _Email:
-    """Finds e-mail addresses, starting from the at sign.
 
-    The local part is a run of at most 64 letters, digits and ``._%+'-``. The domain has at most 255
-    characters and at least two labels. Letters are Latin, Greek and Cyrillic. Scripts that are
-    written without spaces are left out, because the sentence around an address would match too.
-    """
+# E-mail addresses. The local part is a run of at most 64 letters, digits and ``._%+'-``. The domain
+# has at most 255 characters and at least two labels. Letters are Latin, Greek and Cyrillic: scripts
+# written without spaces are left out, because the sentence around an address would match too.
+_LETTERS = r"\p{Latin}\p{Greek}\p{Cyrillic}\p{Mn}0-9"
+_LOCAL_SOURCE = rf"[{_LETTERS}_][{_LETTERS}_.%+'\-]*"
+_LOCAL = LinearPattern(rf"{_LOCAL_SOURCE}\z")
+_DOMAIN = LinearPattern(rf"[{_LETTERS}][{_LETTERS}.\-]*")
 
-    kind = "email"
 
-    _LETTERS = r"\p{Latin}\p{Greek}\p{Cyrillic}\p{Mn}0-9"
-    prefixes: str | None = rf"[{_LETTERS}_][{_LETTERS}_.%+'\-]*(?:@[{_LETTERS}.\-]*)?"
+def _first_email(text: str, start: int) -> Span | None:
+    at = text.find("@", start + 1)
+    while at >= 0:
+        span = _email_around(text, start, at)
+        if span is not None:
+            return span
+        at = text.find("@", at + 1)
+    return None
 
-    def __init__(self) -> None:
-        letters = self._LETTERS
-        self._local = LinearPattern(rf"[{letters}_][{letters}_.%+'\-]*\z")
-        self._domain = LinearPattern(rf"[{letters}][{letters}.\-]*")
 
-    def first(self, text: str, start: int) -> tuple[int, int] | None:
-        at = text.find("@", start + 1)
-        while at >= 0:
-            span = self._around(text, start, at)
-            if span is not None:
-                return span
-            at = text.find("@", at + 1)
+def _email_around(text: str, start: int, at: int) -> Span | None:
+    end = _domain_end(text, at + 1)
+    if end is None:
         return None
+    start = max(start, at - _MAX_LOCAL)
+    dots = text.rfind("..", start, at)
+    if dots >= 0:  # No address has two dots in a row (RFC 5321, dot-string).
+        start = dots + 2
+    local = _LOCAL.search(text[start:at])
+    if local is None or _is_repository(text, at, end):
+        return None
+    return start + local[0], end
 
-    def _around(self, text: str, start: int, at: int) -> tuple[int, int] | None:
-        end = self._domain_end(text, at + 1)
-        if end is None:
-            return None
-        start = max(start, at - _MAX_LOCAL)
-        dots = text.rfind("..", start, at)
-        if dots >= 0:  # No address has two dots in a row (RFC 5321, dot-string).
-            start = dots + 2
-        local = self._local.search(text[start:at])
-        if local is None or self._is_repository(text, at, end):
-            return None
-        return start + local[0], end
 
-    def _is_repository(self, text: str, at: int, end: int) -> bool:
-        """Whether it is ``git@host:path``, whatever place the search began at."""
-        if text[end : end + 1] != ":" or text[max(0, at - 3) : at] != "git":
-            return False
-        # The pattern must begin with a letter or digit, so one is put before the character.
-        return at < 4 or self._local.match(f"x{text[at - 4 : at]}") is None
+def _is_repository(text: str, at: int, end: int) -> bool:
+    """Whether it is ``git@host:path``, whatever place the search began at."""
+    if text[end : end + 1] != ":" or text[max(0, at - 3) : at] != "git":
+        return False
+    # The pattern must begin with a letter or digit, so one is put before the character.
+    return at < 4 or _LOCAL.match(f"x{text[at - 4 : at]}") is None
 
-    def _domain_end(self, text: str, begin: int) -> int | None:
-        # Rejects most at signs of a hostile input at little cost.
-        if not text[begin : begin + 1].isalnum():
-            return None
-        found = self._domain.match(text[begin : begin + _MAX_DOMAIN + 1])
-        if found is None or found[1] > _MAX_DOMAIN:
-            return None
-        run_end = begin + found[1]
-        # Matrix code calls methods: `a@b.transpose()`.
-        if text[run_end : run_end + 1] == "(":
-            return None
-        labels = text[begin:run_end].split("..", maxsplit=1)[0].rstrip(".-").split(".")
-        while labels and not _is_top_level(labels[-1]):
-            labels.pop()
-        if len(labels) < 2 or not all(map(_is_label, labels)):
-            return None
-        # name@1.2.3-rc.x is a package version, name@2x.png a picture for high-density screens.
-        if labels[0].isdigit() and labels[1].isdigit():
-            return None
-        if len(labels) == 2 and labels[0] in ("2x", "3x"):
-            return None
-        return begin + sum(map(len, labels)) + len(labels) - 1
+
+def _domain_end(text: str, begin: int) -> int | None:
+    # Rejects most at signs of a hostile input at little cost.
+    if not text[begin : begin + 1].isalnum():
+        return None
+    found = _DOMAIN.match(text[begin : begin + _MAX_DOMAIN + 1])
+    if found is None or found[1] > _MAX_DOMAIN:
+        return None
+    run_end = begin + found[1]
+    # Matrix code calls methods: `a@b.transpose()`.
+    if text[run_end : run_end + 1] == "(":
+        return None
+    labels = text[begin:run_end].split("..", maxsplit=1)[0].rstrip(".-").split(".")
+    while labels and not _is_top_level(labels[-1]):
+        labels.pop()
+    if len(labels) < 2 or not all(map(_is_label, labels)):
+        return None
+    # name@1.2.3-rc.x is a package version, name@2x.png a picture for high-density screens.
+    if labels[0].isdigit() and labels[1].isdigit():
+        return None
+    if len(labels) == 2 and labels[0] in ("2x", "3x"):
+        return None
+    return begin + sum(map(len, labels)) + len(labels) - 1
 
 
 def _is_label(label: str) -> bool:
@@ -174,26 +162,26 @@ def built_in() -> list[Detector]:
     """One or more detectors for each kind, in the order of :data:`KINDS`."""
     g, d = _GAP, _GAP_OR_DOT
     return [
-        _Email(),
-        _Shape(
+        Detector("email", rf"{_LOCAL_SOURCE}(?:@[{_LETTERS}.\-]*)?", _first_email),
+        _shape(
             "phone",
             rf"\+[1-9]\d{{0,2}}(?:{d}?\(\d{{1,4}}\))?(?:{d}?\d){{4,13}}",
             e164_end,
             needs="+",
         ),
-        _Shape("phone", rf"(?:\+?1{d}?)?(?:\(\d{{3}}\){d}?|\d{{3}}{d})\d{{3}}{d}\d{{4}}", nanp_end),
-        _Shape("phone", r"\b1?[2-9]\d{2}[2-9]\d{6}\b", bare_phone_end),
-        _Shape("ssn", rf"\b\d{{3}}{g}\d{{2}}{g}\d{{4}}\b", ssn_end),
-        _Shape("ssn", r"\b\d{9}\b", bare_ssn_end),
-        _Shape("card", r"\b\d{13,19}\b", card_end),
-        _Shape("card", rf"\b\d{{4,6}}(?:{g}\d{{3,7}}){{1,4}}(?:{g}\d{{1,3}})?\b", card_end),
-        _Shape(
+        _shape("phone", rf"(?:\+?1{d}?)?(?:\(\d{{3}}\){d}?|\d{{3}}{d})\d{{3}}{d}\d{{4}}", nanp_end),
+        _shape("phone", r"\b1?[2-9]\d{2}[2-9]\d{6}\b", bare_phone_end),
+        _shape("ssn", rf"\b\d{{3}}{g}\d{{2}}{g}\d{{4}}\b", ssn_end),
+        _shape("ssn", r"\b\d{9}\b", bare_ssn_end),
+        _shape("card", r"\b\d{13,19}\b", card_end),
+        _shape("card", rf"\b\d{{4,6}}(?:{g}\d{{3,7}}){{1,4}}(?:{g}\d{{1,3}})?\b", card_end),
+        _shape(
             "iban",
             rf"\b(?:[A-Z]{{2}}\d{{2}}(?:{g}?[A-Z0-9]){{11,30}}|[A-Za-z]{{2}}\d{{2}}[A-Za-z0-9]{{11,30}})",
             iban_end,
         ),
-        _Shape("ip", r"\b\d+(?:\.\d+){3,}", ipv4_end, needs=".", runs=True),
-        _Shape(
+        _shape("ip", r"\b\d+(?:\.\d+){3,}", ipv4_end, needs=".", runs=True),
+        _shape(
             "ip",
             "(?:[0-9A-Fa-f]{1,4}:[0-9A-Fa-f:.]+|::[0-9A-Fa-f][0-9A-Fa-f:.]*)",
             ipv6_end,

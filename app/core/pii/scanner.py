@@ -1,16 +1,14 @@
 """Finds personal data in a text or a stream, and replaces it by the name of its kind.
 
-The text is read from left to right. At each place the longest entity wins, then the order of
-:data:`KINDS`, then that of the configured patterns; reading continues after the entity. Whether an
-entity begins at a place depends only on the :data:`LEFT_CONTEXT` characters before it and the
-:data:`HOLD_BACK` characters after it, so a stream that keeps those finds the same entities as the
-whole text. A whole text is read as a stream, in blocks.
+At each place the longest entity wins, then the order of :data:`KINDS`, then that of the configured
+patterns. Whether an entity begins at a place depends only on the :data:`LEFT_CONTEXT` characters
+before it and the :data:`HOLD_BACK` after it, so a stream finds the same entities as a whole text.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from app.core.pii.checks import LEFT_CONTEXT
 from app.core.pii.detectors import HOLD_BACK, KINDS, Detector, built_in
@@ -25,38 +23,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 
-@dataclass(frozen=True, slots=True)
-class Entity:
-    """A piece of personal data.
-
-    Attributes:
-        kind: One of :data:`KINDS`, or a configured pattern's name.
-        start: Index of its first character.
-        end: Index after its last one.
-    """
+class Entity(NamedTuple):
+    """A piece of personal data: its kind, or its pattern's name, and its place ``[start, end)``."""
 
     kind: str
     start: int
     end: int
-
-
-class _Custom:
-    """A pattern from the configuration."""
-
-    def __init__(self, name: str, source: str) -> None:
-        if not _NAME.fullmatch(name):
-            raise ValueError(
-                f"pii pattern name {name[:40]!r}: 1 to 32 letters, digits, _ and -, a letter first"
-            )
-        if name.lower() in KINDS:
-            raise ValueError(f"pii pattern name {name!r} is a built-in kind")
-        try:
-            self._pattern = BoundedPattern(source)
-        except ValueError as error:
-            raise ValueError(f"pii pattern {name!r}: {error}") from None
-        self.kind = name
-        self.prefixes = self._pattern.prefixes
-        self.first = self._pattern.first
 
 
 class PiiScanner:
@@ -79,19 +51,25 @@ class PiiScanner:
         unknown = sorted(wanted - set(KINDS))
         if unknown:
             raise ValueError(f"pii kind {unknown[0]!r} is not one of {', '.join(KINDS)}")
-        self._built_in: list[Detector] = [d for d in built_in() if d.kind in wanted]
-        self._custom: list[Detector] = [_Custom(name, source) for name, source in custom]
+        self._built_in = [d for d in built_in() if d.kind in wanted]
+        self._custom = [_configured(name, source) for name, source in custom]
         names = [finder.kind.lower() for finder in self._custom]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"pii pattern name {name!r} is used twice")
-        finders = [*self._built_in, *self._custom]
-        self.hold_back = HoldBack((f.prefixes for f in finders), HOLD_BACK)
+        self.hold_back = HoldBack(
+            (finder.prefixes for finder in (*self._built_in, *self._custom)), HOLD_BACK
+        )
 
     def find(self, text: str) -> list[Entity]:
         """All entities, in the order of the text."""
-        reader = _Reader(self)
-        return [entity for _, entity in reader.read_all(text) if entity is not None]
+        found: list[Entity] = []
+        at = 0
+        for part, kind in StreamRedactor(self).split(text, final=True):
+            if kind is not None:
+                found.append(Entity(kind, at, at + len(part)))
+            at += len(part)
+        return found
 
     def redact(self, text: str) -> tuple[str, Counter[str]]:
         """The text with each entity replaced, and the number of entities by kind."""
@@ -104,24 +82,38 @@ class PiiScanner:
 
     def walk(self, text: str, start: int, cut: int) -> Iterator[Entity]:
         """The entities that begin in ``text[start:cut]``, left to right, without overlaps."""
-        triggered = _TRIGGER.search(text, start) is not None
-        finders: Sequence[Detector] = (
-            [*self._built_in, *self._custom] if triggered else self._custom
-        )
+        built_in = self._built_in if _TRIGGER.search(text, start) else []
+        finders = [*built_in, *self._custom]
         heads = [finder.first(text, start) for finder in finders]
         while True:
-            best: tuple[int, int, int] | None = None
-            for order, head in enumerate(heads):
-                if head is not None and head[0] < cut:
-                    rank = (head[0], -head[1], order)
-                    best = rank if best is None or rank < best else best
-            if best is None:
+            ranks = [
+                (head[0], -head[1], order)
+                for order, head in enumerate(heads)
+                if head is not None and head[0] < cut
+            ]
+            if not ranks:
                 return
-            begin, end = best[0], -best[1]
-            yield Entity(finders[best[2]].kind, begin, end)
+            begin, negated_end, best = min(ranks)
+            end = -negated_end
+            yield Entity(finders[best].kind, begin, end)
             for order, head in enumerate(heads):
                 if head is not None and head[0] < end:
                     heads[order] = finders[order].first(text, end)
+
+
+def _configured(name: str, source: str) -> Detector:
+    """The detector of a pattern from the configuration."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"pii pattern name {name[:40]!r}: 1 to 32 letters, digits, _ and -, a letter first"
+        )
+    if name.lower() in KINDS:
+        raise ValueError(f"pii pattern name {name!r} is a built-in kind")
+    try:
+        pattern = BoundedPattern(source)
+    except ValueError as error:
+        raise ValueError(f"pii pattern {name!r}: {error}") from None
+    return Detector(name, pattern.prefixes, pattern.first)
 
 
 class StreamRedactor:
@@ -136,61 +128,45 @@ class StreamRedactor:
     """
 
     def __init__(self, scanner: PiiScanner) -> None:
-        self._reader = _Reader(scanner)
+        self._scanner = scanner
+        self._text = ""  # Undecided text, after up to LEFT_CONTEXT decided characters.
+        self._at = 0
         self.counts: Counter[str] = Counter()
 
     @property
     def held(self) -> int:
         """Characters that are held back now."""
-        return self._reader.held
+        return len(self._text) - self._at
 
     def feed(self, piece: str) -> str:
         """Add a piece; the text that is decided by it, redacted."""
-        return self._replace(self._reader.read(piece))
+        return self._replace(self.split(piece))
 
     def flush(self) -> str:
         """The text that is still held back, redacted, after the last piece."""
-        return self._replace(self._reader.finish())
+        return self._replace(self.split("", final=True))
 
-    def _replace(self, parts: Iterable[tuple[str, Entity | None]]) -> str:
+    def _replace(self, parts: Iterable[tuple[str, str | None]]) -> str:
         out: list[str] = []
-        for text, entity in parts:
-            if entity is None:
+        for text, kind in parts:
+            if kind is None:
                 out.append(text)
             else:
-                self.counts[entity.kind] += 1
-                out.append(f"[{entity.kind.upper().replace('_', '-')}]")
+                self.counts[kind] += 1
+                out.append(f"[{kind.upper().replace('_', '-')}]")
         return "".join(out)
 
-
-class _Reader:
-    """Splits a text that comes in pieces into plain parts and entities."""
-
-    def __init__(self, scanner: PiiScanner) -> None:
-        self._scanner = scanner
-        self._text = ""  # Undecided text, after up to LEFT_CONTEXT decided characters.
-        self._at = 0
-        self._offset = 0  # Of _text in the whole text.
-
-    @property
-    def held(self) -> int:
-        return len(self._text) - self._at
-
-    def read_all(self, text: str) -> Iterator[tuple[str, Entity | None]]:
-        yield from self.read(text)
-        yield from self.finish()
-
-    def read(self, piece: str) -> Iterator[tuple[str, Entity | None]]:
+    def split(self, piece: str, *, final: bool = False) -> Iterator[tuple[str, str | None]]:
+        """Add a piece; the decided text in parts, each with its kind of entity or ``None``."""
         if not piece.isascii():
             piece = _SURROGATE.sub("\ufffd", piece)
         for begin in range(0, len(piece), _BLOCK):
             self._text += piece[begin : begin + _BLOCK]
             yield from self._decide(final=False)
+        if final:
+            yield from self._decide(final=True)
 
-    def finish(self) -> Iterator[tuple[str, Entity | None]]:
-        yield from self._decide(final=True)
-
-    def _decide(self, *, final: bool) -> Iterator[tuple[str, Entity | None]]:
+    def _decide(self, *, final: bool) -> Iterator[tuple[str, str | None]]:
         text = self._text
         while True:
             cut = len(text) if final else self._scanner.hold_back.cut(text, self._at)
@@ -198,10 +174,7 @@ class _Reader:
                 break
             for entity in self._scanner.walk(text, self._at, cut):
                 yield text[self._at : entity.start], None
-                shifted = Entity(
-                    entity.kind, entity.start + self._offset, entity.end + self._offset
-                )
-                yield text[entity.start : entity.end], shifted
+                yield text[entity.start : entity.end], entity.kind
                 self._at = entity.end
             if self._at <= cut:
                 yield text[self._at : cut], None
@@ -209,6 +182,4 @@ class _Reader:
                 break
             # The last entity ends after the cut, so text behind it may be decided too.
         if self._at > LEFT_CONTEXT:
-            dropped = self._at - LEFT_CONTEXT
-            self._text, self._at = text[dropped:], LEFT_CONTEXT
-            self._offset += dropped
+            self._text, self._at = text[self._at - LEFT_CONTEXT :], LEFT_CONTEXT
