@@ -5,6 +5,7 @@ such places, so :func:`prefixes_of` derives from a pattern a second one that mat
 a match. Where that one matches the end of the text, the text is held back from there on.
 """
 
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from importlib import import_module
@@ -147,10 +148,8 @@ def prefixes_of(source: str) -> str | None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             parsed = _parser.parse(source)
-        derived = _Derivation()
-        body = derived.prefixes(parsed)
-        flags = "is" if parsed.state.flags & _IGNORECASE or derived.ignores_case else "s"
-        prefixes = f"(?{flags}:{body})"
+        flags = "is" if _IGNORES_CASE.search(source) else "s"
+        prefixes = f"(?{flags}:{_prefixes(parsed)})"
         if len(prefixes) > _MAX_PREFIXES_CHARS:
             return None
         LinearPattern(f"(?:{prefixes})\\z")
@@ -159,7 +158,8 @@ def prefixes_of(source: str) -> str | None:
     return prefixes
 
 
-_IGNORECASE = 2  # The value of re.IGNORECASE in the parser's flags.
+# Where this is literal text, the derived pattern matches more than it must.
+_IGNORES_CASE = re.compile(r"\(\?[a-zA-Z]*i")
 _CATEGORIES = {
     "CATEGORY_DIGIT": r"\d",
     "CATEGORY_NOT_DIGIT": r"\D",
@@ -171,81 +171,78 @@ _CATEGORIES = {
 _ANY = "."
 
 
-class _Derivation:
-    """Writes a parsed pattern, or the pattern of its prefixes, as RE2 source."""
+def _exact(items: Iterable[tuple[Any, Any]]) -> str:
+    return "".join(_exact_item(str(op), value) for op, value in items)
 
-    def __init__(self) -> None:
-        self.ignores_case = False
 
-    def exact(self, items: Iterable[tuple[Any, Any]]) -> str:
-        return "".join(self._exact_item(str(op), value) for op, value in items)
-
-    def prefixes(self, items: Iterable[tuple[Any, Any]]) -> str:
-        # The prefixes of "xy" are those of x, and x followed by those of y.
-        result = ""
-        for op, value in reversed(list(items)):
-            name = str(op)
-            if name == "AT":
-                continue
-            character = self._character(name, value)
-            if character is not None:
-                result = f"(?:{character}{result})?"
-                continue
-            whole = self._exact_item(name, value)
-            begun = self._prefixes_item(name, value)
-            result = f"(?:{begun}|{whole}{result})"
-        return result
-
-    def _exact_item(self, name: str, value: Any) -> str:
+def _prefixes(items: Iterable[tuple[Any, Any]]) -> str:
+    # The prefixes of "xy" are those of x, and x followed by those of y.
+    result = ""
+    for op, value in reversed(list(items)):
+        name = str(op)
         if name == "AT":
-            return ""
-        character = self._character(name, value)
+            continue
+        character = _character(name, value)
         if character is not None:
-            return character
-        if name in ("MAX_REPEAT", "MIN_REPEAT"):
-            low, high, inner = value
-            upper = "" if str(high) == "MAXREPEAT" else str(high)
-            return f"(?:{self.exact(inner)}){{{low},{upper}}}"
-        return f"(?:{'|'.join(self.exact(part) for part in self._parts(name, value))})"
+            result = f"(?:{character}{result})?"
+            continue
+        whole = _exact_item(name, value)
+        begun = _prefixes_item(name, value)
+        result = f"(?:{begun}|{whole}{result})"
+    return result
 
-    def _prefixes_item(self, name: str, value: Any) -> str:
-        if name in ("MAX_REPEAT", "MIN_REPEAT"):
-            _, high, inner = value
-            if str(high) != "MAXREPEAT" and high == 0:
-                return ""
-            before = "*" if str(high) == "MAXREPEAT" else f"{{0,{high - 1}}}"
-            return f"(?:{self.exact(inner)}){before}{self.prefixes(inner)}"
-        return f"(?:{'|'.join(self.prefixes(part) for part in self._parts(name, value))})"
 
-    def _parts(self, name: str, value: Any) -> Sequence[Any]:
-        if name == "BRANCH":
-            return list(value[1])
-        if name == "SUBPATTERN":
-            _, added, _, inner = value
-            self.ignores_case = self.ignores_case or bool(added & _IGNORECASE)
-            return [inner]
-        raise ValueError(f"{name} has no RE2 equivalent here")
+def _exact_item(name: str, value: Any) -> str:
+    if name == "AT":
+        return ""
+    character = _character(name, value)
+    if character is not None:
+        return character
+    if name in ("MAX_REPEAT", "MIN_REPEAT"):
+        low, high, inner = value
+        upper = "" if str(high) == "MAXREPEAT" else str(high)
+        return f"(?:{_exact(inner)}){{{low},{upper}}}"
+    return f"(?:{'|'.join(_exact(part) for part in _parts(name, value))})"
 
-    def _character(self, name: str, value: Any) -> str | None:
-        """The source of an item that matches exactly one character; ``None`` for other items."""
-        if name == "LITERAL":
-            return _escape(value)
-        if name in ("ANY", "NOT_LITERAL"):
+
+def _prefixes_item(name: str, value: Any) -> str:
+    if name in ("MAX_REPEAT", "MIN_REPEAT"):
+        _, high, inner = value
+        if str(high) != "MAXREPEAT" and high == 0:
+            return ""
+        before = "*" if str(high) == "MAXREPEAT" else f"{{0,{high - 1}}}"
+        return f"(?:{_exact(inner)}){before}{_prefixes(inner)}"
+    return f"(?:{'|'.join(_prefixes(part) for part in _parts(name, value))})"
+
+
+def _parts(name: str, value: Any) -> Sequence[Any]:
+    if name == "BRANCH":
+        return list(value[1])
+    if name == "SUBPATTERN":
+        return [value[3]]
+    raise ValueError(f"{name} has no RE2 equivalent here")
+
+
+def _character(name: str, value: Any) -> str | None:
+    """The source of an item that matches exactly one character; ``None`` for other items."""
+    if name == "LITERAL":
+        return _escape(value)
+    if name in ("ANY", "NOT_LITERAL"):
+        return _ANY
+    if name != "IN":
+        return None
+    parts: list[str] = []
+    for op, operand in value:
+        kind = str(op)
+        if kind == "NEGATE":
             return _ANY
-        if name != "IN":
-            return None
-        parts: list[str] = []
-        for op, operand in value:
-            kind = str(op)
-            if kind == "NEGATE":
-                return _ANY
-            if kind == "RANGE":
-                parts.append(f"{_escape(operand[0])}-{_escape(operand[1])}")
-            elif kind == "CATEGORY":
-                parts.append(_CATEGORIES[str(operand)])
-            else:
-                parts.append(_escape(operand))
-        return f"[{''.join(parts)}]"
+        if kind == "RANGE":
+            parts.append(f"{_escape(operand[0])}-{_escape(operand[1])}")
+        elif kind == "CATEGORY":
+            parts.append(_CATEGORIES[str(operand)])
+        else:
+            parts.append(_escape(operand))
+    return f"[{''.join(parts)}]"
 
 
 def _escape(codepoint: int) -> str:
