@@ -4,13 +4,9 @@ Label values are bounded: a route's template, a status, a reason from a fixed li
 text that a caller can choose.
 """
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    disable_created_metrics,
-)
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 # A cache hit takes about a millisecond, a long generation minutes.
@@ -38,133 +34,111 @@ class Metrics:
         self._add_timings()
         self._add_services()
 
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
+
     def _add_http(self) -> None:
-        r = self.registry
-        self.http_requests = Counter(
-            "http_requests_total",
-            "HTTP requests answered.",
-            ("method", "endpoint", "status"),
-            registry=r,
+        self.http_requests = self._counter(
+            "http_requests_total", "HTTP requests answered.", "method", "endpoint", "status"
         )
-        self.http_duration = Histogram(
+        self.http_duration = self._histogram(
             "http_request_duration_seconds",
             "Time from a request's first byte in to its last byte out.",
-            ("method", "endpoint"),
-            buckets=_REQUEST_BUCKETS,
-            registry=r,
+            _REQUEST_BUCKETS,
+            "method",
+            "endpoint",
         )
-        self.connections_open = Gauge(
-            "http_connections_open", "Open connections of clients.", registry=r
-        )
-        self.connections_dropped = Counter(
+        self.connections_open = self._gauge("http_connections_open", "Open connections of clients.")
+        self.connections_dropped = self._counter(
             "http_connections_dropped_total",
             "Connections ended by the service for being slow, malformed or too many.",
-            ("reason",),
-            registry=r,
+            "reason",
         )
-        self.rate_limited = Counter(
-            "rate_limited_total", "Requests refused by a caller's limits.", ("reason",), registry=r
+        self.rate_limited = self._counter(
+            "rate_limited_total", "Requests refused by a caller's limits.", "reason"
         )
 
     def _add_engine(self) -> None:
-        r = self.registry
-        self.tokens_generated = Counter(
-            "tokens_generated_total", "Tokens generated.", ("model",), registry=r
+        self.tokens_generated = self._counter(
+            "tokens_generated_total", "Tokens generated.", "model"
         )
-        self.prompt_tokens = Counter(
-            "llm_prompt_tokens_total", "Prompt tokens of admitted requests.", registry=r
+        self.prompt_tokens = self._counter(
+            "llm_prompt_tokens_total", "Prompt tokens of admitted requests."
         )
-        self.prefix_cached_tokens = Counter(
+        self.prefix_cached_tokens = self._counter(
             "llm_prefix_cached_tokens_total",
             "Prompt tokens whose keys and values were already in the KV cache.",
-            registry=r,
         )
-        self.running = Gauge("llm_requests_running", "Requests in the running batch.", registry=r)
-        self.waiting = Gauge("llm_requests_waiting", "Admitted requests that wait.", registry=r)
-        self.kv_cache_usage = Gauge(
-            "llm_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1.", registry=r
+        self.running = self._gauge("llm_requests_running", "Requests in the running batch.")
+        self.waiting = self._gauge("llm_requests_waiting", "Admitted requests that wait.")
+        self.kv_cache_usage = self._gauge(
+            "llm_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1."
         )
-        self.rejected = Counter(
-            "llm_requests_rejected_total",
-            "Requests refused before they ran.",
-            ("reason",),
-            registry=r,
+        self.rejected = self._counter(
+            "llm_requests_rejected_total", "Requests refused before they ran.", "reason"
         )
-        self.cancelled = Counter(
-            "llm_requests_cancelled_total", "Requests whose caller left.", registry=r
+        self.cancelled = self._counter(
+            "llm_requests_cancelled_total", "Requests whose caller left."
         )
-        self.engine_restarts = Counter(
-            "llm_engine_restarts_total", "Times the engine process was started again.", registry=r
+        self.engine_restarts = self._counter(
+            "llm_engine_restarts_total", "Times the engine process was started again."
         )
-        self.model_info = Gauge(
+        self.model_info = self._gauge(
             "llm_model_info",
             "Always 1; the labels say what is served.",
-            ("model", "engine", "device", "dtype"),
-            registry=r,
+            *("model", "engine", "device", "dtype"),
         )
 
     def _add_timings(self) -> None:
-        r = self.registry
-        self.time_to_first_token = Histogram(
+        self.time_to_first_token = self._histogram(
             "llm_time_to_first_token_seconds",
             "Time from admission to the first token.",
-            buckets=_TTFT_BUCKETS,
-            registry=r,
+            _TTFT_BUCKETS,
         )
-        self.inter_token_latency = Histogram(
+        self.inter_token_latency = self._histogram(
             "llm_inter_token_latency_seconds",
             "Time between two tokens of one request.",
-            buckets=_ITL_BUCKETS,
-            registry=r,
+            _ITL_BUCKETS,
         )
-        self.queue_time = Histogram(
+        self.queue_time = self._histogram(
             "llm_request_queue_seconds",
             "Time a request waited for a place in the running batch.",
-            buckets=_QUEUE_BUCKETS,
-            registry=r,
+            _QUEUE_BUCKETS,
         )
-        self.event_loop_lag = Histogram(
+        self.event_loop_lag = self._histogram(
             "event_loop_lag_seconds",
             "Time by which the event loop of the API process was late for a timer.",
-            buckets=_LAG_BUCKETS,
-            registry=r,
+            _LAG_BUCKETS,
         )
-        self.event_loop_tasks = Gauge(
+        self.event_loop_tasks = self._gauge(
             "event_loop_tasks",
             "Tasks on the event loop of the API process; back where it was once nobody calls.",
-            registry=r,
         )
-        self.request_duration = Histogram(
+        self.request_duration = self._histogram(
             "llm_request_duration_seconds",
             "Time from admission to the last token.",
-            ("finish_reason",),
-            buckets=_REQUEST_BUCKETS,
-            registry=r,
+            _REQUEST_BUCKETS,
+            "finish_reason",
         )
 
     def _add_services(self) -> None:
-        r = self.registry
-        self.pii_redactions = Counter(
-            "pii_redactions_total", "Pieces of personal data replaced.", ("kind",), registry=r
+        self.pii_redactions = self._counter(
+            "pii_redactions_total", "Pieces of personal data replaced.", "kind"
         )
-        self.cache_requests = Counter(
-            "response_cache_requests_total",
-            "Look-ups in the response cache.",
-            ("result",),
-            registry=r,
+        self.cache_requests = self._counter(
+            "response_cache_requests_total", "Look-ups in the response cache.", "result"
         )
-        self.idempotency_requests = Counter(
-            "idempotency_requests_total",
-            "Requests with an idempotency key.",
-            ("result",),
-            registry=r,
+        self.idempotency_requests = self._counter(
+            "idempotency_requests_total", "Requests with an idempotency key.", "result"
         )
-        self.sessions_active = Gauge(
-            "chat_sessions_active", "Conversations that are kept.", registry=r
-        )
-        self.cache_entries = Gauge(
-            "response_cache_entries", "Answers in the response cache.", registry=r
-        )
+        self.sessions_active = self._gauge("chat_sessions_active", "Conversations that are kept.")
+        self.cache_entries = self._gauge("response_cache_entries", "Answers in the response cache.")
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""
