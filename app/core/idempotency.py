@@ -26,16 +26,6 @@ class KeptAnswer:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    fingerprint: bytes
-    answer: KeptAnswer
-
-    @property
-    def size(self) -> int:
-        return len(self.answer.body) + _ENTRY_OVERHEAD_BYTES
-
-
 class Claim:
     """The right to execute the request of a key; ends with :meth:`keep` or :meth:`release`.
 
@@ -53,18 +43,15 @@ class Claim:
         """Whether neither :meth:`keep` nor :meth:`release` has been called."""
         return self._end is not None
 
-    def keep(self, answer: KeptAnswer) -> None:
+    def keep(self, answer: KeptAnswer | None) -> None:
         """Serve ``answer`` from now on; does nothing when the claim has ended."""
-        self._settle(answer)
-
-    def release(self) -> None:
-        """Free the key for another request; does nothing when the claim has ended."""
-        self._settle(None)
-
-    def _settle(self, answer: KeptAnswer | None) -> None:
         end, self._end = self._end, None
         if end is not None:
             end(answer)
+
+    def release(self) -> None:
+        """Free the key for another request; does nothing when the claim has ended."""
+        self.keep(None)
 
 
 class IdempotencyStore:
@@ -84,7 +71,8 @@ class IdempotencyStore:
         self._settings = settings
         self._metrics = metrics
         self._clock = clock
-        self._answers: dict[str, BoundedCache[_Entry]] = {}
+        # The kept answers of each caller by key, with the requests' fingerprints.
+        self._answers: dict[str, BoundedCache[tuple[bytes, KeptAnswer]]] = {}
         self._in_progress: dict[tuple[str, str], bytes] = {}
 
     def claim(self, caller: str, key: str, fingerprint: bytes) -> KeptAnswer | Claim:
@@ -96,7 +84,7 @@ class IdempotencyStore:
         """
         under_way = self._in_progress.get((caller, key))
         kept = self._answers[caller].get(key) if caller in self._answers else None
-        known = under_way or (kept and kept.fingerprint)
+        known = under_way or (kept and kept[0])
         if known and known != fingerprint:
             self._count("reused")
             raise IdempotencyKeyReusedError
@@ -105,14 +93,14 @@ class IdempotencyStore:
             raise IdempotencyKeyInUseError
         if kept:
             self._count("replayed")
-            return kept.answer
+            return kept[1]
         self._count("new")
         self._in_progress[caller, key] = fingerprint
 
         def end(answer: KeptAnswer | None) -> None:
             del self._in_progress[caller, key]
             if answer is not None:
-                self._keep(caller, key, _Entry(fingerprint, answer))
+                self._keep(caller, key, fingerprint, answer)
 
         # BoundedCache keeps no value larger than a quarter of its bytes.
         limit = self._settings.max_bytes // 4 - _ENTRY_OVERHEAD_BYTES
@@ -123,16 +111,16 @@ class IdempotencyStore:
         for caller in self._answers.keys() - set(callers):
             del self._answers[caller]
 
-    def _keep(self, caller: str, key: str, entry: _Entry) -> None:
+    def _keep(self, caller: str, key: str, fingerprint: bytes, answer: KeptAnswer) -> None:
         if caller not in self._answers:
             self._answers[caller] = BoundedCache(
                 max_entries=self._settings.max_entries,
                 max_bytes=self._settings.max_bytes,
                 ttl_seconds=self._settings.ttl_seconds,
-                size_of=lambda entry: entry.size,
+                size_of=lambda kept: len(kept[1].body) + _ENTRY_OVERHEAD_BYTES,
                 clock=self._clock,
             )
-        self._answers[caller].put(key, entry)
+        self._answers[caller].put(key, (fingerprint, answer))
 
     def _count(self, result: str) -> None:
         self._metrics.idempotency_requests.labels(result).inc()

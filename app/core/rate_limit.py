@@ -12,7 +12,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from cachetools import TTLCache
 from limits import RateLimitItem, WindowStats, parse
@@ -75,47 +74,31 @@ class TokenBucketRateLimiter(RateLimiter):
         """Whether the bucket has ``cost`` tokens; takes none."""
         return self._tokens(item, *identifiers) >= cost
 
+    def _seconds_until_full(self, item: RateLimitItem, *identifiers: str) -> float:
+        return max(self._full_at.get(item.key_for(*identifiers), 0.0) - self.clock(), 0.0)
+
     def _tokens(self, item: RateLimitItem, *identifiers: str) -> float:
         interval, burst = self._terms(item)
-        missing = max(self._full_at.get(item.key_for(*identifiers), 0.0) - self.clock(), 0.0)
-        return burst - missing / interval + 1e-9
+        return burst - self._seconds_until_full(item, *identifiers) / interval + 1e-9
 
     def get_window_stats(self, item: RateLimitItem, *identifiers: str) -> WindowStats:
         """Unix time at which the bucket will be full, and the whole tokens in it now."""
-        missing = max(self._full_at.get(item.key_for(*identifiers), 0.0) - self.clock(), 0.0)
-        return WindowStats(time.time() + missing, int(self._tokens(item, *identifiers)))
+        full_at = time.time() + self._seconds_until_full(item, *identifiers)
+        return WindowStats(full_at, int(self._tokens(item, *identifiers)))
 
-    def state(self, item: RateLimitItem, *identifiers: str) -> "BucketState":
-        """The state of a bucket for the response headers."""
+    def state(self, item: RateLimitItem, *identifiers: str) -> tuple[dict[str, str], float]:
+        """The X-RateLimit headers of a bucket, and the seconds until it has a token."""
         interval, burst = self._terms(item)
         tokens = self._tokens(item, *identifiers)
-        return BucketState(
-            limit=burst,
-            remaining=max(int(tokens), 0),
-            reset_seconds=max(math.ceil((burst - tokens) * interval), 0),
-            retry_after=max((1 - tokens) * interval, 0.0),
-        )
+        headers = {
+            "X-RateLimit-Limit": str(burst),
+            "X-RateLimit-Remaining": str(max(int(tokens), 0)),
+            "X-RateLimit-Reset": str(max(math.ceil((burst - tokens) * interval), 0)),
+        }
+        return headers, max((1 - tokens) * interval, 0.0)
 
 
 STRATEGIES[_STRATEGY] = TokenBucketRateLimiter  # type: ignore[assignment]
-
-
-@dataclass(frozen=True, slots=True)
-class BucketState:
-    """A caller's bucket at one moment; it is full after ``reset_seconds``."""
-
-    limit: int
-    remaining: int
-    reset_seconds: int
-    retry_after: float
-
-    def headers(self) -> dict[str, str]:
-        """The X-RateLimit headers."""
-        return {
-            "X-RateLimit-Limit": str(self.limit),
-            "X-RateLimit-Remaining": str(self.remaining),
-            "X-RateLimit-Reset": str(self.reset_seconds),
-        }
 
 
 class CallerLimits:
@@ -150,13 +133,13 @@ class CallerLimits:
         if not self._enabled:
             return {}
         taken = self.buckets.hit(self._limit, caller)
-        state = self.buckets.state(self._limit, caller)
+        headers, retry_after = self.buckets.state(self._limit, caller)
         if not taken:
             self._metrics.rate_limited.labels(reason).inc()
-            error = RateLimitExceededError(retry_after=state.retry_after)
-            error.headers.update(state.headers())
+            error = RateLimitExceededError(retry_after=retry_after)
+            error.headers.update(headers)
             raise error
-        return state.headers()
+        return headers
 
 
 class ClientAddress:
