@@ -16,11 +16,7 @@ _ROOT = Path("/")
 
 
 def compute_threads(environment: Mapping[str, str]) -> int:
-    """Threads of a forward pass: the value of ``OMP_NUM_THREADS``, else one for each core.
-
-    Args:
-        environment: Environment variables; a value that is not a positive number is ignored.
-    """
+    """Threads of a forward pass: a positive ``OMP_NUM_THREADS``, else one for each core."""
     # OpenMP accepts a list with a number for each nesting level; the first is for the outermost.
     asked = environment.get(THREADS_VARIABLE, "").partition(",")[0].strip()
     return int(asked) if asked.isdecimal() and int(asked) > 0 else available_cores()
@@ -37,8 +33,8 @@ def available_cores(root: Path = _ROOT, processors: Collection[int] | None = Non
         processors: Numbers of the processors it may run on; default: its affinity.
     """
     cores = _physical_cores(root, _affinity() if processors is None else processors)
-    quota = min(_quotas(root), default=float(cores))
-    return max(1, min(cores, int(quota)))
+    quotas = (quota for folder in _group_folders(root, "cpu") for quota in _quota(folder))
+    return max(1, int(min([cores, *quotas])))
 
 
 def _affinity() -> Collection[int]:
@@ -51,21 +47,11 @@ def _affinity() -> Collection[int]:
 def _physical_cores(root: Path, processors: Collection[int]) -> int:
     """Number of cores; hardware threads of one core count once, since they share its units."""
     topology = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    siblings = {_read(root / topology.format(p)) or str(p) for p in processors}
-    return len(siblings)
-
-
-def _quotas(root: Path) -> Iterator[float]:
-    for folder in _group_folders(root, "cpu"):
-        yield from _quota(folder)
+    return len({_read(root / topology.format(p)) or str(p) for p in processors})
 
 
 def available_memory(root: Path = _ROOT) -> int:
-    """Bytes this process may still allocate: free memory, within its control groups' limits.
-
-    Args:
-        root: Parent folder of ``proc`` and ``sys``.
-    """
+    """Bytes this process may still allocate: free memory, within its control groups' limits."""
     limits = (room for folder in _group_folders(root, "memory") for room in _memory_room(folder))
     return max(0, min([_free_memory(root), *limits]))
 

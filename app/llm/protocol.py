@@ -2,11 +2,11 @@
 
 A Unix socket connects the two. A message is a 4-byte big-endian length, then that many bytes of
 MessagePack, typed by the structs below. The API process sends :data:`Command` messages, the engine
-process :data:`Report` messages; all events of one engine step are in one message. Both processes
-import this module, so it imports no torch.
+process :data:`Report` messages; all events of one engine step are in one message.
 """
 
 import struct
+from collections.abc import Callable
 from typing import Final, Literal, Protocol
 
 import msgspec
@@ -18,7 +18,6 @@ MAX_MESSAGE_BYTES: Final = 256 * 1024 * 1024
 
 _HEADER = struct.Struct(">I")
 HEADER_BYTES: Final = _HEADER.size
-
 
 GREEDY_BELOW: Final = 1e-5
 """Temperatures below this count as 0: logits divided by them would exceed float32."""
@@ -64,33 +63,19 @@ REQUEST_FEATURES: Final = ("logprobs", "top_logprobs", "grammar")
 
 
 class JsonSchemaGrammar(msgspec.Struct, frozen=True, tag="json_schema"):
-    """The whole answer is a JSON value of this schema.
-
-    Attributes:
-        schema: JSON Schema, as JSON text.
-    """
+    """The whole answer is a JSON value of this schema, which is JSON text."""
 
     schema: str
 
 
 class RegexGrammar(msgspec.Struct, frozen=True, tag="regex"):
-    """The whole answer matches this regular expression.
-
-    Attributes:
-        pattern: Without anchors.
-    """
+    """The whole answer matches this regular expression, which has no anchors."""
 
     pattern: str
 
 
 class Tag(msgspec.Struct, frozen=True):
-    """A part of an answer between two strings.
-
-    Attributes:
-        begin: The string before it.
-        schema: JSON Schema of the part, as JSON text.
-        end: The string after it.
-    """
+    """A part of an answer between two strings; its JSON Schema is JSON text."""
 
     begin: str
     schema: str
@@ -125,10 +110,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, omit_defaults=True):
         id: Unique among the requests in flight.
         prompt_token_ids: At least one token.
         max_tokens: Most tokens to generate, including the end-of-sequence token.
-        sampling: How to choose them.
         logprobs: Whether events have each token's log-probability.
         top_logprobs: How many of the likeliest tokens events have for each token.
-        grammar: What the answer must look like.
     """
 
     id: str
@@ -144,7 +127,6 @@ class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one step brought one request.
 
     Attributes:
-        request_id: Whose tokens these are.
         token_ids: New tokens, in order, including an end-of-sequence token.
         logprobs: If asked for, one for each new token: the natural logarithm of its probability by
             the model alone, before penalties, temperature and filters.
@@ -170,7 +152,6 @@ class EngineInfo(msgspec.Struct, frozen=True):
     Attributes:
         model: Name callers see.
         revision: Commit or hash of the weights, if one is known.
-        backend: Which backend runs it.
         backend_reason: Why this backend was chosen.
         device: ``cpu`` or the CUDA device's name.
         dtype: Precision of the weights.
@@ -246,7 +227,6 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
     """Progress of loading, for the log and /status.
 
     Attributes:
-        message: What is being done.
         fetching: Whether it waits for the network, or for another process that downloads the same
             model. Then a process without progress is not stalled.
     """
@@ -277,8 +257,6 @@ class Step(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     A step without events is reported if the figures have changed, or once a second.
 
     Attributes:
-        events: All events since the last report.
-        stats: Figures of the moment.
         started: Ids of the requests that have got slots since the last report.
     """
 
@@ -292,8 +270,8 @@ Report = Loading | Loaded | Ready | LoadFailed | Step
 Message = Command | Report
 
 _encoder = msgspec.msgpack.Encoder()
-_command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
-_report_decoder: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
+unpack_command: Final[Callable[[bytes], Command]] = msgspec.msgpack.Decoder(Command).decode
+unpack_report: Final[Callable[[bytes], Report]] = msgspec.msgpack.Decoder(Report).decode
 
 
 def pack(message: Message) -> bytes:
@@ -312,16 +290,6 @@ def body_length(header: bytes) -> int:
     if length > MAX_MESSAGE_BYTES:
         raise ValueError(f"a message of {length} bytes is too large")
     return length
-
-
-def unpack_command(body: bytes) -> Command:
-    """Decode a message of the API process."""
-    return _command_decoder.decode(body)
-
-
-def unpack_report(body: bytes) -> Report:
-    """Decode a message of the engine process."""
-    return _report_decoder.decode(body)
 
 
 class Backend(Protocol):

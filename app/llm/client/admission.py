@@ -343,7 +343,7 @@ class RequestQueue:
             place.fail(error())
 
     def timed_out(self) -> OverloadedError:
-        """What a request ends with that has waited too long; counted as refused."""
+        """The error of a request that has waited too long for a slot; counted as rejected."""
         self.metrics.rejected.labels("queue_timeout").inc()
         return OverloadedError(retry_after=self._retry_after())
 

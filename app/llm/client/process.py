@@ -114,7 +114,7 @@ class EngineProcess:
             return await self._process.wait()
 
     def kill(self, because: str = "") -> None:
-        """End the process at once; :meth:`wait` then returns ``because``, if given."""
+        """End the process at once; :meth:`wait` returns ``because`` then, if it is not empty."""
         self._killed_because = because
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()

@@ -62,17 +62,13 @@ class _Running:
 
 
 class EchoBackend:
-    """A deterministic stand-in for a model: see the module's docstring.
-
-    Args:
-        step_seconds: How long a step takes.
-    """
+    """A deterministic stand-in for a model: see the module's docstring."""
 
     def __init__(self, *, step_seconds: float = 0.0) -> None:
         self._step_seconds = step_seconds
         self._tokenizer = build_tokenizer()
-        self._end_id = _special_id(self._tokenizer, _END)
-        self._start_id = _special_id(self._tokenizer, _START)
+        ids = self._tokenizer.get_vocab()
+        self._start_id, self._end_id = ids[_START], ids[_END]
         # A special token that is spelt out in the text stays text.
         self._tokenizer.encode_special_tokens = True
         self._running: dict[str, _Running] = {}
@@ -157,13 +153,6 @@ class EchoBackend:
     def stats(self) -> EngineStats:
         """Figures of the moment; there is no KV cache."""
         return EngineStats(running=len(self._running))
-
-
-def _special_id(tokenizer: Tokenizer, token: str) -> int:
-    token_id = tokenizer.token_to_id(token)
-    if token_id is None:
-        raise KeyError(token)
-    return token_id
 
 
 def _break(fault: str) -> None:

@@ -7,6 +7,7 @@ next step, and so that this process ends with its parent.
 """
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import os
@@ -65,6 +66,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self._reader = sock.makefile("rb")
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
 
     def start_reading(self) -> None:
@@ -91,31 +93,20 @@ class Channel:
 
     def receive(self) -> Command | None:
         """Wait for one command; ``None`` when the peer is gone."""
-        header = self._read(HEADER_BYTES)
-        if header is None:
-            return None
-        body = self._read(body_length(header))
-        return None if body is None else unpack_command(body)
-
-    def _read(self, count: int) -> bytes | None:
-        buffer = bytearray()
-        while len(buffer) < count:
-            try:
-                piece = self._socket.recv(count - len(buffer))
-            except ConnectionError:
-                return None
-            if not piece:
-                return None
-            buffer += piece
-        return bytes(buffer)
+        with contextlib.suppress(ConnectionError):
+            header = self._reader.read(HEADER_BYTES)
+            if len(header) == HEADER_BYTES:
+                length = body_length(header)
+                body = self._reader.read(length)
+                if len(body) == length:
+                    return unpack_command(body)
+        return None
 
 
 class Worker:
     """The loop between the socket and the backend.
 
     Args:
-        channel: Where commands come from and reports go.
-        backend: Runs the model.
         max_running: Slots: most requests that the backend has at once. Others wait here, so that a
             slot that one step frees is filled before the next step.
     """
@@ -174,17 +165,15 @@ class Worker:
             raise
         except Exception as error:
             log.exception("a request could not be added", extra={"engine_request": request.id})
-            events.append(_failure(request.id, error))
+            # The exception's message may contain what the caller sent, a grammar for example.
+            name = type(error).__name__
+            events.append(TokenEvent(request_id=request.id, finish_reason="error", error=name))
             return False
         self._running.add(request.id)
         return True
 
     def _check(self, request: GenerationRequest) -> None:
-        """Refuse tokens that the model does not have; native code would read past its embeddings.
-
-        Raises:
-            ValueError: The prompt is empty, or has such a token.
-        """
+        """Refuse tokens outside the vocabulary; native code would read past the embeddings."""
         size = self._backend.info.vocabulary_size
         ids = [*request.prompt_token_ids, *request.sampling.logit_bias]
         if not request.prompt_token_ids or min(ids) < 0 or max(ids) >= size:
@@ -210,12 +199,6 @@ class Worker:
             self._reported_stats = stats
             self._reported_at = now
             self._channel.send(Step(events=events, stats=stats, started=[*started]))
-
-
-def _failure(request_id: str, error: Exception) -> TokenEvent:
-    # The exception's message may contain what the caller sent, a grammar for example.
-    name = type(error).__name__
-    return TokenEvent(request_id=request_id, finish_reason="error", error=name)
 
 
 def _load(channel: Channel, configure: Configure) -> Backend | None:

@@ -59,8 +59,7 @@ def start_pipeline(
 
     Args:
         model_path: A GGUF file, or a folder with ``openvino_model.xml``.
-        tokenizer: Has the vocabulary for grammars; ``None``: the library reads its own from
-            ``model_path``.
+        tokenizer: Has the vocabulary for grammars; ``None``: the library reads its own.
         max_running: Most requests in a batch.
         cache_blocks: Size of the KV cache in blocks of ``prefix_index.BLOCK_SIZE`` tokens.
         properties: Properties of the CPU plugin, such as ``INFERENCE_PRECISION_HINT``.
@@ -85,8 +84,6 @@ class OpenVinoBackend:
     """A GGUF file or an OpenVINO model on a CPU.
 
     Args:
-        pipeline: From :func:`start_pipeline`.
-        info: What is being served.
         eos_token_ids: Tokens that end an answer.
         cache_blocks: Size of the KV cache, as for :func:`start_pipeline`.
     """
@@ -110,12 +107,7 @@ class OpenVinoBackend:
         self._added = 0
 
     def add(self, request: GenerationRequest) -> None:
-        """Add a request to the next step's batch.
-
-        Raises:
-            RuntimeError: The library rejects one of its parameters.
-            GrammarError: Its grammar cannot be compiled.
-        """
+        """Add a request to the next step's batch; raises what the library or a grammar rejects."""
         config = self._config(request)
         self._added += 1
         prompt = openvino.Tensor(np.array([request.prompt_token_ids], dtype=np.int64))

@@ -30,7 +30,6 @@ class GrammarCompiler:
 
     Args:
         tokenizer: The pipeline's own, not another one of the same model.
-        vocabulary_size: Of the model.
         eos: Tokens that end an answer.
     """
 
@@ -72,9 +71,7 @@ class GrammarCompiler:
             self._generate(other, StructuredOutputConfig(regex="a"))
         self._compiled.clear()
 
-    def _generate(
-        self, pipeline: openvino_genai.LLMPipeline, structure: StructuredOutputConfig
-    ) -> None:
+    def _generate(self, pipeline: Any, structure: StructuredOutputConfig) -> None:
         config = GenerationConfig()
         config.apply_chat_template = False
         config.max_new_tokens = 1

@@ -39,19 +39,9 @@ class OpenVinoUnsupportedError(Exception):
 
 
 def load_openvino(
-    settings: ModelSettings,
-    snapshot: Snapshot,
-    *,
-    max_running: int,
-    progress: Progress,
+    settings: ModelSettings, snapshot: Snapshot, *, max_running: int, progress: Progress
 ) -> Backend:
-    """Load a GGUF file or an OpenVINO model.
-
-    Args:
-        settings: The ``model`` section.
-        snapshot: The model's files.
-        max_running: Most requests in a batch.
-        progress: Called with each step of loading.
+    """Load a GGUF file or an OpenVINO model, for a batch of at most ``max_running`` requests.
 
     Raises:
         OpenVinoUnsupportedError: OpenVINO cannot run it, though its files are complete.
@@ -127,13 +117,11 @@ def _properties(settings: ModelSettings) -> dict[str, Any]:
 
 
 def _cache_blocks(settings: ModelSettings, shape: ModelShape, max_running: int) -> int:
-    bytes_per_token = shape.cache_values_per_token * _CACHE_BYTES.get(
-        settings.dtype, _CACHE_BYTES_16
-    )
+    value_bytes = _CACHE_BYTES.get(settings.dtype, _CACHE_BYTES_16)
     tokens = cache_tokens(
         context_length=shape.context_length,
         max_running=max_running,
-        bytes_per_token=bytes_per_token,
+        bytes_per_token=shape.cache_values_per_token * value_bytes,
     )
     return -(-tokens // BLOCK_SIZE) + 1
 

@@ -13,11 +13,7 @@ BLOCK_SIZE: Final = 32
 
 
 class PrefixIndex:
-    """The blocks of :data:`BLOCK_SIZE` tokens in a cache.
-
-    Args:
-        capacity: Most blocks in the cache.
-    """
+    """The blocks of :data:`BLOCK_SIZE` tokens in a cache of ``capacity`` blocks."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity

@@ -46,12 +46,9 @@ def prefer_flash_attention(model: Any) -> None:
 
 
 def attend_per_request(model: Any) -> bool:
-    """Switch a model to per-request attention unless what it has is better.
+    """Switch a model to per-request attention unless what it has is better; says if it did.
 
     Flash attention is per-request too, and on a GPU ``sdpa``'s mask costs little.
-
-    Returns:
-        Whether it was switched.
     """
     chosen = attention_of(model)
     if is_flash_attention_requested(requested_attention_implementation=chosen) or (

@@ -29,12 +29,7 @@ from app.llm.engine.transformers.paged_attention import plan_step
 from app.llm.engine.transformers.sampling import RequestSampler, choose
 from app.llm.engine.transformers.token_masks import GrammarCompiler
 from app.llm.models.description import cache_values_per_token, context_length, eos_token_ids
-from app.llm.protocol import (
-    EngineInfo,
-    EngineStats,
-    GenerationRequest,
-    TokenEvent,
-)
+from app.llm.protocol import EngineInfo, EngineStats, GenerationRequest, TokenEvent
 
 log = get_logger("engine")
 
@@ -53,7 +48,6 @@ class TransformersBackend:
 
     Args:
         pipe: A text-generation pipeline; its model is switched to paged attention.
-        info: What is being served.
         max_running: Most requests in a batch.
         cuda_memory_share: Share of a GPU's free memory for the KV cache and the tensors of a step.
     """
@@ -95,11 +89,7 @@ class TransformersBackend:
         return self._manager.batch_processor
 
     def add(self, request: GenerationRequest) -> None:
-        """Add a request to the next step's batch.
-
-        Raises:
-            GrammarError: Its grammar cannot be compiled.
-        """
+        """Add a request to the next step's batch; raises ``GrammarError`` if its grammar is bad."""
         sampler = RequestSampler(
             request.sampling,
             request.prompt_token_ids,
@@ -196,13 +186,7 @@ class TransformersBackend:
 def batching_config(
     model: Any, max_running: int, cuda_memory_share: float
 ) -> ContinuousBatchingConfig:
-    """The settings of transformers' continuous batching.
-
-    Args:
-        model: Its device decides the size of the cache.
-        max_running: Most requests in a batch.
-        cuda_memory_share: Share of a GPU's free memory for the KV cache and the tensors of a step.
-    """
+    """The settings of transformers' continuous batching, for the model's device."""
     on_gpu = runs_on_gpu(model)
     return ContinuousBatchingConfig(
         page_size=PAGE_SIZE,

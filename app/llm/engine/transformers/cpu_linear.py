@@ -22,11 +22,7 @@ _SMALLEST_SCALE: Final = 1e-12
 
 
 class PackedLinear(nn.Module):
-    """A linear layer in bfloat16 whose weight is packed once.
-
-    Args:
-        linear: The layer it replaces.
-    """
+    """A linear layer in bfloat16 whose weight is packed once."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -57,11 +53,7 @@ class RowQuantizer:
         self._output: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize ``x`` [..., features].
-
-        Returns:
-            The integers, uint8 with 128 for zero, and the rows' scales, float32 [..., 1].
-        """
+        """Quantize ``x`` [..., features] to uint8 with 128 for 0, and row scales [..., 1]."""
         if x is not self._input or self._output is None:
             values = x.float()
             scale = values.abs().amax(-1, keepdim=True).mul_(1 / _LARGEST)
@@ -77,7 +69,6 @@ class Int8Linear(nn.Module):
     """A linear layer in 8-bit integers, with a scale for each output channel and each input row.
 
     Args:
-        linear: The layer it replaces.
         quantize: Shared by all layers of a model.
     """
 

@@ -1,7 +1,7 @@
 """Loading a model with transformers: its pipeline, and the backend that batches it."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,35 @@ def load_transformers(
     progress(f"loading {settings.label} with transformers")
     pipe = load_pipeline(settings, snapshot)
     progress("starting continuous batching")
-    return _start_backend(pipe, settings, snapshot, reason, max_running)
+    import torch
+
+    from app.llm.engine.transformers import cpu_linear
+    from app.llm.engine.transformers.backend import TransformersBackend
+
+    model, tokenizer = pipe.model, pipe.tokenizer
+    on_cuda = settings.device == "cuda"
+    int8 = settings.quantization == "int8"
+    if int8 and (refusal := cpu_linear.why_no_int8(model.dtype)):
+        raise ModelLoadError(refusal)
+    if not on_cuda:
+        cpu_linear.replace_linears(model, settings.quantization, model.dtype)
+    info = EngineInfo(
+        model=settings.label,
+        revision=snapshot.revision,
+        backend="transformers",
+        backend_reason=reason,
+        device=f"cuda ({torch.cuda.get_device_name()})" if on_cuda else "cpu",
+        dtype="int8" if int8 else str(model.dtype).removeprefix("torch."),
+        context_length=context_length(model.config),
+        vocabulary_size=int(model.config.get_text_config().vocab_size),
+        supported=frozenset((*SAMPLING_FIELDS, *REQUEST_FEATURES)),
+        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
+        chat_template=chat_template(tokenizer),
+        special_tokens=special_tokens(tokenizer),
+    )
+    return TransformersBackend(
+        pipe, info, max_running=max_running, cuda_memory_share=settings.cuda_memory_share
+    )
 
 
 def check_device(settings: ModelSettings) -> None:
@@ -88,9 +116,7 @@ def load_pipeline(settings: ModelSettings, snapshot: Snapshot) -> "Pipeline":
     if snapshot.gguf:
         # Otherwise each forward pass on a CPU would dequantize the weights again.
         weights = {"quantization_config": GgufConfig(dequantize=True)}
-    with ExitStack() as stack:
-        if snapshot.gguf:
-            stack.enter_context(_reading_gguf_once())
+    with _reading_gguf_once() if snapshot.gguf else nullcontext():
         return _from_pretrained(settings, snapshot, weights)
 
 
@@ -149,40 +175,3 @@ def weight_dtype(settings: ModelSettings, snapshot: Snapshot) -> "torch.dtype | 
     # Without bfloat16 instructions a CPU converts in each step, which is slower than float32.
     cpu = torch.cpu.get_capabilities()
     return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_tile") else torch.float32
-
-
-def _start_backend(
-    pipe: "Pipeline", settings: ModelSettings, snapshot: Snapshot, reason: str, max_running: int
-) -> Backend:
-    import torch
-
-    from app.llm.engine.transformers import cpu_linear
-    from app.llm.engine.transformers.backend import TransformersBackend
-
-    model, tokenizer = pipe.model, pipe.tokenizer
-    on_cuda = settings.device == "cuda"
-    int8 = settings.quantization == "int8"
-    if int8 and (refusal := cpu_linear.why_no_int8(model.dtype)):
-        raise ModelLoadError(refusal)
-    if not on_cuda:
-        cpu_linear.replace_linears(model, settings.quantization, model.dtype)
-    info = EngineInfo(
-        model=settings.label,
-        revision=snapshot.revision,
-        backend="transformers",
-        backend_reason=reason,
-        device=f"cuda ({torch.cuda.get_device_name()})" if on_cuda else "cpu",
-        dtype="int8" if int8 else str(model.dtype).removeprefix("torch."),
-        context_length=context_length(model.config),
-        vocabulary_size=int(model.config.get_text_config().vocab_size),
-        supported=frozenset((*SAMPLING_FIELDS, *REQUEST_FEATURES)),
-        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
-        chat_template=chat_template(tokenizer),
-        special_tokens=special_tokens(tokenizer),
-    )
-    return TransformersBackend(
-        pipe,
-        info,
-        max_running=max_running,
-        cuda_memory_share=settings.cuda_memory_share,
-    )

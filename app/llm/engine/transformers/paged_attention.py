@@ -12,7 +12,7 @@ layers as a keyword argument of the model's forward pass.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Final
 
 import torch
@@ -83,8 +83,8 @@ def make_plan(
         window: Size of the sliding window, including the query's own token; ``None`` is no limit. A
             layer with a window overwrites old keys, so the order of reading is kept.
     """
-    starts = [0, *_running_sums(query_lengths)]
-    key_starts = [0, *_running_sums(key_lengths)]
+    starts = [*accumulate(query_lengths, initial=0)]
+    key_starts = [*accumulate(key_lengths, initial=0)]
     order = list(range(len(query_lengths)))
     if window is None:
         order.sort(key=lambda i: (query_lengths[i] != 1, key_lengths[i]))
@@ -294,11 +294,5 @@ def _padded(index: Tensor, length: int) -> Tensor:
     return torch.cat([index, index[:1].expand(missing)]) if missing else index
 
 
-def _running_sums(lengths: Sequence[int]) -> list[int]:
-    total = 0
-    return [total := total + length for length in lengths]
-
-
 def _differences(cumulative: Tensor) -> list[int]:
-    sums = cumulative.tolist()
-    return [after - before for before, after in pairwise(sums)]
+    return [after - before for before, after in pairwise(cumulative.tolist())]

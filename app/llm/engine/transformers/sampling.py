@@ -44,11 +44,7 @@ class RequestSampler:
 
     def __post_init__(self) -> None:
         # Without a seed the generator's state comes from the operating system.
-        self._random = random.Random(self.params.seed)  # noqa: S311 - sampling, not secrecy  # nosec B311
-
-    def draw(self) -> float:
-        """Draw a uniform number in [0, 1)."""
-        return self._random.random()
+        self.random = random.Random(self.params.seed)  # noqa: S311 - sampling, not secrecy  # nosec B311
 
     def accept(self, token_ids: Sequence[int]) -> None:
         """Count generated tokens and advance the grammar."""
@@ -103,16 +99,13 @@ def select(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
         if sampler.mask is not None:
             sampler.mask.apply(scores[row])
     sampled = [i for i, s in enumerate(samplers) if not s.params.is_greedy]
-    plain = [i for i in sampled if not _has_filters(samplers[i].params)]
-    filtered = [i for i in sampled if _has_filters(samplers[i].params)]
-    for rows, pick in ((plain, _pick), (filtered, _pick_filtered)):
+    for pick in (_pick, _pick_filtered):
+        rows = [i for i in sampled if _has_filters(samplers[i].params) == (pick is _pick_filtered)]
         if rows:
-            chosen_samplers = [samplers[i] for i in rows]
+            theirs = [samplers[i] for i in rows]
             index = torch.tensor(rows, device=scores.device)
-            logits = scores[index] / _column(
-                scores, [s.params.temperature for s in chosen_samplers]
-            )
-            scores[index, pick(logits, chosen_samplers)] = torch.inf
+            logits = scores[index] / _column(scores, [s.params.temperature for s in theirs])
+            scores[index, pick(logits, theirs)] = torch.inf
     return scores
 
 
@@ -195,7 +188,7 @@ def _filter(
 def _invert(probabilities: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
     """Index at which each row's cumulative sum first exceeds its draw, int64 [rows]."""
     cumulative = probabilities.cumsum(-1)
-    draws = _column(probabilities, [s.draw() for s in samplers]) * cumulative[:, -1:]
+    draws = _column(probabilities, [s.random.random() for s in samplers]) * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, draws, right=True).squeeze(-1)
     # Rounding may move a draw to the end of the sum: take the last token with a probability.
     last = probabilities.shape[-1] - 1 - (probabilities > 0).flip(-1).int().argmax(-1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from app.llm.ebnf import keywords, regex
+from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.grammars import parse_schema
 from app.llm.protocol import Grammar, JsonSchemaGrammar, RegexGrammar, TagsGrammar
 
@@ -28,10 +29,6 @@ _JSON_OPTIONS: Final[Any] = {
     "lenient": False,
     "json_allowed_escapes": 'nrbtf\\"',
 }
-
-
-class GrammarError(RuntimeError):
-    """The library rejects a grammar."""
 
 
 class TokenMask:
@@ -71,7 +68,6 @@ class GrammarCompiler:
 
     Args:
         tokenizer_json: The tokenizer as the ``tokenizers`` library serialises it.
-        vocabulary_size: Of the model.
         eos: Tokens that end an answer.
     """
 
@@ -104,7 +100,7 @@ def translate(grammar: Grammar) -> str:
     """Translate a grammar to llguidance's format.
 
     Raises:
-        app.llm.ebnf.errors.GrammarError: It is malformed.
+        GrammarError: It is malformed.
     """
     if isinstance(grammar, JsonSchemaGrammar):
         schema = _closed(parse_schema(grammar.schema))
