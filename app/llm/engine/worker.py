@@ -58,11 +58,7 @@ _MAX_MESSAGE = 300
 
 
 class Channel:
-    """The worker's end of the socket.
-
-    Attributes:
-        commands: Commands that have come and that the worker has not taken yet.
-    """
+    """The worker's end of the socket, and a queue of the commands that have come."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock

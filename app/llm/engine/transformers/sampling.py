@@ -28,7 +28,6 @@ class RequestSampler:
     Attributes:
         prompt_token_ids: For the repetition penalty.
         generated: How often each token has been generated.
-        wants_logprobs: Whether to record log-probabilities.
         top_logprobs_count: How many of the likeliest tokens to record for each token.
         top_logprobs: For each generated token the likeliest tokens and their log-probabilities.
     """
@@ -61,14 +60,11 @@ class RequestSampler:
 
 
 def choose(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
-    """Choose the next token of each row, and record its log-probability if wanted.
+    """Choose the next token of each row, int64 [rows], and record its log-probability if wanted.
 
     Args:
         scores: Logits, float32 [rows, vocabulary]; changed in place.
         samplers: One for each row.
-
-    Returns:
-        Token ids, int64 [rows].
     """
     recorded = [row for row, sampler in enumerate(samplers) if sampler.wants_logprobs]
     # The selection changes the scores, so log-probabilities are computed before it.
@@ -163,7 +159,6 @@ def _filter(
     Args:
         values: The largest logits in descending order, [rows, width].
         log_total: Logarithm of the sum of all tokens' exponentials, [rows, 1].
-        samplers: One for each row.
 
     Returns:
         Probabilities, [rows, width], and whether no token beyond ``width`` could be kept.

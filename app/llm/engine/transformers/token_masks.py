@@ -43,11 +43,7 @@ class TokenMask:
         return _first_line(self._matcher.get_error()) if self._matcher.is_error() else None
 
     def apply(self, logits: Tensor) -> None:
-        """Mask the tokens that the grammar forbids.
-
-        Args:
-            logits: One row, [vocabulary]; changed in place.
-        """
+        """Mask the tokens that the grammar forbids in one row of logits, [vocabulary]."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         forbidden = np.unpackbits(bits, bitorder="little", count=logits.shape[-1]) == 0
         if logits.device.type == "cpu":
