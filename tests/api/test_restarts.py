@@ -18,7 +18,7 @@ async def instance(balancer: Balancer) -> AsyncIterator[None]:
 
     Leaving the block sends SIGTERM, and asserts that the service ends with 0 and leaves nothing.
     """
-    running = running_service(ENGINE__ECHO_STEP_SECONDS="0.02", APP__SHUTDOWN_NOTICE_SECONDS="1")
+    running = running_service(ENGINE__ECHO_STEP_SECONDS="0.05", APP__SHUTDOWN_NOTICE_SECONDS="1")
     service = await asyncio.to_thread(running.__enter__)
     balancer.add(service)
     try:
