@@ -133,5 +133,5 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnknownShapeError):
         return str(error)
     lines = [line for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if not line.startswith(("Exception from", "Check "))]
-    return one_line(RuntimeError((told or lines or ["it gave no reason"])[-1]))[:200]
+    messages = [line for line in lines if not line.startswith(("Exception from", "Check "))]
+    return one_line(RuntimeError((messages or lines or ["it gave no reason"])[-1]))[:200]
