@@ -51,21 +51,7 @@ COMBINING: Final = ("$ref", "const", "enum", "allOf", "anyOf", "oneOf")
 
 _KNOWN = frozenset(("type", *COMBINING)).union(*BY_TYPE.values())
 # Values with which an unsupported keyword does not restrict the answer.
-_SAYS_NOTHING: Final[dict[str, Any]] = {
-    "uniqueItems": False,
-    "minProperties": 0,
-    "multipleOf": 1,
-    "nullable": False,
-}
-_PYTHON_TYPES: Final[dict[str, tuple[type, ...]]] = {
-    "object": (dict,),
-    "array": (list,),
-    "string": (str,),
-    "number": (int, float),
-    "integer": (int,),
-    "boolean": (bool,),
-    "null": (type(None),),
-}
+_SAYS_NOTHING = {"uniqueItems": False, "minProperties": 0, "multipleOf": 1, "nullable": False}
 
 
 def check(schema: Schema) -> None:
@@ -109,9 +95,10 @@ def values(schema: Schema) -> list[Any] | None:
 
 
 def _is(value: Any, name: str) -> bool:
-    if isinstance(value, bool):
-        return name == "boolean"
-    return isinstance(value, _PYTHON_TYPES[name])
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return name == "number" or (name == "integer" and isinstance(value, int))
+    kinds = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return kinds[type(value)] == name
 
 
 def count(schema: Schema, keyword: str) -> int | None:

@@ -1,8 +1,8 @@
 """Translates JSON Schema to EBNF.
 
 Every answer of the grammar is valid under the schema, but not the reverse: answers are JSON on one
-line, with properties in the order of the schema and no unlisted ones. A schema that is malformed,
-too large, cannot be satisfied or cannot be translated in full raises :class:`GrammarError`.
+line, with properties in the order of the schema and no unlisted ones. A schema that cannot be
+translated in full raises :class:`GrammarError`.
 """
 
 from dataclasses import dataclass
@@ -30,10 +30,8 @@ _BOOLEAN = alternatives([literal("true"), literal("false")])
 class _Path:
     """The way from the root of the schema to one of its parts.
 
-    Attributes:
-        depth: Number of parts around this one.
-        forced: References on the way that every answer has to follow.
-        unwritten: References on the way after which the grammar has written nothing yet.
+    Every answer has to follow the ``forced`` references on the way. After the ``unwritten`` ones,
+    the grammar has written nothing yet.
     """
 
     depth: int = 0
@@ -60,12 +58,7 @@ class _Path:
 
 
 class SchemaCompiler:
-    """Compiles one JSON schema.
-
-    Args:
-        schema: Parsed JSON, with numbers as int and float.
-        rules: Gets the rules that the schema needs.
-    """
+    """Compiles one JSON schema, which is parsed JSON; ``rules`` gets the rules that it needs."""
 
     def __init__(self, schema: Any, rules: Rules) -> None:
         self._root = schema

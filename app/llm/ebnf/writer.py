@@ -5,6 +5,7 @@ A grammar that is too large or too costly raises :class:`GrammarError`.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
@@ -28,22 +29,13 @@ _ESCAPED = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 def literal(text: str) -> str:
     """The expression of exactly this text."""
-    strings: list[str] = []
-    run = ""
-    for character in text:
-        if ord(character) in _PRINTED_AS_HEX:
-            strings += [run, _escape(character)]
-            run = ""
-        else:
-            run += _escape(character)
-    strings.append(run)
-    return sequence(f'"{s}"' for s in strings if s)
+    parts = re.split(r"([\x00-\x1f\x7f-\xff])", text)
+    return sequence(f'"{"".join(map(_escape, part))}"' for part in parts if part)
 
 
 def _escape(character: str) -> str:
-    if character in _ESCAPED:
-        return _ESCAPED[character]
-    return character if character.isprintable() else f"\\U{ord(character):08x}"
+    code_point = character if character.isprintable() else f"\\U{ord(character):08x}"
+    return _ESCAPED.get(character, code_point)
 
 
 def one_of(ranges: Sequence[Range]) -> str:
@@ -62,13 +54,10 @@ def one_of(ranges: Sequence[Range]) -> str:
 
 
 def _member(characters: Range) -> str:
-    first, last = (_in_class(chr(code)) for code in characters)
+    first, last = (
+        chr(c) if chr(c).isascii() and chr(c).isalnum() else f"\\U{c:08x}" for c in characters
+    )
     return first if first == last else f"{first}-{last}"
-
-
-def _in_class(character: str) -> str:
-    plain = character.isascii() and character.isalnum()
-    return character if plain else f"\\U{ord(character):08x}"
 
 
 def union(ranges: Iterable[Range]) -> list[Range]:
