@@ -1,12 +1,10 @@
 """Text to token ids and back, in the API process.
 
-One thread encodes, off the event loop: the ``tokenizers`` library is not safe to share between
-threads while its settings change. Decoding takes microseconds, and uses a second copy of the
-tokenizer on the event loop.
+One thread encodes: the ``tokenizers`` library is not safe to share while its settings change.
+Decoding takes microseconds, and uses a second copy of the tokenizer on the event loop.
 
-A caller's text stays text. Where a message contains the spelling of a special token
-(``<|im_end|>``), a placeholder replaces the spelling before the chat template is rendered, and the
-spelling is encoded as plain characters afterwards. So a caller cannot forge a turn.
+A caller cannot forge a turn: a placeholder replaces each special token that a message spells
+(``<|im_end|>``) before the chat template is rendered, and is encoded as plain characters.
 """
 
 import asyncio
@@ -49,11 +47,8 @@ def template_library() -> ModuleType:
 class PromptTokenizer:
     """Renders and encodes prompts for one model.
 
-    Attributes:
-        decoder: The copy of the tokenizer for the event loop.
-        tool_format: How the model writes calls of tools.
-        template_tokens: Spellings of the special tokens that frame turns in the chat template.
-        special_token_ids: Ids of all special tokens.
+    ``decoder`` is the copy of the tokenizer for the event loop. ``template_tokens`` are the
+    spellings of the special tokens that frame turns in the chat template.
     """
 
     def __init__(self, info: EngineInfo) -> None:

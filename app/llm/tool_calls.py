@@ -67,9 +67,8 @@ class ToolCallParser:
         """The pieces held back; call this at the end of the answer."""
         rest, self._buffer = self._buffer, ""
         in_call = self._state != self._read_text
-        if in_call or (self._after_call and not rest.strip(self._separators)):
-            return []
-        return [rest] if rest else []
+        separates = self._after_call and not rest.strip(self._separators)
+        return [] if in_call or separates or not rest else [rest]
 
     def _read_text(self, pieces: list[Piece]) -> bool:
         """Pass on the text before the next call; returns whether to go on parsing."""

@@ -1,9 +1,7 @@
 """Tools: how a model learns of functions, and the text format in which it calls them.
 
-If the model's chat template has a format for tools, that is used: Hermes's, which Qwen and many
-others share, or Llama 3's. The other models get instructions in the system message to use
-Hermes's. Calls in a conversation's history become the text that the model would have written, so
-that prompts are the same whether a session or the caller kept the history.
+The chat template's own format is used: Hermes's, which Qwen and many others share, or Llama 3's.
+Other models get instructions in the system message to use Hermes's.
 """
 
 import json
@@ -52,11 +50,8 @@ class Tool:
 class ToolUse:
     """The tools of one request.
 
-    Attributes:
-        tools: The functions.
-        choice: ``auto``: the model decides. ``required``: it calls at least one. ``=name``: it
-            calls the one with this name.
-        parallel: Whether one answer may hold several calls.
+    ``choice`` is ``auto`` where the model decides, ``required`` where it calls at least one, and
+    ``=name`` where it calls the one with this name. One answer has several calls if ``parallel``.
     """
 
     tools: tuple[Tool, ...]
@@ -100,13 +95,10 @@ class ChatMessage(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How a model writes calls.
+    """How a model writes calls: a JSON object between ``opening`` and ``closing``.
 
-    Attributes:
-        opening: Text before a call's JSON object; may be empty.
-        closing: Text after it; may be empty.
-        arguments_key: Member of the object that holds the arguments.
-        in_template: Whether the chat template renders tools and their results.
+    Both texts may be empty. The object's member ``arguments_key`` holds the arguments.
+    ``in_template`` says whether the chat template renders tools and their results.
     """
 
     opening: str
@@ -139,7 +131,10 @@ class ToolFormat:
         return TagsGrammar(tags, self.trigger, required=required, single=single)
 
     def as_text(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-        """Messages whose calls are replaced by the text that the model would have written."""
+        """Messages whose calls are replaced by the text that the model would have written.
+
+        So prompts are the same whether a session or the caller kept the history.
+        """
         return [self._message_as_text(m) for m in messages]
 
     def _message_as_text(self, message: ChatMessage) -> ChatMessage:
