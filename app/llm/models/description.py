@@ -1,9 +1,7 @@
-"""What a model's files say beside its weights: its tokenizer and its configuration.
+"""Reads a model's tokenizer and configuration.
 
-Functions that read files raise :class:`ModelLoadError` where a file cannot be read.
-
-transformers is imported inside the functions that need it, because an engine process that runs
-OpenVINO calls none of them: there :mod:`app.llm.models.tokenizer_process` does.
+A file that cannot be read raises :class:`ModelLoadError`. transformers is imported inside
+functions, because an engine process that runs OpenVINO does without it.
 """
 
 import re
@@ -27,13 +25,10 @@ class UnknownShapeError(Exception):
 
 
 class ModelShape(msgspec.Struct, frozen=True, tag=True):
-    """The shape of a model.
+    """The shape of a model; see :class:`~app.llm.protocol.EngineInfo`.
 
-    Attributes:
-        context_length: Maximum number of tokens in prompt and answer together.
-        vocabulary_size: Number of token embeddings.
-        cache_values_per_token: Numbers that the KV cache holds for one token, over all layers.
-        weights: Storage format of the weights, such as ``q4_1``.
+    ``cache_values_per_token`` counts the numbers that the KV cache holds for one token, over all
+    layers. ``weights`` is the storage format, such as ``q4_1``.
     """
 
     context_length: int
@@ -43,13 +38,9 @@ class ModelShape(msgspec.Struct, frozen=True, tag=True):
 
 
 class ModelTokenizer(msgspec.Struct, frozen=True, tag=True):
-    """A model's tokenizer.
+    """A model's tokenizer; see :class:`~app.llm.protocol.EngineInfo`.
 
-    Attributes:
-        tokenizer_json: The tokenizer in the JSON format of the ``tokenizers`` library.
-        chat_template: Jinja template; ``None`` if the model has none.
-        special_tokens: Texts of ``bos_token``, ``eos_token`` and the like, by their names.
-        eos_token_ids: Ids of the tokens that end an answer.
+    ``eos_token_ids`` are the tokens that end an answer.
     """
 
     tokenizer_json: str
@@ -59,12 +50,7 @@ class ModelTokenizer(msgspec.Struct, frozen=True, tag=True):
 
 
 class Vocabulary(msgspec.Struct, frozen=True):
-    """The bytes that tokens stand for.
-
-    Attributes:
-        tokens: Bytes of each token; the index is the token's id.
-        eos: Id of the token that ends an answer; ``None`` if the file names none.
-    """
+    """The bytes of each token, by its id; ``eos`` is the token that ends an answer, if known."""
 
     tokens: Sequence[bytes]
     eos: int | None
@@ -129,16 +115,12 @@ def gguf_vocabulary(header: GgufHeader) -> Vocabulary | None:
     tokens = header.metadata.get(_GGUF_TOKENS)
     if header.metadata.get("tokenizer.ggml.model") != "gpt2" or not isinstance(tokens, list):
         return None
-    return Vocabulary(
-        # A special token may contain characters outside the alphabet: it stands for its own text.
-        tokens=[
-            bytes(map(BYTE_OF.__getitem__, token))
-            if BYTE_OF.keys() >= set(token)
-            else token.encode()
-            for token in tokens
-        ],
-        eos=header.metadata.get("tokenizer.ggml.eos_token_id"),
-    )
+    # A special token may contain characters outside the alphabet: it stands for its own text.
+    spelled = [
+        bytes(BYTE_OF[c] for c in token) if BYTE_OF.keys() >= set(token) else token.encode()
+        for token in tokens
+    ]
+    return Vocabulary(spelled, header.metadata.get("tokenizer.ggml.eos_token_id"))
 
 
 def _gguf_weights(kind: Any) -> str:

@@ -17,19 +17,7 @@ MAGIC: Final = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 # The specification's numbers of the fixed-size types, and struct's letters for them.
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+_SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _DEFAULT_ALIGNMENT = 32
 
 
@@ -44,10 +32,7 @@ class GgufArray:
 class GgufHeader:
     """The header of a GGUF file.
 
-    Attributes:
-        metadata: Values by their keys.
-        shapes: Shapes of the tensors by their names, slowest dimension first.
-        end: Size in bytes that a whole file has.
+    A tensor's shape has the slowest dimension first; ``end`` is the size of a whole file in bytes.
     """
 
     metadata: Mapping[str, Any]
@@ -56,11 +41,7 @@ class GgufHeader:
 
 
 def read_header(path: Path, arrays: tuple[str, ...] = ()) -> GgufHeader:
-    """Read the header of a GGUF file.
-
-    Args:
-        path: The file.
-        arrays: Prefixes of the keys whose arrays are read as lists; other arrays are skipped.
+    """Read the header of a GGUF file; ``arrays`` are prefixes of keys whose arrays are read, too.
 
     Raises:
         ValueError: The file is not a GGUF file, or is truncated.
@@ -134,10 +115,13 @@ class _Reader:
         if kind != _ARRAY:
             return self._numbers(_SCALARS[kind])[0]
         element, count = self._numbers("IQ")
-        if wanted:
-            return self._list(element, count)
-        if element in _SCALARS:
-            self._skip(struct.calcsize(f"<{_SCALARS[element]}") * count)
+        if letter := _SCALARS.get(element):
+            at = self._at
+            self._skip(struct.calcsize(f"<{letter}") * count)
+            if wanted:
+                return list(struct.unpack_from(f"<{count}{letter}", self._data, at))
+        elif wanted:
+            return [self._value(element, wanted=True) for _ in range(count)]
         else:
             for _ in range(count):
                 # A vocabulary has a hundred thousand strings: skipping builds none of them.
@@ -146,10 +130,3 @@ class _Reader:
                 else:
                     self._value(element)
         return GgufArray(count)
-
-    def _list(self, element: int, count: int) -> list[Any]:
-        if element not in _SCALARS:
-            return [self._value(element, wanted=True) for _ in range(count)]
-        at, letter = self._at, _SCALARS[element]
-        self._skip(struct.calcsize(f"<{letter}") * count)
-        return list(struct.unpack_from(f"<{count}{letter}", self._data, at))

@@ -13,19 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import httpx
-from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
-from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    IncompleteSnapshotError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    XetDownloadError,
-)
+from huggingface_hub import HfApi, constants, errors, get_cached_repo_tree, snapshot_download
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
@@ -60,31 +48,29 @@ def download(
     progress: Progress,
     openvino: bool = False,
 ) -> Snapshot:
-    """Download a model from the hub, or find it in the cache.
+    """Download ``owner/name`` or ``owner/name/FILE.gguf`` from the hub, or find it in the cache.
 
-    Args:
-        name: ``owner/name``, or ``owner/name/FILE.gguf``.
-        revision: Branch, tag or commit; ``None`` is the default branch.
-        token: Hub token; never logged.
-        progress: Called with the progress of the download.
-        openvino: See :func:`choose_weights`.
+    The revision is a branch, tag or commit. The token is never logged.
 
     Raises:
         ModelLoadError: The model is not available; the message says what to do.
     """
-    wanted = _parse_name(name, revision, openvino=openvino)
+    wanted = _Wanted(name, None, revision, openvino)
+    parts = PurePosixPath(name).parts
+    if len(parts) > 2 and name.endswith(".gguf"):
+        wanted = _Wanted("/".join(parts[:2]), "/".join(parts[2:]), revision, openvino)
     token = _checked_token(token)
     # The library would print its log lines a second time, beside the service's log.
     logging.getLogger("huggingface_hub").handlers.clear()
     progress(f"looking up {wanted.repo} on the hub")
     try:
         return _download(wanted, token, progress)
-    except HFValidationError:
+    except errors.HFValidationError:
         raise ModelLoadError(
             f"{name!r} is not a hub repository name (owner/name): correct MODEL__NAME; "
             "for a path set MODEL__SOURCE=local"
         ) from None
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         raise ModelLoadError(_explain_refusal(error, wanted, has_token=bool(token))) from None
     except OSError as error:
         raise ModelLoadError(
@@ -99,20 +85,10 @@ def download(
         ) from None
 
 
-def _parse_name(name: str, revision: str | None, *, openvino: bool) -> _Wanted:
-    parts = PurePosixPath(name).parts
-    if len(parts) > 2 and name.endswith(".gguf"):
-        return _Wanted("/".join(parts[:2]), "/".join(parts[2:]), revision, openvino)
-    return _Wanted(name, None, revision, openvino)
-
-
 def _checked_token(token: str | None) -> str | None:
-    """The token without the trailing line break of a secret file.
-
-    Raises:
-        ModelLoadError: No header can hold it; the HTTP client's own error would quote the token.
-    """
+    """The token without the trailing line break of a secret file."""
     token = (token or "").strip()
+    # The HTTP client's own error would quote the token.
     if not (token.isascii() and token.isprintable()) or " " in token:
         raise ModelLoadError(
             "HUGGINGFACE_TOKEN holds characters that no token has: copy it again from the hub"
@@ -120,9 +96,9 @@ def _checked_token(token: str | None) -> str | None:
     return token or None
 
 
-def _explain_refusal(error: HfHubHTTPError, wanted: _Wanted, *, has_token: bool) -> str:
+def _explain_refusal(error: errors.HfHubHTTPError, wanted: _Wanted, *, has_token: bool) -> str:
     repo, status = wanted.repo, error.response.status_code
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         hint = (
             "the token in HUGGINGFACE_TOKEN may not read it: accept its licence on the hub with "
             "the account the token belongs to"
@@ -130,11 +106,11 @@ def _explain_refusal(error: HfHubHTTPError, wanted: _Wanted, *, has_token: bool)
             else "accept its licence on the hub and set HUGGINGFACE_TOKEN"
         )
         return f"{repo} is a gated model; {hint}, {_ALTERNATIVES}"
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return (
             f"{repo} has no revision {wanted.revision!r}: correct MODEL__REVISION or leave it out"
         )
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         return (
             f"{repo} is not on the hub, or is private: check MODEL__NAME, set HUGGINGFACE_TOKEN "
             "if it is private, or set MODEL__SOURCE=local for a path"
@@ -152,12 +128,12 @@ def _download(wanted: _Wanted, token: str | None, progress: Progress) -> Snapsho
         info = HfApi(token=token or False).model_info(
             wanted.repo, revision=wanted.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
-    except OfflineModeIsEnabled:
+    except errors.OfflineModeIsEnabled:
         return _from_cache(wanted, progress, "HF_HUB_OFFLINE is set", "unset it")
     except httpx.TransportError:
         advice = "check the network and HF_ENDPOINT"
         return _from_cache(wanted, progress, "the hub cannot be reached", advice)
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status < 500 and status != httpx.codes.TOO_MANY_REQUESTS:
             raise
@@ -167,7 +143,8 @@ def _download(wanted: _Wanted, token: str | None, progress: Progress) -> Snapsho
     names = [sibling.rfilename for sibling in info.siblings or []]
     weights = choose_weights(names, wanted.repo, wanted.file, openvino=wanted.openvino)
     files = _needed(names, weights)
-    cache = _cache_folder(wanted.repo)
+    folder = repo_folder_name(repo_id=wanted.repo, repo_type="model")
+    cache = Path(constants.HF_HUB_CACHE) / folder
     _remove_abandoned(cache)
     progress(f"downloading {wanted.repo} ({len(files)} files)")
     try:
@@ -179,7 +156,7 @@ def _download(wanted: _Wanted, token: str | None, progress: Progress) -> Snapsho
             allow_patterns=files,
             tqdm_class=_progress_bar(wanted.repo, progress),
         )
-    except (httpx.TransportError, LocalEntryNotFoundError, XetDownloadError):
+    except (httpx.TransportError, errors.LocalEntryNotFoundError, errors.XetDownloadError):
         raise ModelLoadError(
             f"the connection to the hub broke while downloading {wanted.repo}: start again; "
             "files that were complete are kept"
@@ -198,7 +175,7 @@ def _from_cache(wanted: _Wanted, progress: Progress, reason: str, advice: str) -
         )
         try:
             names = [file.path for file in get_cached_repo_tree(repo, revision=revision)]
-        except CachedRepoTreeNotFoundError:
+        except errors.CachedRepoTreeNotFoundError:
             # Another program downloaded it, so the files in the folder are taken for all there are.
             files = (path for path in Path(folder).rglob("*") if path.is_file())
             names = [path.relative_to(folder).as_posix() for path in files]
@@ -211,18 +188,14 @@ def _from_cache(wanted: _Wanted, progress: Progress, reason: str, advice: str) -
                 allow_patterns=_needed(names, weights),
             )
         )
-    except LocalEntryNotFoundError as error:
-        whole = "whole " if isinstance(error, IncompleteSnapshotError) else ""
+    except errors.LocalEntryNotFoundError as error:
+        whole = "whole " if isinstance(error, errors.IncompleteSnapshotError) else ""
         raise ModelLoadError(
             f"{reason}, and {repo} is not {whole}in the cache: {advice}, {_ALTERNATIVES}"
         ) from None
     progress(f"{reason}; using {repo} from the cache")
     # The cache names a snapshot's folder by its commit.
     return Snapshot(directory, weights, directory.name)
-
-
-def _cache_folder(repo: str) -> Path:
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
 
 
 def _remember(cache: Path, revision: str | None, commit: str) -> None:

@@ -12,10 +12,7 @@ from app.utils.errors import ModelLoadError
 def explaining(part: str, settings: ModelSettings, snapshot: Snapshot) -> Iterator[None]:
     """Turn any exception of the block into a :class:`ModelLoadError`.
 
-    Args:
-        part: What is being loaded: ``file``, ``configuration``, ``tokenizer`` or ``model``.
-        settings: The ``model`` section.
-        snapshot: The model's files.
+    ``part`` is what is being loaded: ``file``, ``configuration``, ``tokenizer`` or ``model``.
     """
     try:
         yield
@@ -54,11 +51,9 @@ def _explain(error: Exception, part: str, settings: ModelSettings, snapshot: Sna
             f"{snapshot.directory / snapshot.gguf} cannot be loaded ({text[:200]}): if it is "
             "truncated or corrupt, delete it and download it again"
         )
-    needs = (
-        "a whole tokenizer.json is needed"
-        if part == "tokenizer"
-        else "config.json and safetensors files that belong together are needed"
-    )
+    needs = "config.json and safetensors files that belong together are needed"
+    if part == "tokenizer":
+        needs = "a whole tokenizer.json is needed"
     return (
         f"the {part} in {snapshot.directory} cannot be loaded ({text[:200]}): {needs}; download it "
         "again, or choose another model"

@@ -45,11 +45,8 @@ def choose_weights(
 ) -> str | None:
     """Choose the file that holds the weights.
 
-    Args:
-        names: Paths of the files, relative to the model's folder.
-        where: The repository or the folder, as MODEL__NAME gives it.
-        wanted: The GGUF file that MODEL__NAME names, if it names one.
-        openvino: Whether OpenVINO may run the model; its own format is then preferred.
+    ``where`` is the repository or folder for error messages, and ``wanted`` the GGUF file that
+    MODEL__NAME names. OpenVINO's own format is preferred where ``openvino`` may run the model.
 
     Returns:
         ``None`` for safetensors, else the name of the GGUF file or :data:`OPENVINO_MODEL`.

@@ -1,8 +1,8 @@
 """A short-lived third process that reads the tokenizer while the engine process loads weights.
 
 Reading a tokenizer needs transformers, which takes half a second and 100 MB to import. An engine
-process that runs OpenVINO needs transformers for nothing else, so it starts
-``python -m app.llm.models.tokenizer_process``, which writes its answers as lines of JSON and exits.
+process that runs OpenVINO needs it for nothing else, so it starts this module as a program, which
+writes its answers as lines of JSON and exits.
 """
 
 import gc
@@ -22,8 +22,6 @@ from app.llm.models.gguf_header import read_header
 from app.llm.models.snapshot import Snapshot
 from app.utils.errors import ModelLoadError
 
-_NICE = 10
-
 
 class _Failure(msgspec.Struct, frozen=True, tag=True):
     message: str
@@ -34,18 +32,15 @@ T = TypeVar("T", ModelShape, ModelTokenizer)
 
 
 class TokenizerProcess:
-    """The engine process's handle on the third process, which is killed when the block ends."""
+    """The engine process's handle on the third process, which is killed when the block ends.
+
+    Its methods raise :class:`ModelLoadError` where a file cannot be read.
+    """
 
     def __init__(self, settings: ModelSettings, snapshot: Snapshot) -> None:
+        arguments = [settings.model_dump_json(), str(snapshot.directory), snapshot.weights or ""]
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "app.llm.models.tokenizer_process",
-                settings.model_dump_json(),
-                str(snapshot.directory),
-                snapshot.weights or "",
-            ],
+            [sys.executable, "-m", "app.llm.models.tokenizer_process", *arguments],
             # The process exits when this pipe closes, so it never outlives the engine process.
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -59,19 +54,11 @@ class TokenizerProcess:
             self._process.kill()
 
     def shape(self) -> ModelShape:
-        """Wait for the model's shape; call this before :meth:`tokenizer`, and not for a GGUF file.
-
-        Raises:
-            ModelLoadError: The configuration cannot be read.
-        """
+        """Wait for the model's shape, before the tokenizer; not for a GGUF file."""
         return self._read(ModelShape)
 
     def tokenizer(self) -> ModelTokenizer:
-        """Wait for the tokenizer.
-
-        Raises:
-            ModelLoadError: It cannot be read.
-        """
+        """Wait for the tokenizer."""
         return self._read(ModelTokenizer)
 
     def _read(self, kind: type[T]) -> T:
@@ -122,7 +109,7 @@ def main(arguments: list[str]) -> int:
     """
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     # Loading the weights takes longer, and needs the core more.
-    os.nice(_NICE)
+    os.nice(10)
     # Imports and a vocabulary make many objects, and the process exits before they are garbage.
     gc.disable()
     _keep_torch_out()
