@@ -47,7 +47,6 @@ class BoundedCache(Generic[V]):
     ) -> None:
         self._max_entries = max_entries
         self._max_bytes = max_bytes
-        self._size_of = size_of
         self._values: TTLCache[str, V] = TTLCache(
             maxsize=max_bytes, ttl=ttl_seconds, timer=clock, getsizeof=size_of
         )
@@ -66,7 +65,7 @@ class BoundedCache(Generic[V]):
     def put(self, key: str, value: V) -> None:
         """Keep ``value`` and evict the least recently used values to make room for it."""
         self._values.pop(key, None)
-        if self._size_of(value) > self._max_bytes // 4:
+        if self._values.getsizeof(value) > self._max_bytes // 4:
             return
         self._values.expire()
         while len(self._values) >= self._max_entries:

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
-from cachetools import TTLCache
+from cachetools import LRUCache
 from limits import RateLimitItem, WindowStats, parse
 from limits.storage import StorageTypes
 from limits.strategies import STRATEGIES, RateLimiter
@@ -46,12 +46,7 @@ class TokenBucketRateLimiter(RateLimiter):
         self.clock: Callable[[], float] = time.monotonic
         self._lock = threading.Lock()
         # When each bucket will be full ("theoretical arrival time"). A full bucket needs no entry.
-        self._full_at: TTLCache[str, float] = TTLCache(
-            maxsize=_MAX_BUCKETS, ttl=math.inf, timer=self._now
-        )
-
-    def _now(self) -> float:
-        return self.clock()
+        self._full_at: LRUCache[str, float] = LRUCache(maxsize=_MAX_BUCKETS)
 
     def _terms(self, item: RateLimitItem) -> tuple[float, int]:
         """Seconds until one token is refilled, and tokens in a full bucket."""

@@ -8,11 +8,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 
 from app.core.metrics import Metrics
 from app.core.security import KeyRing
 from app.utils.errors import TokenBudgetExceededError
+
+_DAY_SECONDS = 86_400
 
 
 @dataclass(slots=True)
@@ -61,8 +63,7 @@ class UsageLedger:
     @property
     def seconds_left(self) -> int:
         """Seconds until midnight UTC, rounded up so that waiting them reaches the next day."""
-        midnight = datetime.combine(self.today + timedelta(days=1), datetime.min.time(), tzinfo=UTC)
-        return math.ceil(midnight.timestamp() - self.clock())
+        return math.ceil(_DAY_SECONDS - self.clock() % _DAY_SECONDS)
 
     def check(self, caller: str) -> None:
         """Check that a caller's budget is not spent; running requests may exceed it.

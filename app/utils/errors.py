@@ -241,6 +241,8 @@ class InsufficientScopeError(ServiceError):
 class RetryableError(ServiceError):
     """Base of the errors after which a retry can succeed; sends ``Retry-After``."""
 
+    status = 503
+
     def __init__(self, message: str | None = None, *, retry_after: float = 1.0) -> None:
         # RFC 9110 allows whole seconds only; rounding down would make callers retry too early.
         self.retry_after = max(1, int(-(-retry_after // 1)))
@@ -268,7 +270,6 @@ class TokenBudgetExceededError(RetryableError):
 class OverloadedError(RetryableError):
     """The queue has no place for this caller, or the request waited too long in it."""
 
-    status = 503
     code = "overloaded"
     default_message = "The service is at capacity; see Retry-After."
 
@@ -276,7 +277,6 @@ class OverloadedError(RetryableError):
 class TooManyConnectionsError(RetryableError):
     """The service has its most connections, or the client's address has."""
 
-    status = 503
     code = "too_many_connections"
     default_message = "There are too many connections; see Retry-After."
 
@@ -284,7 +284,6 @@ class TooManyConnectionsError(RetryableError):
 class ModelLoadingError(RetryableError):
     """The model is still being loaded."""
 
-    status = 503
     code = "model_loading"
     default_message = "The model is still loading; see Retry-After."
 
@@ -292,7 +291,6 @@ class ModelLoadingError(RetryableError):
 class DrainingError(RetryableError):
     """The service is shutting down and accepts no new requests."""
 
-    status = 503
     code = "draining"
     default_message = "The service is shutting down."
 
@@ -300,7 +298,6 @@ class DrainingError(RetryableError):
 class EngineUnavailableError(RetryableError):
     """The engine process died and is being restarted."""
 
-    status = 503
     code = "engine_unavailable"
     default_message = "The engine stopped unexpectedly and is being restarted."
 

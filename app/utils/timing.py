@@ -13,7 +13,7 @@ T = TypeVar("T")
 def utc_timestamp(epoch_seconds: float) -> str:
     """ISO 8601 in UTC with milliseconds and a Z: ``2024-01-01T12:00:00.000Z``."""
     stamp = datetime.fromtimestamp(epoch_seconds, tz=UTC)
-    return f"{stamp:%Y-%m-%dT%H:%M:%S}.{stamp.microsecond // 1000:03d}Z"
+    return stamp.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 async def within(deadline: float | None, work: Awaitable[T]) -> T:
@@ -22,8 +22,6 @@ async def within(deadline: float | None, work: Awaitable[T]) -> T:
     Raises:
         DeadlineExceededError: The deadline passed.
     """
-    if deadline is None:
-        return await work
     limit = asyncio.timeout_at(deadline)
     try:
         async with limit:

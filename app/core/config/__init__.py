@@ -9,13 +9,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    SecretStr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -284,21 +278,11 @@ def load_settings(*, config_file: Path | None = None, env_file: Path | None = No
         ConfigurationError: One line with the key, its value and what is allowed.
     """
     env_path = env_file or PROJECT_ROOT / ".env"
-    named = config_file or (
-        Path(os.environ["CONFIG_FILE"]) if "CONFIG_FILE" in os.environ else None
-    )
-    yaml_path = named or PROJECT_ROOT / "config.yml"
+    named = config_file or os.environ.get("CONFIG_FILE")
+    yaml_path = PROJECT_ROOT / "config.yml" if named is None else Path(named)
     values = read_yaml(yaml_path, Settings.model_fields, required=named is not None)
     try:
         return Settings(_env_file=env_path, **values)
-    except ValidationError as error:
+    except (ValidationError, SettingsError) as error:
         origins = Origins(Settings.model_fields, yaml_path, env_path, values)
-        raise ConfigurationError(
-            "configuration error: " + "; ".join(origins.describe(e) for e in error.errors())
-        ) from None
-    except SettingsError:
-        variable = Origins(Settings.model_fields, yaml_path, env_path, values).not_json()
-        raise ConfigurationError(
-            f"configuration error: {variable} is not JSON; lists and objects in the environment "
-            "are JSON, such as '[\"10.0.0.0/8\"]'"
-        ) from None
+        raise ConfigurationError(f"configuration error: {origins.explain(error)}") from None

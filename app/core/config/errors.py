@@ -9,7 +9,9 @@ from typing import Any, get_origin
 
 import yaml
 from dotenv import dotenv_values
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_settings import SettingsError
 
 
 class Origins:
@@ -32,28 +34,38 @@ class Origins:
         self._fields = fields
         self._yaml_path = yaml_path
         self._yaml = yaml_values
-        self._env_path = env_path
-        self._env = {key.upper(): value for key, value in os.environ.items()}
         dotenv = dotenv_values(env_path) if env_path.is_file() else {}
-        self._dotenv = {key.upper(): value for key, value in dotenv.items()}
+        self._variables: list[tuple[dict[str, str | None], str]] = [
+            ({name.upper(): value for name, value in os.environ.items()}, "the environment"),
+            ({name.upper(): value for name, value in dotenv.items()}, str(env_path)),
+        ]
 
-    def describe(self, error: Any) -> str:
+    def explain(self, error: ValidationError | SettingsError) -> str:
+        """What is wrong, and where."""
+        if isinstance(error, ValidationError):
+            return "; ".join(map(self._describe, error.errors()))
+        return (
+            f"{self._not_json()} is not JSON; lists and objects in the environment are JSON, "
+            "such as '[\"10.0.0.0/8\"]'"
+        )
+
+    def _describe(self, error: Any) -> str:
         """A pydantic error as a clause: key, value, source, and what is allowed."""
         path = [str(part) for part in error["loc"]]
+        message = str(error["msg"]).removeprefix("Value error, ")
         if not path:
-            return str(error["msg"]).removeprefix("Value error, ")
+            return message
         key = ".".join(path)
         value, origin = self._find(path)
-        known = self._known_keys(path)
         if error["type"] == "extra_forbidden":
-            return f"{key}{origin} is not a setting; known here: {', '.join(known)}"
+            known = ", ".join(self._known_keys(path))
+            return f"{key} ({origin}) is not a setting; known here: {known}"
         shown = "" if _is_secret(path) or value is None else f" = {value!r}"
-        return f"{key}{shown}{origin}: {str(error['msg']).removeprefix('Value error, ')}"
+        return f"{key}{shown} ({origin}): {message}"
 
-    def not_json(self) -> str:
+    def _not_json(self) -> str:
         """The name and source of the variable that must be JSON and is not."""
-        places = ((self._env, "the environment"), (self._dotenv, self._env_path))
-        for variables, place in places:
+        for variables, place in self._variables:
             for name in self._json_variables():
                 if name in variables and not _is_json(variables[name]):
                     return f"{name} (in {place})"
@@ -64,15 +76,14 @@ class Origins:
         # whose other items may be secret. So a value is shown only where the whole path matches.
         for length in range(len(path), 0, -1):
             name = "__".join(path[:length]).upper()
-            whole = length == len(path)
-            if name in self._env:
-                return self._env[name] if whole else None, f" (in the environment, {name})"
-            if name in self._dotenv:
-                return self._dotenv[name] if whole else None, f" (in {self._env_path}, {name})"
-        value: Any = self._yaml
+            for variables, place in self._variables:
+                if name in variables:
+                    value = variables[name] if length == len(path) else None
+                    return value, f"in {place}, {name}"
+        found: Any = self._yaml
         for part in path:
-            value = value.get(part) if isinstance(value, Mapping) else None
-        return value, f" (in {self._yaml_path})"
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return found, f"in {self._yaml_path}"
 
     def _known_keys(self, path: list[str]) -> list[str]:
         fields: Mapping[str, FieldInfo] = self._fields

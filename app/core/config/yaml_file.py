@@ -11,12 +11,7 @@ from app.utils.errors import ConfigurationError
 
 
 def read_yaml(path: Path, known: Iterable[str], *, required: bool) -> dict[str, Any]:
-    """Read the sections of a YAML file; an optional file that does not exist has none.
-
-    Args:
-        path: The file.
-        known: Names of the sections that exist.
-        required: Whether the file must exist.
+    """Read the sections of a YAML file, all ``known``; one that is not required may be missing.
 
     Raises:
         ConfigurationError: The file's fault in one line.

@@ -7,6 +7,8 @@ entity at that beginning, or ``None`` when there is none. It looks at no more th
 
 import ipaddress
 import re
+from collections import defaultdict
+from collections.abc import Iterable
 
 from app.core.pii.patterns import LinearPattern
 
@@ -32,9 +34,9 @@ IBAN_LENGTHS: dict[str, int] = {entry[:2]: int(entry[2:]) for entry in _IBANS.sp
 
 def _left_clear(text: str, begin: int) -> bool:
     """Whether a number can begin at ``begin``: not inside a word, a longer number or a price."""
-    before = text[begin - 1 : begin] if begin else ""
-    if not before:
+    if not begin:
         return True
+    before = text[begin - 1]
     if _is_word(before) or before in "+$\u20ac\u00a3\u00a5":
         return False
     further = text[begin - 2 : begin - 1] if begin > 1 else ""
@@ -51,6 +53,10 @@ def _right_clear(text: str, end: int) -> bool:
     if after == ".":
         return not (further.isascii() and further.isdigit())
     return after != "-" or not _is_word(further)
+
+
+def _clear(text: str, begin: int, end: int) -> bool:
+    return _left_clear(text, begin) and _right_clear(text, end)
 
 
 def _is_word(character: str) -> bool:
@@ -77,42 +83,33 @@ def _group_ends(candidate: str) -> list[tuple[int, int]]:
     return ends[::-1]
 
 
-# Issuer prefixes of ISO/IEC 7812 numbers: lowest, highest, and the lengths that are issued, from
+# Issuer prefixes of ISO/IEC 7812 numbers, and the lengths that are issued, from
 # https://en.wikipedia.org/wiki/Payment_card_number#Issuer_identification_number_(IIN).
-_ISSUERS: tuple[tuple[str, str, frozenset[int]], ...] = (
-    ("4", "4", frozenset({13, 16, 19})),  # Visa
-    ("51", "55", frozenset({16})),  # Mastercard
-    ("2221", "2720", frozenset({16})),  # Mastercard
-    ("34", "34", frozenset({15})),  # American Express
-    ("37", "37", frozenset({15})),  # American Express
-    ("300", "305", frozenset(range(14, 20))),  # Diners Club
-    ("3095", "3095", frozenset(range(14, 20))),  # Diners Club
-    ("36", "36", frozenset(range(14, 20))),  # Diners Club
-    ("38", "39", frozenset(range(14, 20))),  # Diners Club
-    ("6011", "6011", frozenset(range(16, 20))),  # Discover
-    ("644", "659", frozenset(range(16, 20))),  # Discover, RuPay, Troy
-    ("3528", "3589", frozenset(range(16, 20))),  # JCB
-    ("60", "60", frozenset({16})),  # RuPay
-    ("62", "62", frozenset(range(16, 20))),  # UnionPay
-    ("81", "82", frozenset(range(16, 20))),  # UnionPay, RuPay
-    ("2200", "2204", frozenset(range(16, 20))),  # Mir
-    ("9792", "9792", frozenset({16})),  # Troy
-    ("5018", "5018", frozenset(range(13, 20))),  # Maestro
-    ("5020", "5020", frozenset(range(13, 20))),  # Maestro
-    ("5038", "5038", frozenset(range(13, 20))),  # Maestro
-    ("5893", "5893", frozenset(range(13, 20))),  # Maestro
-    ("6304", "6304", frozenset(range(13, 20))),  # Maestro
-    ("6759", "6763", frozenset(range(13, 20))),  # Maestro
+_ISSUERS: tuple[tuple[str, Iterable[int]], ...] = (
+    ("4", (13, 16, 19)),  # Visa
+    ("51-55 2221-2720", (16,)),  # Mastercard
+    ("34 37", (15,)),  # American Express
+    ("300-305 3095 36 38-39", range(14, 20)),  # Diners Club
+    ("6011", range(16, 20)),  # Discover
+    ("644-659", range(16, 20)),  # Discover, RuPay, Troy
+    ("3528-3589", range(16, 20)),  # JCB
+    ("60", (16,)),  # RuPay
+    ("62", range(16, 20)),  # UnionPay
+    ("81-82", range(16, 20)),  # UnionPay, RuPay
+    ("2200-2204", range(16, 20)),  # Mir
+    ("9792", (16,)),  # Troy
+    ("5018 5020 5038 5893 6304 6759-6763", range(13, 20)),  # Maestro
 )
 
 
-def _lengths_by_prefix() -> dict[str, frozenset[int]]:
-    lengths: dict[str, frozenset[int]] = {}
-    for low, high, issued in _ISSUERS:
-        for number in range(int(low.ljust(4, "0")), int(high.ljust(4, "9")) + 1):
-            prefix = f"{number:04}"
-            lengths[prefix] = lengths.get(prefix, frozenset()) | issued
-    return lengths
+def _lengths_by_prefix() -> dict[str, set[int]]:
+    lengths: defaultdict[str, set[int]] = defaultdict(set)
+    for prefixes, issued in _ISSUERS:
+        for prefix in prefixes.split():
+            low, _, high = prefix.partition("-")
+            for number in range(int(low.ljust(4, "0")), int((high or low).ljust(4, "9")) + 1):
+                lengths[f"{number:04}"].update(issued)
+    return dict(lengths)
 
 
 _CARD_LENGTHS = _lengths_by_prefix()
@@ -145,17 +142,19 @@ def card_end(text: str, begin: int, end: int) -> int | None:
 
 
 def ssn_end(text: str, begin: int, end: int) -> int | None:
-    """A US social security number that can have been issued (SSA, POMS RM 10201.035).
+    """A US social security number with one kind of separator."""
+    alike = text[begin + 3] == text[begin + 6]
+    found = alike and _is_issued(_digits(text[begin:end])) and _clear(text, begin, end)
+    return end if found else None
+
+
+def _is_issued(number: str) -> bool:
+    """Whether a social security number can have been issued (SSA, POMS RM 10201.035).
 
     The area is never 000, 666 or 900 to 999, the group never 00, the serial number never 0000.
     """
-    number = _digits(text[begin:end])
     area, group, serial = number[:3], number[3:5], number[5:]
-    if area in ("000", "666") or area[0] == "9" or group == "00" or serial == "0000":
-        return None
-    if text[begin + 3] != text[begin + 6]:
-        return None
-    return end if _left_clear(text, begin) and _right_clear(text, end) else None
+    return area not in ("000", "666") and area[0] != "9" and group != "00" and serial != "0000"
 
 
 def nanp_end(text: str, begin: int, end: int) -> int | None:
@@ -176,7 +175,7 @@ def nanp_end(text: str, begin: int, end: int) -> int | None:
     alike = gaps[-2] == gaps[-1] or (gaps[-2] in SPACES and gaps[-1] in DASHES)
     if not alike and ")" not in gaps:
         return None
-    return end if _left_clear(text, begin) and _right_clear(text, end) else None
+    return end if _clear(text, begin, end) else None
 
 
 def e164_end(text: str, begin: int, end: int) -> int | None:
@@ -209,20 +208,15 @@ def _left_of(text: str, begin: int) -> str:
 
 def bare_phone_end(text: str, begin: int, end: int) -> int | None:
     """Ten digits without separators, after a word such as "phone"."""
-    if not (_left_clear(text, begin) and _right_clear(text, end)):
-        return None
-    return end if _PHONE_WORDS.search(_left_of(text, begin)) else None
+    found = _clear(text, begin, end) and _PHONE_WORDS.search(_left_of(text, begin))
+    return end if found else None
 
 
 def bare_ssn_end(text: str, begin: int, end: int) -> int | None:
     """Nine digits without separators, after "SSN" or "social security"."""
     if not _SSN_WORDS.search(_left_of(text, begin)):
         return None
-    number = text[begin:end]
-    spaced = f"{number[:3]} {number[3:5]} {number[5:]}"
-    issued = ssn_end(spaced, 0, len(spaced)) is not None
-    clear = _left_clear(text, begin) and _right_clear(text, end)
-    return end if issued and clear else None
+    return end if _is_issued(text[begin:end]) and _clear(text, begin, end) else None
 
 
 _LETTER_VALUES = {ord("A") + i: str(10 + i) for i in range(26)}
@@ -246,7 +240,7 @@ def iban_end(text: str, begin: int, end: int) -> int | None:
 
 def ipv4_end(text: str, begin: int, end: int) -> int | None:
     """An IPv4 address that is not a version number."""
-    if end - begin > 15 or not (_left_clear(text, begin) and _right_clear(text, end)):
+    if end - begin > 15 or not _clear(text, begin, end):
         return None
     # Product/1.2.3.4 is a user agent's version; //1.2.3.4 is a host.
     if begin > 1 and text[begin - 1] == "/" and _is_word(text[begin - 2]):
