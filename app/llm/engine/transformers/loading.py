@@ -34,6 +34,8 @@ def load_transformers(
     """Load safetensors or a GGUF file.
 
     Args:
+        settings: The ``model`` section.
+        snapshot: The model's files.
         reason: Why transformers runs it, for /status.
         max_running: Most requests in a batch.
         progress: Called with each step of loading.

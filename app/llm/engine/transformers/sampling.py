@@ -159,6 +159,7 @@ def _filter(
     Args:
         values: The largest logits in descending order, [rows, width].
         log_total: Logarithm of the sum of all tokens' exponentials, [rows, 1].
+        samplers: One for each row.
 
     Returns:
         Probabilities, [rows, width], and whether no token beyond ``width`` could be kept.
