@@ -277,11 +277,11 @@ class RequestQueue:
         self.running = 0
         self._places: set[Place] = set()
         self._waiting: list[Place] = []
-        # By caller, of those with a request that waits or is in the engine: when a request of it
+        # By caller, of those with a request that waits or is in the engine: when one of them
         # last went to the engine, counted in requests; and how many the engine has.
-        self._turns: dict[str, float] = {}
+        self._last_served: dict[str, float] = {}
         self._in_engine: Counter[str] = Counter()
-        self._turn = 0
+        self._submissions = 0
         self._max_submitted = limits.max_running + limits.max_running // _SLOTS_PER_REQUEST_AHEAD
         self._capacity = limits.max_running + limits.max_waiting
         self._reserved = limits.max_waiting // _RESERVED_PART
@@ -350,7 +350,7 @@ class RequestQueue:
     def add(self, place: Place) -> None:
         """Submit a place's request when it is the next one and the engine has room."""
         # Were a newcomer first, callers that come and go could keep another waiting for ever.
-        self._turns.setdefault(place.caller, self._turn - 0.5)
+        self._last_served.setdefault(place.caller, self._submissions - 0.5)
         self._waiting.append(place)
         self._submit_next()
 
@@ -362,7 +362,7 @@ class RequestQueue:
         else:
             self._in_engine[caller] -= 1
         if not self._in_engine[caller] and all(other.caller != caller for other in self._waiting):
-            del self._turns[caller], self._in_engine[caller]
+            del self._last_served[caller], self._in_engine[caller]
         self._submit_next()
 
     def served(self, seconds: float) -> None:
@@ -373,13 +373,13 @@ class RequestQueue:
         while self._waiting and self._in_engine.total() < self._max_submitted:
             place = min(self._waiting, key=self._rank)
             self._waiting.remove(place)
-            self._turn += 1
-            self._turns[place.caller] = self._turn
+            self._submissions += 1
+            self._last_served[place.caller] = self._submissions
             self._in_engine[place.caller] += 1
             place.submit()
 
     def _rank(self, place: Place) -> tuple[int, float]:
-        return self._in_engine[place.caller], self._turns[place.caller]
+        return self._in_engine[place.caller], self._last_served[place.caller]
 
     def _retry_after(self) -> float:
         """Time in which the engine serves as many requests as wait now."""
