@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AttentionInterface,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -22,7 +23,6 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from app.core.config import ModelSettings
 from app.llm.engine.transformers import backend as transformers_backend
-from app.llm.engine.transformers import paged_attention
 from app.llm.engine.transformers.paged_attention import NAME, attend, make_plan
 from tests.support.backends import load, refusal, request, run, tokens
 
@@ -207,7 +207,7 @@ def test_unsupported_features_are_an_error(feature: str) -> None:
     row = torch.zeros(1, 4, 3, HEAD)
     asked: dict[str, Any] = {feature: row}
     with pytest.raises(NotImplementedError, match=f"{feature} is not supported"):
-        paged_attention._forward(torch.nn.Module(), row, row, row, None, **asked)
+        AttentionInterface()[NAME](torch.nn.Module(), row, row, row, None, **asked)
 
 
 def test_a_model_with_unsupported_attention_is_not_served(

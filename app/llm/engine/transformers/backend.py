@@ -58,7 +58,7 @@ class TransformersBackend:
         info: EngineInfo,
         *,
         max_running: int,
-        cuda_memory_share: float = 0.8,
+        cuda_memory_share: float,
     ) -> None:
         self.info = info
         self._eos = eos_token_ids(pipe.model.generation_config, pipe.tokenizer)
