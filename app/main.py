@@ -172,7 +172,7 @@ def _build(settings: Settings, services: Services, chains: "Callable[[], Chains]
         *(health, status, inference, chat, sessions),
         *(chat_completions, completions, models, tokenize, usage),
     ):
-        # An included router is asked twice for each request, and each of its routes with it.
+        # An included router would be asked twice for each request.
         app.router.routes.extend(module.router.routes)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.security.max_body_bytes)
     # Added last, so that it is outermost.

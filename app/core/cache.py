@@ -28,12 +28,9 @@ class BoundedCache(Generic[V]):
     Not thread-safe: the event loop owns it.
 
     Args:
-        max_entries: Most values kept.
         max_bytes: Most bytes kept, as ``size_of`` counts them. A value larger than a quarter of
             this is not kept, so that one value cannot evict all the others.
-        ttl_seconds: Seconds until a value expires.
         size_of: Bytes of a value.
-        clock: Monotonic seconds.
     """
 
     def __init__(

@@ -1,7 +1,6 @@
 """Answers kept under the caller's idempotency key, so that a repeated request is executed once.
 
-The terms are those of the IETF draft "The Idempotency-Key HTTP Header Field": a key names one
-request, and the request's fingerprint tells it from any other.
+The terms are those of the IETF draft "The Idempotency-Key HTTP Header Field".
 """
 
 import time
@@ -29,9 +28,7 @@ class KeptAnswer:
 class Claim:
     """The right to execute the request of a key; ends with :meth:`keep` or :meth:`release`.
 
-    Args:
-        end: Called once, with the answer to keep, or with ``None``.
-        max_body_bytes: Largest body that can be kept.
+    ``end`` is called once, with the answer to keep, or with ``None``.
     """
 
     def __init__(self, end: Callable[[KeptAnswer | None], None], *, max_body_bytes: int) -> None:

@@ -1,9 +1,8 @@
 """Structured logging on standard error: one JSON object a line, or text for a terminal.
 
-Prompts, answers and keys are never logged. Further members of an event are passed as ``extra=``, so
-that each becomes a JSON member and cannot break the line. A traceback shows the stack and the
-exception's type, but not its message, because a library may have put a piece of a prompt into it.
-Code that knows that an exception's message holds no such text logs the message itself.
+Prompts, answers and keys are never logged. Further members of an event are passed as ``extra=``. A
+traceback shows the stack and the exception's type, but not its message, because a library may have
+put a piece of a prompt into it. Code that knows that there is none logs the message itself.
 """
 
 import logging
@@ -61,10 +60,7 @@ class ServiceJsonFormatter(_WithoutMessages, JsonFormatter):
     """The shape in README.md: timestamp, level, logger, message, then the members of ``extra``."""
 
     def add_fields(
-        self,
-        log_data: dict[str, Any],
-        record: logging.LogRecord,
-        message_dict: dict[str, Any],
+        self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]
     ) -> None:
         """Fill ``log_data`` in the order of printing."""
         log_data["timestamp"] = utc_timestamp(record.created)
@@ -94,12 +90,7 @@ class TextFormatter(_WithoutMessages):
 
 
 def configure_logging(settings: LoggingSettings, stream: TextIO | None = None) -> None:
-    """Send the lines of every logger, uvicorn's included, through one handler.
-
-    Args:
-        settings: Level and format.
-        stream: Default: standard error.
-    """
+    """Send the lines of every logger to ``stream``; default: standard error."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(ServiceJsonFormatter() if settings.format == "json" else TextFormatter())
     root = logging.getLogger()

@@ -1,8 +1,7 @@
 """Rate limiting: a token bucket for each caller, behind slowapi's limiter.
 
-Neither slowapi nor ``limits`` has a token bucket, so this module registers one with ``limits`` as a
-strategy. Nothing of slowapi but its limiter is used: its middlewares exempt included routers, and
-its decorator would run after the body has been read (docs/adr/0006).
+Neither slowapi nor ``limits`` has a token bucket, so this module registers one with ``limits``.
+Only slowapi's limiter is used (docs/adr/0006).
 """
 
 import ipaddress
@@ -32,8 +31,7 @@ _MAX_BUCKETS = 100_000
 class TokenBucketRateLimiter(RateLimiter):
     """The generic cell rate algorithm (ITU-T I.371): a token bucket stored as one number a key.
 
-    A bucket of :attr:`burst_size` tokens refills at the limit's rate. At most
-    ``burst_size + rate * t`` hits succeed in any ``t`` seconds.
+    At most ``burst_size + rate * t`` hits succeed in any ``t`` seconds.
 
     Attributes:
         burst_size: Tokens in a full bucket; ``None``: the limit's amount.
@@ -142,9 +140,6 @@ class ClientAddress:
 
     Args:
         trusted_proxies: Addresses or networks, such as ``10.0.0.0/8``.
-
-    Raises:
-        ValueError: One of them is neither.
     """
 
     def __init__(self, trusted_proxies: Sequence[str]) -> None:

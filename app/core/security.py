@@ -41,13 +41,8 @@ class KeyRing:
     def replace(self, settings: SecuritySettings) -> None:
         """Accept exactly the keys of ``settings`` from now on."""
         self._principals = {
-            key.sha256: Principal(
-                name=key.name,
-                key_id=key.sha256.hex()[:16],
-                scopes=frozenset(key.scopes),
-                daily_tokens=key.daily_tokens,
-            )
-            for key in settings.accepted_keys
+            k.sha256: Principal(k.name, k.sha256.hex()[:16], frozenset(k.scopes), k.daily_tokens)
+            for k in settings.accepted_keys
         }
         self._by_id = {caller.key_id: caller for caller in self._principals.values()}
 

@@ -1,8 +1,7 @@
 """Every error that the service can answer with, and the errors that stop its start.
 
-Each class carries its HTTP status, code and headers, so that the exception handler in
-``app/api/errors.py`` has nothing to decide. Messages are for the caller: they never repeat the
-caller's input, and those of a 5xx tell nothing about the inside of the service.
+Each class carries its HTTP status, code and headers. Messages are for the caller: they never repeat
+the caller's input, and those of a 5xx tell nothing about the inside of the service.
 """
 
 from typing import ClassVar
@@ -12,10 +11,8 @@ class ServiceError(Exception):
     """Base of all errors that become an HTTP response in the common error shape.
 
     Attributes:
-        status: HTTP status code.
         code: Machine-readable reason; it does not change between releases.
         type: OpenAI's class of the error.
-        message: One sentence for the caller.
         param: The request field that caused the error, if one did.
         headers: Extra response headers, such as ``Retry-After``.
         details: Extra members of the error object, such as ``prompt_tokens``.

@@ -15,14 +15,7 @@ from pydantic_settings import SettingsError
 
 
 class Origins:
-    """Finds the source of an invalid value, the strongest source first.
-
-    Args:
-        fields: The settings' sections by name.
-        yaml_path: The path of config.yml.
-        env_path: The path of .env.
-        yaml_values: The content of config.yml.
-    """
+    """Finds the source of an invalid value, the strongest source first."""
 
     def __init__(
         self,

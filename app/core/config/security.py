@@ -16,8 +16,6 @@ PRODUCTION_KEY_MIN_CHARS = 32
 Scope = Literal["infer", "metrics", "admin"]
 """What a key permits: generating, scraping /metrics, reading the usage of all keys."""
 
-_DIGEST_PREFIX = "sha256:"
-
 
 class NamedKey(Section):
     """An API key with a name, given as text or as its digest."""
@@ -39,7 +37,7 @@ class NamedKey(Section):
         """The key's SHA-256 digest."""
         if self.key is not None:
             return digest_of(self.key.get_secret_value())
-        return bytes.fromhex(str(self.digest).removeprefix(_DIGEST_PREFIX))
+        return bytes.fromhex(str(self.digest).removeprefix("sha256:"))
 
     @property
     def is_weak(self) -> bool:
@@ -101,11 +99,8 @@ class SecuritySettings(Section):
         """
         if self.api_keys and self.api_key.get_secret_value() == DEFAULT_API_KEY:
             return self.api_keys
-        everything = list(get_args(Scope))
-        return [
-            NamedKey(name=DEFAULT_KEY_NAME, key=self.api_key, scopes=everything),
-            *self.api_keys,
-        ]
+        own = NamedKey(name=DEFAULT_KEY_NAME, key=self.api_key, scopes=list(get_args(Scope)))
+        return [own, *self.api_keys]
 
 
 def digest_of(key: str) -> bytes:

@@ -23,15 +23,13 @@ def read_yaml(path: Path, known: Iterable[str], *, required: bool) -> dict[str, 
             raise ConfigurationError(f"configuration error: {path} does not exist") from None
         return {}
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            f"configuration error: cannot read {path}: {one_line(error)}"
-        ) from None
+        fault = f"configuration error: cannot read {path}: {one_line(error)}"
+        raise ConfigurationError(fault) from None
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigurationError(
-            f"configuration error: {path} is not YAML: {yaml_fault(error)}"
-        ) from None
+        fault = f"configuration error: {path} is not YAML: {yaml_fault(error)}"
+        raise ConfigurationError(fault) from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

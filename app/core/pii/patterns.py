@@ -1,8 +1,7 @@
 """Patterns that run in linear time, and the part of a stream that must be held back for them.
 
 A text in pieces can be passed on up to the place where a match may have begun. RE2 does not report
-such places, so :func:`prefixes_of` derives from a pattern a second one that matches every prefix of
-a match. Where that one matches the end of the text, the text is held back from there on.
+such places, so :func:`prefixes_of` derives a second pattern that matches every prefix of a match.
 """
 
 import re
@@ -63,9 +62,6 @@ class LinearPattern:
 class BoundedPattern:
     """A configured pattern whose matches have 1 to :data:`WINDOW` characters.
 
-    Attributes:
-        prefixes: :func:`prefixes_of` the pattern.
-
     Raises:
         ValueError: The pattern cannot be used; the message is one line.
     """
@@ -105,11 +101,8 @@ class HoldBack:
     Args:
         prefixes: For each pattern, RE2 source that matches every prefix of its matches. ``None``
             means unknown: :data:`WINDOW` characters are then always held back.
-        bound: Characters after its beginning by which every match is decided; at least
+        bound: Most characters held back: those by which every match is decided, at least
             :data:`WINDOW`.
-
-    Attributes:
-        bound: Most characters held back.
     """
 
     def __init__(self, prefixes: Iterable[str | None], bound: int) -> None:
