@@ -1,4 +1,4 @@
-"""What all tests share: services to talk to, and an environment without settings in it."""
+"""Fixtures for all tests: running services, and an environment without settings."""
 
 import logging
 import os
@@ -20,11 +20,11 @@ from tests.support.live import STEP
 from tests.support.service import API_KEY, OTHER_KEY, Service, is_setting, running_service
 from tests.support.settings import Load
 
-# As in an engine process: otherwise torch's threads here, which spin for each other, all but stop
-# when a service under test wants a core (docs/adr/0010). Read once, when torch is imported.
+# As in an engine process. Otherwise torch's threads in this process spin while they wait, and take
+# the cores from the service under test (docs/adr/0010). torch reads it once, when it is imported.
 os.environ["GOMP_SPINCOUNT"] = engine_environment(os.environ)["GOMP_SPINCOUNT"]
 
-# How long an example takes is the machine's affair; pytest's own time limit holds.
+# An example may be slow on a slow machine. pytest's time limit still holds.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
@@ -32,13 +32,13 @@ RunApp = Callable[..., TestClient]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--restarts 50``: what `make restarts` asks for."""
+    """Add ``--restarts``, which `make restarts` sets."""
     parser.addoption("--restarts", type=int, default=2, help="rolling restarts under load")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment_without_settings() -> Iterator[None]:
-    """The environment's settings are a developer's own; tests say what they need."""
+    """Remove a developer's settings from the environment; tests set what they need."""
     with pytest.MonkeyPatch.context() as patch:
         for name in filter(is_setting, list(os.environ)):
             patch.delenv(name)
@@ -46,7 +46,7 @@ def _environment_without_settings() -> Iterator[None]:
 
 
 def make_settings(**sections: dict[str, Any]) -> Settings:
-    """Settings of the echo engine and the tests' keys; sections override single keys."""
+    """Settings with the echo engine and the tests' keys; sections replace single values."""
     values: dict[str, Any] = {
         "model": {"engine": "echo"},
         "security": {"api_key": API_KEY, "api_keys": [{"name": "other", "key": OTHER_KEY}]},
@@ -82,7 +82,7 @@ def restored_logging() -> Iterator[None]:
 
 
 def without_key(client: TestClient) -> TestClient:
-    """A client of the same application, on the same event loop, that sends no key by itself."""
+    """A client of the same application, on the same event loop, without a key."""
     anonymous = TestClient(client.app)
     anonymous.portal = client.portal
     return anonymous

@@ -1,4 +1,4 @@
-"""What the API's tests share: a guard against blocking the event loop."""
+"""A fixture for all tests of the API: it fails a test that blocks the event loop."""
 
 import traceback
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ def _event_loop_is_never_blocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     blocked: list[str] = []
 
     class Noted(bb.BlockingError):
-        """Remembered, since the application answers what a handler raises with a 500."""
+        """Noted in a list, because the application turns an exception of a handler into a 500."""
 
         def __init__(self, func: str) -> None:
             blocked.append("".join([f"{func}:\n", *traceback.format_stack()[-12:-2]]))
@@ -22,12 +22,12 @@ def _event_loop_is_never_blocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
     monkeypatch.setattr(bb, "BlockingError", Noted)
     with blockbuster_ctx("app") as guard:
-        # Building the application, which tests do on the loop as uvicorn does: nobody waits yet.
+        # Tests build the application on the event loop, as uvicorn does. No request waits yet.
         guard.functions["io.TextIOWrapper.read"].can_block_in("app/main.py", "create_app")
         guard.functions["os.stat"].can_block_in("app/main.py", "create_app")
-        # FastAPI looks for a route's source file the first time the route is called, and once.
+        # FastAPI looks for a route's source file at the first call of the route only.
         guard.functions["os.stat"].can_block_in("fastapi/routing.py", "_extract_endpoint_context")
-        # The measuring of coverage itself has a lock, which it takes wherever it happens to be.
+        # coverage.py takes a lock of its own in whatever code it measures.
         for name in ("threading.Lock.acquire", "threading.Lock.acquire_lock"):
             guard.functions[name].can_block_in("coverage/collector.py", "lock_data")
         yield

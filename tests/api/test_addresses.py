@@ -1,4 +1,4 @@
-"""Guessing keys over real sockets: counted by the address it comes from, whatever a header says."""
+"""Guesses of keys over real sockets are counted by address, whatever a header says."""
 
 from collections.abc import Iterator
 
@@ -9,13 +9,13 @@ from tests.support.service import Service, running_service
 
 PROXY = "127.0.0.9"
 BURST = 5
-# A body that is announced and never sent: whoever waits for it does not answer.
+# A body that is announced and never sent: a service that waits for it never answers.
 UNSENT = "Content-Length: 1000000"
 
 
 @pytest.fixture(scope="module")
 def limited() -> Iterator[Service]:
-    """A service that allows an address five guesses, and one more a minute."""
+    """A service that allows each address five guesses, and then one a minute."""
     with running_service(
         RATE_LIMIT__ENABLED="true",
         RATE_LIMIT__REQUESTS_PER_MINUTE="1",
@@ -26,13 +26,13 @@ def limited() -> Iterator[Service]:
 
 
 def guess(service: Service, number: int, *headers: str, source: str) -> Answer:
-    """A request with a wrong key, without the body that it announces."""
+    """Send a wrong key, and announce a body that never comes."""
     with RawClient(service, source=source) as client:
         return client.ask(post(f"X-API-Key: wrong-{number}", UNSENT, *headers))
 
 
 def test_guesses_are_refused_before_their_body_is_read(limited: Service) -> None:
-    """From the sixth on an address gets 429; the right key, and other addresses, do not feel it."""
+    """The sixth guess of an address is 429; other addresses and the right key are let in."""
     counted = limited.metric("rate_limited_total", reason="ip")
     answers = [guess(limited, i, source="127.0.0.2") for i in range(BURST + 3)]
     assert [a.status for a in answers] == [401] * BURST + [429] * 3
@@ -46,10 +46,10 @@ def test_guesses_are_refused_before_their_body_is_read(limited: Service) -> None
         assert client.ask(right).status == 200
 
 
-# uvicorn by itself believes whoever connects from 127.0.0.1.
+# uvicorn by default trusts every client that connects from 127.0.0.1.
 @pytest.mark.parametrize("source", ["127.0.0.1", "127.0.0.3"])
 def test_a_forged_address_is_no_other_address(limited: Service, source: str) -> None:
-    """A new X-Forwarded-For for each guess buys no further guess."""
+    """A new X-Forwarded-For with each guess does not raise the limit."""
     statuses = []
     for i in range(BURST + 1):
         forged = f"X-Forwarded-For: 198.51.100.{i}"
@@ -58,7 +58,7 @@ def test_a_forged_address_is_no_other_address(limited: Service, source: str) -> 
 
 
 def test_a_trusted_proxy_is_believed(limited: Service) -> None:
-    """Its clients have a limit each, by the address that it adds behind what they forge."""
+    """Each client of a trusted proxy has a limit, by the last address of X-Forwarded-For."""
     statuses = []
     for i in range(BURST + 1):
         told = f"X-Forwarded-For: 198.51.100.{i}, 203.0.113.7"

@@ -1,4 +1,4 @@
-"""Who is let in: every route is refused without a key, except those on a public list."""
+"""Authentication: every route needs a key, except those on a list of public routes."""
 
 import json
 from collections.abc import Iterator
@@ -27,14 +27,14 @@ PROMPT = {"prompt": "hello", "max_tokens": 3}
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One method of one address."""
+    """One method of one path."""
 
     method: str
     path: str
 
 
 def endpoints(app: FastAPI) -> Iterator[Endpoint]:
-    """Every method of every address of ``app``; a kind of route unknown here fails the test."""
+    """Every method of every path of ``app``; an unknown kind of route fails the test."""
     for route in app.routes:
         found = route.effective_candidates() if hasattr(route, "effective_candidates") else [route]
         for candidate in found:
@@ -58,12 +58,12 @@ KEYED = [e for e in endpoints(APP) if e.path not in PUBLIC]
 
 
 def test_the_keyed_routes_are_found() -> None:
-    """The walk over the routes sees the generating ones, so that it cannot pass by seeing none."""
+    """The generating routes are among those found, so the tests below cannot pass on none."""
     assert {Endpoint("POST", "/v1/generate"), Endpoint("POST", "/v1/chat")} <= set(KEYED)
 
 
 def test_a_new_route_is_walked() -> None:
-    """A route that anybody adds later is in the walk, and a router's routes with their prefix."""
+    """A route that is added later is found, and a router's routes with their prefix."""
     app = new_app()
 
     @app.get("/new")
@@ -108,7 +108,7 @@ async def test_every_route_is_refused_without_a_key(
 
 @pytest.mark.parametrize("endpoint", KEYED, ids=lambda e: f"{e.method} {e.path}")
 async def test_a_body_over_the_limit_does_not_tell_more_than_401(endpoint: Endpoint) -> None:
-    """Without a key an endless body is not read at all: the answer is 401."""
+    """Without a key the answer is 401, and an endless body is not read."""
     received, sent = Received(b"x" * 100_000, endless=True), Sent()
     path = endpoint.path.replace("{", "").replace("}", "")
     await APP(http_scope(endpoint.method, path), received, sent)
@@ -116,7 +116,7 @@ async def test_a_body_over_the_limit_does_not_tell_more_than_401(endpoint: Endpo
 
 
 def test_no_key_and_a_wrong_key_get_the_same_answer() -> None:
-    """The answer does not tell whether a key was missing or wrong, and never repeats it."""
+    """The response is the same for a missing and a wrong key, and never contains the key."""
     client = TestClient(APP)
     answers = []
     for headers in HEADERS.values():
@@ -174,7 +174,7 @@ def test_every_keyed_route_declares_its_errors() -> None:
 
 
 def test_the_guard_stands_on_every_keyed_route() -> None:
-    """Every route that is not public is a GuardedRoute: the guard is in front of its body."""
+    """Every route that is not public is a GuardedRoute, so the guard runs before its body."""
     keyed = [route for route in APP.routes if getattr(route, "path", "") not in PUBLIC]
     assert len(keyed) >= len({endpoint.path for endpoint in KEYED}) > 5
     for route in keyed:

@@ -19,14 +19,14 @@ def new_prompt() -> dict[str, Any]:
 
 
 def lookups(client: TestClient, result: str) -> float:
-    """How many look-ups ended so."""
+    """The number of look-ups with this result."""
     registry = client.app.state.services.metrics.registry  # type: ignore[attr-defined]
     value = registry.get_sample_value("response_cache_requests_total", {"result": result})
     return float(value or 0)
 
 
 def test_the_second_identical_call_is_cached(client: TestClient) -> None:
-    """The same request again gets the same answer, says so, and has an id of its own."""
+    """A repeated request gets the same answer, marked as cached, under a new id."""
     body = new_prompt()
     hits = lookups(client, "hit")
     first, second = (client.post("/v1/generate", json=body).json() for _ in range(2))
@@ -39,7 +39,7 @@ def test_the_second_identical_call_is_cached(client: TestClient) -> None:
 
 
 def test_a_stream_and_a_whole_answer_share_an_entry(client: TestClient) -> None:
-    """What was streamed is served whole, and the other way round, with the same text and usage."""
+    """A streamed answer is served whole later, and a whole one streamed, with the same usage."""
     for order in ((True, False), (False, True)):
         body = new_prompt()
         answers = []
@@ -56,7 +56,7 @@ def test_a_stream_and_a_whole_answer_share_an_entry(client: TestClient) -> None:
 
 
 def test_another_key_does_not_share_an_answer(client: TestClient) -> None:
-    """A caller never gets what was generated for another, not even the fact that it exists."""
+    """A caller never gets an answer that was generated for another key."""
     body = new_prompt()
     client.post("/v1/generate", json=body)
     other = client.post("/v1/generate", json=body, headers={"X-API-Key": OTHER_KEY})
@@ -80,14 +80,14 @@ def test_another_key_does_not_share_an_answer(client: TestClient) -> None:
     ids=lambda change: next(iter(change)),
 )
 def test_any_difference_makes_another_answer(client: TestClient, change: dict[str, Any]) -> None:
-    """Every field that can change an answer keeps two requests apart."""
+    """Requests that differ in any field that changes the answer share no entry."""
     body = new_prompt()
     client.post("/v1/generate", json=body)
     assert client.post("/v1/generate", json={**body, **change}).json()["cached"] is False
 
 
 def test_a_prompt_and_a_chat_are_kept_apart(client: TestClient) -> None:
-    """The same words as a prompt and as a message are two requests."""
+    """The same words as a prompt and as a chat message share no entry."""
     prompt = new_prompt()
     message = {"role": "user", "content": prompt["prompt"]}
     client.post("/v1/generate", json=prompt)
@@ -100,7 +100,7 @@ def test_a_prompt_and_a_chat_are_kept_apart(client: TestClient) -> None:
 
 
 def test_cache_false_neither_reads_nor_writes(client: TestClient) -> None:
-    """With cache: false the answer is generated anew and not kept."""
+    """With cache: false the answer is generated again and not stored."""
     body = new_prompt()
     fresh = {**body, "cache": False}
     bypasses = lookups(client, "bypass")
@@ -113,7 +113,7 @@ def test_cache_false_neither_reads_nor_writes(client: TestClient) -> None:
 
 @pytest.mark.parametrize("header", ["no-cache", "No-Cache", "max-age=0, no-cache"])
 def test_cache_control_no_cache_neither_reads_nor_writes(client: TestClient, header: str) -> None:
-    """Cache-Control: no-cache does what cache: false does."""
+    """Cache-Control: no-cache has the effect of cache: false."""
     body = new_prompt()
     headers = {"Cache-Control": header}
     client.post("/v1/generate", json=body, headers=headers)
@@ -122,7 +122,7 @@ def test_cache_control_no_cache_neither_reads_nor_writes(client: TestClient, hea
 
 
 def test_a_failed_answer_is_not_kept(client: TestClient) -> None:
-    """An error is told to whoever asked, and the next one asks the engine again."""
+    """An error is not cached: the next request reaches the engine again."""
     body = {"prompt": f"[echo:fault] {uuid4()}"}
     misses = lookups(client, "miss")
     assert [client.post("/v1/generate", json=body).status_code for _ in range(2)] == [500, 500]
@@ -141,7 +141,7 @@ def test_a_cache_that_is_off_keeps_nothing(run_app: RunApp) -> None:
 
 
 def test_50_identical_requests_run_the_engine_once(slow_service: Service) -> None:
-    """Fifty callers that ask the same at once share one generation, and all get its answer."""
+    """Fifty identical requests at once share one generation, and all get its answer."""
     body = {"prompt": str(uuid4()), "max_tokens": 36}
     tokens = slow_service.metric("tokens_generated_total")
     with slow_service.client() as client, ThreadPoolExecutor(50) as pool:
@@ -153,7 +153,7 @@ def test_50_identical_requests_run_the_engine_once(slow_service: Service) -> Non
 
 
 def test_the_leaders_leaving_does_not_hurt_the_follower(slow_service: Service) -> None:
-    """Who began a shared generation may leave; who joined it still gets the whole answer."""
+    """When the client that began a shared generation leaves, the others get the whole answer."""
     body = {"prompt": str(uuid4()), "stream": True}
     coalesced = slow_service.metric("response_cache_requests_total", result="coalesced")
     with (
@@ -161,7 +161,7 @@ def test_the_leaders_leaving_does_not_hurt_the_follower(slow_service: Service) -
         client.stream("POST", "/v1/generate", json=body) as leading,
         client.stream("POST", "/v1/generate", json=body) as following,
     ):
-        # A reader that is let go of closes its stream.
+        # A generator that is garbage-collected closes its stream.
         beginning, rest = events(leading), events(following)
         next(beginning)
         next(rest)
@@ -173,7 +173,7 @@ def test_the_leaders_leaving_does_not_hurt_the_follower(slow_service: Service) -
 
 
 def test_the_last_ones_leaving_stops_a_shared_generation(slow_service: Service) -> None:
-    """A shared generation ends as soon as nobody waits for it any more."""
+    """A shared generation is cancelled when its last client leaves."""
     body = {"prompt": str(uuid4()) * 14, "stream": True}
     cancelled = slow_service.metric("llm_requests_cancelled_total")
     with (
@@ -185,7 +185,7 @@ def test_the_last_ones_leaving_stops_a_shared_generation(slow_service: Service) 
         for reader in readers:
             next(reader)
         assert slow_service.metric("llm_requests_running") == 1
-    # Undisturbed it would go on for some 500 tokens.
+    # The whole answer has 500 tokens.
     tokens = slow_service.metric("tokens_generated_total")
     slow_service.wait_for_metric("llm_requests_running", 0)
     assert slow_service.metric("tokens_generated_total") - tokens < FEW_TOKENS

@@ -1,4 +1,4 @@
-"""One error shape for every cause, and nothing of the request or of the service's inside in it."""
+"""Every error has one shape, and repeats nothing of the request or of the service's code."""
 
 import json
 from typing import Any
@@ -38,7 +38,7 @@ def post_bytes(client: TestClient, body: bytes, path: str = "/v1/generate") -> A
 
 @pytest.fixture(scope="module")
 def unstarted() -> TestClient:
-    """An application whose engine was never started: what it refuses, it refuses before that."""
+    """An application whose engine is not started: the errors come before the engine."""
     return TestClient(create_app(make_settings()), headers={"X-API-Key": API_KEY})
 
 
@@ -75,7 +75,7 @@ def test_what_is_not_json_is_400(unstarted: TestClient, body: bytes, path: str) 
 def test_a_number_beyond_all_floats_is_refused(
     unstarted: TestClient, field: str, number: str
 ) -> None:
-    """A number that would become an infinity is refused as the caller's fault, in any field."""
+    """A number that would become an infinity is a client error, in any field."""
     response = post_bytes(unstarted, f'{{"prompt": "a", "{field}": {number}}}'.encode())
     assert response.status_code in (400, 422), response.text
     check_error(
@@ -154,7 +154,7 @@ INVALID_CHATS = {
 def test_an_invalid_chat_is_422_and_the_message_named(
     unstarted: TestClient, body: Any, param: str
 ) -> None:
-    """What is wrong with a chat is 422, with the path to the member at fault."""
+    """An invalid chat is 422, with the path of the invalid field."""
     check_error(unstarted.post("/v1/chat", json=body), 422, "validation_error", param)
 
 
@@ -166,7 +166,7 @@ def test_a_late_system_message_is_refused(unstarted: TestClient) -> None:
 
 
 def test_the_input_is_never_echoed(unstarted: TestClient) -> None:
-    """A fault is described without repeating what was sent, whatever its size."""
+    """A validation error does not repeat the input, whatever its size."""
     bodies: list[Any] = [
         {"prompt": {"x": CANARY * 5000}},
         {"prompt": "a", "temperature": CANARY * 5000},
@@ -183,7 +183,7 @@ def test_the_input_is_never_echoed(unstarted: TestClient) -> None:
 
 
 def test_many_faults_make_a_short_answer(unstarted: TestClient) -> None:
-    """A body with thousands of faults is answered by naming a few."""
+    """The error for a body with thousands of faults names a few of them."""
     body = {"prompt": "a", **{f"field{i}": i for i in range(10_000)}}
     response = unstarted.post("/v1/generate", json=body)
     assert response.status_code == 422
@@ -191,7 +191,7 @@ def test_many_faults_make_a_short_answer(unstarted: TestClient) -> None:
 
 
 def test_an_unknown_field_of_a_long_name_is_cut(unstarted: TestClient) -> None:
-    """The name of an unknown field comes from the caller and is cut to a harmless length."""
+    """A long name of an unknown field is shortened in the error."""
     response = unstarted.post("/v1/generate", json={"prompt": "a", "x" * 100_000: 1})
     assert response.status_code == 422
     assert len(response.content) < 1000
@@ -254,14 +254,14 @@ def test_an_unknown_route_is_404(unstarted: TestClient, path: str) -> None:
     ],
 )
 def test_a_wrong_method_is_405(unstarted: TestClient, method: str, path: str, allowed: str) -> None:
-    """A method that an address does not answer is 405 and says all those that it does."""
+    """A method that a path does not have is 405, and Allow lists those that it has."""
     response = unstarted.request(method, path)
     check_error(response, 405, "method_not_allowed")
     assert response.headers["allow"] == allowed
 
 
 def test_an_unheard_of_method_is_405(unstarted: TestClient) -> None:
-    """A method nobody has heard of is 405, not a crash."""
+    """An unknown method is 405."""
     check_error(unstarted.request("BREW", "/v1/chat"), 405, "method_not_allowed")
 
 
@@ -282,7 +282,7 @@ def crashing_app() -> TestClient:
 
 @pytest.mark.parametrize("path", ["/crash", "/group"])
 def test_a_crash_is_500_and_tells_nothing_internal(path: str) -> None:
-    """An exception nobody foresaw is 500 in the one shape, with the request id and no more."""
+    """An unexpected exception is 500 in the one shape, with the request id and no detail."""
     response = crashing_app().get(path)
     error = check_error(response, 500, "internal_error")
     assert error["type"] == "server_error"
@@ -291,7 +291,7 @@ def test_a_crash_is_500_and_tells_nothing_internal(path: str) -> None:
 
 
 def test_a_crash_is_logged_with_its_request_id(capfd: pytest.CaptureFixture[str]) -> None:
-    """The log has the traceback that the caller does not get, under the same request id."""
+    """The traceback is in the log only, under the request id of the response."""
     crashing_app().get("/crash", headers={"X-Request-ID": "crash-1"})
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
     (line,) = [line for line in lines if line.get("exc_info")]
@@ -300,7 +300,7 @@ def test_a_crash_is_logged_with_its_request_id(capfd: pytest.CaptureFixture[str]
 
 
 def test_a_loading_model_is_503_with_retry_after(unstarted: TestClient) -> None:
-    """Until the model is loaded a valid request is 503 model_loading and says when to return."""
+    """Until the model is loaded a valid request is 503 model_loading with Retry-After."""
     for path, body in (
         ("/v1/generate", {"prompt": "a"}),
         ("/v1/generate", {"prompt": "a", "stream": True}),
@@ -337,7 +337,7 @@ def test_a_body_of_exactly_the_limit_is_read(small_bodies: TestClient) -> None:
 
 @pytest.mark.parametrize("announced", [{}, {"Content-Length": "10"}, {"Content-Length": "-5"}])
 async def test_a_body_is_read_no_further_than_the_limit(announced: dict[str, str]) -> None:
-    """Of an endless body only the limit and one chunk are taken in, whatever it announces."""
+    """Of an endless body at most the limit and one chunk are read, whatever it announces."""
     app = create_app(make_settings(security={"max_body_bytes": LIMIT}))
     scope = http_scope("POST", "/v1/generate", {"X-API-Key": API_KEY, **announced})
     received, sent = Received(b"x" * 1000, endless=True), Sent()
@@ -348,6 +348,6 @@ async def test_a_body_is_read_no_further_than_the_limit(announced: dict[str, str
 
 @pytest.mark.parametrize("length", ["99999999999999999999999999", "9" * 5000])
 def test_an_absurd_content_length_is_413(small_bodies: TestClient, length: str) -> None:
-    """A Content-Length of any number of digits is refused, not a crash."""
+    """A Content-Length of thousands of digits is 413."""
     response = small_bodies.post("/v1/generate", content=b"{}", headers={"Content-Length": length})
     check_error(response, 413, "body_too_large")

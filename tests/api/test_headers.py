@@ -38,7 +38,7 @@ def test_every_response_has_an_id_and_a_time(client: TestClient) -> None:
 
 @pytest.mark.parametrize("given", ["a", "trace-1.2:3_4", "A" * 128])
 def test_a_sane_request_id_is_kept(client: TestClient, given: str) -> None:
-    """An id of up to 128 harmless characters is the caller's own and comes back."""
+    """A caller's id of up to 128 harmless characters is used and returned."""
     assert client.get("/livez", headers={"X-Request-ID": given}).headers["x-request-id"] == given
 
 
@@ -47,7 +47,7 @@ def test_a_sane_request_id_is_kept(client: TestClient, given: str) -> None:
     ["", "a" * 129, "a b", "a\tb", "a,b", '"a"', "{}", "é".encode(), b"\xff\xfe", "%0a", "<a>"],
 )
 def test_an_odd_request_id_is_replaced(client: TestClient, given: str | bytes) -> None:
-    """An id that could harm a log is replaced by one of the service's own."""
+    """An id that could harm a log is replaced by a generated one."""
     response = client.get("/livez", headers=[(b"X-Request-ID", _bytes(given))])
     assert re.fullmatch(r"req-[0-9a-f]{32}", response.headers["x-request-id"])
 
@@ -57,13 +57,13 @@ def _bytes(text: str | bytes) -> bytes:
 
 
 def test_an_error_names_the_request_id_of_its_header(client: TestClient) -> None:
-    """The id a caller sent stands in the error's body too."""
+    """The id of the X-Request-ID header is in the error's body too."""
     response = client.get("/nothing", headers={"X-Request-ID": "mine-1"})
     assert response.json()["error"]["request_id"] == "mine-1"
 
 
 def test_streams_are_not_stored_or_buffered(client: TestClient) -> None:
-    """A stream tells proxies neither to keep nor to buffer it."""
+    """A stream has headers that forbid proxies to store or to buffer it."""
     response = client.post("/v1/generate", json={**PROMPT, "stream": True})
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert response.headers["cache-control"] == "no-store"
@@ -72,7 +72,7 @@ def test_streams_are_not_stored_or_buffered(client: TestClient) -> None:
 
 
 def test_every_response_tells_browsers_what_they_may_do(client: TestClient) -> None:
-    """Answers, errors and streams are kept by nobody, sniffed by nobody and framed by nobody."""
+    """Browsers may not store, sniff or frame any response."""
     for response in (
         client.get("/health"),
         client.get("/nothing"),
@@ -103,6 +103,6 @@ def test_a_response_may_be_stricter_or_looser_itself() -> None:
 
 
 def test_no_limit_headers_while_limits_are_off(client: TestClient) -> None:
-    """Without rate limits no response pretends that there are any."""
+    """Without rate limits no response has the headers of a limit."""
     response = client.post("/v1/generate", json=PROMPT)
     assert not [name for name in response.headers if name.startswith("x-ratelimit")]

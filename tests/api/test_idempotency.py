@@ -1,4 +1,4 @@
-"""The header Idempotency-Key: on every route that takes a body, whatever the route does."""
+"""The header Idempotency-Key on every route that takes a body."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ ROUTES = ["/v1/generate", "/v1/chat", "/v1/chat/completions", "/v1/completions"]
 
 
 def once(key: str | None = None, **headers: str) -> dict[str, Any]:
-    """The request's headers, with a key of their own."""
+    """Headers with a new idempotency key."""
     return {"headers": {HEADER: key or str(uuid4()), **headers}}
 
 
@@ -63,7 +63,7 @@ def test_the_same_request_gets_the_same_bytes(client: TestClient, route: str, st
 
 
 def test_a_repeated_turn_is_in_the_session_once(client: TestClient) -> None:
-    """A turn that is sent again is not a second turn of its conversation."""
+    """A repeated turn is in its session once."""
     session = str(uuid4())
     body, key = body_of("/v1/chat", session_id=session), once()
     for _ in range(3):
@@ -72,7 +72,7 @@ def test_a_repeated_turn_is_in_the_session_once(client: TestClient) -> None:
 
 
 def test_another_callers_key_is_another_key(client: TestClient) -> None:
-    """The same key of another caller stands for that caller's own request."""
+    """The same idempotency key of another caller belongs to another request."""
     key = str(uuid4())
     client.post("/v1/generate", json=body_of("/v1/generate", "mine"), **once(key))
     theirs = once(key, **{"X-API-Key": OTHER_KEY})
@@ -83,7 +83,7 @@ def test_another_callers_key_is_another_key(client: TestClient) -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_a_failed_answer_frees_its_key(client: TestClient, stream: bool) -> None:
-    """After a fault, as a status or inside a stream, the same request is tried anew."""
+    """After a fault, as a status or inside a stream, the same request runs again."""
     key = once()
     body = body_of("/v1/generate", "[echo:fault]", stream=stream)
     for _ in range(2):
@@ -93,7 +93,7 @@ def test_a_failed_answer_frees_its_key(client: TestClient, stream: bool) -> None
 
 
 def test_a_refused_request_frees_its_key(client: TestClient) -> None:
-    """After a mistake the corrected request may use the same key."""
+    """After a client error the corrected request may use the same key."""
     key = once()
     for wrong in ({}, {"prompt": ""}, {"prompt": "x" * 5000}, {"prompt": "x", "max_tokens": 0}):
         assert client.post("/v1/generate", json=wrong, **key).status_code == 422
@@ -102,7 +102,7 @@ def test_a_refused_request_frees_its_key(client: TestClient) -> None:
 
 
 def test_a_caller_that_leaves_frees_its_key(slow_service: Service) -> None:
-    """Whoever leaves before the answer is complete may send the same request again."""
+    """A client that leaves before the end of its answer may send the request again."""
     key = once()
     for stream in (False, True):
         body = generate(LONG, max_tokens=20, stream=stream)
@@ -111,7 +111,7 @@ def test_a_caller_that_leaves_frees_its_key(slow_service: Service) -> None:
             client.post("/v1/generate", json=body, timeout=httpx.Timeout(60, read=0.02), **key)
         slow_service.wait_for_metric("llm_requests_running", 0)
 
-    # Until the response has ended, which is soon after the generation, the key is in use.
+    # The key is in use until the response has ended, shortly after the generation.
     def answered() -> bool:
         with slow_service.client() as client:
             response = client.post("/v1/generate", json=generate("b", max_tokens=1), **key)
@@ -123,7 +123,7 @@ def test_a_caller_that_leaves_frees_its_key(slow_service: Service) -> None:
 
 @pytest.mark.parametrize("name", WITH_BODY)
 def test_every_route_with_a_body_declares_the_header(name: str) -> None:
-    """The OpenAPI document has the header, and both of its refusals, on each of these routes."""
+    """The OpenAPI document has the header and both of its errors on each of these routes."""
     (parameter,) = [p for p in OPERATIONS[name]["parameters"] if p["name"] == HEADER]
     assert parameter["in"] == "header"
     assert {"idempotency_key_in_use", "idempotency_key_reused"} <= declared(name)
@@ -135,12 +135,12 @@ NONE: list[str] = []
 
 
 class Counting:
-    """An application with a route of its own, behind the guard; no engine runs.
+    """An application with one more route, behind the guard; no engine runs.
 
     Attributes:
         calls: Times the route was called.
-        called: Set when it has been.
-        may_answer: Clear it, and the route waits.
+        called: Set at the first call.
+        may_answer: The route waits while this is not set.
     """
 
     def __init__(self, **sections: Any) -> None:
@@ -185,7 +185,7 @@ def counting() -> Counting:
 
 
 async def test_a_request_is_in_progress_until_it_is_answered(counting: Counting) -> None:
-    """Meanwhile the same request is 409, another one 422; afterwards the answer is there."""
+    """While a request runs its repetition is 409, another body 422; later its answer comes."""
     counting.may_answer.clear()
     key = once()
     first = asyncio.create_task(counting.post(**key))
@@ -210,7 +210,7 @@ async def test_a_request_is_in_progress_until_it_is_answered(counting: Counting)
 async def test_any_difference_makes_another_request(
     counting: Counting, change: dict[str, Any]
 ) -> None:
-    """A key belongs to one body, byte for byte, one address and one session."""
+    """A key belongs to one body, byte for byte, one path and one session."""
     key = once()
     await counting.post(**key)
     request: dict[str, Any] = {"url": "/count", "content": b"{}", **change}
@@ -219,7 +219,7 @@ async def test_any_difference_makes_another_request(
 
 
 async def test_how_it_is_delivered_makes_no_difference(counting: Counting) -> None:
-    """A retry may have another request id, another patience and another client's headers."""
+    """A retry may have another request id, another timeout and another client's headers."""
     key = str(uuid4())
     await counting.post(**once(key))
     for headers in ({"X-Request-ID": "other"}, {"X-Request-Timeout": "9"}, {"User-Agent": "x"}):
@@ -229,7 +229,7 @@ async def test_how_it_is_delivered_makes_no_difference(counting: Counting) -> No
 
 @pytest.mark.parametrize("status", [200, 201, 204])
 async def test_successes_are_kept(counting: Counting, status: int) -> None:
-    """Any success is repeated with its status."""
+    """Every success is repeated with its status."""
     key = once()
     responses = [await counting.post({"status": status}, **key) for _ in range(2)]
     assert [r.status_code for r in responses] == [status] * 2
@@ -238,7 +238,7 @@ async def test_successes_are_kept(counting: Counting, status: int) -> None:
 
 @pytest.mark.parametrize("status", [302, 400, 401, 409, 422, 429, 499, 500, 503, 504])
 async def test_anything_else_frees_the_key(counting: Counting, status: int) -> None:
-    """A refusal or a fault is not repeated: the next attempt is a new one."""
+    """An error is not repeated: the next attempt runs again."""
     key = once()
     for _ in range(2):
         response = await counting.post({"status": status}, **key)
@@ -262,7 +262,7 @@ DONE = "data: [DONE]\n\n"
     ids=["chunks", "joined", "error", "joined error", "text like an error", "too large"],
 )
 async def test_which_streams_are_kept(counting: Counting, chunks: list[str], kept: bool) -> None:
-    """A stream is repeated where it is complete, told of no error, and is not too large."""
+    """A stream is kept if it is complete, had no error and is not too large."""
     counting = Counting(idempotency={"max_bytes": 65_536})
     key = once()
     first, second = [await counting.post({"chunks": chunks}, **key) for _ in range(2)]
@@ -271,7 +271,7 @@ async def test_which_streams_are_kept(counting: Counting, chunks: list[str], kep
 
 
 async def test_keeping_a_connection_alive_is_not_part_of_the_answer(counting: Counting) -> None:
-    """A stream is repeated without the comments that came while it had nothing to say."""
+    """A repeated stream has no keep-alive comments."""
     key = once()
     chunks = ["data: 1\n\n", ": ping\n\n", "data: 2\n\n", DONE]
     await counting.post({"chunks": chunks}, **key)
@@ -280,7 +280,7 @@ async def test_keeping_a_connection_alive_is_not_part_of_the_answer(counting: Co
 
 
 async def test_a_cancelled_request_frees_its_key(counting: Counting) -> None:
-    """A request whose server gives it up before the answer leaves nothing behind."""
+    """A request that is cancelled before its answer frees its key."""
     counting.may_answer.clear()
     key = once()
     first = asyncio.create_task(counting.post(**key))
@@ -292,7 +292,7 @@ async def test_a_cancelled_request_frees_its_key(counting: Counting) -> None:
 
 
 async def test_an_answer_is_there_as_soon_as_its_end_is_seen(counting: Counting) -> None:
-    """Whoever reads [DONE] and asks again at once gets the answer, not 409."""
+    """A client that reads [DONE] and repeats the request at once gets the answer, not 409."""
     body = json.dumps({"chunks": ["data: 1\n\n", DONE]}).encode()
     key = once()
     answers: list[httpx.Response] = []
@@ -319,7 +319,7 @@ async def test_an_odd_key_is_refused(counting: Counting, value: bytes) -> None:
 
 
 async def test_two_keys_are_refused(counting: Counting) -> None:
-    """A request has one name."""
+    """Two keys in one request are 422."""
     response = await counting.post(headers=[(HEADER, "a"), (HEADER, "b")])
     check_error(response, 422, "validation_error", HEADER)
 
@@ -328,7 +328,7 @@ async def test_two_keys_are_refused(counting: Counting) -> None:
     "value", ["k", "k" * 255, '"8e03978e-40d5-43e8-bc93-6894a57f9324"', "a b~"]
 )
 async def test_keys_are_taken_as_they_are(counting: Counting, value: str) -> None:
-    """A key may be quoted, as in the IETF's draft, or bare; it is compared as it was sent."""
+    """A key may be quoted, as in the IETF's draft, or not; it is compared as it was sent."""
     await counting.post(**once(value))
     assert (await counting.post(**once(value))).headers["idempotency-replayed"] == "true"
 
@@ -341,7 +341,7 @@ async def test_keys_that_are_off_are_refused() -> None:
 
 
 async def test_a_repeated_answer_costs_a_token() -> None:
-    """A caller over its limit is 429 with a key as well, and each delivery tells its own rest."""
+    """A repeated answer counts against the rate limit, and has the current limit headers."""
     counting = Counting(rate_limit={"enabled": True, "burst_size": 2})
     key = once()
     responses = [await counting.post(**key) for _ in range(3)]

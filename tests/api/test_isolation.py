@@ -1,8 +1,8 @@
-"""Two keys that use the same names for everything, and never notice each other.
+"""Two keys that use the same names for everything do not affect each other.
 
-Each caller is followed by a model of what it would see alone: its sessions, its cached and its kept
-answers, its usage. Both act at the same time, often with the very same request, and every answer
-must be the model's. `make test-isolation` does it with 100,000 operations.
+A model of each caller knows what the caller would see alone: its sessions, its cached and repeated
+answers, its usage. Both callers act at the same time, often with the same request, and every answer
+must match the model. `make test-isolation` does 100,000 operations.
 """
 
 import asyncio
@@ -24,13 +24,13 @@ SEED = int(os.environ.get("ISOLATION_SEED", "7"))
 SESSIONS = ("home", "work", "s")
 PROMPTS = ("one", "two", "three")
 MAX_MESSAGES = 4
-# Steps after which the keys of idempotent requests are new ones.
+# Steps after which idempotent requests get new keys.
 KEYS_LAST = 25
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One request, before it is somebody's."""
+    """One request, not yet of a caller."""
 
     method: str
     path: str
@@ -39,7 +39,7 @@ class Operation:
 
 
 def draw(chance: random.Random, step: int) -> Operation:
-    """Any operation, on names that both callers use."""
+    """A random operation, on names that both callers use."""
     session = chance.choice(SESSIONS)
     text = chance.choice(PROMPTS)
     kind = chance.choices(
@@ -62,7 +62,7 @@ def draw(chance: random.Random, step: int) -> Operation:
 
 @dataclass
 class Caller:
-    """A key, and what its owner must see: what it did itself, and nothing else.
+    """A key, and the model of what its owner must see.
 
     Attributes:
         kept: By idempotency key, the request and the bytes of its answer.
@@ -81,7 +81,7 @@ class Caller:
     tokens: int = 0
 
     async def do(self, operation: Operation) -> None:
-        """Send a request and hold its answer against the model."""
+        """Send a request and check its answer against the model."""
         headers = dict(self.headers)
         if operation.idempotency_key:
             headers["Idempotency-Key"] = operation.idempotency_key
@@ -154,7 +154,7 @@ class Caller:
 
 
 def callers(client: Client) -> tuple[Caller, Caller]:
-    """Both keys, on one application."""
+    """The callers of both keys, on one application."""
     return (
         Caller("default", client.http, {"X-API-Key": KEY}),
         Caller("bob", client.http, {"X-API-Key": OTHER}),
@@ -162,7 +162,7 @@ def callers(client: Client) -> tuple[Caller, Caller]:
 
 
 async def test_two_keys_never_see_each_others_anything() -> None:
-    """Whatever two keys do at the same time under the same names, each sees what it would alone."""
+    """Each of two keys that use the same names at the same time sees what it would see alone."""
     chance = random.Random(SEED)
     async with start(
         chat_history={"max_messages": MAX_MESSAGES}, logging={"level": "ERROR"}
@@ -170,7 +170,7 @@ async def test_two_keys_never_see_each_others_anything() -> None:
         alice, bob = callers(client)
         for step in range(OPERATIONS // 2):
             first = draw(chance, step)
-            # As often as not both ask for the very same thing at the same time.
+            # Every second time both send the same request.
             second = first if chance.random() < 0.5 else draw(chance, step)
             try:
                 await asyncio.gather(alice.do(first), bob.do(second))
@@ -178,7 +178,7 @@ async def test_two_keys_never_see_each_others_anything() -> None:
                 error.add_note(f"step {step} of seed {SEED}: {first} and {second}")
                 raise
         assert not alice.own_ids & bob.own_ids
-        # It was no idle talk: each had hits, turns and repeated requests.
+        # Each caller had cached answers, sessions and repeated requests.
         for caller in (alice, bob):
             assert len(caller.own_ids) > OPERATIONS / 10
             assert caller.sessions
@@ -187,7 +187,7 @@ async def test_two_keys_never_see_each_others_anything() -> None:
 
 
 async def test_the_model_would_notice() -> None:
-    """A caller that is mistaken for another is found out by the model, for each kind of state."""
+    """The model detects an answer that belongs to another caller, for each kind of state."""
     asked = Operation("POST", "/v1/generate", {"prompt": "one", "stream": False})
     keyed = Operation("POST", "/v1/generate", {"prompt": "two", "stream": False}, "k")
     turn = {"messages": [{"role": "user", "content": "one"}], "session_id": "s", "stream": False}
@@ -200,7 +200,7 @@ async def test_the_model_would_notice() -> None:
             (said, Operation("DELETE", "/v1/sessions/s")),
             (asked, Operation("GET", "/v1/usage")),
         ):
-            # As if bob had done it, and alice knew nothing of it.
+            # The same key acts twice, and the second model does not know of the first action.
             stranger, alice = callers(client)[0], callers(client)[0]
             with contextlib.suppress(AssertionError):
                 await stranger.do(done)

@@ -1,4 +1,4 @@
-"""What a key is for, what it has used, and keys that change while the service runs."""
+"""Scopes, usage and budgets of keys, and keys that change while the service runs."""
 
 import hashlib
 import os
@@ -74,7 +74,7 @@ def test_keys_do_what_they_are_for(keyed: TestClient) -> None:
 
 
 def test_a_refusal_names_the_scope(keyed: TestClient) -> None:
-    """A key that is not for this gets 403 with the scope, as RFC 6750 has it, and pays for it."""
+    """A key without the scope gets 403 that names it, as in RFC 6750, and counts for the limit."""
     response = keyed.post("/v1/chat", content=b"{", **key("scraper"))
     assert check_error(response, 403, "insufficient_scope")["type"] == "permission_error"
     assert 'scope="infer"' in response.headers["www-authenticate"]
@@ -83,7 +83,7 @@ def test_a_refusal_names_the_scope(keyed: TestClient) -> None:
 
 
 def test_guessing_at_the_metrics_is_limited_by_address() -> None:
-    """Keys are not guessed at /metrics either: a wrong one costs the address a token."""
+    """Wrong keys at /metrics count against the limit of their address."""
     limits = {"enabled": True, "burst_size": 3}
     app = create_app(make_settings(metrics={"require_key": True}, rate_limit=limits))
     client = TestClient(app)
@@ -95,7 +95,7 @@ def test_guessing_at_the_metrics_is_limited_by_address() -> None:
 
 
 def test_usage_counts_what_the_model_did(keyed: TestClient) -> None:
-    """Each answer is a request; its tokens count where the model made them, not the cache."""
+    """Each answer counts as a request; its tokens count unless they came from the cache."""
     kept = {**PROMPT, "cache": True}
     answered: list[dict[str, Any]] = [PROMPT, kept, kept, {**PROMPT, "stream": True}]
     for body in answered:
@@ -105,14 +105,14 @@ def test_usage_counts_what_the_model_did(keyed: TestClient) -> None:
         keyed.post("/v1/generate", json=body, **key("counted"))
     (own,) = keyed.get("/v1/usage", **key("counted")).json()["keys"]
     assert own["name"] == "counted"
-    # A fault comes after the request was taken, and before its first token.
+    # The fault comes after the request was accepted, and before its first token.
     used = {"requests": 5, "prompt_tokens": 15, "completion_tokens": 12, "total_tokens": 27}
     assert own["today"] == own["total"] == used
     assert own["daily_tokens"] is own["remaining_tokens"] is None
 
 
 def test_a_repeated_request_is_used_once(keyed: TestClient) -> None:
-    """What is answered by its idempotency key costs no tokens."""
+    """A repeated answer of an idempotency key is counted once."""
     headers = {**key("repeated")["headers"], "Idempotency-Key": "k"}
     for _ in range(3):
         keyed.post("/v1/generate", json=PROMPT, headers=headers)
@@ -124,7 +124,7 @@ def test_a_repeated_request_is_used_once(keyed: TestClient) -> None:
 def test_a_spent_budget_is_429_until_the_day_ends(
     keyed: TestClient, name: str, stream: bool
 ) -> None:
-    """Past its tokens of the day a key generates nothing more; others, and reading, go on."""
+    """A key that has used its tokens of the day is 429; other keys and other routes work."""
     body = {**PROMPT, "stream": stream}
     for _ in range(2):
         assert keyed.post("/v1/generate", json=body, **key(name)).status_code == 200
@@ -137,7 +137,7 @@ def test_a_spent_budget_is_429_until_the_day_ends(
     usage = keyed.get("/v1/usage", **key(name)).json()
     assert (usage["day"], usage["seconds_left"]) == ("2026-03-31", 12 * 3600)
     (own,) = usage["keys"]
-    # The model was at it twice, with five tokens read and four generated each.
+    # Two answers, each with five prompt tokens and four generated ones.
     assert (own["today"]["total_tokens"], own["remaining_tokens"]) == (18, 0)
     assert keyed.post("/v1/generate", json=body).status_code == 200
 
@@ -146,20 +146,20 @@ def test_a_spent_budget_is_429_until_the_day_ends(
 
 
 class Keys:
-    """The keys of a running service, in a config.yml that can be rewritten."""
+    """The keys of a running service, in a config.yml that a test rewrites."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "config.yml"
 
     def write(self, *keys: dict[str, Any]) -> None:
-        """Make these the named keys."""
+        """Write these keys into the file."""
         config = yaml.safe_load((PROJECT_ROOT / "config.yml").read_text(encoding="utf-8"))
         config["security"]["api_keys"] = list(keys)
         self.path.write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
 def hang_up(service: Service, reading: str) -> dict[str, Any]:
-    """Send SIGHUP and wait for the one line that the log has for it."""
+    """Send SIGHUP and wait for its line in the log."""
     seen = len(service.log())
     service.process.send_signal(signal.SIGHUP)
 
@@ -174,7 +174,7 @@ def hang_up(service: Service, reading: str) -> dict[str, Any]:
 
 @pytest.fixture
 def changing(tmp_path: Path) -> Iterator[tuple[Service, Keys]]:
-    """A slow service whose named keys stand in a file alone."""
+    """A slow service whose named keys come from a file only."""
     keys = Keys(tmp_path)
     keys.write({"name": "old", "key": OTHER_KEY})
     with running_service(
@@ -184,7 +184,7 @@ def changing(tmp_path: Path) -> Iterator[tuple[Service, Keys]]:
 
 
 def test_keys_change_without_a_restart(changing: tuple[Service, Keys]) -> None:
-    """On SIGHUP new keys are let in and old ones out; streams go on, a bad file changes nothing."""
+    """SIGHUP loads new keys and drops old ones; streams go on, a bad file changes nothing."""
     service, keys = changing
     new = "new-key-0123456789"
     digest = f"sha256:{hashlib.sha256(new.encode()).hexdigest()}"
@@ -210,12 +210,12 @@ def test_keys_change_without_a_restart(changing: tuple[Service, Keys]) -> None:
         assert (status(OTHER_KEY), status(new)) == (401, 200)
     assert canary not in service.raw_log()
     assert digest[7:] not in service.raw_log()
-    # The engine was not touched by any of it.
+    # The engine was never restarted.
     assert len(service.engine_pids()) == 1
 
 
 def test_a_closed_terminal_still_ends_the_service() -> None:
-    """SIGHUP from a terminal that is gone means what it always did: the service ends."""
+    """SIGHUP from a terminal that was closed ends the service."""
     leader, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "uvicorn", "app.main:app", "--port", "0"],
@@ -235,7 +235,7 @@ def test_a_closed_terminal_still_ends_the_service() -> None:
             assert time.monotonic() < deadline, heard
             heard += os.read(leader, 65536)
         os.close(leader)
-        # 120: Python could not write what was left to say, since nobody listens any more.
+        # 120: Python could not flush its output, because the terminal is closed.
         assert process.wait(30) in (0, -signal.SIGTERM, 120)
     finally:
         process.kill()

@@ -1,4 +1,4 @@
-"""The log: the user's shape, one line an event, and never a prompt, an answer or a key."""
+"""The log has the user's shape, one line an event, and no prompt, answer or key."""
 
 import io
 import json
@@ -21,14 +21,14 @@ CANARY = "canary-5b3e"
 
 @pytest.fixture(scope="module")
 def debug_service() -> Iterator[Service]:
-    """A service that logs everything it can, and knows a token."""
+    """A service at the level DEBUG, with a Hugging Face token."""
     with running_service(LOGGING__LEVEL="DEBUG", HUGGINGFACE_TOKEN=f"hf_{CANARY}") as service:
         yield service
 
 
 @pytest.fixture(scope="module")
 def text_log() -> list[str]:
-    """The whole log of a service with text for people, after three probes and one request."""
+    """The whole log of a service in the text format, after three probes and one request."""
     with running_service(LOGGING__FORMAT="text") as service:
         for path in ("/livez", "/health", "/metrics", "/nothing"):
             service.get(path)
@@ -97,7 +97,7 @@ def test_every_line_is_one_json_object(debug_service: Service) -> None:
 def test_refusals_are_logged_too(
     debug_service: Service, method: str, path: str, message: str
 ) -> None:
-    """A refusal has its line, under the route's template and not under the path."""
+    """An error has its line, with the template of the route and not the path."""
     request_id = f"refused-{method}-{message[-3:]}"
     with debug_service.client(key=None) as client:
         client.request(method, path, headers={"X-Request-ID": request_id})
@@ -112,7 +112,7 @@ def test_probes_are_quiet(text_log: list[str]) -> None:
 
 
 def test_prompts_answers_and_keys_never_reach_the_log(debug_service: Service) -> None:
-    """Whatever happens to a request, at the most talkative level, its contents are not logged."""
+    """At the level DEBUG no content of a request is logged, whatever happens to the request."""
     with debug_service.client() as client:
         _provoke(client)
         # These end the engine process; the service lives on.
@@ -124,7 +124,7 @@ def test_prompts_answers_and_keys_never_reach_the_log(debug_service: Service) ->
     assert "an engine step failed" in log
     for secret in (CANARY, API_KEY, OTHER_KEY):
         assert secret not in log
-    # Whatever was logged on the way is JSON, tracebacks included.
+    # Every line is JSON, also the tracebacks.
     debug_service.log()
 
 
@@ -222,14 +222,14 @@ def test_nobody_can_forge_a_line(debug_service: Service) -> None:
 
 
 def test_what_libraries_write_becomes_events(debug_service: Service) -> None:
-    """What native code writes to the engine's standard error is a JSON line each, as all else."""
+    """Each line that native code writes to standard error of the engine becomes a JSON line."""
     with debug_service.client() as client:
         client.post("/v1/generate", json={"prompt": "[echo:crash]", "cache": False})
     debug_service.wait_until_ready()
     events = [(e["level"], e["message"].partition(" (")[0]) for e in debug_service.log()]
     crash = events.index(("WARNING", f"the engine process wrote: {LAST_WORDS}"))
     assert events[crash + 1] == events[crash]
-    # They are told before the end that they explain.
+    # They come before the line about the end of the process, which they explain.
     assert ("ERROR", "the engine process ended: signal SIGSEGV") in events[crash:]
 
 

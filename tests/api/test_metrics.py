@@ -1,4 +1,4 @@
-"""What /metrics says, and that callers cannot make it grow."""
+"""The metrics, and that callers cannot make their number grow."""
 
 import random
 import string
@@ -69,7 +69,7 @@ def test_prompt_tokens_and_timings_are_observed(client: TestClient) -> None:
     after = samples(client)
     for name in timings:
         assert after[f"{name}_count", ()] == before.get((f"{name}_count", ()), 0) + 1
-    # All tokens but the first have a time since the one before, however many came together.
+    # Each token but the first has a time since the one before it.
     assert after["llm_inter_token_latency_seconds_count", ()] > 0
     name = "llm_prompt_tokens_total"
     assert after[name, ()] - before.get((name, ()), 0) == answer["usage"]["prompt_tokens"]
@@ -90,7 +90,7 @@ def test_a_stop_string_is_not_a_client_that_left(client: TestClient) -> None:
 
 
 def test_gauges_return_to_zero(client: TestClient) -> None:
-    """With nothing to do nothing runs and nothing waits."""
+    """The gauges of an idle service are zero."""
     client.post("/v1/generate", json={"prompt": "gauges", "cache": False})
     assert value(client, "llm_requests_running") == 0
     assert value(client, "llm_requests_waiting") == 0
@@ -112,12 +112,12 @@ def test_refusals_are_counted_by_reason() -> None:
 
 @pytest.fixture
 def fresh() -> TestClient:
-    """A client of an application of its own, whose engine is not started."""
+    """A client of a new application, whose engine is not started."""
     return TestClient(create_app(make_settings()), headers={"X-API-Key": API_KEY})
 
 
 def test_random_paths_methods_keys_and_ids_add_no_series(fresh: TestClient) -> None:
-    """Nothing a caller chooses becomes a label: hundreds of inventions add a few series at most."""
+    """No value of a caller becomes a label: hundreds of values add a few series at most."""
     rng = random.Random(20)
 
     def word() -> str:
@@ -155,7 +155,7 @@ async def test_ten_thousand_random_paths_make_no_more_than_500_series() -> None:
 
 
 def test_a_wrong_method_has_no_series_of_its_own(fresh: TestClient) -> None:
-    """Every method on every route adds the series of the methods that routes answer, no other."""
+    """All methods on all routes add series only for the methods that the routes have."""
     for endpoint in KEYED:
         for method in (*METHODS, "BREW"):
             fresh.request(method, endpoint.path)

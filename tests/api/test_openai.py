@@ -63,7 +63,7 @@ def test_stream(client: TestClient) -> None:
 
 
 def test_a_streamed_completion(client: TestClient) -> None:
-    """Chunks of a completion look like the whole, and join to it."""
+    """The chunks of a streamed completion have the shape of a whole one, and join to its text."""
     found = chunks(complete(client, stream=True))
     assert {c["object"] for c in found} == {"text_completion"}
     assert texts(found) == {0: "hello"}
@@ -79,7 +79,7 @@ def test_include_usage(client: TestClient) -> None:
 
 
 def test_a_fault_in_a_stream_is_an_event(client: TestClient) -> None:
-    """What breaks after the first chunk is told in the stream, which still ends in order."""
+    """A fault after the first chunk is an event of the stream, which still ends with [DONE]."""
     found = chunks(chat(client, "[echo:fault]", stream=True))
     assert found[-1]["error"]["code"] == "internal_error"
 
@@ -89,7 +89,7 @@ def test_a_fault_in_a_stream_is_an_event(client: TestClient) -> None:
 
 @pytest.mark.parametrize("name", ["echo", "default"])
 def test_model_by_name_or_alias(client: TestClient, name: str) -> None:
-    """The model answers to its name and its aliases, and tells its name."""
+    """A request may name the model or an alias; the answer has the model's name."""
     assert chat(client, model=name).json()["model"] == "echo"
     assert complete(client, model=name).json()["model"] == "echo"
     assert client.get(f"/v1/models/{name}").json()["id"] == name
@@ -105,7 +105,7 @@ def test_another_model_is_not_found(client: TestClient, path: str) -> None:
 
 
 def test_models_are_listed(narrow: TestClient) -> None:
-    """The list has the model and its aliases; a name with a slash has an address."""
+    """The list has the model and its aliases; a name with a slash has a path, too."""
     listed = narrow.get("/v1/models").json()
     assert listed["object"] == "list"
     assert [m["id"] for m in listed["data"]] == ["echo", "gpt-4o-mini", "org/model"]
@@ -122,7 +122,7 @@ def test_content_in_parts(client: TestClient) -> None:
 
 
 def test_every_role_is_taken(client: TestClient) -> None:
-    """All roles of OpenAI's reach the prompt; instructions that lead become one message."""
+    """All roles of OpenAI reach the prompt; the first instructions become one message."""
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     messages = [
         {"role": "system", "content": "A"},
@@ -141,7 +141,7 @@ def test_every_role_is_taken(client: TestClient) -> None:
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
 def test_max_tokens(client: TestClient, field: str) -> None:
-    """Either field ends the answer, which says so; both together must agree."""
+    """Either field limits the answer, with the reason length; two different values are 400."""
     choice = chat(client, **{field: 3}).json()["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("hel", "length")
     assert chat(client, max_tokens=3, max_completion_tokens=3).status_code == 200
@@ -157,7 +157,7 @@ def test_stop(client: TestClient) -> None:
 
 
 def test_n_gives_choices(client: TestClient) -> None:
-    """So many choices come, whole and streamed; a prompt they share is counted once."""
+    """All n choices come, whole and streamed; their prompt is counted once."""
     answer = chat(client, n=3).json()
     assert [c["index"] for c in answer["choices"]] == [0, 1, 2]
     assert {c["message"]["content"] for c in answer["choices"]} == {"hello"}
@@ -170,7 +170,7 @@ def test_n_gives_choices(client: TestClient) -> None:
 
 
 def test_n_takes_places(narrow: TestClient) -> None:
-    """Where not all choices have a place, the request is refused as a whole and leaves nothing."""
+    """A request whose choices do not all find a place is 503, and holds no place afterwards."""
     assert refused(chat(narrow, n=3))[:2] == (503, "overloaded")
     assert chat(narrow).status_code == 200
 
@@ -184,7 +184,7 @@ def test_several_prompts(client: TestClient) -> None:
 
 
 def test_a_fault_in_one_choice_ends_the_request(client: TestClient) -> None:
-    """Several answers are all or nothing."""
+    """A fault in one of several answers is an error for the whole request."""
     assert complete(client, ["fine", "[echo:fault]"]).status_code == 500
     found = chunks(complete(client, ["fine " * 50, "[echo:fault]"], stream=True))
     assert found[-1]["error"]["code"] == "internal_error"
@@ -231,7 +231,7 @@ def test_sampling_reaches_the_engine(
 
 
 def test_seeds_of_choices_differ(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Choices of one seed are drawn with seeds that follow each other."""
+    """The choices of a request have successive seeds."""
     generation = client.app.state.services.generation  # type: ignore[attr-defined]
     seeds: list[int | None] = []
     opening = generation.open
@@ -271,7 +271,7 @@ def test_chat_logprobs(client: TestClient) -> None:
 
 
 def test_completion_logprobs(client: TestClient) -> None:
-    """The four lists of OpenAI's have an entry for each token of the text."""
+    """Each of the four lists has an entry for each token of the text."""
     logprobs = complete(client, "abc", logprobs=1, stop="c").json()["choices"][0]["logprobs"]
     assert logprobs == {
         "tokens": ["a", "b"],
@@ -282,14 +282,14 @@ def test_completion_logprobs(client: TestClient) -> None:
 
 
 def test_user_has_kept_answers_alone(client: TestClient) -> None:
-    """A kept answer is served to the end user it was made for, and to no other."""
+    """A cached answer is served to the end user it was generated for only."""
     body = {"text": "for one user", "cache": True}
     first = [chat(client, **body, user=name).json()["cached"] for name in ("a", "a", "b")]
     assert first == [False, True, False]
 
 
 def test_cache_and_its_bypass(client: TestClient) -> None:
-    """The response cache serves these routes too; Cache-Control: no-cache goes around it."""
+    """The response cache serves these routes too; Cache-Control: no-cache bypasses it."""
     body = {"text": "kept once", "cache": True}
     assert [chat(client, **body).json()["cached"] for _ in range(2)] == [False, True]
     streamed = chunks(chat(client, **body, stream=True))
@@ -300,12 +300,12 @@ def test_cache_and_its_bypass(client: TestClient) -> None:
 
 
 def test_several_choices_are_not_cached(client: TestClient) -> None:
-    """Choices are meant to differ, so none is served from the cache."""
+    """Several choices are not cached, because they are meant to differ."""
     assert [chat(client, "many", cache=True, n=2).json()["cached"] for _ in range(2)] == [False] * 2
 
 
 def test_x_session_id_keeps_a_conversation(client: TestClient) -> None:
-    """The header gives the chat a native session: the same history, the same owner."""
+    """The header gives the chat a session, which the native routes show."""
     session = {"headers": {"X-Session-ID": "openai-session"}}
     chat(client, "one", **session)
     chat(client, "two", stream=True, **session)
@@ -323,7 +323,7 @@ def test_x_session_id_keeps_a_conversation(client: TestClient) -> None:
 def test_both_routers_share_the_use_case(run_app: RunApp) -> None:
     """PII, limits and metrics are the same as on the native routes.
 
-    Where answers are redacted, log-probabilities would tell what was there: they are refused.
+    Log-probabilities are refused where answers are redacted: they would show the redacted text.
     """
     client = run_app(
         pii={"input": "reject", "output": "redact"},

@@ -1,4 +1,4 @@
-"""What the OpenAI routes refuse: by its name, unless it asks for nothing."""
+"""Fields that the OpenAI routes refuse, unless their value has no effect."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from tests.support.openai import chat, complete, refused
 UNSUPPORTED, INVALID = "unsupported_parameter", "validation_error"
 
 REFUSED: dict[str, tuple[Any, Any]] = {
-    # field: a value that asks for something, a value that asks for nothing
+    # field: a value with an effect, a value without one
     "audio": ({"voice": "alloy", "format": "mp3"}, None),
     "function_call": ({"name": "f"}, "auto"),
     "functions": ([{"name": "f"}], []),
@@ -37,7 +37,7 @@ REFUSED_COMPLETION: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize("field", REFUSED)
 def test_a_chat_field_is_refused(client: TestClient, field: str) -> None:
-    """What cannot be honoured is refused by its name, unless it asks for nothing."""
+    """An unsupported field is 400 and named, unless its value has no effect."""
     asking, neutral = REFUSED[field]
     assert refused(chat(client, **{field: asking})) == (400, UNSUPPORTED, field)
     assert chat(client, **{field: neutral}).status_code == 200
@@ -46,7 +46,7 @@ def test_a_chat_field_is_refused(client: TestClient, field: str) -> None:
 
 @pytest.mark.parametrize("field", REFUSED_COMPLETION)
 def test_a_completion_field_is_refused(client: TestClient, field: str) -> None:
-    """The same for completions."""
+    """An unsupported field of a completion is 400 and named, unless its value has no effect."""
     asking, neutral = REFUSED_COMPLETION[field]
     assert refused(complete(client, **{field: asking})) == (400, UNSUPPORTED, field)
     assert complete(client, **{field: neutral}).status_code == 200
@@ -69,7 +69,7 @@ MESSAGES: list[tuple[Any, str, str]] = [
 def test_what_is_wrong_with_a_message_is_named(
     client: TestClient, message: Any, code: str, param: str
 ) -> None:
-    """A bad message is 400, and its number and field are named."""
+    """An invalid message is 400, and its index and field are named."""
     assert refused(chat(client, messages=[message])) == (400, code, param)
 
 
@@ -105,12 +105,12 @@ OBFUSCATED = {"stream": True, "stream_options": {"include_obfuscation": True}}
 def test_what_is_wrong_is_named(
     client: TestClient, fields: dict[str, Any], code: str, param: str | None
 ) -> None:
-    """A bad field is 400, as with OpenAI, and named."""
+    """An invalid field is 400, as with OpenAI, and named."""
     assert refused(chat(client, **fields)) == (400, code, param)
 
 
 def test_a_prompt_of_token_ids_is_refused(client: TestClient) -> None:
-    """Prompts are texts."""
+    """A prompt of token ids is 400."""
     for prompt in ([1, 2, 3], [[1], [2]]):
         assert refused(complete(client, prompt)) == (400, UNSUPPORTED, "prompt")
     assert refused(complete(client, []))[:2] == (400, INVALID)

@@ -1,4 +1,4 @@
-"""Structured output through the routes, with the real model: the answer has the form asked for."""
+"""Structured output on the routes, with the real model: answers match the schema."""
 
 import json
 import re
@@ -31,7 +31,7 @@ CHOICE = {"type": "choice", "choice": ["C++ (yes?)", "a|b", "none"]}
 
 
 def post(service: Service, path: str, **fields: Any) -> httpx.Response:
-    """One greedy request, with enough room for the forms above."""
+    """One greedy request, with enough tokens for the forms above."""
     with service.client(timeout=200) as client:
         return client.post(path, json={"temperature": 0, "max_tokens": 150, **fields})
 
@@ -43,7 +43,7 @@ def chat(service: Service, **fields: Any) -> httpx.Response:
 
 
 def text_of(response: httpx.Response) -> str:
-    """The text of an answer that ended by itself, from any of the routes."""
+    """The text of a complete answer of any route."""
     assert response.status_code == 200, response.text
     answer = response.json()
     choice = answer.get("choices", [answer])[0]
@@ -53,14 +53,14 @@ def text_of(response: httpx.Response) -> str:
 
 
 def test_response_formats(bundled_service: Service) -> None:
-    """Each kind of form is kept by a chat."""
+    """A chat keeps each kind of response format."""
     validate(json.loads(text_of(chat(bundled_service, response_format=SCHEMA))), CITY)
     assert re.fullmatch(DATE["regex"], text_of(chat(bundled_service, response_format=DATE)))
     assert text_of(chat(bundled_service, response_format=CHOICE)) in CHOICE["choice"]
     formats: list[Any] = [{"type": "text"}, None]
     texts = [chat(bundled_service, response_format=f, max_tokens=16, cache=False) for f in formats]
     assert texts[0].json()["choices"] == texts[1].json()["choices"]
-    # Any object may be longer than the room there is; what there is begins one.
+    # The object may be longer than max_tokens; then the text is the beginning of one.
     answer = chat(bundled_service, response_format=OBJECT).json()["choices"][0]
     assert answer["message"]["content"].startswith("{")
     if answer["finish_reason"] == "stop":
@@ -68,7 +68,7 @@ def test_response_formats(bundled_service: Service) -> None:
 
 
 def test_every_generating_route_has_them(bundled_service: Service) -> None:
-    """The native routes and completions keep a form, too; a stream's pieces join to it."""
+    """The native routes and completions keep a format, too; so do the joined pieces of streams."""
     form = {"response_format": DATE}
     date = re.compile(DATE["regex"])
     assert date.fullmatch(text_of(post(bundled_service, "/v1/generate", prompt="On ", **form)))
@@ -99,7 +99,7 @@ def test_every_generating_route_has_them(bundled_service: Service) -> None:
 def test_a_schema_that_cannot_be_honoured_is_refused(
     bundled_service: Service, form: dict[str, Any], param: str
 ) -> None:
-    """It is a 400 that says why, at once, from a schema as from a tool."""
+    """An unsupported schema is 400 with the reason, in a response format and in a tool."""
     named = {"type": "json_schema", "json_schema": {"name": "x", "schema": form}}
     began = time.monotonic()
     response = chat(bundled_service, response_format=named)
@@ -113,6 +113,6 @@ def test_a_schema_that_cannot_be_honoured_is_refused(
 
 
 def test_a_bad_pattern_is_refused(bundled_service: Service) -> None:
-    """A regular expression that cannot be honoured is named, too."""
+    """An unsupported regular expression is 400 and named."""
     response = chat(bundled_service, response_format={"type": "regex", "regex": "(a"})
     assert refused(response) == (400, "invalid_grammar", "response_format")

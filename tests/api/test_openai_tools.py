@@ -1,4 +1,4 @@
-"""Tools on the OpenAI routes: what the model is told, and what the caller gets."""
+"""Tools on the OpenAI routes: the prompt of the model, and the calls in the answer."""
 
 import json
 from typing import Any
@@ -40,7 +40,7 @@ def called(choice: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def test_tools_called(client: TestClient) -> None:
-    """An answer with a call has it in tool_calls, and the reason says so; text stays text."""
+    """A call is in tool_calls, with the reason tool_calls; other text stays text."""
     (choice,) = chat(client, f"Look:\n{CALL}", tools=[WEATHER, NOW]).json()["choices"]
     assert called(choice) == [("get_weather", '{"city": "Köln"}')]
     assert choice["message"]["content"] == "Look:"
@@ -53,7 +53,7 @@ def test_tools_called(client: TestClient) -> None:
 
 
 def test_streamed_calls(client: TestClient) -> None:
-    """A stream tells a call's id and name first, then its arguments in pieces."""
+    """A streamed call has its id and name first, then its arguments in pieces."""
     found = chunks(chat(client, f"{CALL}{CALL}", tools=[WEATHER], stream=True))
     deltas = [c["choices"][0]["delta"] for c in found]
     pieces = [call for delta in deltas for call in delta.get("tool_calls", [])]
@@ -71,7 +71,7 @@ def test_streamed_calls(client: TestClient) -> None:
 
 
 def test_an_answer_without_tools_keeps_what_looks_like_a_call(client: TestClient) -> None:
-    """Where no tools are offered, or none may be called, the text is as the model wrote it."""
+    """Without tools, or with tool_choice none, the text is as the model wrote it."""
     for fields in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
         (choice,) = chat(client, CALL, **fields).json()["choices"]
         assert (choice["message"]["content"], choice["finish_reason"]) == (CALL, "stop")
@@ -80,7 +80,7 @@ def test_an_answer_without_tools_keeps_what_looks_like_a_call(client: TestClient
 
 
 def test_a_kept_answer_has_its_calls(client: TestClient) -> None:
-    """From the response cache an answer's calls come again; other tools are another request."""
+    """A cached answer has its calls; other tools make another request."""
     text = f"cached {CALL}"
     answers = [chat(client, text, tools=[WEATHER], cache=True).json() for _ in range(2)]
     assert [a["cached"] for a in answers] == [False, True]
@@ -90,7 +90,7 @@ def test_a_kept_answer_has_its_calls(client: TestClient) -> None:
 
 
 def test_the_model_is_told_of_tools(client: TestClient) -> None:
-    """Definitions are part of the prompt, and count as such."""
+    """Definitions of tools are part of the prompt, and are counted."""
     told = chat(client, tools=[WEATHER]).json()["usage"]["prompt_tokens"]
     untold = chat(client).json()["usage"]["prompt_tokens"]
     assert told - untold > len(json.dumps(WEATHER))
@@ -99,7 +99,7 @@ def test_the_model_is_told_of_tools(client: TestClient) -> None:
 
 
 def test_a_schema_may_have_numbers_of_any_size(client: TestClient) -> None:
-    """JSON has no largest integer: beyond 64 bits the request is answered all the same."""
+    """A schema with an integer beyond 64 bits is accepted."""
     for number in (2**64, -(2**63) - 1, 10**300):
         parameters = {"type": "object", "properties": {}, "default": number}
         tool = {"type": "function", "function": {"name": "now", "parameters": parameters}}
@@ -107,7 +107,7 @@ def test_a_schema_may_have_numbers_of_any_size(client: TestClient) -> None:
 
 
 def test_tools_are_a_prompt(run_app: RunApp) -> None:
-    """Limits and PII rules hold for what tools say, and for calls in the history."""
+    """Limits and PII rules hold for definitions of tools, and for calls in the history."""
     client = run_app(security={"max_prompt_chars": 400}, pii={"input": "reject"})
     long = {"type": "function", "function": {"name": "f", "description": "x" * 400}}
     assert refused(chat(client, tools=[long])) == (400, "prompt_too_long", "messages")
@@ -120,7 +120,7 @@ def test_tools_are_a_prompt(run_app: RunApp) -> None:
 
 
 def test_a_session_keeps_calls_and_results(client: TestClient) -> None:
-    """A conversation goes on with a tool's result alone; the call stands in its history."""
+    """A session continues with a tool's result alone; its history has the call."""
     session = {"headers": {"X-Session-ID": "with-tools"}, "tools": [WEATHER]}
     (choice,) = chat(client, CALL, **session).json()["choices"]
     call = choice["message"]["tool_calls"][0]
@@ -144,12 +144,12 @@ def test_a_session_keeps_calls_and_results(client: TestClient) -> None:
 def test_what_is_wrong_with_tools_is_named(
     client: TestClient, fields: dict[str, Any], param: str | None
 ) -> None:
-    """Bad definitions are refused before anything runs."""
+    """Invalid definitions are 400 before anything runs."""
     assert refused(chat(client, **fields)) == (400, "validation_error", param)
 
 
 def test_an_engine_without_grammars_cannot_be_made_to_call(client: TestClient) -> None:
-    """Where the engine cannot keep the promise, it is not made."""
+    """tool_choice required is 400 on an engine without grammars."""
     response = chat(client, tools=[NOW], tool_choice="required")
     assert refused(response) == (400, "unsupported_parameter", "tools")
 
@@ -174,7 +174,7 @@ def ask(service: Service, **fields: Any) -> dict[str, Any]:
 @pytest.mark.model
 @pytest.mark.timeout(300)
 def test_tool_choices(bundled_service: Service) -> None:
-    """A model that must call does, with arguments of the schema, as often as it may."""
+    """A required call has arguments of the schema; there is one unless calls may be parallel."""
     named = {"type": "function", "function": {"name": "get_weather"}}
     forced = ask(bundled_service, tool_choice=named)
     ((name, arguments),) = called(forced)

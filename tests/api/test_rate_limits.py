@@ -1,4 +1,4 @@
-"""The token bucket in front of the routes, with a clock that only the tests move."""
+"""The token bucket of each caller, with a clock that the tests move."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from tests.conftest import make_settings
 from tests.support.asgi import Received, Sent, http_scope
 from tests.support.service import API_KEY, OTHER_KEY
 
-# Refused for its contents, after the guard: the limits are seen without an engine.
+# The body is invalid, which is found after the guard: no engine is needed.
 BODY = {"prompt": ""}
 
 
 class Clock:
-    """Time that stands still until it is moved."""
+    """A clock that a test moves."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -36,11 +36,11 @@ class Limited:
         self.client = TestClient(self.app)
 
     def post(self, key: str = API_KEY, **headers: str) -> Any:
-        """A request that gets past the guard, if it is let past."""
+        """A request that is 422 once the guard has let it pass."""
         return self.client.post("/v1/generate", json=BODY, headers={"X-API-Key": key, **headers})
 
     def metric(self, reason: str) -> float:
-        """Refusals counted for a reason."""
+        """The number of refusals for a reason."""
         registry = self.app.state.services.metrics.registry
         return registry.get_sample_value("rate_limited_total", {"reason": reason}) or 0.0
 
@@ -52,7 +52,7 @@ def limited() -> Limited:
 
 
 def test_the_sixth_of_a_burst_of_five_is_429(limited: Limited) -> None:
-    """Five requests pass at once, the sixth is 429 and told the right time to come back."""
+    """Five requests pass at once, the sixth is 429 with the right Retry-After."""
     for remaining in (4, 3, 2, 1, 0):
         response = limited.post()
         assert response.status_code == 422
@@ -69,7 +69,7 @@ def test_the_sixth_of_a_burst_of_five_is_429(limited: Limited) -> None:
 
 
 def test_waiting_as_told_lets_one_through(limited: Limited) -> None:
-    """After Retry-After exactly one more request passes; a little earlier none does."""
+    """Exactly one more request passes after Retry-After, and none earlier."""
     for _ in range(5):
         limited.post()
     limited.clock.now += 0.999
@@ -80,14 +80,14 @@ def test_waiting_as_told_lets_one_through(limited: Limited) -> None:
 
 
 def test_a_bucket_holds_no_more_than_a_burst(limited: Limited) -> None:
-    """However long a caller was away, no more than a burst passes at once."""
+    """After any pause no more than a burst passes at once."""
     limited.post()
     limited.clock.now += 3600
     assert [limited.post().status_code for _ in range(6)] == [422] * 5 + [429]
 
 
 def test_a_refused_request_costs_nothing(limited: Limited) -> None:
-    """Knocking while limited does not put off the next request that passes."""
+    """Refused requests do not delay the next request that passes."""
     for _ in range(50):
         limited.post()
     limited.clock.now += 1
@@ -95,14 +95,14 @@ def test_a_refused_request_costs_nothing(limited: Limited) -> None:
 
 
 def test_each_key_has_a_bucket_of_its_own(limited: Limited) -> None:
-    """One caller's empty bucket is nothing to another."""
+    """One caller's empty bucket does not limit another caller."""
     for _ in range(6):
         limited.post(API_KEY)
     assert limited.post(OTHER_KEY).headers["x-ratelimit-remaining"] == "4"
 
 
 def test_all_routes_share_a_callers_bucket(limited: Limited) -> None:
-    """A caller cannot get round the limit by going from route to route."""
+    """All routes count against one bucket of the caller."""
     for path in ("/v1/generate", "/v1/chat", "/v1/generate", "/v1/chat", "/v1/generate"):
         response = limited.client.post(path, json=BODY, headers={"X-API-Key": API_KEY})
         assert response.status_code == 422
@@ -111,16 +111,16 @@ def test_all_routes_share_a_callers_bucket(limited: Limited) -> None:
 
 
 def test_guessing_keys_is_limited_by_address(limited: Limited) -> None:
-    """An address that tries one wrong key after another is 429 from the sixth on."""
+    """The sixth wrong key of an address is 429."""
     codes = [limited.post(f"wrong-{i}").status_code for i in range(7)]
     assert codes == [401] * 5 + [429] * 2
     assert limited.metric("ip") == 2
-    # Who has a key at that address is not locked out.
+    # A valid key from that address is let in.
     assert limited.post(API_KEY).status_code == 422
 
 
 def test_refusals_and_errors_carry_the_limit_headers(limited: Limited) -> None:
-    """401, 400 and 422 tell what is left of the bucket they were taken from."""
+    """401, 400 and 422 have the headers of the limit that they count against."""
     key = {"X-API-Key": API_KEY}
     for response in (
         limited.post("wrong"),
@@ -132,7 +132,7 @@ def test_refusals_and_errors_carry_the_limit_headers(limited: Limited) -> None:
 
 
 def test_health_is_never_limited(limited: Limited) -> None:
-    """Probes and scrapers are not counted."""
+    """Probes and scrapes are not limited."""
     for _ in range(20):
         assert limited.client.get("/livez").status_code == 200
         assert limited.client.get("/metrics").status_code == 200
@@ -147,13 +147,13 @@ async def _status(limited: Limited, peer: str, forwarded: str) -> int:
 
 
 async def test_a_forged_forwarded_address_is_ignored(limited: Limited) -> None:
-    """Without trusted proxies X-Forwarded-For gives nobody a fresh bucket."""
+    """Without trusted proxies X-Forwarded-For has no effect."""
     codes = [await _status(limited, "203.0.113.9", f"198.51.100.{i}") for i in range(6)]
     assert codes == [401] * 5 + [429]
 
 
 async def test_a_trusted_proxys_forwarded_address_counts() -> None:
-    """Behind a trusted proxy each client has its bucket, whatever it forges in front."""
+    """Each client behind a trusted proxy has a bucket, whatever addresses it forges."""
     limited = Limited(trusted_proxies=["10.0.0.0/8"])
     codes = [
         await _status(limited, "10.1.2.3", f"198.51.100.{i}, 203.0.113.7, 10.9.9.9")
@@ -161,7 +161,7 @@ async def test_a_trusted_proxys_forwarded_address_counts() -> None:
     ]
     assert codes == [401] * 5 + [429]
     assert await _status(limited, "10.1.2.3", "203.0.113.8") == 401
-    # The same header from anybody else is not believed.
+    # The same header from another address has no effect.
     assert [await _status(limited, "192.0.2.1", f"203.0.113.{i}") for i in range(6)][-1] == 429
 
 
@@ -185,7 +185,7 @@ def test_the_default_burst_is_a_minutes_worth() -> None:
 def test_the_librarys_own_variable_decides_nothing(
     monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
-    """A RATELIMIT_ENABLED in the environment, which slowapi would read, changes nothing."""
+    """The variable RATELIMIT_ENABLED, which slowapi reads by default, has no effect."""
     monkeypatch.setenv("RATELIMIT_ENABLED", value)
     limited = Limited()
     assert [limited.post().status_code for _ in range(6)] == [422] * 5 + [429]

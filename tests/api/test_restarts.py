@@ -14,7 +14,7 @@ CLIENTS = 12
 
 @asynccontextmanager
 async def instance(balancer: Balancer) -> AsyncIterator[None]:
-    """A service behind the balancer, with the time of notice that is the setting's default.
+    """A service behind the balancer, with the default time of notice.
 
     Leaving the block sends SIGTERM, and asserts that the service ends with 0 and leaves nothing.
     """
@@ -32,7 +32,7 @@ async def instance(balancer: Balancer) -> AsyncIterator[None]:
 async def test_no_accepted_request_is_lost_in_rolling_restarts(
     pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each instance is replaced while it works; every answer comes whole, and each exits with 0."""
+    """Instances are replaced under load: every answer is complete, every exit status 0."""
     restarts: int = pytestconfig.getoption("--restarts")
     balancer = Balancer()
     async with AsyncExitStack() as last:

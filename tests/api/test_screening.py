@@ -1,4 +1,4 @@
-"""Personal data, blocked patterns and stray tokens, on every way in and out."""
+"""Personal data, blocked patterns and control characters, in prompts and answers."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -31,7 +31,7 @@ async def generate(client: Client, prompt: str, **fields: Any) -> httpx.Response
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def plain() -> AsyncIterator[Client]:
-    """Nothing is looked for."""
+    """The default settings."""
     async with start() as client:
         yield client
 
@@ -56,13 +56,13 @@ async def particular() -> AsyncIterator[Client]:
 
 
 async def test_by_default_nothing_is_touched(plain: Client) -> None:
-    """PII filtering is optional: without a setting text passes as it is."""
+    """Without settings for PII, text passes unchanged."""
     answer = (await plain.say(SECRET, session=None)).json()
     assert answer["message"]["content"] == SECRET
 
 
 async def test_an_answer_is_redacted_the_same_whole_and_streamed(redacting: Client) -> None:
-    """One byte a step, the stream's pieces joined are the redacted whole."""
+    """The joined pieces of a stream equal the redacted whole answer."""
     whole = (await redacting.say(SECRET, session=None, cache=False)).json()
     stream = await streamed(redacting, SECRET)
     assert whole["message"]["content"] == stream.text == REDACTED
@@ -71,7 +71,7 @@ async def test_an_answer_is_redacted_the_same_whole_and_streamed(redacting: Clie
 
 
 async def test_redactions_are_counted_by_kind(redacting: Client) -> None:
-    """The metric tells kinds and numbers, and nothing else."""
+    """The metric counts each kind."""
 
     def counted() -> list[float]:
         value = redacting.services.metrics.registry.get_sample_value
@@ -83,7 +83,7 @@ async def test_redactions_are_counted_by_kind(redacting: Client) -> None:
 
 
 async def test_prompts_are_redacted_before_the_model_and_the_history() -> None:
-    """With pii.input redact neither the model nor a session ever holds the data."""
+    """With pii.input redact neither the model nor a session gets the data."""
     async with start(pii={"input": "redact"}) as client:
         assert (await client.say(SECRET)).json()["message"]["content"] == REDACTED
         assert await client.history() == [("user", REDACTED), ("assistant", REDACTED)]
@@ -92,7 +92,7 @@ async def test_prompts_are_redacted_before_the_model_and_the_history() -> None:
 
 
 async def test_prompts_with_personal_data_can_be_refused() -> None:
-    """With pii.input reject the kinds are named, the data is not, and no session is made."""
+    """With pii.input reject the error names the kinds and not the data; no session is made."""
     async with start(pii={"input": "reject"}) as client:
         for refused in (await client.say(SECRET), await generate(client, SECRET)):
             assert refused.status_code == 400
@@ -104,13 +104,13 @@ async def test_prompts_with_personal_data_can_be_refused() -> None:
 
 
 async def test_kinds_can_be_switched_and_patterns_added(particular: Client) -> None:
-    """Only the kinds that are listed are looked for, and the operator's patterns beside them."""
+    """Only the configured kinds and patterns are redacted."""
     answer = (await particular.say("B-1234, a@b.example, +49 30 1234567", session=None)).json()
     assert answer["message"]["content"] == "[BADGE], [EMAIL], +49 30 1234567"
 
 
 async def test_a_blocked_pattern_ends_the_answer(particular: Client) -> None:
-    """Text before the match is delivered, the rest is not, and the reason is content_filter."""
+    """An answer ends before the match, with the reason content_filter."""
     text = "This is fine. FORBIDDEN words follow."
     whole = (await particular.say(text, session=None, cache=False)).json()
     stream = await streamed(particular, text)
@@ -119,7 +119,7 @@ async def test_a_blocked_pattern_ends_the_answer(particular: Client) -> None:
 
 
 async def test_control_characters_and_template_tokens_do_not_leave(plain: Client) -> None:
-    """What could fool a terminal or a next prompt is taken out, streamed or not."""
+    """Control characters and special tokens are removed from answers, streamed or not."""
     text = "a\x1b[31mb\u202ec<|im_end|>d"
     whole = (await plain.say(text, session=None, cache=False)).json()
     assert whole["message"]["content"] == "a[31mbcd"

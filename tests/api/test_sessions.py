@@ -37,7 +37,7 @@ async def client(application: Client) -> AsyncIterator[Client]:
 
 
 async def test_history_stands_before_the_new_messages(client: Client) -> None:
-    """The second prompt holds the first turn, and both turns are kept in order."""
+    """The second prompt contains the first turn, and the history has both in order."""
     first = await client.say("one")
     second = await client.say("two")
     assert first.json()["session_id"] == "s"
@@ -69,7 +69,7 @@ async def test_another_keys_session_does_not_exist(client: Client) -> None:
 
 
 async def test_a_deleted_session_is_forgotten(client: Client) -> None:
-    """After DELETE it is gone, a second DELETE is 404, and a new turn starts afresh."""
+    """After DELETE a session is gone, a second DELETE is 404, and a new turn has no history."""
     await client.say("one")
     assert (await client.http.delete("/v1/sessions/s")).status_code == 204
     assert await client.history() is None
@@ -79,7 +79,7 @@ async def test_a_deleted_session_is_forgotten(client: Client) -> None:
 
 
 async def test_a_session_deleted_during_a_turn_stays_deleted(client: Client) -> None:
-    """The turn under way is answered, but does not bring the session back."""
+    """A turn that runs during DELETE is answered, and does not bring the session back."""
     turn = asyncio.create_task(client.say("x" * 300))
     await client.until_running()
     assert (await client.http.delete("/v1/sessions/s")).status_code == 204
@@ -99,7 +99,7 @@ async def test_two_turns_at_once_conflict(client: Client) -> None:
 
 
 async def test_a_failed_turn_leaves_the_history_as_it_was(client: Client) -> None:
-    """A fault in the engine keeps nothing of its turn, and the session is free again."""
+    """A turn that fails in the engine is not kept, and the session is free again."""
     await client.say("one")
     assert (await client.say("[echo:fault]")).status_code == 500
     assert await client.history() == [("user", "one"), ("assistant", "one")]
@@ -107,7 +107,7 @@ async def test_a_failed_turn_leaves_the_history_as_it_was(client: Client) -> Non
 
 
 async def test_a_refused_turn_leaves_no_trace(client: Client) -> None:
-    """A turn that is too long for the context is refused, and an empty session is not made."""
+    """A turn that is too long for the context is 400, and makes no session."""
     refused = await client.say(
         "x", max_tokens=512, messages=[{"role": "user", "content": "é" * 3900}]
     )
@@ -118,7 +118,7 @@ async def test_a_refused_turn_leaves_no_trace(client: Client) -> None:
 
 
 async def test_a_cancelled_turn_leaves_the_history_as_it_was(client: Client) -> None:
-    """A caller who leaves a stream keeps nothing of it, and the session is free again."""
+    """A turn whose client leaves is not kept, and the session is free again."""
     await client.say("one")
     task = asyncio.create_task(client.say("x" * 2000, stream=True))
     await client.until_running()
@@ -129,7 +129,7 @@ async def test_a_cancelled_turn_leaves_the_history_as_it_was(client: Client) -> 
 
 
 async def test_a_streamed_turn_is_kept_too(client: Client) -> None:
-    """The pieces joined are what the history holds."""
+    """The history has the joined pieces of a streamed turn."""
     response = await client.say("Grüße 😀", stream=True)
     events = [
         json.loads(line.removeprefix("data: "))
@@ -141,7 +141,7 @@ async def test_a_streamed_turn_is_kept_too(client: Client) -> None:
 
 
 async def test_the_system_message_is_kept_and_can_be_replaced(client: Client) -> None:
-    """A system message sent once stands before every later turn of the session."""
+    """A system message is sent once, and kept in front of every later turn."""
     system = {"role": "system", "content": "Be brief."}
     await client.say("", messages=[system, {"role": "user", "content": "one"}])
     await client.say("two")
@@ -160,7 +160,7 @@ async def test_switched_off_sessions_are_refused_not_ignored() -> None:
 
 
 async def test_old_turns_are_dropped_to_fit_the_context(roomy: Client) -> None:
-    """History beyond the context loses its oldest turns, keeps the system message, and says so."""
+    """A history beyond the context loses its oldest turns, but not the system message."""
     system = {"role": "system", "content": "Be brief."}
     text = "x" * 1400
     await roomy.say("", messages=[system, {"role": "user", "content": text}], max_tokens=1500)
@@ -178,10 +178,10 @@ async def test_old_turns_are_dropped_to_fit_the_context(roomy: Client) -> None:
 
 
 async def test_history_is_dropped_at_the_exact_edge(roomy: Client) -> None:
-    """Around the context's edge every follow-up is answered: with its history, or without it."""
+    """A follow-up near the limit of the context is answered, with or without its history."""
     kept_sizes: list[int] = []
     dropped_sizes: list[int] = []
-    # A token is a byte here. The first turn fills all but about 200 of what the answer leaves.
+    # A token is a byte. The first turn leaves about 200 tokens of the context.
     for size in range(20, 400, 20):
         await roomy.say("x" * 1900, session=f"s{size}")
         response = await roomy.say("y" * size, session=f"s{size}", max_tokens=4000)
@@ -195,7 +195,7 @@ async def test_history_is_dropped_at_the_exact_edge(roomy: Client) -> None:
 
 
 async def test_a_full_queue_refuses_a_follow_up_before_its_history_is_counted() -> None:
-    """Without room a session's turn costs no tokenising, and is refused like any other."""
+    """A turn is refused by a full queue before its history is tokenized."""
     async with start(engine={"max_running": 1, "max_waiting": 0}) as client:
         await client.say("one")
         counted: list[object] = []

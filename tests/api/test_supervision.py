@@ -1,4 +1,4 @@
-"""An engine process that is stopped, starved, hung or poisoned, in a service that is running."""
+"""A running service whose engine process is stopped, hangs, crashes or has no memory."""
 
 import os
 import resource
@@ -40,11 +40,11 @@ def test_a_stopped_engine_is_noticed_and_replaced(slow_service: Service) -> None
 
 
 def test_a_service_that_was_suspended_goes_on(slow_service: Service) -> None:
-    """A container that is paused, or a machine that sleeps, costs no engine its life."""
+    """A service that was stopped as a whole, as a paused container is, keeps its engine."""
     restarts = slow_service.metric("llm_engine_restarts_total")
     with open_stream(slow_service, generate("x" * 20)) as found:
         os.killpg(slow_service.process.pid, signal.SIGSTOP)
-        # Longer than a stopped engine alone is left in peace.
+        # Longer than an engine may be stopped while the service runs.
         time.sleep(5)
         os.killpg(slow_service.process.pid, signal.SIGCONT)
         assert rest_of(found)[-1]["finish_reason"] == "stop"
@@ -54,7 +54,7 @@ def test_a_service_that_was_suspended_goes_on(slow_service: Service) -> None:
 def test_a_request_that_kills_the_engine_twice_is_given_up_and_named(
     slow_service: Service,
 ) -> None:
-    """It is tried once more, alone; the log names it by its id and by its caller's."""
+    """A request that kills the engine is tried once more, alone; the log has both of its ids."""
     restarts = slow_service.metric("llm_engine_restarts_total")
     with slow_service.client() as client:
         headers = {"X-Request-ID": "the-poisonous"}
@@ -69,11 +69,11 @@ def test_a_request_that_kills_the_engine_twice_is_given_up_and_named(
 
 
 def test_an_engine_out_of_memory_is_replaced(slow_service: Service) -> None:
-    """Under a real limit the engine process dies; every request ends, and others are answered."""
+    """An engine that cannot allocate dies and is replaced; every request gets a response."""
     restarts = slow_service.metric("llm_engine_restarts_total")
     pid = slow_service.engine_pid
     size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-    # What it has is all that it gets.
+    # It can allocate nothing beyond what it has.
     resource.prlimit(pid, resource.RLIMIT_AS, (size, size))
     with ThreadPoolExecutor(64) as pool:
         bodies = [generate("x" * 3900 + str(i), max_tokens=10) for i in range(64)]
@@ -87,7 +87,7 @@ def test_an_engine_out_of_memory_is_replaced(slow_service: Service) -> None:
 
 @linux_only
 def test_a_load_that_hangs_is_started_again(tmp_path: Path) -> None:
-    """Weights that never come, as from a dead network disk, are noticed while they are awaited."""
+    """A load that waits forever, as for a dead network disk, is noticed and started again."""
     model = make_tiny_model(tmp_path / "model")
     weights = model / "model.safetensors"
     shutil.move(weights, tmp_path / "whole")
@@ -108,7 +108,7 @@ def test_a_load_that_hangs_is_started_again(tmp_path: Path) -> None:
 
 
 def test_a_crash_loop_ends_the_service() -> None:
-    """One death more than is allowed: what runs gets its error, then one line, and status 3."""
+    """One crash more than engine.max_restarts ends the service with one line and status 3."""
     with running_service(ENGINE__ECHO_STEP_SECONDS=str(STEP), ENGINE__MAX_RESTARTS="1") as service:
         os.kill(service.engine_pid, signal.SIGKILL)
         service.wait_for_metric("llm_engine_restarts_total", 1)

@@ -1,4 +1,4 @@
-"""The limits bite on each route that has a key, not only on those somebody thought of."""
+"""The limits hold on every route that needs a key."""
 
 import json
 
@@ -17,13 +17,13 @@ each_keyed_route = pytest.mark.parametrize("endpoint", KEYED, ids=lambda e: f"{e
 
 
 def path_of(endpoint: Endpoint) -> str:
-    """An address of the route."""
+    """A path of the route."""
     return endpoint.path.replace("{", "").replace("}", "")
 
 
 @each_keyed_route
 async def test_the_rate_limit_bites(endpoint: Endpoint) -> None:
-    """With an empty bucket the answer is 429 with its headers, and the body is not read."""
+    """A caller over its limit gets 429 with its headers, and its body is not read."""
     app = create_app(make_settings(rate_limit={"enabled": True, "burst_size": 1}))
     scope = http_scope(endpoint.method, path_of(endpoint), KEY)
     await app(scope, Received(b"{}"), Sent())
@@ -37,7 +37,7 @@ async def test_the_rate_limit_bites(endpoint: Endpoint) -> None:
 
 @each_keyed_route
 async def test_the_body_limit_bites(endpoint: Endpoint) -> None:
-    """An announced body over the limit is 413 at once; one that is not announced, when it is."""
+    """A body over the limit is 413: at once if it is announced, else when the limit is reached."""
     app = create_app(make_settings(security={"max_body_bytes": MAX_BODY}))
     announced = {**KEY, "Content-Length": str(MAX_BODY + 1)}
     received, sent = Received(b"x"), Sent()

@@ -1,7 +1,6 @@
-"""The clients that people use, unchanged, against a running service: openai and LangChain's.
+"""The clients of OpenAI and LangChain against a running service with the bundled model.
 
-Answers of the bundled model are asserted where they do not depend on how well it reasons: shapes,
-schemas that were enforced, greedy text that it is known to give.
+The tests check shapes, enforced schemas and a greedy answer that the model is known to give.
 """
 
 import asyncio
@@ -29,7 +28,7 @@ ANSWER = "The capital of France is Paris."
 
 
 class Person(BaseModel):
-    """Someone, as a schema."""
+    """A person, as a schema for answers."""
 
     name: str = Field(max_length=20)
     role: Literal["engineer", "painter"]
@@ -51,7 +50,7 @@ def sdk(bundled_service: Service) -> Iterator[OpenAI]:
 
 
 def test_chat(sdk: OpenAI) -> None:
-    """A chat as in OpenAI's quickstart."""
+    """A chat returns the answer, its finish reason and its usage."""
     completion = sdk.chat.completions.create(model="default", messages=QUESTION, temperature=0)
     assert completion.choices[0].message.content == ANSWER
     assert completion.choices[0].finish_reason == "stop"
@@ -60,7 +59,7 @@ def test_chat(sdk: OpenAI) -> None:
 
 
 def test_both_apis_on_one_service(bundled_service: Service, sdk: OpenAI) -> None:
-    """The document's own commands and a script for OpenAI, side by side on one service."""
+    """The user's curl commands and the official client work on one service."""
     for command, member in ((GENERATE, "generated_text"), (CHAT, "message")):
         answered = run_curl(bundled_service, command, seconds=200)
         assert answered.status == 200, answered.body
@@ -70,7 +69,7 @@ def test_both_apis_on_one_service(bundled_service: Service, sdk: OpenAI) -> None
 
 
 def test_stream(sdk: OpenAI) -> None:
-    """A stream, chunk by chunk, and with the client's own helper."""
+    """A stream is read chunk by chunk, and by the client's helper."""
     fields: dict[str, Any] = {"model": "default", "messages": QUESTION, "temperature": 0}
     options: Any = {"include_usage": True}
     with sdk.chat.completions.create(**fields, stream=True, stream_options=options) as stream:
@@ -84,7 +83,7 @@ def test_stream(sdk: OpenAI) -> None:
 
 
 def test_completions(sdk: OpenAI) -> None:
-    """Bare prompts, with several choices and log-probabilities."""
+    """Completions of several prompts have several choices and log-probabilities."""
     completion = sdk.completions.create(
         model="default",
         prompt=["The capital of France is", "One, two, three,"],
@@ -103,7 +102,7 @@ def test_completions(sdk: OpenAI) -> None:
 
 
 def test_logprobs(sdk: OpenAI) -> None:
-    """Log-probabilities are those of the text's tokens."""
+    """Each token of the text has a log-probability."""
     completion = sdk.chat.completions.create(
         model="default", messages=QUESTION, temperature=0, logprobs=True
     )
@@ -122,7 +121,7 @@ def test_models(sdk: OpenAI) -> None:
 
 
 async def test_async(bundled_service: Service) -> None:
-    """The asynchronous client, several requests at once, one of them left early."""
+    """The asynchronous client sends several requests at once, and leaves a stream early."""
     http = openai.DefaultAsyncHttpxClient(trust_env=False, timeout=120)
     async with AsyncOpenAI(
         base_url=f"{bundled_service.base_url}/v1", api_key=API_KEY, http_client=http
@@ -145,7 +144,7 @@ async def test_async(bundled_service: Service) -> None:
 
 
 def test_parse(sdk: OpenAI) -> None:
-    """A Pydantic model as the response format comes back as an instance of it."""
+    """A Pydantic model as the response format returns an instance of the model."""
     completion = sdk.chat.completions.parse(
         model="default",
         messages=[{"role": "user", "content": "Describe Ada, an engineer who speaks English."}],
@@ -159,7 +158,7 @@ def test_parse(sdk: OpenAI) -> None:
 
 
 def test_json_object(sdk: OpenAI) -> None:
-    """Any JSON object."""
+    """The response format json_object returns a JSON object, or the beginning of one."""
     completion = sdk.chat.completions.create(
         model="default",
         messages=[{"role": "user", "content": 'Answer with {"city": NAME} for Paris.'}],
@@ -174,7 +173,7 @@ def test_json_object(sdk: OpenAI) -> None:
 
 
 def test_tools(sdk: OpenAI) -> None:
-    """A whole round of a tool: the call, whole and streamed, and the answer after its result."""
+    """A tool is called, whole and streamed, and its result is answered."""
     parameters = {
         "type": "object",
         "properties": {"city": {"type": "string", "maxLength": 20}},
@@ -219,7 +218,7 @@ def test_tools(sdk: OpenAI) -> None:
 def test_errors(
     sdk: OpenAI, raised: type[openai.APIStatusError], code: str, ask: Callable[..., Any]
 ) -> None:
-    """A refusal is the client's own exception, with code, param and the request's id."""
+    """An error raises the client's exception, with code, param and the request's id."""
     fields: dict[str, Any] = {"model": "default", "messages": QUESTION}
     with pytest.raises(raised) as caught:
         ask(sdk.chat.completions.create, fields)
@@ -237,7 +236,7 @@ def test_a_bad_key(bundled_service: Service) -> None:
 
 
 def test_retries() -> None:
-    """The client's own retries wait as told, after 429 and after 503, and succeed."""
+    """The client retries after 429 and after 503 as Retry-After says, and succeeds."""
     settings = {
         "RATE_LIMIT__ENABLED": "true",
         "RATE_LIMIT__REQUESTS_PER_MINUTE": "60",
@@ -254,7 +253,7 @@ def test_retries() -> None:
             )
             return completion.choices[0].message.content
 
-        # One place, taken for two seconds; each key has tokens of its own.
+        # The only place is taken for two seconds.
         with background(ask, once, LONG):
             _until_running(service)
             with pytest.raises(openai.InternalServerError) as busy:
@@ -291,13 +290,13 @@ def llm(bundled_service: Service) -> ChatOpenAI:
         temperature=0,
         max_completion_tokens=120,
         max_retries=0,
-        # An answer from the response cache would come in one piece.
+        # A cached answer comes in one piece.
         extra_body={"cache": False},
     )
 
 
 def test_langchain_invoke(llm: ChatOpenAI) -> None:
-    """A message in, a message out, with its usage."""
+    """A message returns an answer with its usage."""
     answer = llm.invoke("What is the capital of France?")
     assert answer.text == ANSWER
     assert answer.usage_metadata is not None
@@ -305,14 +304,14 @@ def test_langchain_invoke(llm: ChatOpenAI) -> None:
 
 
 async def test_langchain_astream(llm: ChatOpenAI) -> None:
-    """The pieces of a stream join to the answer."""
+    """The joined pieces of a stream are the answer."""
     pieces = [piece.text async for piece in llm.astream("What is the capital of France?")]
     assert "".join(pieces) == ANSWER
     assert len([p for p in pieces if p]) > 3
 
 
 def test_langchain_structured_output(llm: ChatOpenAI) -> None:
-    """with_structured_output gives an instance, by a schema and by a call."""
+    """with_structured_output returns an instance, by a schema and by a call."""
     for method in ("json_schema", "function_calling"):
         made = llm.with_structured_output(Person, method=method).invoke(
             "Describe Ada, an engineer who speaks English."
@@ -321,7 +320,7 @@ def test_langchain_structured_output(llm: ChatOpenAI) -> None:
 
 
 def test_langchain_tools(llm: ChatOpenAI) -> None:
-    """bind_tools offers functions, and the answer's calls are LangChain's."""
+    """bind_tools sends functions, and the answer has LangChain's tool calls."""
 
     @tool
     def get_weather(city: Literal["Paris", "Rome"]) -> str:

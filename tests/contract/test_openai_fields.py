@@ -1,4 +1,4 @@
-"""The tables of OpenAI's fields in docs/api.md: complete, and each row shown by a test."""
+"""The tables of OpenAI's fields in docs/api.md are complete, and each row has a test."""
 
 import re
 from typing import Any
@@ -31,7 +31,7 @@ def rows(route: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_every_field_has_a_row(route: str) -> None:
-    """Each field of OpenAI's client, and each that the route takes, is in its table; no other."""
+    """The table of a route has exactly the fields of OpenAI's client and of the route."""
     params, model = ROUTES[route]
     openai = set(params.CompletionCreateParamsStreaming.__annotations__)
     openai |= set(params.CompletionCreateParamsBase.__annotations__)
@@ -41,7 +41,7 @@ def test_every_field_has_a_row(route: str) -> None:
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_field_is_taken_or_refused(route: str) -> None:
-    """A field is in the request's schema, or known with its neutral values; none is forgotten."""
+    """Each field is in the request's schema, or refused with its neutral values known."""
     _, model = ROUTES[route]
     assert set(rows(route)) == set(model.model_fields) | set(model.neutral)
 

@@ -1,6 +1,6 @@
-"""The OpenAPI document: no change goes unnoticed, and what it says is so.
+"""The OpenAPI document equals its snapshot and describes the service.
 
-After a change that is meant, write the snapshot anew and commit it with the change:
+After an intended change write the snapshot again, and commit it with the change:
 
     .venv/bin/python -m tests.contract.test_openapi
 """
@@ -30,12 +30,12 @@ from tests.conftest import make_settings
 
 SNAPSHOT = Path(__file__).with_name("openapi.json")
 ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorResponse"}
-# What any address may answer, and no route declares.
+# Errors of every path, which no route declares.
 EVERYWHERE = {
     InternalError.code,
     NotFoundError.code,
     MethodNotAllowedError.code,
-    # These come from the connection, before there is a route.
+    # Errors of the connection, which come before a route is known.
     MalformedHTTPError.code,
     RequestTimeoutError.code,
     HeadersTooLargeError.code,
@@ -114,7 +114,7 @@ def test_the_document_is_what_is_served(client: TestClient) -> None:
 
 @pytest.mark.parametrize("name", WITH_BODY)
 def test_every_example_works(client: TestClient, name: str) -> None:
-    """Each route that takes a body has an example, and each example is answered with 200."""
+    """Each route that takes a body has an example that is answered with 200."""
     examples = schema_of(name).get("examples")
     assert examples
     for example in examples:
@@ -125,19 +125,19 @@ def test_every_example_works(client: TestClient, name: str) -> None:
 
 @pytest.mark.parametrize("name", KEYED)
 def test_keyed_routes_declare_the_guards_errors(name: str) -> None:
-    """A route behind a key declares what the guard in front of it answers."""
+    """A route that needs a key declares the errors of its guard."""
     assert {"invalid_api_key", "rate_limit_exceeded"} <= declared(name)
 
 
 @pytest.mark.parametrize("name", WITH_BODY)
 def test_routes_with_a_body_declare_what_is_wrong_with_it(name: str) -> None:
-    """A route that takes a body declares the refusals of a body."""
+    """A route that takes a body declares the errors of a body."""
     assert {"invalid_json", "body_too_large", "validation_error"} <= declared(name)
 
 
 @pytest.mark.parametrize("name", GENERATING)
 def test_generating_routes_declare_the_engines_errors(name: str) -> None:
-    """A route that generates declares every reason for which the engine does not."""
+    """A route that generates declares every error of the engine."""
     assert {
         *("overloaded", "model_loading", "draining", "engine_unavailable", "deadline_exceeded"),
         *("context_length_exceeded", "unsupported_parameter", "prompt_too_long", "pii_detected"),
@@ -145,7 +145,7 @@ def test_generating_routes_declare_the_engines_errors(name: str) -> None:
 
 
 def test_every_error_is_declared_somewhere() -> None:
-    """Each error of the service is declared by a route, but for those of every address."""
+    """Each error of the service is declared by a route, except those of every path."""
     codes = {error.code for error in service_errors()} - EVERYWHERE
     assert codes - {code for name in OPERATIONS for code in declared(name)} == set()
 

@@ -1,6 +1,6 @@
-"""What Prometheus makes of the service: the real promtool and a real Prometheus say.
+"""The metrics, rules and dashboard, checked by the real promtool and a real Prometheus.
 
-Both come with Debian's package `prometheus`; without them the tests are skipped.
+Both are in Debian's package `prometheus`; without them the tests are skipped.
 """
 
 import json
@@ -46,7 +46,7 @@ def collectors(metrics: Metrics) -> list[MetricWrapperBase]:
 
 
 def touch(collector: MetricWrapperBase) -> None:
-    """Give a metric a value, under some labels where it has any."""
+    """Give a metric a value, with some labels if it has any."""
     names = collector._labelnames
     child: Any = collector.labels(*("some value" for _ in names)) if names else collector
     if isinstance(collector, Counter):
@@ -69,7 +69,7 @@ def page() -> str:
 
 
 def promtool(*arguments: str, text: str | None = None) -> None:
-    """Run promtool, which must find nothing to say against it."""
+    """Run promtool, and assert that it finds no fault."""
     done = subprocess.run(
         ["promtool", *arguments], input=text, capture_output=True, text=True, check=False
     )
@@ -105,7 +105,7 @@ def test_promtool_accepts_the_page_with_every_metric_on_it(page: str) -> None:
 def test_the_documented_metrics_have_the_documented_labels(
     page: str, sample: str, labels: str
 ) -> None:
-    """The three metrics of the README are there, labelled as it says."""
+    """The three metrics of the README have its labels."""
     found = re.search(rf"^{sample}{{(.*)}} ", page, re.MULTILINE)
     assert found
     assert sorted(re.findall(r'(\w+)="', found[1])) == sorted(labels.split())
@@ -113,14 +113,14 @@ def test_the_documented_metrics_have_the_documented_labels(
 
 @needs_promtool
 def test_promtool_accepts_the_configuration_and_the_rules() -> None:
-    """Prometheus will start with what deploy/ gives it."""
+    """Prometheus accepts the configuration and the rules of deploy/."""
     promtool("check", "config", str(CONFIG))
     promtool("check", "rules", str(RULES))
 
 
 @needs_promtool
 def test_each_alert_fires_when_it_should_and_only_then() -> None:
-    """The rules' own unit tests hold, and there is one for every rule."""
+    """The unit tests of the rules pass, and each rule has one."""
     tests = RULES.with_name("alerts_test.yml")
     promtool("test", "rules", str(tests))
     fired = {
@@ -141,7 +141,7 @@ def metric_names(expression: str) -> set[str]:
 
 
 def test_dashboard_and_alerts_ask_only_for_metrics_that_exist(page: str) -> None:
-    """No panel stays empty, and no alert silent, for a name that nothing exports."""
+    """Each metric that a panel or an alert uses is exported."""
     exported = set(re.findall(r"^(\w+)[{ ]", page, re.MULTILINE)) | {"up"}
     for expression in [*queries(), *alert_expressions()]:
         named = metric_names(expression)
@@ -150,7 +150,7 @@ def test_dashboard_and_alerts_ask_only_for_metrics_that_exist(page: str) -> None
 
 
 def test_the_dashboard_shows_every_metric() -> None:
-    """A metric that is added without a panel is noticed."""
+    """Each metric is in a panel of the dashboard."""
     shown = {name for query in queries() for name in metric_names(query)}
     for collector in collectors(Metrics()):
         (metric,) = collector.describe()
@@ -192,7 +192,7 @@ def running_prometheus(folder: Path, target: str) -> Iterator[httpx.Client]:
 
 
 def use(service: Service) -> None:
-    """Make the metrics move: requests at once where one has room, repeated ones, and too many."""
+    """Change the metrics: by requests that find no place, are repeated, or are too many."""
     once = {
         "messages": [{"role": "user", "content": "Tell a story to jane.doe@example.com"}],
         "max_tokens": 10,
@@ -246,7 +246,7 @@ def test_a_real_prometheus_scrapes_the_service_and_fills_the_dashboard(tmp_path:
     ):
         empty = queries()
         deadline = time.monotonic() + 60
-        # A rate needs two scrapes, so there must be traffic between them.
+        # A rate needs two scrapes with traffic between them.
         while empty and time.monotonic() < deadline:
             use(service)
             empty = [query for query in empty if not has_data(prometheus, query)]

@@ -189,7 +189,7 @@ def test_a_local_model(monkeypatch: pytest.MonkeyPatch, run_app: RunApp, tmp_pat
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a CUDA device here")
 def test_cuda_without_a_device(tmp_path: Path) -> None:
-    """MODEL__DEVICE=cuda is honoured: without a device the service ends and says what to set."""
+    """With MODEL__DEVICE=cuda and no device the service ends with a line that says what to set."""
     done = subprocess.run(
         [sys.executable, "-m", "uvicorn", "app.main:app", "--port", "0"],
         cwd=PROJECT_ROOT,
@@ -248,7 +248,7 @@ def test_the_documented_start_command() -> None:
 def _is_healthy(port: int) -> bool:
     try:
         url = f"http://127.0.0.1:{port}/health"
-        # Nothing is encrypted, and reading the certificates takes 35 ms.
+        # The service speaks plain HTTP, and reading certificates takes 35 ms.
         return httpx.get(url, trust_env=False, verify=False).status_code == 200  # noqa: S501
     except httpx.TransportError:
         return False
@@ -256,7 +256,7 @@ def _is_healthy(port: int) -> bool:
 
 @pytest.mark.parametrize("target", MAKE)
 def test_make_targets_run_the_documented_commands(target: str) -> None:
-    """Each make target of the document runs the command that the document gives for it."""
+    """Each make target of the document runs the command of the document."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     done = subprocess.run(
         ["make", "--dry-run", "--always-make", target],
@@ -283,13 +283,13 @@ def _is_part(wanted: list[str], words: list[str]) -> bool:
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_documents_files_are_there(name: str) -> None:
-    """Every file of the document's project structure exists, and holds something."""
+    """Every file of the document's project structure exists and is not empty."""
     assert (PROJECT_ROOT / name).stat().st_size > 0
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_design_cards_packages_are_used(package: str, project: dict[str, Any]) -> None:
-    """Each package of the design card is a direct dependency; deptry sees to its being used."""
+    """Each package of the design card is a direct dependency; deptry checks that it is used."""
     declared = [*project["project"]["dependencies"], *project["dependency-groups"]["dev"]]
     assert package in {re.split(r"[ (\[;]", line)[0].lower() for line in declared}
 

@@ -1,7 +1,7 @@
 """The long run: ``python -m tests.fuzz [schema] [wire] [code]``; ``make fuzz`` runs all three.
 
-Prints what was done and at which rate, and everything that was found; the status is 1 if anything
-was. Each run has a seed of its own, which is printed, and given again by ``--seed``.
+It prints the number of cases, their rate and all failures; the status is 1 if there were any. Each
+run has a new seed, which it prints; ``--seed`` repeats a run.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def _tell(text: str) -> None:
 
 
 def fuzz_schema(options: argparse.Namespace) -> list[str]:
-    """Requests made from the OpenAPI document; returns what was found."""
+    """Send requests made from the OpenAPI document; return the failures."""
     found: list[str] = []
     done, started = 0, time.perf_counter()
     seed = options.seed
@@ -45,7 +45,7 @@ def fuzz_schema(options: argparse.Namespace) -> list[str]:
 
 
 def fuzz_wire(options: argparse.Namespace) -> list[str]:
-    """Bytes on sockets; returns what was found."""
+    """Send bytes to sockets; return the failures."""
     with running_service(**wire.SETTINGS) as service:
         before = asyncio.run(wire.warm_up(service))
         result = asyncio.run(wire.run(service.base_url, options.byte_cases, options.seed))
@@ -57,7 +57,7 @@ def fuzz_wire(options: argparse.Namespace) -> list[str]:
 
 
 def fuzz_code(options: argparse.Namespace) -> list[str]:
-    """Every target under atheris, as many at a time as there are cores; returns what was found."""
+    """Run every target under atheris, as many at a time as there are cores; return the failures."""
     if importlib.util.find_spec("atheris") is None:
         _tell("code: left out, since there is no atheris for this platform")
         return []
@@ -80,7 +80,7 @@ def _start_guided(name: str, folder: str, options: argparse.Namespace) -> subpro
     limits = [f"-runs={options.code_runs}", f"-max_total_time={options.code_seconds}"]
     shape = ["-max_len=200", "-len_control=0", f"-seed={options.seed % 2**31 or 1}"]
     safety = [f"-artifact_prefix={folder}/", "-timeout=20", "-rss_limit_mb=2048"]
-    # Not a pipe: one that nobody empties before the end would stop what writes more than fits.
+    # Not a pipe: nobody reads it before the end, and a full pipe blocks its writer.
     with (Path(folder) / f"{name}.log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.fuzz.guided", name, *limits, *shape, *safety],
@@ -104,7 +104,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts that were named, or all."""
+    """Run the named parts, or all."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="schema|wire|code", default=[])
     add = parser.add_argument
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _tell(f"seed {options.seed}")
     found: list[str] = []
     for name in options.parts or PARTS:
-        # At once, as the next part may take an hour.
+        # Flushed, because the next part may take an hour.
         for finding in (new := PARTS[name](options)):
             _tell(f"\n--- found ---\n{finding}")
         found += new

@@ -2,7 +2,7 @@
 
     python -m tests.fuzz.guided TARGET [LIBFUZZER-OPTION ...]
 
-libFuzzer ends the process itself; status 0 says that every run was as it should be.
+libFuzzer ends the process itself; its status is 0 if no run failed.
 """
 
 import sys
@@ -13,7 +13,7 @@ import atheris
 def main() -> None:
     """Fuzz the target that the first argument names."""
     name, *options = sys.argv[1:]
-    # Only what is imported in here is measured; the libraries beneath it are not ours to fuzz.
+    # Only modules that are imported here are guided by coverage.
     with atheris.instrument_imports(include=["app"]):
         from tests.fuzz.targets import TARGETS
     atheris.Setup([sys.argv[0], *options], TARGETS[name])

@@ -1,7 +1,7 @@
-"""Code that reads what it did not write, as functions of bytes that raise where it is wrong.
+"""Fuzz targets: functions of bytes that raise if the code that they test is wrong.
 
-Each is run by Hypothesis in the suite, and by a coverage-guided fuzzer in ``make fuzz``. The bytes
-choose among the pieces that matter to the code, how they are joined, and where they are cut.
+Hypothesis runs each in the suite, and a coverage-guided fuzzer in ``make fuzz``. The bytes choose
+pieces that matter to the code, how they are joined, and where they are cut.
 """
 
 import json
@@ -37,7 +37,7 @@ Target = Callable[[bytes], None]
 
 
 class Source:
-    """Turns bytes into choices; once they are used up, every choice is the first."""
+    """Turns bytes into choices; when they are used up, every choice is the first."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -59,11 +59,11 @@ class Source:
         return rest
 
     def text(self, pieces: Sequence[str], length: int | None = None) -> str:
-        """Pieces, and characters of any kind between them; all that is left makes one text."""
+        """A text of pieces and random characters, made of all bytes that are left."""
         out: list[str] = []
         while not self.is_empty and (length is None or len(out) < length):
             choice = self.byte()
-            # A fifth is left for characters that nobody has thought of.
+            # A fifth of the choices are random characters.
             out.append(pieces[choice % len(pieces)] if choice < 204 else chr(self._code_point()))
         return "".join(out)
 
@@ -72,7 +72,7 @@ class Source:
         return low if kind < 128 else min(0x10FFFF, (kind - 128) * 0x2100 + low)
 
     def cuts(self) -> list[float]:
-        """Where a text is to be cut, in shares of its length."""
+        """The places where a text is cut, as shares of its length."""
         return sorted(self.byte() / 255 for _ in range(self.byte() % 16))
 
 
@@ -86,7 +86,7 @@ def cut(text: str, shares: Sequence[float]) -> list[str]:
 
 
 def pii(data: bytes) -> None:
-    """A redacted stream is the redacted text, however it is cut, and holds little back."""
+    """A stream is redacted as the whole text is, however it is cut, and holds little back."""
     source = Source(data)
     scanner = (test_pii.SCANNER, test_pii.CUSTOM)[source.byte() % 2]
     shares = source.cuts()
@@ -102,7 +102,7 @@ def pii(data: bytes) -> None:
 
 
 def output(data: bytes) -> None:
-    """A filtered stream is the filtered text, and no template token is left in it."""
+    """A stream is filtered as the whole text is, and no template token is left in it."""
     source = Source(data)
     rules = (test_output_filter.BOTH, test_output_filter.TOKENS_ONLY)[source.byte() % 2]
     shares = source.cuts()
@@ -116,7 +116,7 @@ _LETTERS = ("a", "b", "c", "aa", "ab", "abc", "\n", "</s>", "\u00e9", "\U0001f60
 
 
 def stops(data: bytes) -> None:
-    """An answer ends at the same place however it is cut, and never with a stop string in it."""
+    """An answer ends at the same place however it is cut, and has no stop string in it."""
     source = Source(data)
     wanted = [source.text(_LETTERS, 1 + source.byte() % 4) for _ in range(1 + source.byte() % 4)]
     wanted = [stop for stop in wanted if stop]
@@ -190,7 +190,7 @@ _EVENTS = (
 
 
 def events(data: bytes) -> None:
-    """Any text is one event, which reads back as it was and cannot pass for another."""
+    """Any text is one event, which is read back unchanged."""
     text = Source(data).text(_EVENTS).encode("utf-8", "replace").decode()
     event = frame({"delta": {"content": text}})
     assert event.count(b"\n") == 2
@@ -201,7 +201,7 @@ def events(data: bytes) -> None:
 
 
 def reading(data: bytes) -> None:
-    """The load generator reads whatever a server streams, the same however it is cut."""
+    """The load generator reads any stream the same way, however it is cut."""
     source = Source(data)
     shares = source.cuts()
     text = source.text(_EVENTS)
@@ -239,7 +239,7 @@ _JSON = (
 
 
 def requests(data: bytes) -> None:
-    """A body is a value that Python's own parser finds too, or refused; models only validate."""
+    """A body is refused, or read as Python's parser reads it; models only raise ValidationError."""
     source = Source(data)
     body = (
         source.rest() if source.byte() % 4 == 0 else source.text(_JSON).encode("utf-8", "replace")
@@ -254,7 +254,7 @@ def requests(data: bytes) -> None:
             made = model.model_validate(value)
         except ValidationError as error:
             faults = error.errors(include_url=False)
-            # FastAPI puts before it where in the request it is.
+            # FastAPI puts the part of the request in front of it.
             validation_error([{**fault, "loc": ("body", *fault["loc"])} for fault in faults])
         else:
             json.dumps(made.model_dump(mode="json"))
@@ -302,7 +302,7 @@ _PROXIES = ClientAddress(("127.0.0.0/8", "10.0.0.0/8", "::1"))
 
 
 def headers(data: bytes) -> None:
-    """An address that was found is one, and no key but the right one is let in."""
+    """A client's address is a valid one, and only the right key is accepted."""
     source = Source(data)
     port = source.byte() % 2 * 4711
     text = source.text(_HEADER)
@@ -326,7 +326,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def gguf(data: bytes) -> None:
-    """The header of any file is read, or refused as a ValueError."""
+    """The header of any file is read, or raises ValueError."""
     path = Path(_folder().name) / "fuzz.gguf"
     # Half of the files get past the first check.
     path.write_bytes(data[1:] if data[:1] < b"\x80" else MAGIC + b"\x03\0\0\0" + data[1:])

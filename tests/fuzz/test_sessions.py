@@ -1,4 +1,4 @@
-"""Sessions as a model: whatever is done in whatever order, the histories are what was said."""
+"""Random sequences of turns and deletions, compared with a model of the histories."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +20,7 @@ texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_siz
 
 
 class Sessions(RuleBasedStateMachine):
-    """Two callers, who use the same two names, and everything that may happen to a turn."""
+    """Two callers that use the same two session names."""
 
     client: TestClient
 
@@ -43,7 +43,7 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(owner=owners, text=texts, stream=st.booleans(), cache=st.booleans())
     def say(self, owner: tuple[str, str], text: str, *, stream: bool, cache: bool) -> None:
-        """A turn, whole or streamed, from the cache or not."""
+        """A turn, whole or streamed, cached or not."""
         assert self._send(owner, text, stream=stream, cache=cache) == 200
         self._said(owner, text)
 
@@ -57,21 +57,21 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(owner=owners, text=texts)
     def say_what_is_refused(self, owner: tuple[str, str], text: str) -> None:
-        """A turn that cannot be answered leaves no trace."""
+        """A turn that is refused does not change the history."""
         assert self._send(owner, text, temperature=3) == 422
         assert self._send(owner, text, max_tokens=10**9) == 422
         assert self._send(owner, text, response_format={"type": "json_object"}) == 400
 
     @rule(owner=owners)
     def forget(self, owner: tuple[str, str]) -> None:
-        """DELETE is 204 for what there is, and 404 for what there is not."""
+        """DELETE is 204 for a known session, else 404."""
         known = self.histories.pop(owner, None) is not None
         path, headers = f"/v1/sessions/{owner[1]}", {"X-API-Key": owner[0]}
         assert self.client.delete(path, headers=headers).status_code == (204 if known else 404)
 
     @invariant()
     def histories_are_what_was_said(self) -> None:
-        """Each caller sees its own sessions and no others, and at most the newest messages."""
+        """Each caller sees the newest messages of its own sessions, and no other session."""
         for key in (API_KEY, OTHER_KEY):
             for name in "ab":
                 response = self.client.get(f"/v1/sessions/{name}", headers={"X-API-Key": key})

@@ -1,4 +1,4 @@
-"""What reads text and bytes from outside does what it promises, whatever they are."""
+"""The fuzz targets hold for random bytes."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,7 +9,7 @@ from tests.fuzz.targets import TARGETS, Target
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
 def test_any_bytes(target: Target) -> None:
-    """A hundred inputs out of bytes; ``make fuzz`` tries millions, guided by coverage."""
+    """A target holds for a hundred random inputs; ``make fuzz`` tries millions."""
 
     @settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
     @given(st.binary(max_size=200))

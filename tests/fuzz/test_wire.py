@@ -1,4 +1,4 @@
-"""The service under bytes that are HTTP, nearly HTTP, and no HTTP at all."""
+"""The service gets valid HTTP, mutated HTTP, and other bytes."""
 
 import asyncio
 
@@ -11,12 +11,12 @@ CASES = 4000
 
 
 async def test_no_bytes_break_the_service() -> None:
-    """Nothing is answered with a 500, no connection hangs, and nothing is left behind."""
+    """No bytes cause a 500, a connection that hangs, an error in the log or a leak."""
     with running_service(**wire.SETTINGS) as service:
         before = await wire.warm_up(service)
         found = await wire.run(service.base_url, CASES, seed=1)
         assert not found.failures, "\n".join(found.failures)
-        # What works was among it, and what does not.
+        # Both valid and invalid requests were among them.
         assert min(found.statuses[status] for status in (200, 400, 401, 404, 422)) > CASES / 100
         assert wire.leaks(service, before) == []
         assert wire.complaints(service) == []
@@ -33,7 +33,7 @@ async def test_no_bytes_break_the_service() -> None:
 async def test_what_breaks_is_found(
     monkeypatch: pytest.MonkeyPatch, answer: bytes | None, fault: str
 ) -> None:
-    """A server that answers with a 500 or with no HTTP, or that hangs, is found out."""
+    """A server that answers 500 or no HTTP, or that hangs, is reported."""
     monkeypatch.setattr(wire, "_END_SECONDS", 0.2)
     over = asyncio.Event()
 

@@ -1,7 +1,7 @@
-"""Bytes on sockets: what a client may send that is HTTP, nearly HTTP, and no HTTP at all.
+"""Sends bytes to sockets: valid HTTP, mutated HTTP, and other bytes.
 
-Each case is a connection of its own. What is sent are valid requests of every kind, mutated at
-random; what comes back must be HTTP, must not be a 500, and must come to an end.
+Each case is one connection. It sends a valid request of any kind, mutated at random. The response
+must be HTTP, must not be a 500, and must end.
 """
 
 import asyncio
@@ -21,9 +21,9 @@ import msgspec
 from benchmarks import vitals
 from tests.support.service import API_KEY, Service
 
-# Silence after which a case counts as answered as far as it will be.
+# A case is over after so much silence.
 _QUIET_SECONDS = 0.05
-# The longest that the end of a connection may take once the client has said that it is done.
+# Longest time until a connection ends after the client has closed its half.
 _END_SECONDS = 30.0
 _MAX_FAILURES = 20
 _MAY_STAY = ("sessions",)
@@ -34,7 +34,7 @@ SETTINGS = {
     "PII__INPUT": "redact",
     "PII__OUTPUT": "redact",
 }
-"""Settings of the service under fire."""
+"""Settings of the fuzzed service."""
 
 _KEY = f"X-API-Key: {API_KEY}\r\n".encode()
 _HOST = b"Host: localhost\r\n"
@@ -58,7 +58,7 @@ _BODIES: dict[str, list[object]] = {
 }
 _GETS = ("/livez", "/readyz", "/health", "/status", "/v1/models", "/v1/sessions/s", "/nothing")
 
-# What HTTP is made of, and what has broken servers.
+# Parts of HTTP, and bytes that have broken servers.
 _TOKENS = (
     *(b"\r\n", b"\n", b"\r", b"\r\n\r\n", b"\x00", b"\xff", b"\x80", b" ", b"\t", b":", b",", b";"),
     *(b"GET ", b"POST ", b"BREW ", b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", b" HTTP/2.0\r\n", b"PRI * "),
@@ -96,7 +96,7 @@ _TOKENS = (
 
 
 def seeds() -> list[bytes]:
-    """Valid requests: every route, whole and in chunks, several on a connection."""
+    """Valid requests for every route, whole, in chunks, and several on a connection."""
     found = [b"GET %s HTTP/1.1\r\n%s%s\r\n" % (path.encode(), _HOST, _KEY) for path in _GETS]
     found.append(b"DELETE /v1/sessions/s HTTP/1.1\r\n" + _HOST + _KEY + b"\r\n")
     found.append(b"OPTIONS * HTTP/1.1\r\n" + _HOST + b"\r\n")
@@ -113,7 +113,7 @@ def seeds() -> list[bytes]:
 
 
 class Mutator:
-    """Makes cases out of seeds: first the seeds themselves, then what becomes of them."""
+    """Makes cases: first the seeds, then mutations of them."""
 
     def __init__(self, seed: int) -> None:
         self._random = Random(seed)
@@ -121,12 +121,12 @@ class Mutator:
         self._unsent = seeds()
 
     def case(self) -> list[bytes]:
-        """One case: the pieces in which it is sent."""
+        """One case, as the pieces in which it is sent."""
         if self._unsent:
             return [self._unsent.pop()]
         random = self._random
         data = bytearray(random.choice(self._seeds))
-        # One in eight stays as it is, so that what works is always mixed with what does not.
+        # One in eight is not mutated, so that valid requests are always among the others.
         for _ in range(random.choice((0, 1, 1, 1, 2, 3, 5, 9))):
             self._mutate(data)
         cuts = sorted(random.randint(0, len(data)) for _ in range(random.choice((0, 0, 0, 1, 2))))
@@ -160,13 +160,13 @@ class Mutator:
 
 @dataclass
 class Findings:
-    """What a run found.
+    """The result of a run.
 
     Attributes:
-        cases: How many were sent.
-        statuses: How many responses had which status.
-        failures: What went wrong, and the bytes with which it did.
-        seconds: How long it took.
+        cases: Number of cases that were sent.
+        statuses: Number of responses by status.
+        failures: Each fault, with the bytes that caused it.
+        seconds: Duration of the run.
     """
 
     cases: int = 0
@@ -176,9 +176,9 @@ class Findings:
 
 
 class _Exchange(asyncio.Protocol):
-    """One connection: reads what comes back, which must be HTTP responses one after another.
+    """One connection, which reads HTTP responses one after another.
 
-    asyncio's streams would forget what came before a reset, so this is no stream.
+    It is a protocol, because asyncio's streams lose what came before a reset.
     """
 
     def __init__(self) -> None:
@@ -190,7 +190,7 @@ class _Exchange(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
 
     async def quiet(self) -> None:
-        """Wait until the connection has ended, or nothing has come for a while."""
+        """Wait until the connection has ended, or nothing has come for ``_QUIET_SECONDS``."""
         with suppress(TimeoutError):
             while not self.ended.is_set():
                 self._news.clear()
@@ -229,13 +229,13 @@ class _Exchange(asyncio.Protocol):
 
 
 def vitals_of(service: Service) -> dict[str, float]:
-    """What the service uses, but for memory, and for the sessions that cases may open."""
+    """What the service uses, except memory and the sessions that cases may open."""
     counts = vitals.read(service.process.pid, service.get("/metrics").text).counts()
     return {name: count for name, count in counts.items() if name not in _MAY_STAY}
 
 
 def leaks(service: Service, before: dict[str, float]) -> list[str]:
-    """What the service uses more of than before, once it has had time to let go."""
+    """What the service still uses more of than before after ``_END_SECONDS``."""
     end = time.monotonic() + _END_SECONDS
     while (now := vitals_of(service)) != before and time.monotonic() < end:
         time.sleep(0.1)
@@ -245,12 +245,12 @@ def leaks(service: Service, before: dict[str, float]) -> list[str]:
 
 
 def complaints(service: Service) -> list[str]:
-    """Errors in the service's log: nothing that a client sends is one."""
+    """Errors in the service's log; no bytes of a client should cause one."""
     return [str(line)[-2000:] for line in service.log() if line["level"] in ("ERROR", "CRITICAL")]
 
 
 async def warm_up(service: Service) -> dict[str, float]:
-    """Send what every run begins with, which opens what stays open; the vitals after it."""
+    """Send the seeds, which open what stays open; return the vitals after that."""
     found = await run(service.base_url, len(seeds()), 0)
     assert not found.failures, found.failures
     time.sleep(1.0)  # noqa: ASYNC251 - nothing else runs here
@@ -258,7 +258,7 @@ async def warm_up(service: Service) -> dict[str, float]:
 
 
 async def run(base_url: str, cases: int, seed: int, connections: int = 48) -> Findings:
-    """Send so many cases over so many connections at a time; ends early after 20 failures."""
+    """Send ``cases`` over ``connections`` at a time; end early after 20 failures."""
     url = urlsplit(base_url)
     address = (cast("str", url.hostname), cast("int", url.port))
     mutator, found = Mutator(seed), Findings()
@@ -286,7 +286,7 @@ async def run(base_url: str, cases: int, seed: int, connections: int = 48) -> Fi
 
 
 async def _send(address: tuple[str, int], pieces: list[bytes]) -> _Exchange:
-    """Send one case, say that this is all, and wait for the end."""
+    """Send one case, close the client's half, and wait for the end."""
     loop = asyncio.get_running_loop()
     transport, exchange = await loop.create_connection(_Exchange, *address)
     try:
@@ -295,7 +295,7 @@ async def _send(address: tuple[str, int], pieces: list[bytes]) -> _Exchange:
             await asyncio.sleep(0)
         await exchange.quiet()
         if not exchange.ended.is_set():
-            # The service may have reset the connection while this was not looking.
+            # The service may have reset the connection meanwhile.
             with suppress(OSError):
                 transport.write_eof()
         async with asyncio.timeout(_END_SECONDS):

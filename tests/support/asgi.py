@@ -29,7 +29,7 @@ def http_scope(
 
 
 class Sent:
-    """Takes what an application sends.
+    """Collects the messages that an application sends.
 
     Attributes:
         messages: All of it, in order.
@@ -59,7 +59,7 @@ class Sent:
 
 
 class Received:
-    """Hands an application a body, and counts what it takes.
+    """Gives an application a body, and counts the messages that it takes.
 
     Attributes:
         taken: Messages taken.
@@ -78,7 +78,7 @@ class Received:
 class Leaving:
     """A client that sends a body, and leaves as soon as it has received its first piece of text.
 
-    It is both ends: what the application receives from, and what it sends to.
+    Its methods are the ``receive`` and the ``send`` of the application.
     """
 
     def __init__(self, body: bytes) -> None:
@@ -93,6 +93,6 @@ class Leaving:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Any) -> None:
-        """Take a message; the first that holds text is the last one wanted."""
+        """Take a message, and leave at the first that contains text."""
         if b'"text"' in message.get("body", b""):
             self._left.set()

@@ -1,4 +1,4 @@
-"""What tests of a running service share: slow answers, streams to leave, requests on the side."""
+"""Helpers for tests of a running service: slow answers, streams, requests in the background."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from tests.support.sse import events, piece_of
 STEP = 0.05
 # 400 tokens, which take 20 seconds.
 LONG = "x" * 400
-# A tenth of that: what is over by then did not simply finish.
+# A tenth of that: an answer that is over by then was cut short.
 SOON = len(LONG) * STEP / 10
 # One or two tokens are usual between a client's leaving and the end of its answer.
 FEW_TOKENS = len(LONG) // 10
@@ -28,7 +28,7 @@ FIRST_TOKENS = "llm_time_to_first_token_seconds_count"
 
 
 def generate(prompt: str, **fields: Any) -> dict[str, Any]:
-    """A request of its own, never shared with another."""
+    """A request that is never answered from the cache."""
     return {"prompt": prompt, "cache": False, **fields}
 
 
@@ -54,9 +54,9 @@ def tokens_until_free(
     """Tokens that the engine generates from when a client has left until its place is free.
 
     Args:
-        service: It has nothing else to do, but what keeps a request waiting.
-        body: What the client asks for.
-        in_phase: Whether it is time to leave, by the metrics before the request and now.
+        service: It has no other requests, except those that keep this one waiting.
+        body: The body of the request.
+        in_phase: Whether the client leaves now, by the metrics before the request and now.
     """
     with service.client() as watcher:
         before = gauges(watcher)
@@ -77,7 +77,7 @@ def gauges(client: httpx.Client) -> Gauges:
 
 
 def rest_of(found: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is left of a stream that must end in order, with ``[DONE]``."""
+    """The rest of a stream, up to ``[DONE]``."""
     return list(found)
 
 

@@ -52,7 +52,7 @@ def texts(found: list[dict[str, Any]]) -> dict[int, str]:
 
 
 def refused(response: Response) -> tuple[int, str, str | None]:
-    """Status, code and param of a refusal in the one shape."""
+    """Status, code and param of an error in the one shape."""
     error = response.json()["error"]
     assert error.keys() >= {"message", "type", "param", "code", "request_id"}
     return response.status_code, error["code"], error["param"]

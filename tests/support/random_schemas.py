@@ -1,4 +1,4 @@
-"""Random JSON schemas of the kinds that callers send, the same for the same seed."""
+"""Random JSON schemas of the kinds that callers send, repeatable by a seed."""
 
 import random
 from collections.abc import Callable
@@ -24,10 +24,10 @@ _FORMATS = ("date", "time", "date-time", "uuid", "email", "ipv4")
 
 
 class RandomSchemas:
-    """Makes schemas; every one can be satisfied, and has short answers.
+    """Makes schemas that can be satisfied and have short answers.
 
     Attributes:
-        largest_depth: Objects and arrays inside each other, at most.
+        largest_depth: Most objects and arrays inside each other.
     """
 
     def __init__(self, seed: int, *, largest_depth: int = 3) -> None:
@@ -36,7 +36,7 @@ class RandomSchemas:
         self._definitions: dict[str, Schema] = {}
 
     def one(self) -> Schema:
-        """A schema whose root is an object, as OpenAI's API wants it."""
+        """A schema whose root is an object, as OpenAI's API requires."""
         self._definitions = {}
         root = self._object(self._depth)
         return {**root, "$defs": self._definitions} if self._definitions else root

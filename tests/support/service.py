@@ -1,4 +1,4 @@
-"""The service as it is run in production: uvicorn in a process of its own, over real sockets."""
+"""Runs the service as in production: uvicorn in a process, over real sockets."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from app.core.config import PROJECT_ROOT, Settings
 API_KEY = "test-key-of-the-first-caller-0123456789"
 OTHER_KEY = "test-key-of-the-other-caller-9876543210"
 
-# A start imports FastAPI, LangChain and transformers' tokenizer side; a loaded machine is slow.
+# A start imports FastAPI and LangChain, which takes long on a busy machine.
 START_SECONDS = 100.0
 STOP_SECONDS = 30.0
 
@@ -53,14 +53,13 @@ def is_setting(variable: str) -> bool:
 
 
 def isolated_environment(settings: Mapping[str, str | None]) -> dict[str, str]:
-    """This process's environment with every setting in it: the given ones, else the defaults.
+    """This process's environment, with every setting in it: the given value, else the default.
 
-    One that is given as ``None`` is left to the other sources.
-
-    The environment wins over .env, so a developer's .env decides nothing here.
+    A setting that is given as ``None`` is left to the other sources. The environment wins over
+    .env, so a developer's .env has no effect.
     """
     inherited = {k: v for k, v in os.environ.items() if not is_setting(k)}
-    # No variable can say "none"; what stands here instead has the same effect.
+    # A variable cannot be None; these values have the same effect.
     absent = {"MODEL__REVISION": "main", "HUGGINGFACE_TOKEN": ""}
     defaults = {
         name: _as_variable(value) for name, value in setting_names().items() if value is not None
@@ -73,7 +72,7 @@ def isolated_environment(settings: Mapping[str, str | None]) -> dict[str, str]:
         "SECURITY__API_KEY": API_KEY,
         "SECURITY__API_KEYS": json.dumps([{"name": "other", "key": OTHER_KEY}]),
         "RATE_LIMIT__ENABLED": "false",
-        # No balancer needs to notice anything.
+        # There is no balancer that needs time to notice the end.
         "APP__SHUTDOWN_NOTICE_SECONDS": "0",
         **settings,
     }
@@ -104,7 +103,7 @@ class Service:
     def client(self, key: str | None = API_KEY, **kwargs: Any) -> httpx.Client:
         """A client that sends ``key``; proxies of the environment are not used."""
         headers = {"X-API-Key": key} if key else {}
-        # Reading the certificates of authorities, which no test needs, takes 35 ms.
+        # The service speaks plain HTTP, and reading certificates takes 35 ms.
         options: dict[str, Any] = {"timeout": 60.0, "trust_env": False, "verify": False, **kwargs}
         return httpx.Client(base_url=self.base_url, headers=headers, **options)
 
@@ -127,7 +126,7 @@ class Service:
     def check_log(self) -> None:
         """Assert that no key is in the log, and that each line of it is an object, if it is JSON.
 
-        Libraries of engines write, too, and not by way of our handler.
+        Some libraries of engines write to it without the service's handler.
         """
         log = self.raw_log()
         assert API_KEY not in log
@@ -201,7 +200,7 @@ class Service:
         return self.process.wait(STOP_SECONDS)
 
     def survivors(self) -> list[str]:
-        """What still runs of the service and of everything it started."""
+        """Processes that still run of the service and of what it started."""
         return session_members(self.process.pid)
 
 
@@ -218,7 +217,7 @@ def open_client(service: Service) -> httpx.AsyncClient:
 
 
 def session_members(session: int) -> list[str]:
-    """Processes of a session that still run; the dead that nobody has reaped do not count."""
+    """Processes of a session that still run, without zombies."""
     proc = Path("/proc")
     if not (proc / "self" / "stat").exists():
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -244,8 +243,8 @@ def running_service(*, until: str = "ready", **settings: str | None) -> Iterator
         until: Wait until it is ``ready``, or ``listening``, or only ``started``.
         settings: Environment variables, such as ``ENGINE__MAX_RUNNING="1"``.
 
-    Leaving the block asserts that SIGTERM ended the service in order, unless the test has ended
-    it already, that nothing it started survives it, and what :meth:`Service.check_log` does.
+    At its end the block sends SIGTERM, unless the test has ended the service. It asserts the exit
+    status 0, that no process survives, and what :meth:`Service.check_log` asserts.
     """
     with tempfile.TemporaryDirectory() as folder:
         log_path = Path(folder) / "service.log"

@@ -1,4 +1,4 @@
-"""Loading settings from texts, and what a refusal must look like."""
+"""Loading settings from texts, and checking the error for invalid ones."""
 
 from collections.abc import Callable
 

@@ -54,7 +54,7 @@ def piece_of(event: dict[str, Any]) -> str | None:
 
 
 def data_lines(lines: Iterable[str]) -> Iterator[str]:
-    """What stands behind ``data:``; comments and blank lines are skipped, others refused."""
+    """The values of ``data:`` lines; comments and blank lines are skipped, others fail."""
     for line in lines:
         if line and not line.startswith(":"):
             name, _, value = line.partition(": ")

@@ -1,4 +1,4 @@
-"""Asking a backend for JSON of random schemas, and checking what it says."""
+"""Asks a backend for JSON of random schemas, and checks the answers."""
 
 import json
 from collections import Counter
@@ -16,22 +16,22 @@ from tests.support.random_schemas import RandomSchemas
 def ask_for_schemas(
     backend: Backend, count: int, *, max_tokens: int, described: bool, batch: int = 32
 ) -> Counter[str]:
-    """Ask the model for a value of each of so many random schemas, many at once.
+    """Ask the model for a value of each of many random schemas.
 
     Half of the answers are greedy, half are sampled.
 
     Args:
         backend: Runs the model.
-        count: How many schemas.
-        max_tokens: Of each answer.
-        described: Whether the prompts hold the schemas, which takes longer to read than to answer.
-        batch: How many are asked for at once.
+        count: Number of schemas.
+        max_tokens: Most tokens of each answer.
+        described: Whether the prompts contain the schemas; their prefill takes longer than answers.
+        batch: Number of requests at once.
 
     Returns:
-        How many ended for which reason.
+        Number of answers by finish reason.
 
     Raises:
-        AssertionError: A complete answer is not of its schema, or a request failed.
+        AssertionError: A complete answer does not match its schema, or a request failed.
     """
     random = RandomSchemas(seed=1)
     schemas = [random.one() for _ in range(count)]

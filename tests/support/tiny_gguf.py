@@ -51,7 +51,7 @@ def make_tiny_gguf(path: Path, *, half: bool = True) -> Path:
     _add_tokenizer(writer)
     for name, weight in tiny_model.tiny_weights().items():
         ordered = _in_gguf_order(name, weight)
-        # 16 bits lose nothing of these weights; vectors stay at 32, as llama.cpp has them.
+        # These weights are exact in 16 bits; vectors stay at 32, as in llama.cpp.
         narrow = half and weight.ndim > 1
         writer.add_tensor(_gguf_name(name), ordered.astype(np.float16) if narrow else ordered)
     writer.write_header_to_file()
@@ -87,7 +87,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _in_gguf_order(name: str, weight: np.ndarray) -> np.ndarray:
-    """GGUF pairs neighbouring rows for rotary positions where transformers pairs two halves."""
+    """Reorder rows for rotary positions: GGUF pairs neighbours, transformers pairs two halves."""
     heads = {"q_proj": tiny_model.HEADS, "k_proj": tiny_model.KEY_VALUE_HEADS}
     for projection, count in heads.items():
         if f".{projection}." in name:

@@ -50,7 +50,7 @@ CONFIG = {
 def make_tiny_model(directory: Path) -> Path:
     """Write a model folder as a hub repository holds it, the same bytes each time.
 
-    It is written without torch, so that a test which only serves or moves the files needs none.
+    It is written without torch, so that tests which only serve or move the files do not import it.
 
     Returns:
         ``directory``, which is created.
@@ -83,7 +83,7 @@ def tiny_weights() -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
 
     def matrix(rows: int, columns: int) -> np.ndarray:
-        # Values that 16 bits can hold, so that every file format says the same.
+        # Values that are exact in 16 bits, so that every file format has the same weights.
         return random.normal(0.0, 0.2, (rows, columns)).astype(np.float16).astype(np.float32)
 
     ones = np.ones(HIDDEN, dtype=np.float32)
@@ -108,7 +108,7 @@ def tiny_weights() -> dict[str, np.ndarray]:
 
 
 def split_weights(directory: Path) -> list[str]:
-    """Lay a tiny model's weights out over two files and an index; returns the files' names."""
+    """Split a tiny model's weights into two files and an index; return the files' names."""
     (directory / "model.safetensors").unlink()
     weights = sorted(tiny_weights().items())
     half = len(weights) // 2
