@@ -1,4 +1,4 @@
-"""What handlers ask for, by name."""
+"""The dependencies of route handlers, as named types."""
 
 import asyncio
 import re
@@ -43,7 +43,7 @@ def services_of(request: Request) -> Services:
     return cast("Services", request.app.state.services)
 
 
-# Coroutines, though they wait for nothing: FastAPI runs plain functions in a thread.
+# These are coroutines because FastAPI would run plain functions in a thread.
 
 
 async def get_services(request: Request) -> Services:
@@ -52,22 +52,22 @@ async def get_services(request: Request) -> Services:
 
 
 async def get_generation(request: Request) -> GenerationService:
-    """The use case of every generating route."""
+    """The service of every generating route."""
     return services_of(request).generation
 
 
 async def get_caller(request: Request) -> Principal:
-    """Who calls; the guard has found out before the body was read."""
+    """The caller, whom the guard has identified before the body was read."""
     return cast("Principal", request.state.principal)
 
 
 async def get_conversation(request: Request) -> ConversationService:
-    """The use case of chats with a session."""
+    """The service of chats with a session."""
     return services_of(request).conversation
 
 
-# Not what float() takes beside this: exponents, infinities, underscores, other digits. A digit
-# other than 0 is before the point or behind it.
+# float() would also take exponents, infinities, underscores and digits of other scripts. At least
+# one digit is not 0.
 _POSITIVE_DECIMAL = r"^(0{0,11}[1-9][0-9]{0,11}(\.[0-9]{1,12})?|0{1,12}\.0{0,11}[1-9][0-9]{0,11})$"
 
 
@@ -90,7 +90,7 @@ RequestTimeout = Annotated[
 
 
 async def get_deadline(request: Request, timeout: RequestTimeout = None) -> float | None:  # noqa: ASYNC109 - the caller's limit for the whole request, not for this function
-    """When the caller's time is over, on the event loop's clock; ``None`` where it set none."""
+    """The caller's deadline on the event loop's clock; ``None`` if it set no timeout."""
     if timeout is None:
         return None
     longest = services_of(request).settings.engine.request_timeout_seconds

@@ -1,4 +1,4 @@
-"""Ending work whose client has left."""
+"""Cancelling work when its client leaves."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -12,7 +12,7 @@ CLIENT_CLOSED_REQUEST = 499
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """Run ``work``, and cancel it when the client leaves; ``None`` stands for that."""
+    """Run ``work``; when the client leaves, cancel it and return ``None``."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnected(request))
     try:

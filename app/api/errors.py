@@ -1,4 +1,4 @@
-"""From any exception to the one error shape."""
+"""Turns every exception into the one error shape."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,12 +25,13 @@ from app.utils.errors import (
 log = get_logger()
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-"""Methods that an address may answer, and that metrics name."""
+"""Methods that an address may answer; metrics count all others as one."""
 
-# Longest list of faults in a message, and longest name of a field: both come from the caller.
+# Most faults in a message, and most characters of a field's name. Both come from the caller.
 _MAX_FAULTS = 3
 _MAX_NAME = 64
-# Members of a union stand in an error's location as type names, which mean nothing to a caller.
+# pydantic puts the members of a union into an error's location, as type names that mean nothing
+# to a caller.
 _UNION_MEMBER = re.compile(r"str|constrained-str|list\[.*|literal\[.*|[A-Z]\w*Choice")
 
 
@@ -53,7 +54,7 @@ class ErrorResponse(BaseModel):
 
 
 def error_content(error: ServiceError) -> dict[str, Any]:
-    """The JSON object that stands for ``error`` in a response and in a stream."""
+    """The JSON object of ``error``, for a response or a stream."""
     return {
         "error": {
             "message": error.message,
@@ -67,7 +68,7 @@ def error_content(error: ServiceError) -> dict[str, Any]:
 
 
 def error_response(error: ServiceError) -> Response:
-    """The HTTP response that stands for ``error``."""
+    """The HTTP response of ``error``."""
     return Response(
         msgspec.json.encode(error_content(error)),
         status_code=error.status,
@@ -77,7 +78,7 @@ def error_response(error: ServiceError) -> Response:
 
 
 def validation_error(faults: Sequence[Mapping[str, Any]]) -> ServiceError:
-    """What pydantic found wrong with a request, without repeating any of it."""
+    """The error for what pydantic found wrong with a request, without the caller's values."""
     described = [_describe(fault) for fault in faults[:_MAX_FAULTS]]
     more = f"; and {len(faults) - _MAX_FAULTS} more" if len(faults) > _MAX_FAULTS else ""
     param = described[0][0] if described else None
@@ -105,9 +106,9 @@ async def _on_validation_error(_: Request, error: Exception) -> Response:
 
 
 def _allowed_methods(request: Request) -> str:
-    """What an address answers, as Allow lists it (RFC 9110, 10.2.1).
+    """The methods that an address answers, as in the header Allow (RFC 9110, 10.2.1).
 
-    Starlette lists only the methods of the first route at the address; each method may have one.
+    Starlette lists only those of the first route at the address, but each method may have its own.
     """
 
     def is_answered(method: str) -> bool:
@@ -143,17 +144,17 @@ _EVENT = {
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"itemSchema": _EVENT}}}
 }
-"""What a route that can stream adds to its declared responses."""
+"""The declared response of a route that can stream."""
 
 
 def responses(
     *errors: type[ServiceError], bad_request: bool = False
 ) -> dict[int | str, dict[str, Any]]:
-    """The errors a route declares in the OpenAPI document.
+    """The errors that a route declares in the OpenAPI document.
 
     Args:
-        errors: What it may answer.
-        bad_request: Whether it is one of OpenAI's, see :func:`openai_status`.
+        errors: The errors that it may answer.
+        bad_request: Whether it is one of OpenAI's routes, see :func:`openai_status`.
     """
     statuses = map(openai_status, errors) if bad_request else (e.status for e in errors)
     return _declare({}, zip(statuses, errors, strict=True))
@@ -162,13 +163,13 @@ def responses(
 def with_errors(
     declared: Mapping[int | str, dict[str, Any]] | None, *errors: type[ServiceError]
 ) -> dict[int | str, dict[str, Any]]:
-    """What a route declares already, and more errors."""
+    """The responses that a route declares already, and more errors."""
     by_status = {status: dict(response) for status, response in (declared or {}).items()}
     return _declare(by_status, ((e.status, e) for e in errors))
 
 
 def openai_status(error: ServiceError | type[ServiceError]) -> int:
-    """The status of an error on OpenAI's routes, where whatever is wrong with a body is 400."""
+    """The status of an error on OpenAI's routes, where every mistake in a body is 400."""
     kind = error if isinstance(error, type) else type(error)
     is_about_body = issubclass(kind, (ValidationFailedError, PromptTooLongError))
     return 400 if is_about_body else error.status

@@ -1,4 +1,4 @@
-"""The guard in front of every route with a key: who calls, and whether the request may enter."""
+"""The guard of every route with a key: it identifies the caller before the body is read."""
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from app.utils.errors import (
     ServiceError,
 )
 
-# Only for the OpenAPI document; the guard does the checking.
+# These are for the OpenAPI document only. The guard checks the key.
 KEY_SCHEMES = [
     Depends(APIKeyHeader(name="X-API-Key", auto_error=False)),
     Depends(HTTPBearer(auto_error=False)),
@@ -36,12 +36,11 @@ class _ParsedRequest(Request):
     """A request whose body has been read and parsed.
 
     Raises:
-        InvalidJSONError: When it is made. FastAPI would turn whatever its own parsing raises
-            into a bare 400.
+        InvalidJSONError: On construction. FastAPI would turn any error of parsing into a bare 400.
     """
 
     def __init__(self, scope: Scope, receive: Receive, body: bytes) -> None:
-        # The body is JSON, whatever the client called it; FastAPI would refuse it by its name.
+        # The body is read as JSON whatever its content type says; FastAPI would reject it by that.
         headers = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
         super().__init__(
             {**scope, "headers": [*headers, (b"content-type", b"application/json")]}, receive
@@ -62,8 +61,8 @@ def parse_json(body: bytes) -> Any:
     """Parse a request body.
 
     Raises:
-        InvalidJSONError: Malformed, not UTF-8, a lone surrogate, NaN or an infinity, nested too
-            deeply, or a number too long to be meant.
+        InvalidJSONError: It is malformed or not UTF-8, has a lone surrogate, NaN, an infinity or
+            a number of too many digits, or is nested too deeply.
     """
     try:
         return from_json(body, allow_inf_nan=False)
@@ -72,14 +71,14 @@ def parse_json(body: bytes) -> Any:
 
 
 class GuardedRoute(APIRoute):
-    """A route that knows its caller before it reads the body.
+    """A route that identifies its caller before it reads the body.
 
-    FastAPI reads and parses the body before any dependency runs; a caller without a key must
-    not cost that much. What takes a body takes an idempotency key too.
+    FastAPI reads and parses the body before any dependency runs, which would be too much work for
+    a caller without a key. A route that takes a body takes an idempotency key too.
 
     Attributes:
-        scope: What the caller's key must be for; ``None`` takes any key.
-        generates: Whether what has a body needs a place in the engine.
+        scope: The scope that the caller's key must have; ``None`` accepts any key.
+        generates: Whether requests with a body need a place in the engine.
     """
 
     scope: ClassVar[KeyScope | None] = "infer"
@@ -145,29 +144,29 @@ class GuardedRoute(APIRoute):
 
 
 def _limit_headers(request: Request) -> dict[str, str]:
-    """The X-RateLimit headers of the answer; none where no token was taken of a key's bucket."""
+    """The X-RateLimit headers of the answer; empty if no token was taken from a key's bucket."""
     headers: dict[str, str] = getattr(request.state, "limit_headers", {})
     return headers
 
 
 class GeneratingRoute(GuardedRoute):
-    """A route whose requests need a place in the engine, unless their answers are kept."""
+    """A route whose requests need a place in the engine, unless their answers are cached."""
 
     generates = True
 
 
 class AnyKeyRoute(GuardedRoute):
-    """A route for every key, whatever it is for."""
+    """A route for every key, whatever its scopes."""
 
     scope = None
 
 
 def identify(request: Request, services: Services) -> Principal:
-    """Who calls.
+    """The caller of a request.
 
     Raises:
-        InvalidAPIKeyError: No key, or an unknown one; each costs the address a token.
-        RateLimitExceededError: The address has none left.
+        InvalidAPIKeyError: The key is missing or unknown. It costs the address a token.
+        RateLimitExceededError: The address has no token left.
     """
     try:
         return services.keys.authenticate(request.headers)

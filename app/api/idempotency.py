@@ -1,8 +1,8 @@
-"""The header Idempotency-Key: a request that is sent again is answered with the same bytes.
+"""The header Idempotency-Key: a request that is sent again gets the same bytes as an answer.
 
-Answers are recorded on their way out, whole ones and streams alike, so that a route needs to know
-nothing of it. Only complete successes are kept: a refusal passes with time, a mistake is for the
-caller to correct, and a fault is worth another try; each of these frees the key.
+Whole answers and streams are recorded on their way out, so that routes need to know nothing of it.
+Only complete successes are kept. After a rejection, a caller's mistake or a fault, the key is free
+for another try.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ REPLAYED = "Idempotency-Replayed"
 
 _MAX_CHARS = 255
 _PRINTABLE_ASCII = re.compile(rf"[ -~]{{1,{_MAX_CHARS}}}")
-# Beside the body, what decides which request it is; the other headers are about its delivery.
+# Headers that decide, with the body, which request it is. The others are about its delivery.
 _MEANINGFUL_HEADERS = ("x-session-id",)
 
 PARAMETER: dict[str, Any] = {
@@ -52,9 +52,9 @@ async def answer_once(
         answer: Makes the answer of a request that has not been answered yet.
 
     Raises:
-        ValidationFailedError: The header is sent twice, or is no key.
-        UnsupportedParameterError: There is a key, and ``idempotency.enabled`` is false.
-        IdempotencyKeyReusedError: The key stands for another request.
+        ValidationFailedError: The header is sent twice, or is not a valid key.
+        UnsupportedParameterError: There is a key, but ``idempotency.enabled`` is false.
+        IdempotencyKeyReusedError: The key was used for another request.
         IdempotencyKeyInUseError: The same request is being answered.
     """
     key = _key(request)
@@ -87,13 +87,13 @@ def _key(request: Request) -> str | None:
 
 
 def _fingerprint(request: Request, body: bytes) -> bytes:
-    """A SHA-256 that differs for any two requests that could be answered differently."""
+    """A SHA-256 hash that differs for any two requests that could have different answers."""
     scope = request.scope
     headers = [request.headers.get(name, "") for name in _MEANINGFUL_HEADERS]
     digest = hashlib.sha256()
     for part in (scope["method"], scope["path"], scope["query_string"], *headers, body):
         data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
-        # The length goes first, so that nothing can move from one part into the next.
+        # Each part is preceded by its length, so that no byte can move into the next part.
         digest.update(b"%d:" % len(data))
         digest.update(data)
     return digest.digest()
@@ -107,13 +107,13 @@ def _replay(kept: KeptAnswer) -> Response:
 
 
 class _RecordedResponse(Response):
-    """A response that is kept for its claim once it is complete; else the claim ends with it."""
+    """A response that is recorded for its claim; an incomplete one releases the claim."""
 
     def __init__(self, response: Response, claim: Claim) -> None:
         self.status_code = response.status_code
         self._response = response
         self._claim = claim
-        # What is added later, such as the rate limit's headers, is this delivery's own.
+        # Headers that are added later, such as those of the rate limit, belong to this delivery.
         self._own_headers = tuple(response.raw_headers)
         self._body: list[bytes] = []
         self._room = claim.max_body_bytes
@@ -127,7 +127,8 @@ class _RecordedResponse(Response):
         """Send the response."""
 
         async def record(message: Message) -> None:
-            # Kept before it is sent: whoever has seen the end may send the request again at once.
+            # It is kept before it is sent, since a client that has seen the end may repeat the
+            # request at once.
             self._record(message)
             await send(message)
 

@@ -1,7 +1,7 @@
-"""Refusing early: what the engine has no place for is not even parsed.
+"""Load shedding: a request that the engine has no place for is rejected before it is parsed.
 
-Under an overload most requests are refused, and what a refusal costs is taken from the answers
-of the others. Two thirds of it went into parsing and routing a request whose fate was known.
+Under an overload most requests are rejected, and the processor time of a rejection is taken from
+the answers to the others.
 """
 
 from collections.abc import Iterable
@@ -15,38 +15,36 @@ _IDEMPOTENCY_KEY = IDEMPOTENCY_KEY.lower().encode()
 
 
 class LoadShedding:
-    """Refuses requests that need a place in the engine while there is none.
+    """Rejects requests that need a place in the engine while there is none.
 
-    A kept answer needs no place, and is served however full the engine is. Only what was asked
-    before can have one, so bodies are remembered, and only those never seen are refused here.
+    A cached answer needs no place. Only a request that was sent before can have one, so the hashes
+    of bodies are remembered, and only bodies that are new are rejected here.
+
+    Args:
+        engine: Knows whether a caller would get a place.
+        remembered: Most bodies to remember.
     """
 
     def __init__(self, engine: EngineClient, *, remembered: int) -> None:
-        """Nothing is refused before :meth:`check`.
-
-        Args:
-            engine: Knows whether a caller would have a place.
-            remembered: Most bodies to remember, each as a number.
-        """
         self._engine = engine
         self._seen: FIFOCache[int, None] = FIFOCache(maxsize=max(remembered, 1))
 
     def check(self, caller: str, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
-        """Refuse a request now, if it would be refused once it is parsed.
+        """Reject a request now if it would be rejected once it is parsed.
 
         Args:
-            caller: Whose request it is.
+            caller: The id of the caller's key.
             headers: The request's headers, their names in lower case.
             body: The request's body.
 
         Raises:
             OverloadedError: No place is free for this caller.
         """
-        # Two bodies with one hash cost the second one a refusal that comes a little later.
+        # When two bodies share a hash, admission rejects the second one a little later.
         asked = hash((caller, body))
         if asked in self._seen:
             return
-        # An engine that is not ready has time for mistakes to be told.
+        # While the engine is not ready, a mistake in the body is reported first.
         if (
             self._engine.state is EngineState.READY
             and self._engine.queue.is_crowded

@@ -1,7 +1,7 @@
-"""Pure ASGI middleware: request id, timing, metrics, access log, crashes, limits.
+"""Pure ASGI middleware: request id, timing, metrics, access log, crashes, body limit.
 
-Under an overload a refusal is all that most requests get, and what it costs is taken from the
-answers of the others: so headers are read and added here as the pairs of bytes that they are.
+Headers are read and added as pairs of bytes, because under an overload the processor time of a
+rejection is taken from the answers to other requests.
 """
 
 import logging
@@ -32,30 +32,30 @@ _SECURITY_HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"x-content-type-options", b"nosniff"),
 )
-# What is no page needs nothing; a page, such as /docs, brings its scripts, but nobody's frame.
+# Data loads nothing. A page such as /docs loads scripts, and must not be framed either.
 _POLICY = b"content-security-policy"
 _DATA_POLICY = b"default-src 'none'; frame-ancestors 'none'"
 _PAGE_POLICY = b"base-uri 'none'; frame-ancestors 'none'; object-src 'none'"
 CLOSE = (b"connection", b"close")
-# Called every few seconds by machines; they would drown what people want to read.
+# Monitoring calls these every few seconds, and their lines would hide all others.
 _QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 
 
 class RequestContextMiddleware:
-    """Gives each request an id and a clock, and tells what became of it.
+    """Gives each request an id and a clock, and counts and logs its outcome.
 
-    It is the outermost layer, so that even a crash is answered in the one error shape, with
-    the headers every response has.
+    It is the outermost layer, so that a crash too is answered in the one error shape, with the
+    headers that every response has.
 
     Args:
         metrics: Where requests are counted.
-        leaving: Whether the service is about to end.
+        leaving: Whether the service is shutting down.
     """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, leaving: Callable[[], bool]) -> None:
         self._app = app
         self._leaving = leaving
-        # Looking a series up by its labels takes longer than adding to it.
+        # Finding a series by its labels takes longer than adding to it.
         self._requests = cache(metrics.http_requests.labels)
         self._duration = cache(metrics.http_duration.labels)
 
@@ -75,7 +75,7 @@ class RequestContextMiddleware:
                 status = message["status"]
                 headers = common_headers(message["headers"], request_id, perf_counter() - begin)
                 if self._leaving() and CLOSE not in headers:
-                    # A request sent down this connection later would cross with its end.
+                    # The next request on this connection would meet its end.
                     headers.append(CLOSE)
                 message = {**message, "headers": headers}
             await send(message)
@@ -83,12 +83,12 @@ class RequestContextMiddleware:
         try:
             await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
-            # It left while its body was being read: nobody is there to be answered.
+            # The client left while its body was being read.
             pass
         except Exception:
             log.exception("unhandled exception")
             if status:
-                # The response has begun: ending it early is all that can be said.
+                # The response has begun, and ending it early is the only signal left.
                 raise
             await error_response(InternalError())(scope, receive, send_with_headers)
         finally:
@@ -96,11 +96,11 @@ class RequestContextMiddleware:
             request_id_var.reset(token)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        """Count a request that is over and write its line in the log; status 0 is no response."""
+        """Count a finished request and log it; ``status`` is 0 when there was no response."""
         method = scope["method"] if scope["method"] in METHODS else "other"
         route = route_template(scope)
         code = status or 499
-        # Anybody can try every method on every route, and each pair would have its histogram.
+        # Anybody can try every method on every route, and each pair would make a histogram.
         endpoint = UNMATCHED if code == HTTPStatus.METHOD_NOT_ALLOWED else route
         self._requests(method, endpoint, code).inc()
         self._duration(method, endpoint).observe(seconds)
@@ -122,7 +122,7 @@ class RequestContextMiddleware:
 
 
 class BodyLimitMiddleware:
-    """Refuses bodies over a limit: at once by Content-Length, else when the limit is passed."""
+    """Rejects a body over the limit, by its Content-Length or as soon as more has been received."""
 
     def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
         self._app = app
@@ -152,12 +152,12 @@ class BodyLimitMiddleware:
 
 
 def common_headers(headers: HeaderPairs, request_id: str, seconds: float) -> HeaderList:
-    """A response's headers and those that every response has: security, request id and time.
+    """A response's own headers and those of every response: security, request id, processing time.
 
     Args:
-        headers: Its own, which go first; their names are lower case, as ASGI has them.
+        headers: The response's own, which come first. Names are in lower case, as in ASGI.
         request_id: The request's id.
-        seconds: Since the request came.
+        seconds: Time since the request arrived.
     """
     own = dict(headers)
     added = [pair for pair in _SECURITY_HEADERS if pair[0] not in own]
@@ -170,10 +170,10 @@ def common_headers(headers: HeaderPairs, request_id: str, seconds: float) -> Hea
 
 
 def last_response(error: ServiceError, server_headers: HeaderPairs) -> bytes:
-    """The last response of a connection as bytes, to what never became a request.
+    """The bytes of an error response that ends a connection before there is a request.
 
     Args:
-        error: What it reports.
+        error: The error to report.
         server_headers: Headers that the server adds to every response.
     """
     request_id = new_request_id()
@@ -187,13 +187,13 @@ def last_response(error: ServiceError, server_headers: HeaderPairs) -> bytes:
 
 
 def route_template(scope: Scope) -> str:
-    """The matched route's path with its parameters unfilled, or ``unmatched``."""
+    """The matched route's path template, or ``unmatched``."""
     path = getattr(scope.get("route"), "path", None)
     return path if isinstance(path, str) else UNMATCHED
 
 
 def _value(headers: HeaderPairs, name: bytes) -> bytes:
-    """The first header of this name, which is lower case as they are; or nothing."""
+    """The first header with this name, which is in lower case; empty if there is none."""
     for header, value in headers:
         if header == name:
             return value
@@ -201,12 +201,12 @@ def _value(headers: HeaderPairs, name: bytes) -> bytes:
 
 
 def new_request_id() -> str:
-    """A name for a request, as UUIDs without meaning are; asking the system costs more."""
-    # Only a name: whoever guesses it knows nothing.
+    """A random id for a request."""
+    # It only has to be unique. Python's generator is cheaper than the system's.
     return f"req-{random.getrandbits(128):032x}"  # nosec B311
 
 
 def _request_id(headers: HeaderPairs) -> str:
-    """The caller's id where it is harmless in a log, else a new one."""
+    """The caller's id if it is harmless in a log, else a new one."""
     given = _value(headers, b"x-request-id").decode("latin-1")
     return given if given and _SANE_REQUEST_ID.fullmatch(given) else new_request_id()

@@ -65,12 +65,12 @@ class EventStream(EventSourceResponse):  # type: ignore[misc]
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until they end or the reader is gone."""
+        """Send the events until they end or the client has left."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            # A reader may leave before the first event is asked for, and then the generator of
-            # the events never starts, and so never ends the answer.
+            # A client may leave before the first event is requested. Then the generator of the
+            # events never starts, and its own cleanup never runs.
             with anyio.CancelScope(shield=True):
                 await self._source.aclose()
 

@@ -1,4 +1,4 @@
-"""Measures the event loop: how late it is, which every request on it waits, and how full."""
+"""Metrics of the event loop: how late its timers fire, and how many tasks it has."""
 
 import asyncio
 from types import TracebackType
@@ -10,20 +10,19 @@ SAMPLE_SECONDS = 0.25
 
 
 class EventLoopMonitor:
-    """Sets itself a timer a few times a second, and observes how late each one fires.
+    """Sets a timer every :data:`SAMPLE_SECONDS`, and observes how late it fires.
 
-    A blocked loop is seen in full where it is blocked for longer than the time between two
-    samples, and by its share of the time where it is blocked for less.
+    Every request waits that long too. A block of the loop that is longer than the time between two
+    samples is always observed; a shorter one with a probability of its length divided by that time.
     """
 
     def __init__(self, metrics: Metrics) -> None:
-        """Nothing is measured before the context is entered."""
         self._lag = metrics.event_loop_lag
         self._tasks = metrics.event_loop_tasks
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Begin to measure the running loop."""
+        """Start measuring the running loop."""
         self._task = asyncio.create_task(self._measure(), name="event-loop-monitor")
         return self
 
@@ -33,7 +32,7 @@ class EventLoopMonitor:
         _error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        """Measure no more."""
+        """Stop measuring."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -44,6 +43,6 @@ class EventLoopMonitor:
         while True:
             due = loop.time() + SAMPLE_SECONDS
             await asyncio.sleep(SAMPLE_SECONDS)
-            # The loop fires a timer early by up to its clock's resolution.
+            # A timer may fire early by up to the resolution of the loop's clock.
             self._lag.observe(max(loop.time() - due, 0.0))
             self._tasks.set(len(asyncio.all_tasks(loop)))

@@ -1,8 +1,8 @@
-"""The end of the service: what happens between the first signal and the exit.
+"""Graceful shutdown: what happens between the first signal and the exit.
 
-uvicorn would close its listener at the first signal, wait for its connections without a limit,
-and then die of the signal again. Here the listener stays open until the work is done, so that a
-balancer meets an honest 503 and not a closed port; then uvicorn is told to leave, and ends with 0.
+uvicorn would close its listener at the first signal, wait for its connections without a limit, and
+raise the signal again. Here the listener stays open until the work is done, so that a balancer gets
+503 and not a closed port. Then uvicorn is told to stop, and the process exits with 0.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ from app.core.logging import get_logger
 log = get_logger()
 
 _POLL_SECONDS = 0.05
-# What a reader that is still there needs to take the last event.
+# Time to send the last errors before exit.
 _LAST_BYTES_SECONDS = 1.0
 
 
 class Drainable(Protocol):
-    """What is to finish its work before the end."""
+    """Something that finishes its work before the exit."""
 
     @property
     def is_idle(self) -> bool:
@@ -37,23 +37,21 @@ class Drainable(Protocol):
         """End the work that is left with an error."""
 
     def kill(self) -> None:
-        """End everything that would outlive this process, at once."""
+        """End at once every process that would outlive this one."""
 
 
 class GracefulShutdown:
     """Drains at SIGTERM or SIGINT, and ends at once at a second one.
 
-    A context that is entered inside the lifespan: uvicorn has installed its handlers by then.
-    Without a main thread, as in tests, there are no signals to handle.
+    The context is entered inside the lifespan, when uvicorn has installed its own handlers. Outside
+    of the main thread, as in tests, it handles no signals.
+
+    Args:
+        work: What is drained.
+        settings: How long that may take.
     """
 
     def __init__(self, work: Drainable, settings: AppSettings) -> None:
-        """Nothing is handled before the context is entered.
-
-        Args:
-            work: What is drained.
-            settings: How long it may take.
-        """
         self._work = work
         self._grace = settings.shutdown_grace_seconds
         self._notice = min(settings.shutdown_notice_seconds, self._grace)
@@ -82,7 +80,7 @@ class GracefulShutdown:
             self._work.kill()
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-            # As a container's first process it is spared by the signal's default.
+            # The first process of a container does not die of a signal's default action.
             os._exit(128 + number)
         self._signalled = True
         self._loop.call_soon_threadsafe(self._begin, signal.Signals(number))
@@ -105,13 +103,13 @@ class GracefulShutdown:
         return passed < self._notice or (passed < self._grace and not self._work.is_idle)
 
     def _leave(self, number: signal.Signals, seconds_left: float) -> None:
-        """Have the server close what is left of its connections, and return."""
+        """Have the server close its remaining connections and return."""
         previous = self._previous[number]
         server = getattr(previous, "__self__", None)
         if isinstance(server, uvicorn.Server):
-            # Its own handler would have it die of the signal when all is done.
+            # uvicorn's own handler would raise the signal again at the end.
             server.should_exit = True
-            # An int by its annotation only, as a command's option is one.
+            # The annotation says int, but uvicorn takes any number of seconds.
             config: Any = server.config
             if config.timeout_graceful_shutdown is None:
                 config.timeout_graceful_shutdown = max(seconds_left, 0.0) + _LAST_BYTES_SECONDS

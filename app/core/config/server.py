@@ -6,38 +6,42 @@ from app.core.config.base import Section
 
 
 class ServerSettings(Section):
-    """How long connections may take, and how many there may be."""
+    """The timeouts and the bounds of connections."""
 
     header_timeout_seconds: float = Field(
-        5.0, gt=0, le=3600, description="Longest the head of a request may take to come."
+        5.0, gt=0, le=3600, description="Time for the head of a request to arrive."
     )
     body_timeout_seconds: float = Field(
         8.0,
         gt=0,
         le=3600,
-        description="Longest a body may take to come, and a second more for each 16 KiB of it.",
+        description="Time for a body to arrive, plus a second for each 16 KiB of it.",
     )
     send_timeout_seconds: float = Field(
-        30.0, gt=0, le=3600, description="Longest a client may take nothing of what is sent to it."
+        30.0,
+        gt=0,
+        le=3600,
+        description="A client that takes nothing of its answer for this long is dropped.",
     )
     keep_alive_seconds: float = Field(
         5.0,
         gt=0,
         le=3600,
-        description="How long an idle connection is kept for the next request; behind a proxy, "
-        "more than the proxy keeps its own.",
+        description="How long an idle connection is kept; behind a proxy, set more than the "
+        "proxy's own keep-alive time.",
     )
     max_connections: int = Field(
         2048,
         ge=1,
         le=1_000_000,
-        description="Most open connections; past that, the one that has waited longest makes room.",
+        description="Most open connections; past that, the one that has waited longest is closed "
+        "for a new one.",
     )
     max_connections_per_ip: int | None = Field(
         None,
         ge=1,
         le=1_000_000,
-        description="Most open connections of an address (IPv6: of a /64 network); trusted "
+        description="Most open connections of one address (IPv6: of a /64 network); trusted "
         "proxies are exempt.",
     )
 
