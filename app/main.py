@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
 from app import __version__
+from app.api.application import GuardedApplication
 from app.api.dependencies import Services
 from app.api.errors import register_error_handlers
 from app.api.load_shedding import LoadShedding
@@ -34,7 +35,6 @@ from app.api.routers import (
     usage,
 )
 from app.api.server.connections import Connections
-from app.api.server.protocol import GuardedApplication
 from app.core.config import Settings, load_settings
 from app.core.config.security import SecuritySettings
 from app.core.event_loop import EventLoopMonitor

@@ -13,8 +13,9 @@ from uvicorn import Config
 from uvicorn.lifespan.on import LifespanOn
 from uvicorn.server import ServerState
 
+from app.api.application import GuardedApplication
 from app.api.server.connections import PROBE_PLACES, Connections
-from app.api.server.protocol import GuardedApplication, GuardedProtocol
+from app.api.server.protocol import GuardedProtocol
 from app.core.config.server import ServerSettings
 from app.core.metrics import Metrics
 from app.core.open_files import allow_open_files

@@ -1,18 +1,14 @@
 """uvicorn's protocol with strict framing and a deadline for all that a client can hold open.
 
-docs/adr/0020-connections.md says what uvicorn's own lacks.
+See docs/adr/0020-connections.md.
 """
 
 import asyncio
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import httptools
-from fastapi import FastAPI
-from starlette.types import Receive, Scope, Send
-from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.api.middleware import last_response
@@ -31,7 +27,6 @@ _MAX_PIPELINED = 16
 # A body that comes at this rate, in bytes a second, may take any time.
 _SLOWEST_BODY = 16_384
 _LINGER_SECONDS = 2.0
-_DEFAULT_KEEP_ALIVE = 5  # uvicorn's
 
 
 class _Transport:
@@ -71,10 +66,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._answering: Any = None
         # When the connection is closed, and the reason if the client has taken too long.
         self._deadline, self._reason = math.inf, ""
-        # Bytes that the client had taken when it last took some.
+        # Bytes that the client had taken when it last took some, and when that was.
         self._taken, self._taken_at = 0, self.loop.time()
-        # Bytes since the parser last reported something.
-        self._unused_bytes = 0
+        self._unused_bytes = 0  # since the parser last reported something
         self._is_stopped = False
 
     @property
@@ -230,34 +224,3 @@ class GuardedProtocol(HttpToolsProtocol):
         if not (self.cycle and self.cycle.more_body and self.cycle.response_started):
             self.transport.write(last_response(error, self.server_state.default_headers))
         self.transport.close()
-
-
-class GuardedApplication(FastAPI):
-    """An application that puts :class:`GuardedProtocol` under the server that runs it.
-
-    ``uvicorn app.main:app`` names no protocol, and must be as safe as any other start. uvicorn
-    begins the lifespan before it accepts a connection, and the lifespan's ``receive`` is a method
-    of an object with the server's configuration, which names the class of connections.
-    """
-
-    def __init__(self, *, connections: Connections, **options: Any) -> None:
-        super().__init__(**options)
-        self._connections = connections
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or the lifespan."""
-        if scope["type"] != "lifespan":
-            await super().__call__(scope, receive, send)
-            return
-        config: Any = getattr(getattr(receive, "__self__", None), "config", None)
-        if isinstance(config, Config) and config.http_protocol_class is HttpToolsProtocol:
-            config.http_protocol_class = cast("Any", partial(GuardedProtocol, self._connections))
-            if config.timeout_keep_alive != _DEFAULT_KEEP_ALIVE:
-                log.warning("--timeout-keep-alive is not used: see server.keep_alive_seconds")
-        else:
-            log.warning("connections are not bounded: the server is not uvicorn with httptools")
-        watch = asyncio.create_task(self._connections.watch(), name="connections")
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            watch.cancel()

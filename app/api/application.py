@@ -1,0 +1,49 @@
+"""The application, which bounds the connections of the server that runs it."""
+
+import asyncio
+from functools import partial
+from typing import Any, cast
+
+from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
+from uvicorn import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from app.api.server.connections import Connections
+from app.api.server.protocol import GuardedProtocol
+from app.core.logging import get_logger
+
+log = get_logger()
+
+_DEFAULT_KEEP_ALIVE = 5  # uvicorn's
+
+
+class GuardedApplication(FastAPI):
+    """An application that puts :class:`GuardedProtocol` under the server that runs it.
+
+    ``uvicorn app.main:app`` names no protocol, and must be as safe as any other start. uvicorn
+    begins the lifespan before it accepts a connection, and the lifespan's ``receive`` is a method
+    of an object with the server's configuration, which names the class of connections.
+    """
+
+    def __init__(self, *, connections: Connections, **options: Any) -> None:
+        super().__init__(**options)
+        self._connections = connections
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or the lifespan."""
+        if scope["type"] != "lifespan":
+            await super().__call__(scope, receive, send)
+            return
+        config: Any = getattr(getattr(receive, "__self__", None), "config", None)
+        if isinstance(config, Config) and config.http_protocol_class is HttpToolsProtocol:
+            config.http_protocol_class = cast("Any", partial(GuardedProtocol, self._connections))
+            if config.timeout_keep_alive != _DEFAULT_KEEP_ALIVE:
+                log.warning("--timeout-keep-alive is not used: see server.keep_alive_seconds")
+        else:
+            log.warning("connections are not bounded: the server is not uvicorn with httptools")
+        watch = asyncio.create_task(self._connections.watch(), name="connections")
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            watch.cancel()
