@@ -2,24 +2,11 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from cachetools import TTLCache
 
 V = TypeVar("V")
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStatistics:
-    """A cache's size, bounds and look-ups since the start."""
-
-    entries: int
-    bytes: int
-    max_entries: int
-    max_bytes: int
-    hits: int
-    misses: int
 
 
 class BoundedCache(Generic[V]):
@@ -74,13 +61,13 @@ class BoundedCache(Generic[V]):
         self._values.expire()
         return len(self._values)
 
-    def statistics(self) -> CacheStatistics:
-        """The cache's figures for /status."""
-        return CacheStatistics(
-            entries=len(self),
-            bytes=int(self._values.currsize),
-            max_entries=self._max_entries,
-            max_bytes=self._max_bytes,
-            hits=self._hits,
-            misses=self._misses,
-        )
+    def statistics(self) -> dict[str, int]:
+        """The cache's size, bounds and look-ups since the start, for /status."""
+        return {
+            "entries": len(self),
+            "bytes": int(self._values.currsize),
+            "max_entries": self._max_entries,
+            "max_bytes": self._max_bytes,
+            "hits": self._hits,
+            "misses": self._misses,
+        }

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from langchain.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.callbacks import (
@@ -25,12 +25,13 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableSequence
 from langchain_huggingface import HuggingFacePipeline
 from pydantic import ConfigDict
 
-from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
+from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator, TextPiece
 from app.llm.protocol import SAMPLING_FIELDS
 from app.llm.system_prompt import with_system_prompt
 from app.llm.tools import ChatMessage, Tool
 
 T = TypeVar("T")
+Pieces = AsyncGenerator[TextPiece, None]
 
 _MESSAGE_CLASSES: dict[str, Callable[..., AnyMessage]] = {
     "system": SystemMessage,
@@ -270,22 +271,22 @@ class Chains:
             first=PromptTemplate.from_template("{prompt}"), middle=[pipeline], last=self._parser
         )
 
-    def stream_text(self, prompt: str, options: GenerationOptions) -> AsyncGenerator[str, None]:
+    def stream_text(self, prompt: str, options: GenerationOptions) -> Pieces:
         """Continue a bare prompt; the pieces are those of :meth:`TextGenerator.stream`."""
-        return self._text.astream({"prompt": prompt}, options=options)
+        return cast("Pieces", self._text.astream({"prompt": prompt}, options=options))
 
     def stream_chat(
         self,
         messages: Sequence[ChatMessage],
         options: GenerationOptions,
         tools: Sequence[Tool] = (),
-    ) -> AsyncGenerator[str, None]:
+    ) -> Pieces:
         """Answer a chat; the pieces are those of :meth:`TextGenerator.stream`."""
         renderer = ChatRenderer(self._generator, tools)
         chain = StreamingSequence(
             first=self._chat_prompt, middle=[renderer, self.pipeline], last=self._parser
         )
-        return chain.astream({"messages": chat_messages(messages)}, options=options)
+        return cast("Pieces", chain.astream({"messages": chat_messages(messages)}, options=options))
 
 
 def chat_messages(messages: Sequence[ChatMessage]) -> list[AnyMessage]:

@@ -38,11 +38,9 @@ class GenerationOptions:
         max_tokens: Most tokens to generate; ``None`` takes ``default_max_tokens``, or what the
             context leaves if that is less.
         default_max_tokens: See ``max_tokens``.
-        sampling: How tokens are chosen.
         stop: The answer ends before the first of these strings.
         logprobs: How many of the likeliest tokens to tell beside each token and its
             log-probability; ``None`` tells neither.
-        grammar: What the answer must look like.
         place: The place that the request holds; ``None`` takes one when the prompt is ready.
     """
 
@@ -77,9 +75,7 @@ class GenerationReport:
     """How a generation ended.
 
     Attributes:
-        finish_reason: Why.
-        prompt_tokens: Tokens of the prompt.
-        cached_tokens: How many of them were in the KV cache.
+        cached_tokens: Prompt tokens that were in the KV cache.
         completion_tokens: Tokens generated, the end-of-sequence token included.
         token_ids: The answer's tokens without the one that ended it; empty where they are not
             exactly the text, as after a stop string.
@@ -127,41 +123,25 @@ class TextGenerator:
 
     @property
     def tokenizer(self) -> PromptTokenizer:
-        """The served model's tokenizer.
-
-        Raises:
-            ModelLoadingError: The model has not been loaded yet.
-        """
+        """The served model's tokenizer; ``ModelLoadingError`` before it is loaded."""
         if self.engine.tokenizer is None:
             raise ModelLoadingError
         return self.engine.tokenizer
 
     @property
     def info(self) -> EngineInfo:
-        """What is being served.
-
-        Raises:
-            ModelLoadingError: The model has not been loaded yet.
-        """
+        """What is being served; ``ModelLoadingError`` before it is loaded."""
         if self.engine.info is None:
             raise ModelLoadingError
         return self.engine.info
 
     @property
     def tool_format(self) -> ToolFormat:
-        """How the model calls tools.
-
-        Raises:
-            ModelLoadingError: The model has not been loaded yet.
-        """
+        """How the model calls tools; ``ModelLoadingError`` before it is loaded."""
         return self.tokenizer.tool_format
 
     async def text_tokens(self, text: str) -> list[int]:
-        """Token ids of a bare prompt.
-
-        Raises:
-            ModelLoadingError: The model has not been loaded yet.
-        """
+        """Token ids of a bare prompt."""
         return await self.tokenizer.run(self.tokenizer.encode_text, text)
 
     async def chat_tokens(

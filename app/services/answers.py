@@ -18,19 +18,11 @@ class Job:
     """What a caller wants generated; either a prompt or messages.
 
     Attributes:
-        prompt: Bare text to continue.
-        messages: A chat to answer, each with ``role`` and ``content``.
-        max_tokens: Most tokens, or ``None`` for the configured number.
-        temperature: Sampling temperature, or ``None`` for the configured one.
-        sampling: The other sampling fields that the caller set.
-        stop: Strings that end the answer.
-        caller: Id of the caller's key; answers are kept for each caller apart, and callers
-            share the engine fairly.
+        sampling: The sampling fields that the caller set, without the temperature.
+        caller: Id of the caller's key.
         cache: Whether a kept answer may be served, and this one kept.
         deadline: When the answer must be complete, on the event loop's clock.
         logprobs: See :class:`GenerationOptions`.
-        grammar: What the answer must look like.
-        tools: Functions that the model may call.
         end_user: For whom the caller asks; kept answers are for one end user alone.
     """
 

@@ -1,25 +1,18 @@
 """The one use case behind every route that generates: check, admit, generate, account."""
 
 import json
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from app.core.cache import CacheStatistics
 from app.core.config import ModelSettings
 from app.core.config.security import SecuritySettings
 from app.core.usage import UsageLedger
 from app.llm.client.admission import Place
 from app.llm.client.client import EngineClient
-from app.llm.generator import (
-    GenerationOptions,
-    GenerationReport,
-    TextGenerator,
-    TextPiece,
-    TokenLogprob,
-)
+from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator, TextPiece
 from app.llm.protocol import Grammar, SamplingParams
 from app.llm.system_prompt import SYSTEM_PROMPT
 from app.llm.tool_calls import ToolCallParser
@@ -40,7 +33,11 @@ if TYPE_CHECKING:
 
 
 class GenerationService:
-    """Generates answers for every router and for the command line."""
+    """Generates answers for every router.
+
+    ``chains`` is called once the engine takes requests, and not before: what the chains are made of
+    is still being imported until then.
+    """
 
     def __init__(
         self,
@@ -54,19 +51,6 @@ class GenerationService:
         usage: UsageLedger,
         security: SecuritySettings,
     ) -> None:
-        """Take the parts.
-
-        Args:
-            engine: Where answers come from.
-            generator: Prompts and tokens of its model.
-            chains: Called for the chains once the engine takes requests, and not before: what
-                they are made of is still being imported until then.
-            cache: Answers that are kept.
-            screening: What is taken out of prompts and answers.
-            model: Limits and defaults of requests.
-            usage: Who has used how much.
-            security: Limits of prompts.
-        """
         self._engine = engine
         self._generator = generator
         self._chains = chains
@@ -155,30 +139,26 @@ class GenerationService:
         report: GenerationReport | None = None
         async with aclosing(self._stream(job, options)) as pieces:
             async for piece in pieces:
-                logprobs, report = _beside(piece)
-                flight.add(screen.feed(piece), logprobs)
+                report = piece.report
+                flight.add(screen.feed(piece), piece.logprobs)
                 if screen.blocked:
                     place.finish()
                     break
         flight.add(screen.flush())
         if screen.blocked:
-            return GenerationReport(
-                "content_filter",
-                place.prompt_tokens,
-                place.cached_tokens,
-                place.completion_tokens,
-            )
+            tokens = place.prompt_tokens, place.cached_tokens, place.completion_tokens
+            return GenerationReport("content_filter", *tokens)
         if report is None:
             raise InternalError
         return replace(report, token_ids=()) if screen.changed else report
 
-    def _stream(self, job: Job, options: GenerationOptions) -> AsyncGenerator[str, None]:
+    def _stream(self, job: Job, options: GenerationOptions) -> AsyncGenerator[TextPiece, None]:
         chains = self._chains()
         if job.prompt is not None:
             return chains.stream_text(job.prompt, options)
         return chains.stream_chat(job.messages, options, _tools_of(job))
 
-    def cache_statistics(self) -> CacheStatistics:
+    def cache_statistics(self) -> dict[str, int]:
         """How the response cache is doing."""
         return self._cache.statistics()
 
@@ -187,14 +167,7 @@ class GenerationService:
         return job.max_tokens or self._model.max_tokens
 
     def check_room(self, caller: str) -> None:
-        """Refuse now what would be refused when it asks for a place.
-
-        Args:
-            caller: Whose request it would be.
-
-        Raises:
-            ServiceError: See :meth:`EngineClient.admit` and :meth:`UsageLedger.check`.
-        """
+        """Refuse a caller's request now, if it would be refused when it asks for a place."""
         self._usage.check(caller)
         self._engine.check(caller)
 
@@ -245,8 +218,7 @@ class GenerationService:
         Raises:
             PromptTooLongError: Over ``security.max_prompt_chars``.
             PiiDetectedError: Personal data, where that is refused.
-            UnsupportedParameterError: Log-probabilities, which would tell what is taken out of
-                answers.
+            UnsupportedParameterError: Log-probabilities where answers are filtered.
             ModelLoadingError: Calls of tools are written in the model's own form.
         """
         if job.logprobs is not None and self._screening.takes_out:
@@ -285,8 +257,3 @@ class GenerationService:
 
 def _tools_of(job: Job) -> tuple[Tool, ...]:
     return job.tools.tools if job.tools else ()
-
-
-def _beside(piece: str) -> tuple[Sequence[TokenLogprob], GenerationReport | None]:
-    """What a piece of the chain's stream carries beside its text."""
-    return (piece.logprobs, piece.report) if isinstance(piece, TextPiece) else ((), None)

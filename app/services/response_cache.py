@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from app.core.cache import BoundedCache, CacheStatistics
+from app.core.cache import BoundedCache
 from app.core.config import CacheSettings
 from app.core.metrics import Metrics
 from app.llm.generator import GenerationReport
@@ -70,7 +70,7 @@ class ResponseCache:
         if flight.report is not None:
             self._cache.put(key, flight.again())
 
-    def statistics(self) -> CacheStatistics:
+    def statistics(self) -> dict[str, int]:
         """How the cache is doing."""
         return self._cache.statistics()
 

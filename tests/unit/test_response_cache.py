@@ -157,7 +157,7 @@ async def test_no_key_means_no_cache() -> None:
     assert await read(cache.generate(None, generation)) == "012"
     assert await read(cache.generate(None, generation)) == "012"
     assert generation.started == 2
-    assert cache.statistics().entries == 0
+    assert cache.statistics()["entries"] == 0
 
 
 async def test_each_kept_answer_has_an_id_of_its_own() -> None:

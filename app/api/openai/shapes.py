@@ -5,7 +5,7 @@ import json
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from app.api.openai.answers import ChatCompletion, Completion, OpenAIAnswer
 from app.api.respond import Event, Shape, usage
@@ -23,11 +23,17 @@ class OpenAIShape(Shape):
         n: Choices for each prompt.
         logprobs: Whether log-probabilities were asked for.
         include_usage: Whether a stream tells the usage.
+
+    Attributes:
+        begin: Content of the chunk that begins each answer, if there is one.
+        ending: Content of the chunk that ends each answer.
     """
 
     model: type[OpenAIAnswer]
     name: str
     chunk_name: str
+    begin: ClassVar[Event | None]
+    ending: ClassVar[Event]
 
     def __init__(
         self, info: EngineInfo | None, *, n: int, logprobs: bool, include_usage: bool
@@ -37,10 +43,6 @@ class OpenAIShape(Shape):
         self._include_usage = include_usage
         self._fingerprint = fingerprint(info)
         self._head: Event = {}
-
-    @abstractmethod
-    def begin(self) -> Event | None:
-        """The content of the chunk that begins an answer, if there is one."""
 
     @abstractmethod
     def delta(self, piece: Piece) -> Event:
@@ -71,9 +73,9 @@ class OpenAIShape(Shape):
         self._head = self._make_head(answers[0], self.chunk_name)
         if self._include_usage:
             self._head["usage"] = None
-        if (begin := self.begin()) is not None:
+        if self.begin is not None:
             for answer in answers:
-                yield self._chunk(answer, begin)
+                yield self._chunk(answer, self.begin)
 
     def piece(self, answer: Answer, piece: Piece) -> Event:
         """A chunk with a piece of an answer."""
@@ -81,12 +83,8 @@ class OpenAIShape(Shape):
 
     def last(self, answer: Answer) -> Event:
         """The chunk with an answer's finish reason."""
-        chunk = self._chunk(answer, self.end_of_answer(), finish_reason(answer))
+        chunk = self._chunk(answer, self.ending, finish_reason(answer))
         return chunk | {"cached": answer.cached}
-
-    @abstractmethod
-    def end_of_answer(self) -> Event:
-        """The content of the chunk that ends an answer."""
 
     def end(self, answers: Sequence[Answer]) -> Iterable[Event]:
         """A chunk with the usage, where that was asked for."""
@@ -134,14 +132,8 @@ class ChatCompletionShape(OpenAIShape):
     model = ChatCompletion
     name = "chat.completion"
     chunk_name = "chat.completion.chunk"
-
-    def begin(self) -> Event:
-        """Who speaks."""
-        return {"delta": {"role": "assistant", "content": ""}}
-
-    def end_of_answer(self) -> Event:
-        """Nothing more."""
-        return {"delta": {}}
+    begin: ClassVar = {"delta": {"role": "assistant", "content": ""}}
+    ending: ClassVar = {"delta": {}}
 
     def delta(self, piece: Piece) -> Event:
         """Text, or a part of a call."""
@@ -189,13 +181,8 @@ class CompletionShape(OpenAIShape):
 
     model = Completion
     name = chunk_name = "text_completion"
-
-    def begin(self) -> None:
-        """Completions have no such chunk."""
-
-    def end_of_answer(self) -> Event:
-        """Nothing more."""
-        return {"text": ""}
+    begin: ClassVar = None
+    ending: ClassVar = {"text": ""}
 
     def delta(self, piece: Piece) -> Event:
         """Text."""

@@ -40,7 +40,7 @@ async def status(services: AppServices) -> StatusResponse:
         cache=CacheStatus(
             enabled=settings.cache.enabled,
             ttl_seconds=settings.cache.ttl_seconds,
-            **asdict(services.generation.cache_statistics()),
+            **services.generation.cache_statistics(),
         ),
         sessions=SessionsStatus(
             enabled=history.enabled,

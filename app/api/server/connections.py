@@ -89,9 +89,9 @@ class Connections:
     async def watch(self) -> None:
         """Close the connections whose time is over; runs until it is cancelled."""
         self._max = max(1, allow_open_files(self._max + _OTHER_FILES) - _OTHER_FILES)
-        loop = asyncio.get_running_loop()
+        loop, interval = asyncio.get_running_loop(), self.limits.shortest_timeout / 5
         while True:
-            await asyncio.sleep(self.limits.shortest_timeout / 5)
+            await asyncio.sleep(interval)
             # Timers run before sockets are read. If the process was held up, what has come
             # meanwhile is to be read first.
             await asyncio.sleep(0)

@@ -110,7 +110,7 @@ class EngineProcess:
             async with asyncio.timeout(_STOP_SECONDS):
                 return await self._process.wait()
         except TimeoutError:
-            self.kill()
+            self.kill(self._killed_because)
             return await self._process.wait()
 
     def kill(self, because: str = "") -> None:
