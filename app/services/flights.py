@@ -13,7 +13,7 @@ class Flight:
     """One generation and what it has brought so far; it has any number of readers.
 
     The last reader to leave ends it. It listens to the place that the generation takes in the
-    engine, see :class:`PlaceListener`.
+    engine, see :class:`PlaceListener`. ``on_end`` is called when nobody may join any more.
 
     Attributes:
         id: Of the answer.
@@ -23,11 +23,6 @@ class Flight:
     """
 
     def __init__(self, on_end: Callable[["Flight"], None] = lambda _: None) -> None:
-        """Nothing runs before :meth:`start`.
-
-        Args:
-            on_end: Called when nobody may join any more.
-        """
         self.id = f"gen-{uuid.uuid4().hex}"
         self.text: list[str] = []
         self.logprobs: list[TokenLogprob] = []

@@ -33,11 +33,7 @@ class Screening:
         """Part of what decides an answer, for the response cache."""
 
     def prompt(self, text: str, *, param: str) -> str:
-        """A prompt as the model may see it.
-
-        Args:
-            text: What the caller sent.
-            param: The request field it stood in.
+        """A prompt as the model may see it; ``param`` names the request field in errors.
 
         Raises:
             PiiDetectedError: It holds personal data and ``pii.input`` is reject.
@@ -68,11 +64,7 @@ class Screening:
         return self._pii.output == "redact" or bool(self._blocked)
 
     def answer(self, template_tokens: tuple[str, ...]) -> "AnswerScreen":
-        """Screens one answer on its way.
-
-        Args:
-            template_tokens: Spellings that are not to leave.
-        """
+        """Screens one answer on its way, in which no template token may stand."""
         redactor = self._scanner.stream() if self._pii.output == "redact" else None
         return AnswerScreen(StreamFilter(self._filter_for(template_tokens)), redactor, self._count)
 
