@@ -9,10 +9,7 @@ from app.llm.generator import TextGenerator
 from app.llm.tools import ChatMessage
 from app.services.answers import Answer, Job
 from app.services.generation import GenerationService
-from app.utils.errors import (
-    SessionNotFoundError,
-    UnsupportedParameterError,
-)
+from app.utils.errors import SessionNotFoundError, UnsupportedParameterError
 from app.utils.timing import within
 
 
@@ -146,10 +143,5 @@ class ConversationService:
 
 
 def _as_message(message: HistoryMessage) -> ChatMessage:
-    if message.token_ids:
-        return {
-            "role": message.role,
-            "content": message.content,
-            "token_ids": list(message.token_ids),
-        }
-    return {"role": message.role, "content": message.content}
+    plain: ChatMessage = {"role": message.role, "content": message.content}
+    return {**plain, "token_ids": list(message.token_ids)} if message.token_ids else plain
