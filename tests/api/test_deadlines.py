@@ -42,6 +42,14 @@ async def idle(client: Client) -> None:
             await asyncio.sleep(0.01)
 
 
+async def gauge_is(client: Client, name: str, value: int) -> None:
+    """Wait until a metric has a value."""
+    registry = client.services.metrics.registry
+    async with asyncio.timeout(10):
+        while registry.get_sample_value(name) != value:  # noqa: ASYNC110 - polls another process
+            await asyncio.sleep(0.01)
+
+
 @contextmanager
 def stuck(client: Client, method: str) -> Iterator[None]:
     """A tokenizer that does not return from ``method`` before the context ends."""
@@ -74,10 +82,10 @@ async def test_a_waiting_request_ends_at_its_callers_limit() -> None:
     """504 for it alone; what runs goes on."""
     async with start(**{**SLOW, "engine": {"echo_step_seconds": 0.02, "max_running": 1}}) as client:
         running = asyncio.create_task(post(client, LONG, cache=False))
-        await asyncio.sleep(0.1)
+        await gauge_is(client, "llm_requests_running", 1)
         response = await post(client, LONG, "0.2", cache=False)
         assert code(response) == (504, "deadline_exceeded")
-        assert client.services.engine.queue.snapshot().running == 1
+        await gauge_is(client, "llm_requests_running", 1)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         await idle(client)
@@ -217,7 +225,7 @@ async def test_a_request_that_waits_too_long_is_told_when_to_come_back(stream: b
     engine = {"echo_step_seconds": 0.02, "max_running": 1, "queue_timeout_seconds": 0.3}
     async with start(**{**SLOW, "engine": engine}) as client:
         running = asyncio.create_task(post(client, LONG, cache=False))
-        await asyncio.sleep(0.1)
+        await gauge_is(client, "llm_requests_running", 1)
         response = await post(client, {"prompt": "hello"}, cache=False, stream=stream)
         if stream:
             assert response.status_code == 200
@@ -241,11 +249,13 @@ async def test_one_key_does_not_starve_another() -> None:
             response = await post(client, {"prompt": f"{number:09}"}, key=key, cache=False)
             order.append((key, response.status_code))
 
-        # 15 = one that runs and 14 of 16 that wait; the rest is refused.
+        # 15 = one that runs and 14 of 16 that wait; the rest is rejected.
         flood = [asyncio.create_task(one(KEY, n)) for n in range(20)]
-        await asyncio.sleep(0.05)
+        async with asyncio.timeout(10):
+            while len(order) < 5:  # noqa: ASYNC110 - other tasks
+                await asyncio.sleep(0.001)
         await one(OTHER, 100)
         await asyncio.gather(*flood)
-        assert order.count((KEY, 503)) == 5
+        assert order[:5] == [(KEY, 503)] * 5
         served = [key for key, status in order if status == 200]
         assert served == [KEY, OTHER, *[KEY] * 14]

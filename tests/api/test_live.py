@@ -5,14 +5,12 @@ takes a fixed time for a token, so an answer's length decides how long it takes.
 """
 
 import json
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import uuid4
 
-import httpx
 import pytest
 
 from tests.conftest import RunApp
@@ -31,6 +29,7 @@ from tests.support.live import (
     rest_of,
     tokens_until_free,
 )
+from tests.support.raw import RawClient, generate_request
 from tests.support.service import API_KEY, Service, running_service
 from tests.support.sse import DONE, data_lines, piece_of, read_stream
 
@@ -114,8 +113,8 @@ def test_leaving_stops_the_engine_too(run_app: RunApp) -> None:
 def test_leaving_a_whole_answer_frees_its_slot(slow_service: Service) -> None:
     """A client that stops waiting for an unstreamed answer frees its slot within a step."""
     cancelled = slow_service.metric("llm_requests_cancelled_total")
-    with socket.create_connection(_address(slow_service)) as client:
-        client.sendall(_raw_request(generate(LONG)))
+    with RawClient(slow_service) as client:
+        client.send(generate_request(generate(LONG)))
         slow_service.wait_for_metric("llm_requests_running", 1)
     assert slow_service.wait_for_metric("llm_requests_running", 0) < SOON
     assert slow_service.metric("llm_requests_cancelled_total") == cancelled + 1
@@ -124,8 +123,8 @@ def test_leaving_a_whole_answer_frees_its_slot(slow_service: Service) -> None:
 def test_leaving_the_queue_frees_the_place(narrow: Service) -> None:
     """A client that leaves while it waits frees its place, and the running one is not disturbed."""
     with open_stream(narrow, generate("x" * 30)) as found:
-        with socket.create_connection(_address(narrow)) as waiting:
-            waiting.sendall(_raw_request(generate(LONG)))
+        with RawClient(narrow) as waiting:
+            waiting.send(generate_request(generate(LONG)))
             narrow.wait_for_metric("llm_requests_waiting", 1)
         narrow.wait_for_metric("llm_requests_waiting", 0)
         assert narrow.metric("llm_requests_running") == 1
@@ -137,8 +136,8 @@ def test_leaving_the_queue_frees_the_place(narrow: Service) -> None:
 def test_leaving_a_queued_stream_frees_the_place(narrow: Service) -> None:
     """The same holds for a stream that has been admitted and waits for its turn."""
     with open_stream(narrow, generate("x" * 30)) as found:
-        with socket.create_connection(_address(narrow)) as waiting:
-            waiting.sendall(_raw_request(generate(LONG, stream=True)))
+        with RawClient(narrow) as waiting:
+            waiting.send(generate_request(generate(LONG, stream=True)))
             narrow.wait_for_metric("llm_requests_waiting", 1)
         narrow.wait_for_metric("llm_requests_waiting", 0)
         assert rest_of(found)[-1]["finish_reason"] == "stop"
@@ -160,42 +159,26 @@ def test_a_place_is_free_a_few_tokens_after_leaving(narrow: Service) -> None:
     narrow.wait_for_metric("llm_requests_running", 0)
 
 
-def _address(service: Service) -> tuple[str, int]:
-    url = httpx.URL(service.base_url)
-    assert url.port is not None
-    return url.host, url.port
-
-
-def _raw_request(body: dict[str, Any]) -> bytes:
-    request = httpx.Request("POST", "http://localhost/v1/generate", json=body)
-    head = f"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {API_KEY}\r\n"
-    length = f"Content-Type: application/json\r\nContent-Length: {len(request.content)}\r\n\r\n"
-    return (head + length).encode() + request.content
-
-
 # --- Full queues and deadlines --------------------------------------------------------------------
 
 
 def test_the_third_of_two_places_is_503(narrow: Service) -> None:
-    """With every place taken a request is refused at once, and those inside are not disturbed."""
+    """With every place taken a request is rejected, and those inside are not disturbed."""
     rejected = narrow.metric("llm_requests_rejected_total", reason="overloaded")
-    with (
-        background(ask, narrow, generate("r" * 40)) as running,
-        background(ask, narrow, generate("w" * 3)) as waiting,
-    ):
-        narrow.wait_for_metric("llm_requests_running", 1)
-        narrow.wait_for_metric("llm_requests_waiting", 1)
-        for stream in (False, True):
-            refused = ask(narrow, generate("x", stream=stream))
-            # It did not wait for any of the work before it.
-            assert not running.done()
-            assert refused.status_code == 503
-            assert refused.json()["error"]["code"] == "overloaded"
-            assert int(refused.headers["retry-after"]) >= 1
-        # A full queue is no reason to send callers elsewhere.
-        assert narrow.get("/readyz").status_code == 200
-    assert running.result().json()["generated_text"] == "r" * 40
-    assert waiting.result().json()["generated_text"] == "w" * 3
+    with RawClient(narrow) as waiting:
+        # It takes 20 seconds, so that a rejection which waited for it would be noticed.
+        with open_stream(narrow, generate(LONG)) as running:
+            waiting.send(generate_request(generate("www")))
+            narrow.wait_for_metric("llm_requests_waiting", 1)
+            for stream in (False, True):
+                answer = ask(narrow, generate("x", stream=stream))
+                assert answer.status_code == 503
+                assert answer.json()["error"]["code"] == "overloaded"
+                assert int(answer.headers["retry-after"]) >= 1
+            # A full queue is no reason to send callers elsewhere.
+            assert narrow.get("/readyz").status_code == 200
+            assert piece_of(next(running)) == "x"
+        assert b'"generated_text":"www"' in waiting.answer().body
     assert narrow.metric("llm_requests_rejected_total", reason="overloaded") == rejected + 2
 
 
@@ -213,9 +196,9 @@ def test_requests_get_their_turn_in_the_order_they_came(narrow: Service) -> None
 def test_a_request_past_its_deadline_is_504() -> None:
     """The deadline ends a request while it runs or waits, and frees its place."""
     with running_service(
-        # The long answer takes six times the limit, the short one a tenth of it.
-        ENGINE__ECHO_STEP_SECONDS="0.008",
-        ENGINE__REQUEST_TIMEOUT_SECONDS="0.5",
+        # The long answer takes four times the limit, the short one a twentieth of it.
+        ENGINE__ECHO_STEP_SECONDS="0.01",
+        ENGINE__REQUEST_TIMEOUT_SECONDS="1",
         ENGINE__MAX_RUNNING="1",
     ) as service:
         response = ask(service, generate(LONG))
@@ -238,11 +221,9 @@ def test_a_request_past_its_deadline_is_504() -> None:
 def test_a_malformed_request_does_not_stop_the_service(slow_service: Service) -> None:
     """Garbage on the socket costs its connection only."""
     for garbage in (b"\x00" * 100, b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/chat HTTP/1.1\r\n\r\n"):
-        with socket.create_connection(_address(slow_service), timeout=10) as client:
-            client.sendall(garbage)
-            client.shutdown(socket.SHUT_WR)
-            while client.recv(65536):
-                pass
+        with RawClient(slow_service) as client:
+            client.send(garbage)
+            client.rest()
     assert ask(slow_service, generate(str(uuid4()))).status_code == 200
 
 

@@ -212,6 +212,3 @@ async def test_ten_times_the_capacity_for_a_moment() -> None:
     assert one["completed"] + one["refused"] == one["sent"] == one["counted"]
     assert (one["completed"], one["refused"]) == (one["counted_completed"], one["counted_refused"])
     assert set(one["errors"]) == {"overloaded"}
-    # A hundred times what a refusal takes.
-    assert one["refusal_p99"] < 1
-    assert one["livez_p99"] < 1
