@@ -1,4 +1,4 @@
-"""Nobody holds a connection for nothing, and however many there are, the probes are answered."""
+"""Time and number of connections: idle and slow ones are ended, and probes are always answered."""
 
 import signal
 import statistics
@@ -14,16 +14,16 @@ from tests.support.raw import KEY, LIVEZ, RawClient, generate_request, large_ans
 from tests.support.service import Service, running_service
 from tests.support.sse import piece_of
 
-# Seconds that the impatient service waits for anything.
+# Seconds of every timeout of the impatient service.
 SHORT = 0.5
-# What it has not ended by then, which is ten times and more, it would not have ended at all.
+# Twenty times as long: a connection that is still open then would never have been closed.
 LATE = 10.0
 CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[Service]:
-    """A service with short times for everything."""
+    """A service with short timeouts."""
     with running_service(
         SERVER__HEADER_TIMEOUT_SECONDS=str(SHORT),
         SERVER__BODY_TIMEOUT_SECONDS=str(SHORT),
@@ -35,7 +35,7 @@ def impatient() -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def narrow_door() -> Iterator[Service]:
-    """A service with four connections, three for an address, and time for all of them."""
+    """A service with four connections, three for one address, and long timeouts."""
     hour = "3600"
     with running_service(
         ENGINE__ECHO_STEP_SECONDS=str(STEP),
@@ -57,7 +57,7 @@ def dropped(service: Service, reason: str) -> float:
 
 
 def test_a_silent_connection_is_closed(impatient: Service) -> None:
-    """A client that connects and says nothing is closed, without an answer to nothing."""
+    """A client that connects and sends nothing is closed without a response."""
     with RawClient(impatient) as client:
         assert client.rest() == b""
 
@@ -73,7 +73,7 @@ def test_a_head_that_drips_is_ended(impatient: Service, piece: bytes) -> None:
 
 
 def test_line_breaks_are_no_request(impatient: Service) -> None:
-    """Empty lines, which may stand before a request, keep no connection open."""
+    """Empty lines, which are allowed before a request, do not keep a connection open."""
     with RawClient(impatient) as client:
         client.ask(LIVEZ)
         client.drip(b"\r\n")
@@ -84,7 +84,7 @@ def test_line_breaks_are_no_request(impatient: Service) -> None:
     [("Content-Length: 9999", b" "), ("Transfer-Encoding: chunked", b"1\r\n \r\n")],
 )
 def test_a_body_that_drips_is_ended(impatient: Service, framing: str, piece: bytes) -> None:
-    """A body that never ends is 408, and the handler that waits for it is let go."""
+    """A body that never ends gets 408, and the handler that waits for it is told."""
     count = dropped(impatient, "body_timeout")
     left = impatient.metric("http_requests_total", status="499")
     with RawClient(impatient) as client:
@@ -97,10 +97,10 @@ def test_a_body_that_drips_is_ended(impatient: Service, framing: str, piece: byt
 
 
 def test_a_large_body_has_the_time_it_takes(impatient: Service) -> None:
-    """A body that comes steadily may take longer than the time for a small one."""
+    """A body that arrives steadily may take longer than a small one."""
     body = b" " * 200_000
     with RawClient(impatient) as client:
-        # By now it has earned twelve seconds.
+        # The bytes so far have added twelve seconds to its deadline.
         client.send(post(KEY, f"Content-Length: {len(body)}"), body[:-2])
         time.sleep(2 * SHORT)
         client.send(body[-2:])
@@ -109,7 +109,7 @@ def test_a_large_body_has_the_time_it_takes(impatient: Service) -> None:
 
 @pytest.mark.parametrize("late_body", [b"", b"x" * 1000])
 def test_an_idle_connection_is_closed(impatient: Service, late_body: bytes) -> None:
-    """A connection without a next request is closed; also where a refused body came late."""
+    """A connection without a next request is closed, also after a rejected body that came late."""
     with RawClient(impatient) as client:
         answer = client.ask(post(f"Content-Length: {len(late_body)}"))
         assert answer.status == 401
@@ -119,7 +119,7 @@ def test_an_idle_connection_is_closed(impatient: Service, late_body: bytes) -> N
 
 
 def test_time_in_which_the_service_stands_still_does_not_count(impatient: Service) -> None:
-    """What comes while the process is stopped is answered, though its time has passed by then."""
+    """Requests that arrive while the process is stopped are answered after it, not timed out."""
     with RawClient(impatient) as idle, RawClient(impatient) as begun:
         assert idle.ask(LIVEZ).status == 200
         begun.send(LIVEZ[:9])
@@ -134,8 +134,8 @@ def test_time_in_which_the_service_stands_still_does_not_count(impatient: Servic
         assert begun.answer().status == 200
 
 
-def test_a_refused_body_that_drips_is_ended(impatient: Service) -> None:
-    """A refusal is no licence to send the rest of the body for ever."""
+def test_a_rejected_body_that_drips_is_ended(impatient: Service) -> None:
+    """The rest of a rejected body may not come for ever."""
     with RawClient(impatient) as client:
         assert client.ask(post("Content-Length: 9999")).status == 401
         client.drip(b"x")
@@ -143,12 +143,12 @@ def test_a_refused_body_that_drips_is_ended(impatient: Service) -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["answers", "streams"])
 def test_a_reader_that_takes_nothing_is_dropped(impatient: Service, *, stream: bool) -> None:
-    """A client that does not read is dropped, in a stream or an answer; it is no error of ours."""
+    """A client that does not read its stream or answer is dropped; one warning, and no error."""
     count, lines = dropped(impatient, "send_timeout"), len(impatient.log())
     with RawClient(impatient, receive_buffer=4096) as client:
         client.send(large_answers(stream=stream))
         impatient.wait_for(lambda: dropped(impatient, "send_timeout") > count, "the drop")
-        # The one that asks.
+        # The one that reads the metric.
         impatient.wait_for_metric("http_connections_open", 1)
     impatient.wait_for_metric("llm_requests_running", 0)
     assert dropped(impatient, "send_timeout") == count + 1
@@ -158,7 +158,7 @@ def test_a_reader_that_takes_nothing_is_dropped(impatient: Service, *, stream: b
 
 
 def test_a_reader_that_takes_nothing_does_not_hold_up_the_end() -> None:
-    """SIGTERM ends the service after its grace, whatever its clients do not read."""
+    """SIGTERM ends the service after its grace, also if a client does not read."""
     hour = "3600"
     with (
         running_service(
@@ -178,7 +178,7 @@ def test_a_reader_that_takes_nothing_does_not_hold_up_the_end() -> None:
 
 
 def test_two_thousand_idle_connections_hold_up_no_probe(impatient: Service) -> None:
-    """Silent and half-sent connections are all closed; meanwhile every probe is answered."""
+    """Silent and half-sent connections are all closed, and every probe meanwhile is answered."""
     flood = flooded(impatient, 2000)
     assert flood.longest_open < LATE
     assert len(flood.probes) > 20
@@ -186,7 +186,7 @@ def test_two_thousand_idle_connections_hold_up_no_probe(impatient: Service) -> N
 
 @pytest.mark.full_size
 def test_ten_thousand_idle_connections_hold_up_no_probe() -> None:
-    """With the default times all are closed within 10 s; the p99 of /livez is below 250 ms."""
+    """With the default timeouts all are closed within 10 s; the p99 of /livez is below 250 ms."""
     with running_service(SERVER__MAX_CONNECTIONS="10100") as service:
         flood = flooded(service, 10_000)
     p99 = statistics.quantiles(flood.probes, n=100)[98]
@@ -200,7 +200,7 @@ def test_ten_thousand_idle_connections_hold_up_no_probe() -> None:
 
 @pytest.mark.full_size
 def test_a_reader_has_thirty_seconds() -> None:
-    """With the default time a stream's reader that takes nothing is dropped after 30 s."""
+    """With the default timeout a stream's reader that takes nothing is dropped after 30 s."""
     with (
         running_service() as service,
         RawClient(service, receive_buffer=4096) as client,
@@ -216,11 +216,11 @@ def test_a_reader_has_thirty_seconds() -> None:
 
 
 def test_the_longest_idle_connection_makes_room(narrow_door: Service) -> None:
-    """With every place taken, a new client is served, and the one that waits longest is closed."""
+    """With every place taken, a new client is served, and the longest waiting one is closed."""
     count = dropped(narrow_door, "evicted")
     with ExitStack() as stack:
         clients = [stack.enter_context(RawClient(narrow_door)) for _ in range(4)]
-        # The first has been used since, so that the second has waited longest.
+        # The first one is used again last, so the second one has waited longest.
         for client in (*clients[1:], clients[0]):
             assert client.ask(LIVEZ).status == 200
         fifth = stack.enter_context(RawClient(narrow_door))
@@ -233,10 +233,10 @@ def test_the_longest_idle_connection_makes_room(narrow_door: Service) -> None:
 
 
 def test_with_every_connection_busy_probes_are_answered(narrow_door: Service) -> None:
-    """Where no connection can make room, probes are answered and everything else is 503."""
+    """When no connection can be closed for it, a new one is answered for probes, else with 503."""
     with ExitStack() as stack:
         streams = [stack.enter_context(open_stream(narrow_door, generate(LONG))) for _ in range(4)]
-        # More silent ones than there are places for probes.
+        # These are more than there are places for probes.
         silent = [stack.enter_context(RawClient(narrow_door)) for _ in range(50)]
         for path in ("/livez", "/readyz", "/health"):
             probe = stack.enter_context(RawClient(narrow_door))
@@ -257,7 +257,7 @@ def test_with_every_connection_busy_probes_are_answered(narrow_door: Service) ->
 
 
 def test_one_address_has_its_share_only(narrow_door: Service) -> None:
-    """Past its share an address gets no further connection; other addresses do."""
+    """Past its share an address gets no further connection, but other addresses do."""
     with ExitStack() as stack:
         mine = [stack.enter_context(RawClient(narrow_door, source="127.0.0.2")) for _ in range(4)]
         assert mine[3].ask(request("GET", "/status", KEY)).code == "too_many_connections"
@@ -271,7 +271,7 @@ def test_one_address_has_its_share_only(narrow_door: Service) -> None:
 
 
 def test_a_trusted_proxy_has_no_share(narrow_door: Service) -> None:
-    """All clients behind a proxy have its address, so the bound is not for it."""
+    """The bound does not apply to a trusted proxy, whose address all its clients have."""
     with ExitStack() as stack:
         clients = [
             stack.enter_context(RawClient(narrow_door, source="127.0.0.9")) for _ in range(4)

@@ -1,4 +1,4 @@
-"""X-Request-Timeout, the queue's timeout, and fair turns, over HTTP."""
+"""X-Request-Timeout, the timeout in the queue, and fair turns between callers, over HTTP."""
 
 import asyncio
 import re
@@ -22,7 +22,7 @@ LONG = {"prompt": "x" * 4500, "max_tokens": 500}
 async def post(
     client: Client, body: dict[str, Any], limit: str | None = None, **fields: Any
 ) -> httpx.Response:
-    """POST /v1/generate, with the header where one is given."""
+    """POST /v1/generate, with a limit as X-Request-Timeout."""
     headers = {"X-API-Key": fields.pop("key", KEY)}
     if limit is not None:
         headers["X-Request-Timeout"] = limit
@@ -35,7 +35,7 @@ def code(response: httpx.Response) -> tuple[int, str]:
 
 
 async def idle(client: Client) -> None:
-    """Wait until no request holds anything, here and in the engine process."""
+    """Wait until no request is left, here and in the engine process."""
     engine = client.services.engine
     async with asyncio.timeout(10):
         while not engine.queue.is_empty or engine.stats.running:  # noqa: ASYNC110 - polls another process
@@ -71,7 +71,7 @@ def stuck(client: Client, method: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("cache", [True, False])
 async def test_a_running_request_ends_at_its_callers_limit(cache: bool) -> None:
-    """504, and nothing runs on; shared generations and others alike."""
+    """The request gets 504 and stops running, whether or not its generation may be shared."""
     async with start(**SLOW) as client:
         response = await post(client, LONG, "0.3", cache=cache)
         assert code(response) == (504, "deadline_exceeded")
@@ -79,7 +79,7 @@ async def test_a_running_request_ends_at_its_callers_limit(cache: bool) -> None:
 
 
 async def test_a_waiting_request_ends_at_its_callers_limit() -> None:
-    """504 for it alone; what runs goes on."""
+    """The waiting request gets 504, and the running one goes on."""
     async with start(**{**SLOW, "engine": {"echo_step_seconds": 0.02, "max_running": 1}}) as client:
         running = asyncio.create_task(post(client, LONG, cache=False))
         await gauge_is(client, "llm_requests_running", 1)
@@ -92,7 +92,7 @@ async def test_a_waiting_request_ends_at_its_callers_limit() -> None:
 
 
 async def test_a_stream_says_that_its_time_is_over() -> None:
-    """The headers are out, so the error is an event, and the last one."""
+    """The headers have been sent, so the error is the last event."""
     async with start(**SLOW) as client:
         response = await post(client, LONG, "0.5", stream=True)
         assert response.status_code == 200
@@ -114,7 +114,7 @@ async def test_the_services_own_limit_holds_where_it_is_shorter() -> None:
 
 @pytest.mark.parametrize("cache", [True, False])
 async def test_encoding_the_prompt_is_part_of_the_time(cache: bool) -> None:
-    """A tokenizer that does not return in time does not keep the caller, nor its place."""
+    """A tokenizer that does not return in time holds up neither the caller nor its place."""
     async with start() as client:
         with stuck(client, "encode_text"):
             response = await post(client, {"prompt": "hello"}, "0.2", cache=cache)
@@ -124,7 +124,7 @@ async def test_encoding_the_prompt_is_part_of_the_time(cache: bool) -> None:
 
 
 async def test_the_services_own_limits_count_while_the_prompt_is_encoded() -> None:
-    """A request whose prompt is not ready in time has not begun to run."""
+    """A request whose prompt is not encoded in time gets 503, as one that has waited too long."""
     async with start(engine={"queue_timeout_seconds": 0.2}) as client:
         with stuck(client, "render_chat"):
             response = await client.say("hello", session=None)
@@ -133,7 +133,7 @@ async def test_the_services_own_limits_count_while_the_prompt_is_encoded() -> No
 
 
 async def test_counting_a_sessions_history_is_part_of_the_time() -> None:
-    """The turn is given up, and the session stays usable."""
+    """The turn is abandoned, and the session stays usable."""
     async with start() as client:
         await client.say("one")
         with stuck(client, "encode_chat"):
@@ -151,7 +151,7 @@ async def test_counting_a_sessions_history_is_part_of_the_time() -> None:
 
 
 async def test_readers_of_one_generation_have_each_their_own_time() -> None:
-    """The first asks for little time and gets 504; the second gets the whole answer."""
+    """Of two readers the one with little time gets 504, and the other one the whole answer."""
     async with start(engine={"echo_step_seconds": 0.02}) as client:
         body = {"prompt": "y" * 80, "max_tokens": 100}
         first, second = await asyncio.gather(post(client, body, "0.4"), post(client, body, "60"))
@@ -159,13 +159,13 @@ async def test_readers_of_one_generation_have_each_their_own_time() -> None:
         assert second.json()["generated_text"] == "y" * 80
         metrics = (await client.http.get("/metrics")).text
         assert 'response_cache_requests_total{result="coalesced"} 1.0' in metrics
-        # A kept answer takes no time.
+        # A cached answer takes no time.
         assert (await post(client, body, "0.001")).json()["cached"] is True
 
 
 @pytest.mark.parametrize("given", ["30", "2.5", "00.50", "000000300", "999999999999"])
 async def test_a_positive_decimal_number_is_taken(given: str) -> None:
-    """Leading zeros and more than the configured limit are no fault."""
+    """Leading zeros and values above the configured limit are accepted."""
     async with start() as client:
         assert (await post(client, {"prompt": "hello"}, given)).status_code == 200
 
@@ -189,8 +189,8 @@ BAD = [
 ]
 
 
-async def test_anything_else_is_refused_by_the_headers_name() -> None:
-    """422 before any work, on every route that generates; the value is not repeated."""
+async def test_anything_else_is_rejected_by_the_headers_name() -> None:
+    """Routes that generate answer 422 before any work, and do not repeat the value."""
     async with start() as client:
         chat = {"messages": [{"role": "user", "content": "hello"}]}
         bodies: dict[str, Any] = {"/v1/generate": {"prompt": "hello"}, "/v1/chat": chat}
@@ -204,7 +204,7 @@ async def test_anything_else_is_refused_by_the_headers_name() -> None:
 
 
 def test_every_route_that_generates_declares_the_header() -> None:
-    """The OpenAPI document has it wherever a deadline can be exceeded, as a positive number."""
+    """The OpenAPI document declares it, as a positive number, on each route that can answer 504."""
     declared = 0
     for path, methods in document()["paths"].items():
         for operation in methods.values():
@@ -221,7 +221,7 @@ def test_every_route_that_generates_declares_the_header() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_request_that_waits_too_long_is_told_when_to_come_back(stream: bool) -> None:
-    """503 with Retry-After; as an event where the stream has begun."""
+    """The request gets 503 with Retry-After, or an event if its stream has begun."""
     engine = {"echo_step_seconds": 0.02, "max_running": 1, "queue_timeout_seconds": 0.3}
     async with start(**{**SLOW, "engine": engine}) as client:
         running = asyncio.create_task(post(client, LONG, cache=False))
@@ -240,7 +240,7 @@ async def test_a_request_that_waits_too_long_is_told_when_to_come_back(stream: b
 
 
 async def test_one_key_does_not_starve_another() -> None:
-    """Of a key that floods the service the last places are kept, and another is served next."""
+    """A key that floods the service leaves the last places to others, which are served next."""
     order: list[tuple[str, int]] = []
     engine = {"echo_step_seconds": 0.01, "max_running": 1, "max_waiting": 16}
     async with start(engine=engine) as client:

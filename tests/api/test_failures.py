@@ -1,4 +1,4 @@
-"""What happens when engines die, and while the model loads."""
+"""Failures of the engine process, and requests while the model loads."""
 
 import os
 import signal
@@ -41,12 +41,12 @@ def test_killing_the_engine_ends_streams_with_an_error(slow_service: Service) ->
     check_restarted(slow_service, pid, restarts + 1)
 
 
-def test_requests_are_refused_while_the_engine_restarts(slow_service: Service) -> None:
-    """Until the new engine is ready the service says that it is loading, and refuses with 503."""
+def test_requests_are_rejected_while_the_engine_restarts(slow_service: Service) -> None:
+    """Until the new engine is ready, the service says that it is loading and answers 503."""
     pid, restarts = slow_service.engine_pid, slow_service.metric("llm_engine_restarts_total")
     os.kill(pid, signal.SIGKILL)
     slow_service.wait_for(lambda: slow_service.engine_pid != pid, "another engine process")
-    # It cannot become ready before it is let go on.
+    # A stopped engine cannot become ready.
     os.kill(slow_service.engine_pid, signal.SIGSTOP)
     health = slow_service.get("/health")
     assert (health.status_code, health.json()["status"]) == (503, "loading")
@@ -61,7 +61,7 @@ def test_requests_are_refused_while_the_engine_restarts(slow_service: Service) -
 
 
 def test_killing_the_engine_ends_every_request_once(slow_service: Service) -> None:
-    """Running and streamed requests all end when the engine is killed; none hangs, none repeats."""
+    """When the engine is killed, whole and streamed answers end once; none hangs or repeats."""
     pid, restarts = slow_service.engine_pid, slow_service.metric("llm_engine_restarts_total")
     first_tokens = slow_service.metric("llm_time_to_first_token_seconds_count")
 
@@ -72,7 +72,7 @@ def test_killing_the_engine_ends_every_request_once(slow_service: Service) -> No
     with ThreadPoolExecutor(8) as pool:
         whole = [pool.submit(ask, slow_service, generate(LONG + str(i))) for i in range(4)]
         streams = [pool.submit(stream, i) for i in range(4)]
-        # What has brought no token yet would be tried once more.
+        # A request without a token would be tried once more.
         first_tokens += 8
         slow_service.wait_for_metric("llm_time_to_first_token_seconds_count", first_tokens)
         os.kill(pid, signal.SIGKILL)
@@ -104,7 +104,7 @@ def test_a_crash_in_the_engine_costs_a_restart(slow_service: Service, fault: str
 
 
 def test_one_requests_fault_does_not_hurt_its_neighbours(slow_service: Service) -> None:
-    """A request that fails in the engine gets a 500; the others of its batch go on."""
+    """A request that fails in the engine gets 500, and the others of its batch go on."""
     pid = slow_service.engine_pid
     with (
         open_stream(slow_service, generate("s" * 30)) as found,
@@ -128,7 +128,7 @@ def test_one_requests_fault_does_not_hurt_its_neighbours(slow_service: Service) 
 
 
 def test_http_answers_while_the_model_loads(tmp_path: Path) -> None:
-    """While it loads the service is alive, refuses requests with 503, and can be stopped."""
+    """While the model loads, the service is alive, answers 503, and can be stopped."""
     with running_hub() as hub:
         hub.faults.silent = True
         with running_service(
@@ -159,7 +159,7 @@ def test_http_answers_while_the_model_loads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["nothing", "truncated"])
 def test_a_model_that_cannot_be_loaded_ends_the_service(tmp_path: Path, fault: str) -> None:
-    """A model that is not there, or not all of it, ends the service: a status, and one line."""
+    """A missing or truncated model ends the service with a status and one line."""
     model = tmp_path / fault
     if fault == "truncated":
         weights = make_tiny_model(model) / "model.safetensors"

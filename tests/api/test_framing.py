@@ -1,4 +1,4 @@
-"""Where one request ends and the next begins, whatever a client makes of it."""
+"""Framing: where one request ends and the next begins, whatever a client sends."""
 
 import re
 import time
@@ -17,7 +17,7 @@ CHUNKED = "Transfer-Encoding: chunked"
 SMUGGLED = request("GET", "/health", "X-Request-ID: smuggled")
 
 
-# --- What is no request ---------------------------------------------------------------------------
+# --- Malformed requests ---------------------------------------------------------------------------
 
 MALFORMED = {
     "length and chunks": post("Content-Length: 4", CHUNKED, body=b"0\r\n\r\n"),
@@ -53,7 +53,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_what_is_malformed_ends_the_connection(echo_service: Service, name: str) -> None:
-    """Framing that two servers could read in two ways is 400, and nothing behind it is read."""
+    """Framing that two servers could read in two ways gets 400, and nothing behind it is read."""
     with RawClient(echo_service) as client:
         client.send(MALFORMED[name] + SMUGGLED)
         answer = client.answer()
@@ -73,7 +73,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_what_has_no_end_is_ended(echo_service: Service, name: str) -> None:
-    """A head, a trailer or an extension is not collected for as long as it comes."""
+    """A head, a trailer or a chunk extension without an end is rejected."""
     start, piece = ENDLESS[name]
     with RawClient(echo_service) as client:
         client.send(start)
@@ -101,7 +101,7 @@ def test_a_fault_waits_for_the_answer_before_it(echo_service: Service, name: str
 
 
 def test_trailers_are_no_headers(echo_service: Service) -> None:
-    """What follows a body counts for nothing: no key, and no id."""
+    """Trailers are ignored: they give neither an API key nor a request id."""
     trailers = f"{KEY}\r\nX-Request-ID: trailer\r\n".encode()
     with RawClient(echo_service) as client:
         answer = client.ask(post(CHUNKED, body=chunked(BODY, trailers=trailers)))
@@ -112,7 +112,7 @@ def test_trailers_are_no_headers(echo_service: Service) -> None:
 
 @pytest.mark.parametrize("wish", ["h2c", "websocket", "TLS/1.0"])
 def test_a_wish_for_another_protocol_is_ignored(echo_service: Service, wish: str) -> None:
-    """A request that would rather be HTTP/2 is answered, its body too, and so is the next."""
+    """A request to upgrade is answered as if it did not ask, with its body, and so is the next."""
     headers = [
         "Connection: Upgrade, HTTP2-Settings",
         f"Upgrade: {wish}",
@@ -125,18 +125,18 @@ def test_a_wish_for_another_protocol_is_ignored(echo_service: Service, wish: str
             assert client.answer().status == 200
 
 
-# --- Refusals before the body is read -------------------------------------------------------------
+# --- Rejections before the body is read -----------------------------------------------------------
 
-# A refused body that looks like a request, as a whole and cut in two.
+# A rejected body that looks like a request, as a whole and cut in two.
 TRAP = SMUGGLED + b" " * 1000
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.05], ids=["at once", "in pieces"])
 @pytest.mark.parametrize("framing", ["length", "chunks"])
-def test_the_request_behind_a_refusal_is_answered(
+def test_the_request_behind_a_rejection_is_answered(
     echo_service: Service, framing: str, pause: float
 ) -> None:
-    """After an early 401 the rest of the body is read past, and the connection goes on."""
+    """After an early 401 the rest of the body is skipped, and the connection goes on."""
     if framing == "length":
         refused = post(f"Content-Length: {len(TRAP)}", body=TRAP)
     else:
@@ -153,7 +153,7 @@ def test_the_request_behind_a_refusal_is_answered(
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])
 def test_a_body_over_the_limit_is_413_to_the_end(echo_service: Service, framing: str) -> None:
-    """A client that sends far too much can read the 413, though nothing more is read of it."""
+    """A client that sends too much can read its 413, and nothing behind is read as a request."""
     piece = b"x" * 65_536
     with RawClient(echo_service) as client:
         client.send(post(KEY, "Content-Length: 99999999" if framing == "length" else CHUNKED))
@@ -169,10 +169,10 @@ def test_a_body_over_the_limit_is_413_to_the_end(echo_service: Service, framing:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak to be had")
 @pytest.mark.parametrize("framing", ["length", "chunks"])
 def test_a_body_over_the_limit_takes_no_memory(echo_service: Service, framing: str) -> None:
-    """Of 200 MB that are refused no more than 5 MiB are ever in the API process's memory."""
+    """A rejected body of 200 MB never takes more than 5 MiB of the API process's memory."""
     echo_service.get("/livez")
     process = Path(f"/proc/{echo_service.process.pid}")
-    # The peak begins anew (proc_pid_clear_refs(5)).
+    # This resets the peak (proc_pid_clear_refs(5)).
     (process / "clear_refs").write_text("5")
     before = _kib(process, "VmHWM")
     assert _refused_body(echo_service, framing, 200) == 413
@@ -180,7 +180,7 @@ def test_a_body_over_the_limit_takes_no_memory(echo_service: Service, framing: s
 
 
 def _refused_body(service: Service, framing: str, megabytes: int) -> int:
-    """The status of a body that a client sends whether or not it is wanted."""
+    """The status of a request whose client sends all of its body, whatever the answer."""
     piece = b"x" * 1_000_000
     announced = f"Content-Length: {megabytes * len(piece)}"
     with RawClient(service) as client:
@@ -196,8 +196,8 @@ def _kib(process: Path, name: str) -> int:
     return int(re.findall(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[0])
 
 
-def test_a_refusal_instead_of_100_ends_the_connection(echo_service: Service) -> None:
-    """Who asked whether to send the body, and is refused, may send it or not; so nobody guesses."""
+def test_a_rejection_instead_of_100_ends_the_connection(echo_service: Service) -> None:
+    """A client that expected 100 and got 401 may send its body or not, so the connection ends."""
     with RawClient(echo_service) as client:
         answer = client.ask(post("Expect: 100-continue", f"Content-Length: {len(SMUGGLED)}"))
         assert (answer.status, answer.headers["connection"]) == (401, "close")
@@ -207,7 +207,7 @@ def test_a_refusal_instead_of_100_ends_the_connection(echo_service: Service) -> 
 
 
 def test_an_expected_100_comes_before_the_body(echo_service: Service) -> None:
-    """Who has a key is told to go on, is answered, and keeps the connection."""
+    """A client with a key gets 100, then its answer, and keeps the connection."""
     with RawClient(echo_service) as client:
         for _ in range(2):
             client.send(post(KEY, LENGTH, "Expect: 100-continue"))
@@ -242,7 +242,7 @@ LEFT_AT = {
 
 @pytest.mark.parametrize("name", LEFT_AT)
 def test_a_client_may_leave_at_any_point(slow_service: Service, name: str) -> None:
-    """Whenever a client leaves, its place is free at once and nothing is taken for a fault."""
+    """Whenever a client leaves, its place is freed and no error is logged."""
     errors = [e for e in slow_service.log() if e["level"] in ("ERROR", "CRITICAL")]
     with RawClient(slow_service) as client:
         client.send(LEFT_AT[name])
@@ -251,14 +251,14 @@ def test_a_client_may_leave_at_any_point(slow_service: Service, name: str) -> No
         else:
             time.sleep(0.05)
     assert slow_service.wait_for_metric("llm_requests_running", 0) < SOON
-    # The one that asks.
+    # The one that reads the metric.
     slow_service.wait_for_metric("http_connections_open", 1)
     assert [e for e in slow_service.log() if e["level"] in ("ERROR", "CRITICAL")] == errors
 
 
 @pytest.mark.parametrize("behind", [16, 17])
 def test_sixteen_requests_may_wait_behind_a_stream(slow_service: Service, behind: int) -> None:
-    """Pipelined requests are answered in order; with one too many the connection ends first."""
+    """Pipelined requests are answered in order; one too many ends the connection after one."""
     with RawClient(slow_service) as client:
         client.send(generate_request(generate("abc", stream=True)))
         client.send(*[LIVEZ] * behind)

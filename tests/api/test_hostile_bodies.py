@@ -1,4 +1,4 @@
-"""What no honest client sends, to every route that takes a body: refused at once, never a 500."""
+"""Hostile bodies and headers, to every route that takes a body: an early 4xx, never a 500."""
 
 import json
 import time
@@ -15,11 +15,11 @@ from tests.conftest import make_settings
 from tests.contract.test_openapi import OPERATIONS, WITH_BODY, document
 from tests.support.service import API_KEY, Service
 
-# The longest that a body may hold up the event loop, and so everybody else.
+# Longest time for which a body may block the event loop.
 LIMIT_SECONDS = 0.05
 
 _CHAT = [{"role": "user", "content": "a"}]
-# The least that each route takes.
+# The smallest body that each route accepts.
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/generate": {"prompt": "a"},
     "/v1/chat": {"messages": _CHAT},
@@ -28,7 +28,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/tokenize": {"text": "a"},
 }
 
-# As much of it as security.max_body_bytes lets in.
+# As large as security.max_body_bytes allows.
 MEBIBYTE = 2**20
 UNREADABLE = {
     **NOT_JSON,
@@ -45,7 +45,7 @@ UNREADABLE = {
     "surrogates of a mebibyte": b'{"prompt": "' + b"\\ud800" * (MEBIBYTE // 6 - 10) + b'"}',
 }
 
-# Values that some field might not stand, as JSON or nearly so.
+# Values, as JSON or nearly JSON, that might break some field.
 HOSTILE = {
     "NaN": "NaN",
     "Infinity": "-Infinity",
@@ -70,16 +70,16 @@ each_route = pytest.mark.parametrize("path", BODIES)
 
 
 def test_every_route_with_a_body_is_here() -> None:
-    """A route that takes a body, and that anybody adds later, must be added here."""
+    """Every route that takes a body is tested here."""
     assert {f"POST {path}" for path in BODIES} == set(WITH_BODY)
 
 
 @each_route
 def test_what_cannot_be_read_is_400_at_once(echo_service: Service, path: str) -> None:
-    """However deep, long or broken a body is, it is 400 within 50 ms, the way there included."""
+    """A deep, long or broken body gets 400 within 50 ms of its sending."""
     with echo_service.client() as client:
         for name, body in UNREADABLE.items():
-            # The best of a few, as others use the machine, too.
+            # The best of five, because other programs use the machine too.
             best = min(_seconds_of_refusal(client, path, body) for _ in range(5))
             assert best < LIMIT_SECONDS, (name, best)
 
@@ -94,7 +94,7 @@ def _seconds_of_refusal(client: httpx.Client, path: str, body: bytes) -> float:
 
 @each_route
 def test_no_value_of_any_field_is_a_500(echo_service: Service, path: str) -> None:
-    """What is no JSON is 400; what no field can mean is 400 or 422, and anything else is served."""
+    """Invalid JSON gets 400, a wrong value 400 or 422, and anything else is served."""
     refused = 0
     with echo_service.client() as client:
         for field in _fields(path):
@@ -106,7 +106,7 @@ def test_no_value_of_any_field_is_a_500(echo_service: Service, path: str) -> Non
                 if name in NO_JSON:
                     assert response.status_code == 400, about
                     assert response.json()["error"]["code"] == "invalid_json", about
-                # Of a model that is not served here the answer is 404.
+                # A model that is not served gets 404.
                 expected = {400, 422, 404} if field == "model" else {400, 422}
                 assert response.status_code in {200, *expected}, about
                 refused += response.status_code != 200
@@ -116,7 +116,7 @@ def test_no_value_of_any_field_is_a_500(echo_service: Service, path: str) -> Non
 
 
 def _fields(path: str) -> list[str]:
-    """Every field of a route's body, those that are known and refused included."""
+    """Every field of a route's body, also those that are known and not supported."""
     operation = OPERATIONS[f"POST {path}"]
     content = operation["requestBody"]["content"]["application/json"]
     name = content["schema"]["$ref"].rpartition("/")[2]
@@ -125,7 +125,7 @@ def _fields(path: str) -> list[str]:
 
 @each_route
 def test_no_header_and_no_query_is_a_500(echo_service: Service, path: str) -> None:
-    """Bytes, digits and brackets without end in a header or an address are refused or ignored."""
+    """Invalid bytes and long values in a header or a query are rejected or ignored."""
     values = (b"\xff\xfe", b"\xed\xa0\x80", b"9" * 5000, b"NaN", b"[" * 5000)
     names = (
         *("X-Session-ID", "X-Request-Timeout", "Idempotency-Key", "X-Request-ID"),
@@ -141,7 +141,7 @@ def test_no_header_and_no_query_is_a_500(echo_service: Service, path: str) -> No
             assert client.post(f"{path}?{query.decode()}", json=BODIES[path]).status_code == 200
 
 
-# --- Faults without number ------------------------------------------------------------------------
+# --- Very many faults -----------------------------------------------------------------------------
 
 _BIAS = {f"x{i}": 1 for i in range(50_000)}
 FLOODS: dict[str, dict[str, Any]] = {
@@ -155,13 +155,13 @@ FLOODS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def unstarted() -> TestClient:
-    """An application whose engine was never started: what it refuses, it refuses before that."""
+    """An application whose engine was never started, which validation does not need."""
     return TestClient(create_app(make_settings()), headers={"X-API-Key": API_KEY})
 
 
 @pytest.mark.parametrize("name", FLOODS)
-def test_faults_without_number_are_one(unstarted: TestClient, name: str) -> None:
-    """A list of 50,000 faults, which takes half a second to write, is not written."""
+def test_very_many_faults_are_one(unstarted: TestClient, name: str) -> None:
+    """A body with 50,000 faults gets one error, since listing them would take half a second."""
     body = json.dumps({"model": "echo", "messages": _CHAT, **FLOODS[name]}).encode()
     error = check_error(
         post_bytes(unstarted, body, "/v1/chat/completions"), 400, "validation_error"
@@ -170,7 +170,7 @@ def test_faults_without_number_are_one(unstarted: TestClient, name: str) -> None
 
 
 def test_a_few_faults_are_described(unstarted: TestClient) -> None:
-    """As many as anybody makes by mistake: the first ones are named."""
+    """With as many faults as a person makes by mistake, the first ones are named."""
     body = {"prompt": "a", **{f"field{i}": i for i in range(MAX_FAULTS)}}
     response = unstarted.post("/v1/generate", json=body)
     assert "field0" in check_error(response, 422, "validation_error", "field0")["message"]

@@ -1,4 +1,4 @@
-"""What happens when clients stream, leave, and come in greater numbers than there are places.
+"""Clients that stream, that leave, and that are more than there are places.
 
 Everything runs as in production: uvicorn, its engine process, and real sockets. The echo engine
 takes a fixed time for a token, so an answer's length decides how long it takes.
@@ -64,8 +64,8 @@ def test_a_characters_bytes_are_never_split(slow_service: Service) -> None:
     assert streamed.last["finish_reason"] == "stop"
 
 
-def test_a_refusal_comes_before_the_stream(narrow: Service) -> None:
-    """What is refused at admission has an error's status, with stream: true as well."""
+def test_a_rejection_comes_before_the_stream(narrow: Service) -> None:
+    """A request that is rejected at admission has an error status, also with stream: true."""
     with narrow.client() as client:
         response = client.post("/v1/generate", json=generate("x" * 5000, stream=True))
         assert response.status_code == 422
@@ -90,7 +90,7 @@ def test_leaving_a_stream_frees_its_slot(slow_service: Service) -> None:
 
 
 def test_leaving_stops_the_engine_too(run_app: RunApp) -> None:
-    """The engine process stops working for a client that has left, not only the queue."""
+    """The engine process too stops working for a client that has left."""
     client = run_app(engine={"echo_step_seconds": STEP})
     engine = client.app.state.services.engine  # type: ignore[attr-defined]
     leaving = Leaving(json.dumps(generate(LONG, stream=True)).encode())
@@ -134,7 +134,7 @@ def test_leaving_the_queue_frees_the_place(narrow: Service) -> None:
 
 
 def test_leaving_a_queued_stream_frees_the_place(narrow: Service) -> None:
-    """The same holds for a stream that has been admitted and waits for its turn."""
+    """A stream that has been admitted and waits for its turn frees its place when it is left."""
     with open_stream(narrow, generate("x" * 30)) as found:
         with RawClient(narrow) as waiting:
             waiting.send(generate_request(generate(LONG, stream=True)))
@@ -219,7 +219,7 @@ def test_a_request_past_its_deadline_is_504() -> None:
 
 
 def test_a_malformed_request_does_not_stop_the_service(slow_service: Service) -> None:
-    """Garbage on the socket costs its connection only."""
+    """Garbage on a socket ends that connection only."""
     for garbage in (b"\x00" * 100, b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/chat HTTP/1.1\r\n\r\n"):
         with RawClient(slow_service) as client:
             client.send(garbage)

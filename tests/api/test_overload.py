@@ -1,9 +1,9 @@
-"""A full engine: what is refused, how early, and what is answered all the same."""
+"""A full engine: which requests are rejected, how early, and which are answered."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import cast
 
 import httpx
 import pytest
@@ -29,9 +29,9 @@ KEPT = {"prompt": "kept", "temperature": 0}
 
 
 @asynccontextmanager
-async def a_full_engine(**sections: Any) -> AsyncIterator[Client]:
-    """A service all of whose places are taken, after it has answered one request."""
-    async with start(engine={"max_running": 1, "max_waiting": 1}, **sections) as client:
+async def a_full_engine() -> AsyncIterator[Client]:
+    """A service with every place taken, after it has answered one request."""
+    async with start(engine={"max_running": 1, "max_waiting": 1}) as client:
         first = await client.http.post("/v1/generate", json=KEPT)
         assert first.status_code == 200
         places = [client.services.engine.admit("somebody") for _ in range(2)]
@@ -48,7 +48,7 @@ def code_of(response: httpx.Response) -> str:
 
 @pytest.mark.parametrize("path", ROUTES)
 async def test_a_request_without_a_place_is_not_even_parsed(path: str) -> None:
-    """With every place taken, no time goes into a body; each refusal is counted once."""
+    """With every place taken, a body is rejected unparsed, and each rejection is counted once."""
     async with a_full_engine() as client:
         for body in (b"{", b'{"unknown": 1}'):
             refused = await client.http.post(path, content=body)
@@ -61,8 +61,8 @@ async def test_a_request_without_a_place_is_not_even_parsed(path: str) -> None:
         assert registry.get_sample_value(name, labels) == 3
 
 
-async def test_who_may_not_ask_is_told_that_first() -> None:
-    """A full engine is nobody's business who has no key, or a key for something else."""
+async def test_a_key_is_checked_first() -> None:
+    """Without a key for it, a caller does not learn that the engine is full."""
     keys = [{"name": "scraper", "key": OTHER, "scopes": ["metrics"]}]
     async with start(
         engine={"max_running": 1, "max_waiting": 1}, security={"api_keys": keys}
@@ -75,8 +75,8 @@ async def test_who_may_not_ask_is_told_that_first() -> None:
             place.release()
 
 
-async def test_kept_answers_need_no_place() -> None:
-    """What was asked before is answered from the cache, for its own caller alone."""
+async def test_cached_answers_need_no_place() -> None:
+    """A repeated request is answered from the cache, for the same caller alone."""
     async with a_full_engine() as client:
         again = await client.http.post("/v1/generate", json=KEPT)
         assert again.status_code == 200
@@ -86,7 +86,7 @@ async def test_kept_answers_need_no_place() -> None:
 
 
 async def test_an_answer_under_way_is_shared_by_a_full_engine() -> None:
-    """The same question, asked while it is being answered, needs no place of its own."""
+    """A request that is sent again while it is being answered needs no second place."""
     async with start(
         engine={"max_running": 1, "max_waiting": 0, "echo_step_seconds": 0.02}
     ) as client:
@@ -101,7 +101,7 @@ async def test_an_answer_under_way_is_shared_by_a_full_engine() -> None:
 
 
 async def test_a_repeated_request_is_answered_by_its_idempotency_key() -> None:
-    """A client that lost its answer gets it, however full the engine is."""
+    """A client that lost its answer gets it from a full engine too."""
     async with start(engine={"max_running": 1, "max_waiting": 0}) as client:
         headers, asked = {"Idempotency-Key": "once"}, {"prompt": "a", "cache": False}
         first = await client.http.post("/v1/generate", json=asked, headers=headers)
@@ -113,15 +113,15 @@ async def test_a_repeated_request_is_answered_by_its_idempotency_key() -> None:
 
 
 async def test_what_needs_no_place_is_answered() -> None:
-    """Tokens are counted, and models are listed."""
+    """A full engine counts tokens and lists models."""
     async with a_full_engine() as client:
         counted = await client.http.post("/v1/tokenize", json={"text": "abc"})
         assert counted.json()["count"] == 3
         assert (await client.http.get("/v1/models")).status_code == 200
 
 
-def test_a_full_service_refuses_over_its_sockets() -> None:
-    """However a request comes, the refusal is the same, and the connection goes on."""
+def test_a_full_service_rejects_over_its_sockets() -> None:
+    """The rejection does not depend on how a request is sent, and the connection goes on."""
     body = b'{"prompt": "new"}'
     sized = f"Content-Length: {len(body)}"
     many = b'{"prompt": "%s"}' % (b"x" * 300_000)
@@ -155,7 +155,7 @@ def test_a_full_service_refuses_over_its_sockets() -> None:
 
 
 class CountingEngine:
-    """Says whether there is room, and counts how often it is asked."""
+    """An engine that is full or not, and counts how often it is asked."""
 
     state = EngineState.READY
 
@@ -166,18 +166,18 @@ class CountingEngine:
 
     @property
     def is_crowded(self) -> bool:
-        """Always, so that it is asked about each caller."""
+        """Always true, so that it is asked about each caller."""
         return True
 
     def check(self, _caller: str) -> None:
-        """Refuse while it is full."""
+        """Reject a caller while it is full."""
         self.asked += 1
         if self.is_full:
             raise OverloadedError(retry_after=1)
 
 
 def test_few_bodies_are_remembered() -> None:
-    """The oldest makes room; what is refused is not remembered, so that it is refused again."""
+    """The oldest body is forgotten first, and a rejected one is not remembered."""
     engine = CountingEngine()
     shedding = LoadShedding(cast("EngineClient", engine), remembered=2)
     for body in (b"1", b"2", b"2", b"3"):

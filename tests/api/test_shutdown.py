@@ -1,4 +1,4 @@
-"""What happens when the service is told to stop, or is killed."""
+"""Stopping the service, by a signal or by kill -9."""
 
 import os
 import signal
@@ -23,12 +23,12 @@ from tests.support.raw import KEY, LIVEZ, RawClient, generate_request, large_ans
 from tests.support.service import API_KEY, Service, running_service
 from tests.support.sse import piece_of
 
-# A service that was told to stop does not take that long unless it goes on working.
+# A service that has been told to stop takes longer only if it finishes its work.
 HALF_OF_THE_WORK = LONG_SECONDS / 2
 
 
 def test_sigterm_lets_streams_finish() -> None:
-    """New work is refused with 503 on an open port, and what runs is finished to its last token.
+    """After SIGTERM new work gets 503 on an open port, and running requests are finished.
 
     The engine process gets the signal, too, as from a service manager that sends it to all.
     """
@@ -45,7 +45,7 @@ def test_sigterm_lets_streams_finish() -> None:
             refused = ask(service, generate("x"))
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
             assert int(refused.headers["retry-after"]) >= 1
-            # A pooled connection that goes on would meet its end in mid-request.
+            # A pooled connection that stayed open would be closed during its next request.
             assert refused.headers["connection"] == "close"
             rest = rest_of(found)
             assert whole.result().json()["generated_text"] == "w" * 40
@@ -56,7 +56,7 @@ def test_sigterm_lets_streams_finish() -> None:
 
 
 def test_what_is_left_after_the_grace_ends_with_an_error() -> None:
-    """When the grace is over a stream ends with an error event, and a whole answer with 503."""
+    """When the grace is over, a stream ends with an error event and a whole answer with 503."""
     with running_service(
         ENGINE__ECHO_STEP_SECONDS=str(STEP), APP__SHUTDOWN_GRACE_SECONDS="0.3"
     ) as service:
@@ -77,7 +77,7 @@ def test_what_is_left_after_the_grace_ends_with_an_error() -> None:
 
 
 def test_an_idle_service_stops_at_once() -> None:
-    """Ctrl-C ends an idle service in order; an idle connection does not hold it up."""
+    """Ctrl-C ends an idle service with status 0; an idle connection does not delay it."""
     with running_service() as service, service.client() as client:
         client.get("/livez")
         service.process.send_signal(signal.SIGINT)
@@ -86,7 +86,7 @@ def test_an_idle_service_stops_at_once() -> None:
 
 
 def test_a_second_signal_ends_at_once() -> None:
-    """It cuts what runs short, and leaves no process."""
+    """A second signal ends the service at once, and no process is left."""
     with running_service(ENGINE__ECHO_STEP_SECONDS=str(STEP)) as service:
         with background(_ignored, service, LONG):
             service.wait_for_metric("llm_requests_running", 1)
@@ -100,7 +100,7 @@ def test_a_second_signal_ends_at_once() -> None:
 
 
 def test_a_half_sent_request_does_not_hold_up_the_end() -> None:
-    """It is waited for as long as the grace, and no longer."""
+    """The service waits for a half-sent request no longer than its grace."""
     with running_service(APP__SHUTDOWN_GRACE_SECONDS="0.3") as service:
         host, port = service.base_url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as half:
@@ -128,7 +128,7 @@ STAYING = {
 @pytest.mark.full_size
 @pytest.mark.parametrize("name", STAYING)
 def test_the_exit_is_within_the_grace_and_two_seconds(name: str) -> None:
-    """Whatever a client does that never leaves, the process is gone, with status 0."""
+    """A client that never leaves does not keep the process, which exits with status 0."""
     with (
         running_service(
             ENGINE__ECHO_STEP_SECONDS=str(STEP), APP__SHUTDOWN_GRACE_SECONDS=str(GRACE)
@@ -145,7 +145,7 @@ def test_the_exit_is_within_the_grace_and_two_seconds(name: str) -> None:
 
 
 def test_an_idle_service_answers_for_the_time_of_notice() -> None:
-    """Until a balancer can have noticed, an idle service says that it is not ready."""
+    """An idle service says that it is not ready until a balancer can have noticed."""
     with running_service(APP__SHUTDOWN_NOTICE_SECONDS="1") as service:
         service.process.terminate()
         service.wait_for(lambda: service.get("/readyz").status_code == 503, "not ready", 5)
@@ -154,7 +154,7 @@ def test_an_idle_service_answers_for_the_time_of_notice() -> None:
 
 @pytest.mark.parametrize("busy", [False, True], ids=["stopped", "at work"])
 def test_the_engine_does_not_outlive_a_killed_service(busy: bool) -> None:
-    """When the service is killed with -9 its engine process ends, at work or stopped."""
+    """When the service is killed with -9, its engine process ends, whether at work or stopped."""
     with running_service(ENGINE__ECHO_STEP_SECONDS=str(STEP)) as service:
         if busy:
             threading.Thread(target=_ignored, args=(service, LONG), daemon=True).start()

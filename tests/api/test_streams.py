@@ -1,4 +1,4 @@
-"""A stream is the unstreamed answer in pieces: on every route, and wherever it is cut."""
+"""A stream is the unstreamed answer in pieces, on every route and at every length."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 from tests.support.openai import chunks, user
 from tests.support.sse import piece_of
 
-# Four bytes, joined, combining, two code points for one flag, CJK: each byte is a token here.
+# Emoji, joined emoji, a combining accent, a flag of two code points, CJK. Each byte is a token.
 TEXT = "a😀👩‍👩‍👧e\u0301🇫🇷漢字नि!"
 
 ROUTES: dict[str, dict[str, Any]] = {
@@ -42,7 +42,7 @@ def streamed(client: TestClient, path: str, body: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_the_pieces_are_the_answer_wherever_it_is_cut(client: TestClient, path: str) -> None:
-    """For each number of tokens: the same text, whole characters only, and a part of the prompt."""
+    """For each number of tokens, stream and answer are the same text of whole characters."""
     asked = {**ROUTES[path], "cache": False}
     for max_tokens in range(1, len(TEXT.encode())):
         body = {**asked, "max_tokens": max_tokens}
@@ -50,7 +50,7 @@ def test_the_pieces_are_the_answer_wherever_it_is_cut(client: TestClient, path: 
         assert "".join(streamed(client, path, body)) == text
         assert "\ufffd" not in text
         assert TEXT.startswith(text)
-        # No more is held back than a character that is not complete.
+        # Only an incomplete character is held back.
         assert len(text.encode()) > max_tokens - 4
     assert whole(client, path, asked) == TEXT
     assert [piece for piece in streamed(client, path, asked) if piece] == list(TEXT)

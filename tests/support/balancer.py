@@ -1,4 +1,4 @@
-"""A small balancer, and clients that notice what it loses."""
+"""A small load balancer, and clients that count lost answers."""
 
 import asyncio
 import itertools
@@ -34,8 +34,8 @@ class _Backend:
 class Balancer:
     """Sends each request to an instance that is ready.
 
-    It repeats what an instance has refused, or has not accepted a connection for. What an instance
-    may have begun to work on it does not repeat, as no balancer does.
+    It repeats a request that an instance has rejected or has accepted no connection for, but not
+    one that an instance may have begun.
 
     Attributes:
         repeated: How often a request was sent elsewhere.
@@ -64,7 +64,7 @@ class Balancer:
             await asyncio.sleep(PROBE_SECONDS)
 
     async def post(self, body: dict[str, object]) -> httpx.Response:
-        """Have a request answered; whatever is not repeated is raised."""
+        """Have a request answered, by another instance if need be; other errors are raised."""
         while True:
             ready = [backend for backend in self._backends.values() if backend.ready]
             if not ready:
@@ -89,7 +89,7 @@ def _code(response: httpx.Response) -> str:
 
 @asynccontextmanager
 async def load(balancer: Balancer, clients: int) -> AsyncIterator[Counter[str]]:
-    """Clients that ask without a pause, every other time for a stream; counts what they got."""
+    """Clients that send requests without a pause, half of them streams; counts the outcomes."""
     outcomes: Counter[str] = Counter()
     stopping = asyncio.Event()
 
@@ -112,7 +112,7 @@ async def load(balancer: Balancer, clients: int) -> AsyncIterator[Counter[str]]:
 
 
 async def _outcome(balancer: Balancer, prompt: str, *, stream: bool) -> str:
-    """``whole``, or what was wrong with the answer."""
+    """``whole``, or a description of what was wrong with the answer."""
     try:
         response = await balancer.post(generate(prompt, stream=stream))
     except httpx.TransportError as error:

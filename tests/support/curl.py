@@ -1,11 +1,11 @@
-"""Running the curl commands of a page as they are written."""
+"""Runs the curl commands of a page as they are written."""
 
 import subprocess
 from dataclasses import dataclass
 
 from tests.support.service import API_KEY, Service
 
-# Put in front of a command so that it runs as it is written; the status comes last.
+# Put in front of a command. It sets options, and has curl write the status last.
 _CURL = (
     'curl() {{ command curl --silent --show-error --noproxy "*" --max-time {seconds} '
     "--write-out '\\n%{{http_code}}' \"$@\"; }}\n"
@@ -14,14 +14,14 @@ _CURL = (
 
 @dataclass(frozen=True)
 class Answered:
-    """What a command gave."""
+    """The response that a command printed."""
 
     status: int
     body: str
 
 
 def run_curl(service: Service, command: str, *, seconds: int = 100) -> Answered:
-    """Run a command through bash; only the address and the key are replaced by the service's."""
+    """Run a command in bash, with the address and the key of the service."""
     script = command.replace("http://localhost:8000", service.base_url)
     script = script.replace("your-api-key-here", API_KEY)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Very many connections at once that never become requests, and how probes fare meanwhile."""
+"""A flood of connections that never become requests, with probes meanwhile."""
 
 import resource
 import selectors
@@ -14,28 +14,28 @@ import pytest
 from tests.support.raw import KEY, LIVEZ, RawClient, post
 from tests.support.service import Service
 
-# Files that the process has open beside the connections.
+# Open files of this process beside the connections.
 _OTHER_FILES = 200
-# The longest that any of them may stay, before the test gives up.
+# Seconds after which the test gives up on a connection.
 _PATIENCE = 60.0
 # Seconds between two probes.
 _PAUSE = 0.02
 
-# What the clients send, one after the other, before they fall silent.
+# What the clients send, in turn, before they fall silent.
 _BEGINNINGS = (
     b"",
     LIVEZ[:9],
     LIVEZ[:-2],
     post(KEY, "Content-Length: 100", body=b'{"prompt": '),
     post("Content-Length: 100", body=b'{"prompt": '),
-    # Answered, and then kept for a next request.
+    # This one is answered, and then kept for the next request.
     LIVEZ,
 )
 
 
 @dataclass
 class Flood:
-    """What became of it.
+    """The outcome of a flood.
 
     Attributes:
         longest_open: Seconds from a client's last byte to its connection's end, at most.
@@ -56,7 +56,7 @@ def flooded(service: Service, count: int) -> Flood:
             client.send(beginning)
             clients[client] = time.monotonic()
         flood.longest_open = _until_all_have_ended(clients)
-    # The one that asks.
+    # The one that reads the metric.
     service.wait_for_metric("http_connections_open", 1)
     service.wait_for_metric("llm_requests_running", 0)
     return flood
@@ -64,7 +64,7 @@ def flooded(service: Service, count: int) -> Flood:
 
 @contextmanager
 def _files(count: int) -> Iterator[None]:
-    """Lets this process open so many files."""
+    """Allow this process this number of open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < count:
         pytest.fail(f"this needs {count} open files, and `ulimit -Hn` says {hard}")
@@ -78,7 +78,7 @@ def _files(count: int) -> Iterator[None]:
 
 @contextmanager
 def _probing(service: Service, seconds: list[float]) -> Iterator[None]:
-    """Asks /livez again and again on a thread; a probe that is not answered fails the test."""
+    """Ask /livez again and again on a thread; a probe without an answer fails the test."""
     enough = threading.Event()
     faults: list[BaseException] = []
 
@@ -104,7 +104,7 @@ def _probing(service: Service, seconds: list[float]) -> Iterator[None]:
 
 
 def _until_all_have_ended(clients: dict[RawClient, float]) -> float:
-    """The longest time that a client has waited for the end since it fell silent."""
+    """Longest time in seconds from a client's last byte to the end of its connection."""
     longest = 0.0
     left = time.monotonic() + _PATIENCE
     with selectors.DefaultSelector() as selector:

@@ -1,4 +1,4 @@
-"""HTTP as bytes on a socket: whatever a client may send, and what comes back."""
+"""HTTP as bytes on a socket, for requests that no HTTP client would send."""
 
 import socket
 import time
@@ -12,13 +12,13 @@ import msgspec
 
 from tests.support.service import API_KEY, Service
 
-# The longest that any of these tests waits for the service to say or do something.
+# Longest time in seconds that a test waits for the service.
 PATIENCE = 30.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One response; header names in small letters."""
+    """One response, with header names in lower case."""
 
     status: int
     headers: dict[str, str]
@@ -34,7 +34,7 @@ class Answer:
 def request(
     method: str, path: str, *headers: str, body: bytes = b"", host: str = "Host: localhost"
 ) -> bytes:
-    """A request as bytes, with the headers as they are given."""
+    """A request as bytes, with these headers and no others."""
     lines = [f"{method} {path} HTTP/1.1", host, *headers, "", ""]
     return "\r\n".join(line for line in lines[:-2] if line).encode() + b"\r\n\r\n" + body
 
@@ -49,18 +49,18 @@ KEY = f"X-API-Key: {API_KEY}"
 
 
 def post(*headers: str, body: bytes = b"", path: str = "/v1/generate") -> bytes:
-    """A POST with the headers as they are given, a length among them or not."""
+    """A POST with these headers; a length is not added."""
     return request("POST", path, *headers, body=body)
 
 
 def generate_request(body: dict[str, Any]) -> bytes:
-    """A whole request for a generation."""
+    """A whole request to /v1/generate."""
     content = msgspec.json.encode(body)
     return post(KEY, f"Content-Length: {len(content)}", body=content)
 
 
 def large_answers(*, stream: bool) -> bytes:
-    """Requests whose answers, 14 MB, are more than all buffers on the way to a client hold."""
+    """Requests with answers of 14 MB, more than all buffers on the way to a client hold."""
     body = {
         "model": "echo",
         "messages": [{"role": "user", "content": "\1" * 500}],
@@ -106,7 +106,7 @@ class RawClient:
         self.socket.close()
 
     def send(self, *pieces: bytes, pause: float = 0.0) -> None:
-        """Send pieces, each on its own where there is a pause between them."""
+        """Send pieces, with a pause in seconds after each."""
         for piece in pieces:
             self.socket.sendall(piece)
             time.sleep(pause)
@@ -142,14 +142,14 @@ class RawClient:
         return self.answer()
 
     def rest(self) -> bytes:
-        """What comes until the service ends the connection, which it must do."""
+        """All bytes until the service ends the connection, which it must do."""
         try:
             return self._file.read()
         except ConnectionResetError:
             return b""
 
     def ended(self) -> bool:
-        """Whether the service has ended the connection; what it has sent is thrown away."""
+        """Whether the service has ended the connection; what it has sent is discarded."""
         self.socket.setblocking(False)
         try:
             while self.socket.recv(65_536):
@@ -163,7 +163,7 @@ class RawClient:
         return True
 
     def drip(self, piece: bytes, pause: float = 0.05) -> None:
-        """Send a piece again and again, until the service has ended the connection."""
+        """Send a piece again and again until the service has ended the connection."""
         end = time.monotonic() + PATIENCE
         try:
             while not self.ended():
