@@ -17,8 +17,9 @@ from tests.support.sse import events, piece_of
 STEP = 0.05
 # 400 tokens, which take 20 seconds.
 LONG = "x" * 400
+LONG_SECONDS = len(LONG) * STEP
 # A tenth of that: an answer that is over by then was cut short.
-SOON = len(LONG) * STEP / 10
+SOON = LONG_SECONDS / 10
 # One or two tokens are usual between a client's leaving and the end of its answer.
 FEW_TOKENS = len(LONG) // 10
 
