@@ -77,6 +77,8 @@ class Flight:
         """The place has failed before the request was accepted: stop preparing the prompt."""
         self._error = error
         if self._task is not None:
+            # Nobody may join what is about to be cancelled.
+            self._on_end(self)
             self._task.cancel()
 
     def add(self, text: str, logprobs: Sequence[TokenLogprob] = ()) -> None:

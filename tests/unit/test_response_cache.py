@@ -218,6 +218,8 @@ async def test_a_place_that_fails_stops_the_preparation() -> None:
     reader = asyncio.create_task(read(flight))
     await asyncio.sleep(0)
     flight.failed(DeadlineExceededError())
+    # A request that comes in the same moment is not given up with it.
+    assert cache.generate("k", preparing) is not flight
     with pytest.raises(DeadlineExceededError):
         await reader
 
