@@ -68,11 +68,12 @@ class _Module:
 
     def __init__(self, path: Path, package: str) -> None:
         self._nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        self._path = path
         self._package = package
         self.defined = _defined(self._nodes)
 
     def uses(self, own: set[str]) -> Iterator[tuple[str, str]]:
-        """The private names of others: library and name, or "attribute" and name."""
+        """The private names of others, each with its library, its base class or "attribute"."""
         yield from self._imported()
         yield from self._overridden()
         for node in self._nodes:
@@ -113,20 +114,15 @@ class _Module:
 
     def _overridden(self) -> Iterator[tuple[str, str]]:
         """What the file's classes define that a base of another library has, too."""
-        named = {name: module for module, name in _imports(self._nodes) if name}
+        below = self._path.with_suffix("").parts[::-1]
+        inside = below[: below.index(self._package) + 1][::-1]
         for node in self._nodes:
             if not isinstance(node, ast.ClassDef):
                 continue
             mine = _defined(list(ast.walk(node))) - EXTENSION_POINTS
             for base in filter(None, map(_dotted, node.bases)) if mine else ():
-                first, _, rest = base.partition(".")
-                module = named.get(first)
-                library = (module or first).partition(".")[0]
-                if library == self._package or (module is None and not rest):
-                    continue
-                path = f"{module}.{base}" if module is not None else base
-                theirs = _names_of_class(*path.rpartition(".")[::2]) or frozenset()
-                yield from ((library, f"{path}.{name}") for name in mine & theirs)
+                theirs = _names_of_class(".".join(inside), base, self._package) or frozenset()
+                yield from ((base, name) for name in mine & theirs)
 
 
 def _imports(nodes: list[ast.AST]) -> Iterator[tuple[str, str]]:
@@ -179,28 +175,46 @@ def _source(module: str) -> tuple[list[ast.AST], bool] | None:
 
 
 @cache
-def _names_of_class(module: str, name: str) -> frozenset[str] | None:
-    """The private names of a class and its bases; ``None`` where the module has no such class."""
+def _names_of_class(module: str, name: str, without: str) -> frozenset[str] | None:
+    """The private names of a class and its bases, without those that a package itself defines.
+
+    Args:
+        module: Where the class is defined or imported.
+        name: Its name there, with dots where it is an attribute of another module.
+        without: The package.
+
+    Returns:
+        ``None`` where the module has no such class.
+    """
     found = _source(module)
     if found is None:
         return None
     nodes, is_package = found
     for node in nodes:
         if isinstance(node, ast.ClassDef) and node.name == name:
+            own = set() if module.partition(".")[0] == without else _defined(list(ast.walk(node)))
             bases = [base for base in map(_dotted, node.bases) if base and base != name]
-            inherited = (_names_of_class(module, base) or () for base in bases)
-            return frozenset(_defined(list(ast.walk(node))).union(*inherited))
+            return frozenset(own.union(*(_names_of_class(module, b, without) or () for b in bases)))
+    for origin in _origins(nodes, module.split(".")[: module.count(".") + is_package], name):
+        if (names := _names_of_class(*origin, without)) is not None:
+            return names
+    return None
+
+
+def _origins(nodes: list[ast.AST], package: list[str], name: str) -> Iterator[tuple[str, str]]:
+    """Where a module may have a class from: the modules, and the class's name in each."""
     first, _, rest = name.partition(".")
     for node in nodes:
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        parts = module.split(".")
-        package = parts[: len(parts) + is_package - node.level] if node.level else []
-        origin = ".".join(filter(None, [*package, node.module]))
-        for alias in node.names:
-            if alias.name == "*" and (names := _names_of_class(origin, name)) is not None:
-                return names
-            if (alias.asname or alias.name) == first:
-                inside = f"{origin}.{alias.name}" if rest else origin
-                return _names_of_class(inside, rest or alias.name)
-    return None
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                known = f"{alias.asname or alias.name}."
+                if name.startswith(known):
+                    yield alias.name, name.removeprefix(known)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            origin = ".".join(filter(None, [*above, node.module]))
+            for alias in node.names:
+                if alias.name == "*":
+                    yield origin, name
+                elif (alias.asname or alias.name) == first:
+                    yield (f"{origin}.{alias.name}", rest) if rest else (origin, alias.name)
