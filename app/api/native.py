@@ -32,11 +32,7 @@ class NativeShape(Shape):
 
 
 class GenerateShape(NativeShape):
-    """Answers of POST /v1/generate.
-
-    Args:
-        prompt: As it was sent.
-    """
+    """Answers of POST /v1/generate, with the prompt as it was sent."""
 
     def __init__(self, prompt: str) -> None:
         self._prompt = prompt
@@ -58,11 +54,7 @@ class GenerateShape(NativeShape):
 
 
 class ChatShape(NativeShape):
-    """Answers of POST /v1/chat.
-
-    Args:
-        session_id: The conversation's name, where it has one.
-    """
+    """Answers of POST /v1/chat, with the session's name where there is one."""
 
     def __init__(self, session_id: str | None) -> None:
         self._session = {"session_id": session_id} if session_id else {}

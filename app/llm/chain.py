@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from langchain.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.callbacks import (
@@ -25,13 +25,13 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableSequence
 from langchain_huggingface import HuggingFacePipeline
 from pydantic import ConfigDict
 
-from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator, TextPiece
+from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
 from app.llm.protocol import SAMPLING_FIELDS
 from app.llm.system_prompt import with_system_prompt
 from app.llm.tools import ChatMessage, Tool
 
 T = TypeVar("T")
-Pieces = AsyncGenerator[TextPiece, None]
+Pieces = AsyncGenerator[str, None]
 
 _MESSAGE_CLASSES: dict[str, Callable[..., AnyMessage]] = {
     "system": SystemMessage,
@@ -69,9 +69,12 @@ class ServedPipeline(HuggingFacePipeline):  # type: ignore[misc]
         **kwargs: Any,
     ) -> AsyncGenerator[GenerationChunk, None]:
         async for piece in self.generator.stream(prompt, _merge(self.options, stop, kwargs)):
-            info = _generation_info(piece.report) if piece.report else None
-            # Validation would make a plain string of the piece.
-            chunk = GenerationChunk.model_construct(text=piece, generation_info=info)
+            if piece.report is None and not piece.logprobs:
+                chunk = GenerationChunk(text=piece)
+            else:
+                # Validation would make a plain string of the piece.
+                info = _generation_info(piece.report) if piece.report is not None else None
+                chunk = GenerationChunk.model_construct(text=piece, generation_info=info)
             if run_manager is not None:
                 await run_manager.on_llm_new_token(piece, chunk=chunk)
             yield chunk
@@ -272,8 +275,8 @@ class Chains:
         )
 
     def stream_text(self, prompt: str, options: GenerationOptions) -> Pieces:
-        """Continue a bare prompt; the pieces are those of :meth:`TextGenerator.stream`."""
-        return cast("Pieces", self._text.astream({"prompt": prompt}, options=options))
+        """Continue a bare prompt; a piece with logprobs or a report is a :class:`TextPiece`."""
+        return self._text.astream({"prompt": prompt}, options=options)
 
     def stream_chat(
         self,
@@ -281,12 +284,12 @@ class Chains:
         options: GenerationOptions,
         tools: Sequence[Tool] = (),
     ) -> Pieces:
-        """Answer a chat; the pieces are those of :meth:`TextGenerator.stream`."""
+        """Answer a chat; the pieces are as in :meth:`stream_text`."""
         renderer = ChatRenderer(self._generator, tools)
         chain = StreamingSequence(
             first=self._chat_prompt, middle=[renderer, self.pipeline], last=self._parser
         )
-        return cast("Pieces", chain.astream({"messages": chat_messages(messages)}, options=options))
+        return chain.astream({"messages": chat_messages(messages)}, options=options)
 
 
 def chat_messages(messages: Sequence[ChatMessage]) -> list[AnyMessage]:

@@ -231,11 +231,6 @@ class TextGenerator:
 class AnswerText:
     """The text of one answer, made from its tokens as they come.
 
-    Args:
-        tokenizer: Of the model that answers.
-        options: What the caller asked.
-        prompt_tokens: Tokens of the prompt, for the report.
-
     Attributes:
         report: How the answer ended, once it has.
         stopped: Whether a stop string ended it, of which the engine does not know.

@@ -81,9 +81,8 @@ class Flight:
             self._on_end(self)
             self._task.cancel()
 
-    def add(self, text: str, logprobs: Sequence[TokenLogprob] = ()) -> None:
-        """Bring readers a further piece of the answer."""
-        self.logprobs += logprobs
+    def add(self, text: str) -> None:
+        """Bring readers a further piece of the answer; its log-probabilities come first."""
         if text:
             self.text.append(text)
             self._announce()

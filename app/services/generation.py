@@ -139,8 +139,10 @@ class GenerationService:
         report: GenerationReport | None = None
         async with aclosing(self._stream(job, options)) as pieces:
             async for piece in pieces:
-                report = piece.report
-                flight.add(screen.feed(piece), piece.logprobs)
+                if isinstance(piece, TextPiece):
+                    flight.logprobs += piece.logprobs
+                    report = piece.report
+                flight.add(screen.feed(piece))
                 if screen.blocked:
                     place.finish()
                     break
@@ -152,7 +154,7 @@ class GenerationService:
             raise InternalError
         return replace(report, token_ids=()) if screen.changed else report
 
-    def _stream(self, job: Job, options: GenerationOptions) -> AsyncGenerator[TextPiece, None]:
+    def _stream(self, job: Job, options: GenerationOptions) -> AsyncGenerator[str, None]:
         chains = self._chains()
         if job.prompt is not None:
             return chains.stream_text(job.prompt, options)

@@ -83,10 +83,8 @@ class Screening:
 class AnswerScreen:
     """One answer as its caller may see it; the text does not depend on where it is cut.
 
-    Args:
-        outgoing: Takes out template tokens, and ends the answer at a blocked pattern.
-        redactor: Takes out personal data; ``None`` where that is off.
-        count: Told how many of each kind were taken out.
+    ``outgoing`` takes out template tokens and ends the answer at a blocked pattern; ``redactor``
+    takes out personal data, and ``count`` is told how many of each kind.
     """
 
     def __init__(

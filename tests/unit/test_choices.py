@@ -111,7 +111,8 @@ async def test_logprobs_come_with_the_text_they_belong_to() -> None:
     go = asyncio.Event()
 
     async def generate() -> GenerationReport:
-        flight.add("a", entries)
+        flight.logprobs += entries
+        flight.add("a")
         for piece in ("b", "c"):
             await go.wait()
             go.clear()
