@@ -65,13 +65,9 @@ async def respond(
     *,
     stream: bool,
 ) -> Response:
-    """Open the answers and send them, as a stream or whole.
+    """Open the answers and send them in their shape, as a stream or whole.
 
-    Args:
-        request: Of the caller; when it leaves, generating ends.
-        openings: Each opens one answer.
-        shape: How they are written.
-        stream: Whether to send events as they come.
+    Each of ``openings`` opens one answer. When the caller leaves, generating ends.
 
     Raises:
         ServiceError: An answer was refused, or broke off before the response began.

@@ -25,8 +25,9 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableSequence
 from langchain_huggingface import HuggingFacePipeline
 from pydantic import ConfigDict
 
-from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
+from app.llm.generator import GenerationOptions, TextGenerator
 from app.llm.protocol import SAMPLING_FIELDS
+from app.llm.report import GenerationReport
 from app.llm.system_prompt import with_system_prompt
 from app.llm.tools import ChatMessage, Tool
 

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Self
 
 from app.llm.client.admission import Place
 from app.llm.client.client import EngineClient
@@ -17,6 +17,7 @@ from app.llm.protocol import (
     SamplingParams,
     TokenEvent,
 )
+from app.llm.report import FinishReason, GenerationReport, TokenLogprob
 from app.llm.system_prompt import with_system_prompt
 from app.llm.tokenizer import PromptTokenizer
 from app.llm.tools import ChatMessage, Tool, ToolFormat
@@ -26,8 +27,6 @@ from app.utils.errors import (
     UnsupportedParameterError,
     ValidationFailedError,
 )
-
-FinishReason = Literal["stop", "length", "content_filter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,41 +50,6 @@ class GenerationOptions:
     logprobs: int | None = None
     grammar: Grammar | None = None
     place: Place | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token and its log-probability.
-
-    Attributes:
-        token: Its bytes; a character of the text may span several tokens.
-        logprob: Natural logarithm of its probability, by the model alone.
-        start: Where in the text it begins, in characters.
-        top: The likeliest tokens of its place and their log-probabilities, likeliest first.
-    """
-
-    token: bytes
-    logprob: float
-    start: int
-    top: tuple[tuple[bytes, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationReport:
-    """How a generation ended.
-
-    Attributes:
-        cached_tokens: Prompt tokens that were in the KV cache.
-        completion_tokens: Tokens generated, the end-of-sequence token included.
-        token_ids: The answer's tokens without the one that ended it; empty where they are not
-            exactly the text, as after a stop string.
-    """
-
-    finish_reason: FinishReason
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    token_ids: tuple[int, ...] = ()
 
 
 class TextPiece(str):

@@ -4,8 +4,8 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.llm.generator import GenerationReport, TokenLogprob
 from app.llm.protocol import Grammar
+from app.llm.report import GenerationReport, TokenLogprob
 from app.llm.tool_calls import Piece, ToolCallParser
 from app.llm.tools import ChatMessage, ToolUse
 from app.services.flights import Flight

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from app.llm.generator import GenerationReport, TokenLogprob
+from app.llm.report import GenerationReport, TokenLogprob
 from app.utils.errors import InternalError, ServiceError
 
 

@@ -12,8 +12,9 @@ from app.core.config.security import SecuritySettings
 from app.core.usage import UsageLedger
 from app.llm.client.admission import Place
 from app.llm.client.client import EngineClient
-from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator, TextPiece
+from app.llm.generator import GenerationOptions, TextGenerator, TextPiece
 from app.llm.protocol import Grammar, SamplingParams
+from app.llm.report import GenerationReport
 from app.llm.system_prompt import SYSTEM_PROMPT
 from app.llm.tool_calls import ToolCallParser
 from app.llm.tools import ChatMessage, Tool, ToolUse

@@ -9,7 +9,7 @@ import msgspec
 from app.core.cache import BoundedCache
 from app.core.config import CacheSettings
 from app.core.metrics import Metrics
-from app.llm.generator import GenerationReport
+from app.llm.report import GenerationReport
 from app.services.flights import Flight
 
 # What an entry takes beside its text: keys, numbers, and Python's own overhead.

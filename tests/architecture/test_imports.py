@@ -117,7 +117,11 @@ def longest_chain(folder: Path) -> list[str]:
 
     @cache
     def chain(module: str) -> list[str]:
-        imported = set(imported_at_start(paths[module])) & paths.keys() - {module}
+        names = set(imported_at_start(paths[module]))
+        # Importing a module of a package imports the package, unless that is where we are.
+        names |= {name.rpartition(".")[0] for name in names & paths.keys()}
+        ours = {name for name in names if not f"{module}.".startswith(f"{name}.")}
+        imported = ours & paths.keys()
         return [module, *max(map(chain, imported), key=len, default=[])]
 
     return max(map(chain, paths), key=len)

@@ -157,9 +157,11 @@ async def test_leaving_a_stream_frees_the_engine(
             await asyncio.sleep(0.01)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while engine.client.queue.snapshot().running or engine.client.stats.running:  # noqa: ASYNC110 - polls another process
             await asyncio.sleep(0.01)
+    # It did not simply come to its end.
+    assert engine.value("llm_requests_cancelled_total") == 1
 
 
 async def test_an_engine_error_reaches_the_caller_at_once(pipeline: ServedPipeline) -> None:

@@ -14,8 +14,9 @@ import pytest
 import pytest_asyncio
 
 from app.llm.detokenizer import Detokenizer
-from app.llm.generator import GenerationOptions, GenerationReport, TextGenerator
+from app.llm.generator import GenerationOptions, TextGenerator
 from app.llm.protocol import JsonSchemaGrammar
+from app.llm.report import GenerationReport
 from app.utils.errors import (
     ContextLengthExceededError,
     DeadlineExceededError,

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from app.llm.generator import GenerationReport
+from app.llm.report import GenerationReport
 from app.services.flights import Flight
 from app.utils.errors import DeadlineExceededError, OverloadedError, ServiceError
 from tests.engine.test_client import collect, idle, request

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from app.llm.generator import GenerationReport, TokenLogprob
+from app.llm.report import GenerationReport, TokenLogprob
 from app.services.answers import Answer
 from app.services.choices import Choices, open_choices
 from app.services.flights import Flight

@@ -6,7 +6,7 @@ import pytest
 
 from app.core.config import CacheSettings
 from app.core.metrics import Metrics
-from app.llm.generator import GenerationReport
+from app.llm.report import GenerationReport
 from app.services.answers import Answer
 from app.services.flights import Flight
 from app.services.response_cache import ResponseCache, cache_key

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from app.api.openai.answers import ChatCompletion, Completion, OpenAIAnswer
 from app.api.respond import Event, Shape, usage
-from app.llm.generator import TokenLogprob
 from app.llm.protocol import EngineInfo
+from app.llm.report import TokenLogprob
 from app.llm.tool_calls import CallPiece, Piece
 from app.services.answers import Answer
 
