@@ -149,7 +149,7 @@ class ClientAddress:
         self._uvicorn_configured = "FORWARDED_ALLOW_IPS" in os.environ
 
     def of(self, client: tuple[str, int] | None, headers: Mapping[str, str]) -> str:
-        """The nearest address that is no trusted proxy's; ``unknown`` when it is no IP address."""
+        """What counts the nearest client that is no trusted proxy; see :func:`counted_by`."""
         if client is None:
             return "unknown"
         peer, port = client
@@ -158,7 +158,7 @@ class ClientAddress:
         forwarded = [a.strip() for a in headers.get("x-forwarded-for", "").split(",") if a.strip()]
         while forwarded and self.is_trusted(peer):
             peer = forwarded.pop()
-        return peer if _parse(peer) else "unknown"
+        return counted_by(peer) or "unknown"
 
     def is_trusted(self, address: str) -> bool:
         """Whether this is a trusted proxy's address."""
@@ -166,8 +166,23 @@ class ClientAddress:
         return parsed is not None and any(parsed in network for network in self._trusted)
 
 
+def counted_by(address: str) -> str | None:
+    """An IPv4 address, or the /64 of an IPv6 address; ``None`` if it is no IP address.
+
+    A client that has one IPv6 address has the 2⁶⁴ of its network. Every spelling of an address
+    gives the same result.
+    """
+    parsed = _parse(address)
+    if isinstance(parsed, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((int(parsed), 64), strict=False))
+    return parsed and str(parsed)
+
+
 def _parse(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(address)
+        parsed = ipaddress.ip_address(address)
     except ValueError:
         return None
+    # A socket for both families spells an IPv4 client as ::ffff:192.0.2.1.
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return mapped or parsed

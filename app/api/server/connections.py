@@ -7,7 +7,6 @@ only displaces itself. When none waits, a new connection may carry a health prob
 """
 
 import asyncio
-import ipaddress
 from collections import Counter
 from typing import Protocol
 
@@ -15,7 +14,7 @@ from app.core.config.server import ServerSettings
 from app.core.logging import get_logger
 from app.core.metrics import Metrics
 from app.core.open_files import allow_open_files
-from app.core.rate_limit import ClientAddress
+from app.core.rate_limit import ClientAddress, counted_by
 
 log = get_logger()
 
@@ -118,7 +117,4 @@ class Connections:
         """An IPv4 address or an IPv6 network; ``None`` for trusted proxies and Unix sockets."""
         if host is None or self._addresses.is_trusted(host):
             return None
-        if ":" not in host or "." in host:
-            return host
-        # A client that has one IPv6 address has the 2⁶⁴ of its network.
-        return str(ipaddress.ip_network((host.partition("%")[0], 64), strict=False))
+        return counted_by(host)
