@@ -175,7 +175,7 @@ def counted_by(address: str) -> str | None:
     parsed = _parse(address)
     if isinstance(parsed, ipaddress.IPv6Address):
         return str(ipaddress.ip_network((int(parsed), 64), strict=False))
-    return parsed and str(parsed)
+    return None if parsed is None else str(parsed)
 
 
 def _parse(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -4,8 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from cachetools import TTLCache
-
+from app.core.cache import SharedCache
 from app.core.config import ChatHistorySettings
 from app.utils.errors import SessionBusyError
 
@@ -60,7 +59,7 @@ class Session:
 
 
 class SessionStore:
-    """All conversations; the least recently used ones are evicted first.
+    """All conversations; the least recently used ones of the largest owner are evicted first.
 
     Not thread-safe: the event loop owns it.
     """
@@ -68,24 +67,23 @@ class SessionStore:
     def __init__(
         self, settings: ChatHistorySettings, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._max_sessions = settings.max_sessions
         self._max_messages = settings.max_messages
         self.ttl_seconds = settings.ttl_seconds
-        self._sessions: TTLCache[tuple[str, str], Session] = TTLCache(
-            maxsize=settings.max_bytes,
-            ttl=settings.ttl_seconds,
-            timer=clock,
-            getsizeof=lambda session: session.size + _MESSAGE_OVERHEAD_BYTES,
+        self._sessions: SharedCache[Session] = SharedCache(
+            max_entries=settings.max_sessions,
+            max_bytes=settings.max_bytes,
+            ttl_seconds=settings.ttl_seconds,
+            size_of=lambda session: session.size + _MESSAGE_OVERHEAD_BYTES,
+            clock=clock,
         )
 
     def __len__(self) -> int:
         """Conversations that have not expired."""
-        self._sessions.expire()
         return len(self._sessions)
 
     def find(self, owner: str, session_id: str) -> Session | None:
         """A conversation of ``owner``, or ``None``; other owners' conversations are not found."""
-        return self._sessions.get((owner, session_id))
+        return self._sessions.get(owner, session_id)
 
     def begin_turn(self, owner: str, session_id: str) -> Session:
         """Begin a turn of an existing or a new conversation; end it with :meth:`end_turn`.
@@ -98,7 +96,7 @@ class SessionStore:
             raise SessionBusyError
         session.busy = True
         # Stored already now, so that a second turn finds that the first is in progress.
-        self._keep(session)
+        self._sessions.put(owner, session_id, session)
         return session
 
     def end_turn(
@@ -106,33 +104,22 @@ class SessionStore:
     ) -> None:
         """End a turn and store its messages; without ``added`` the conversation does not change."""
         session.busy = False
-        key = (session.owner, session.id)
         if session.forgotten:
             return
         if not added:
             if not session.messages:
-                self._sessions.pop(key, None)
+                self._sessions.pop(session.owner, session.id)
             return
         session.system = system
         messages = [*session.messages, *added][-self._max_messages :]
         while messages and messages[0].role != "user":
             del messages[0]
         session.messages = messages
-        self._keep(session)
-
-    def _keep(self, session: Session) -> None:
-        key = (session.owner, session.id)
-        self._sessions.pop(key, None)
-        self._sessions.expire()
-        if session.size + _MESSAGE_OVERHEAD_BYTES > self._sessions.maxsize:
-            return
-        while len(self._sessions) >= self._max_sessions:
-            self._sessions.popitem()
-        self._sessions[key] = session
+        self._sessions.put(session.owner, session.id, session)
 
     def forget(self, owner: str, session_id: str) -> bool:
         """Delete a conversation; ``False`` when there is none."""
-        session = self._sessions.pop((owner, session_id), None)
+        session = self._sessions.pop(owner, session_id)
         if session is None:
             return False
         session.forgotten = True

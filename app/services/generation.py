@@ -77,10 +77,10 @@ class GenerationService:
         """
         options = self._options(job)
         key = self._cache_key(job, options) if job.cache else None
-        kept = self._cache.lookup(key)
+        kept = self._cache.lookup(job.caller, key)
         answer = Answer(
             self._engine.model_label,
-            kept or self._cache.generate(key, partial(self._generate, job, options)),
+            kept or self._cache.generate(job.caller, key, partial(self._generate, job, options)),
             cached=kept is not None,
             deadline=job.deadline,
             parser=self._parser(job.tools),

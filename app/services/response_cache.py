@@ -2,11 +2,12 @@
 
 import hashlib
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import msgspec
 
-from app.core.cache import BoundedCache
+from app.core.cache import SharedCache
 from app.core.config import CacheSettings
 from app.core.metrics import Metrics
 from app.llm.report import GenerationReport
@@ -28,7 +29,7 @@ class ResponseCache:
         self._enabled = settings.enabled
         self._metrics = metrics
         self._flights: dict[str, Flight] = {}
-        self._cache: BoundedCache[Flight] = BoundedCache(
+        self._cache: SharedCache[Flight] = SharedCache(
             max_entries=settings.size,
             max_bytes=settings.max_bytes,
             ttl_seconds=settings.ttl_seconds,
@@ -36,21 +37,22 @@ class ResponseCache:
         )
         metrics.cache_entries.set_function(lambda: len(self._cache))
 
-    def lookup(self, key: str | None) -> Flight | None:
-        """A kept answer, as a generation that has ended.
+    def lookup(self, caller: str, key: str | None) -> Flight | None:
+        """A caller's kept answer, as a generation that has ended.
 
         Args:
+            caller: Id of the API key.
             key: From :func:`cache_key`; ``None`` for a request that wants no cache.
         """
         if key is None or not self._enabled:
             return None
-        stored = self._cache.get(key)
+        stored = self._cache.get(caller, key)
         if stored is None:
             return None
         self._metrics.cache_requests.labels("hit").inc()
         return stored.again()
 
-    def generate(self, key: str | None, generate: Generate) -> Flight:
+    def generate(self, caller: str, key: str | None, generate: Generate) -> Flight:
         """A new generation, or the one of the same key that is under way."""
         if key is None or not self._enabled:
             self._metrics.cache_requests.labels("bypass").inc()
@@ -60,15 +62,15 @@ class ResponseCache:
             return joined
         else:
             self._metrics.cache_requests.labels("miss").inc()
-            flight = self._flights[key] = Flight(lambda ended: self._landed(key, ended))
+            flight = self._flights[key] = Flight(partial(self._landed, caller, key))
         flight.start(generate(flight))
         return flight
 
-    def _landed(self, key: str, flight: Flight) -> None:
+    def _landed(self, caller: str, key: str, flight: Flight) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
         if flight.report is not None:
-            self._cache.put(key, flight.again())
+            self._cache.put(caller, key, flight.again())
 
     def statistics(self) -> dict[str, int]:
         """How the cache is doing."""

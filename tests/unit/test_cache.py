@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.core.cache import BoundedCache
+from app.core.cache import BoundedCache, SharedCache
 
 
 @dataclass
@@ -123,3 +123,49 @@ def test_the_bounds_always_hold(steps: list[tuple[str, int, float]]) -> None:
         for other, at in made.items():
             if cache.get(other) is not None:
                 assert clock.now - at < 10
+
+
+def new_shared(clock: Clock, max_entries: int = 10) -> SharedCache[str]:
+    """A cache for 100 bytes and ten seconds."""
+    return SharedCache(
+        max_entries=max_entries, max_bytes=100, ttl_seconds=10, size_of=len, clock=clock
+    )
+
+
+@pytest.mark.parametrize("size", [1, 20])
+def test_no_owner_evicts_the_values_of_one_that_has_less(clock: Clock, size: int) -> None:
+    """However many values one owner puts, the few of another stay; both bounds hold."""
+    cache = new_shared(clock)
+    cache.put("small", "a", "x" * size)
+    cache.put("small", "b", "y" * size)
+    for i in range(50):
+        cache.put("large", f"{i}", "z" * size)
+        statistics = cache.statistics()
+        assert statistics["entries"] == len(cache) <= 10
+        assert statistics["bytes"] <= 100
+    assert cache.get("small", "a") == "x" * size
+    assert cache.get("small", "b") == "y" * size
+    assert cache.get("large", "49") == "z" * size
+    assert cache.get("large", "a") is None
+
+
+def test_an_owner_gets_its_share_of_a_full_cache(clock: Clock) -> None:
+    """Where one owner has filled the cache, another one's values take the place of its oldest."""
+    cache = new_shared(clock)
+    for i in range(10):
+        cache.put("first", f"{i}", "x")
+    for i in range(10):
+        cache.put("second", f"{i}", "y")
+    kept = {
+        owner: [k for k in "0123456789" if cache.get(owner, k)] for owner in ("first", "second")
+    }
+    assert kept == {"first": list("56789"), "second": list("56789")}
+
+
+def test_a_value_of_an_owner_can_be_removed(clock: Clock) -> None:
+    """Removing a value returns it, once, and touches no other owner's."""
+    cache = new_shared(clock)
+    cache.put("a", "k", "x")
+    cache.put("b", "k", "y")
+    assert (cache.pop("a", "k"), cache.pop("a", "k")) == ("x", None)
+    assert (cache.get("a", "k"), cache.get("b", "k")) == (None, "y")

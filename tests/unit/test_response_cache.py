@@ -71,12 +71,12 @@ async def test_identical_requests_run_once_and_all_get_the_answer() -> None:
     """Fifty readers of one key share one generation, and the answer is kept."""
     cache, metrics = make_cache()
     generation = Generation()
-    readers = [asyncio.create_task(read(cache.generate("k", generation))) for _ in range(50)]
+    readers = [asyncio.create_task(read(cache.generate("me", "k", generation))) for _ in range(50)]
     await asyncio.sleep(0)
     generation.go.set()
     assert await asyncio.gather(*readers) == ["012"] * 50
     assert generation.started == 1
-    stored = cache.lookup("k")
+    stored = cache.lookup("me", "k")
     assert stored is not None
     assert await read(stored) == "012"
     value = metrics.registry.get_sample_value
@@ -90,9 +90,9 @@ async def test_the_first_reader_may_leave() -> None:
     """Whoever asked first has no more right to the generation than the others."""
     cache, _ = make_cache()
     generation = Generation()
-    first = asyncio.create_task(read(cache.generate("k", generation)))
+    first = asyncio.create_task(read(cache.generate("me", "k", generation)))
     await asyncio.sleep(0)
-    second = asyncio.create_task(read(cache.generate("k", generation)))
+    second = asyncio.create_task(read(cache.generate("me", "k", generation)))
     await asyncio.sleep(0)
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
@@ -105,12 +105,12 @@ async def test_the_last_reader_to_leave_ends_the_generation() -> None:
     """Nobody left: the generation is cancelled at once, nothing is kept, a new one starts."""
     cache, _ = make_cache()
     generation = Generation()
-    readers = [asyncio.create_task(read(cache.generate("k", generation))) for _ in range(3)]
+    readers = [asyncio.create_task(read(cache.generate("me", "k", generation))) for _ in range(3)]
     await asyncio.sleep(0.01)
     for reader in readers:
         reader.cancel()
     await asyncio.gather(*readers, return_exceptions=True)
-    late = asyncio.create_task(read(cache.generate("k", generation)))
+    late = asyncio.create_task(read(cache.generate("me", "k", generation)))
     await asyncio.sleep(0.01)
     assert (generation.started, generation.closed) == (2, 1)
     generation.go.set()
@@ -125,10 +125,10 @@ async def test_an_error_reaches_every_reader_and_is_not_kept() -> None:
         raise OverloadedError
 
     results = await asyncio.gather(
-        *(read(cache.generate("k", failing)) for _ in range(3)), return_exceptions=True
+        *(read(cache.generate("me", "k", failing)) for _ in range(3)), return_exceptions=True
     )
     assert [type(r) for r in results] == [OverloadedError] * 3
-    assert cache.lookup("k") is None
+    assert cache.lookup("me", "k") is None
 
 
 async def test_an_answer_that_breaks_off_is_not_kept() -> None:
@@ -139,14 +139,14 @@ async def test_an_answer_that_breaks_off_is_not_kept() -> None:
         flight.add("half")
         raise InternalError
 
-    answer = Answer("m", cache.generate("k", cut))
+    answer = Answer("m", cache.generate("me", "k", cut))
     await answer.until_accepted()
     pieces = answer.pieces()
     assert await anext(pieces) == (answer, "half")
     with pytest.raises(InternalError):
         await anext(pieces)
     await answer.aclose()
-    assert cache.lookup("k") is None
+    assert cache.lookup("me", "k") is None
 
 
 async def test_no_key_means_no_cache() -> None:
@@ -154,8 +154,8 @@ async def test_no_key_means_no_cache() -> None:
     cache, _ = make_cache()
     generation = Generation()
     generation.go.set()
-    assert await read(cache.generate(None, generation)) == "012"
-    assert await read(cache.generate(None, generation)) == "012"
+    assert await read(cache.generate("me", None, generation)) == "012"
+    assert await read(cache.generate("me", None, generation)) == "012"
     assert generation.started == 2
     assert cache.statistics()["entries"] == 0
 
@@ -165,8 +165,8 @@ async def test_each_kept_answer_has_an_id_of_its_own() -> None:
     cache, _ = make_cache()
     generation = Generation()
     generation.go.set()
-    await read(cache.generate("k", generation))
-    first, second = cache.lookup("k"), cache.lookup("k")
+    await read(cache.generate("me", "k", generation))
+    first, second = cache.lookup("me", "k"), cache.lookup("me", "k")
     assert first is not None
     assert second is not None
     assert first.id != second.id
@@ -175,7 +175,7 @@ async def test_each_kept_answer_has_an_id_of_its_own() -> None:
 def test_switched_off_it_keeps_nothing() -> None:
     """With cache.enabled false a look-up never hits."""
     cache = ResponseCache(CacheSettings(enabled=False), Metrics())
-    assert cache.lookup("k") is None
+    assert cache.lookup("me", "k") is None
 
 
 @pytest.mark.parametrize("pieces", [0, 1, 200])
@@ -183,9 +183,9 @@ async def test_a_slow_reader_gets_everything(pieces: int) -> None:
     """A reader that comes late, or lags, misses nothing."""
     cache, _ = make_cache()
     generation = Generation(pieces)
-    early = Answer("m", cache.generate("k", generation))
+    early = Answer("m", cache.generate("me", "k", generation))
     await early.until_accepted()
-    late = asyncio.create_task(read(cache.generate("k", generation)))
+    late = asyncio.create_task(read(cache.generate("me", "k", generation)))
     generation.go.set()
     expected = "".join(str(i) for i in range(pieces))
     assert await late == expected
@@ -198,8 +198,8 @@ async def test_a_hit_is_counted_and_its_report_complete() -> None:
     cache, metrics = make_cache()
     generation = Generation()
     generation.go.set()
-    await read(cache.generate("k", generation))
-    stored = cache.lookup("k")
+    await read(cache.generate("me", "k", generation))
+    stored = cache.lookup("me", "k")
     assert stored is not None
     assert stored.report == REPORT
     value = metrics.registry.get_sample_value
@@ -214,12 +214,12 @@ async def test_a_place_that_fails_stops_the_preparation() -> None:
         await asyncio.Event().wait()
         return REPORT
 
-    flight = cache.generate("k", preparing)
+    flight = cache.generate("me", "k", preparing)
     reader = asyncio.create_task(read(flight))
     await asyncio.sleep(0)
     flight.failed(DeadlineExceededError())
     # A request that comes in the same moment is not given up with it.
-    assert cache.generate("k", preparing) is not flight
+    assert cache.generate("me", "k", preparing) is not flight
     with pytest.raises(DeadlineExceededError):
         await reader
 
@@ -228,9 +228,9 @@ async def test_other_keys_do_not_wait_for_each_other() -> None:
     """Two different requests are two generations."""
     cache, _ = make_cache()
     slow, quick = Generation(), Generation()
-    waiting = asyncio.create_task(read(cache.generate("a", slow)))
+    waiting = asyncio.create_task(read(cache.generate("me", "a", slow)))
     quick.go.set()
-    assert await read(cache.generate("b", quick)) == "012"
+    assert await read(cache.generate("me", "b", quick)) == "012"
     assert not waiting.done()
     slow.go.set()
     assert await waiting == "012"
@@ -244,7 +244,7 @@ async def test_a_request_after_a_failure_is_a_flight_of_its_own() -> None:
         raise OverloadedError
 
     with pytest.raises(OverloadedError):
-        await read(cache.generate("k", failing))
+        await read(cache.generate("me", "k", failing))
     generation = Generation()
     generation.go.set()
-    assert await read(cache.generate("k", generation)) == "012"
+    assert await read(cache.generate("me", "k", generation)) == "012"

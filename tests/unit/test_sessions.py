@@ -46,6 +46,18 @@ def test_the_session_unused_longest_goes_first() -> None:
     assert len(store) == 2
 
 
+@pytest.mark.parametrize("bounds", [{"max_sessions": 4}, {"max_bytes": 20_000}])
+def test_a_callers_sessions_are_not_evicted_by_anothers(bounds: dict[str, int]) -> None:
+    """Past any bound a caller with many sessions evicts its own."""
+    store = SessionStore(ChatHistorySettings(**bounds))
+    turn(store, "mine", "x" * 1000, owner="me")
+    for i in range(50):
+        turn(store, f"{i}", "x" * 1000, owner="other")
+    assert store.find("me", "mine") is not None
+    assert store.find("other", "49") is not None
+    assert store.find("other", "0") is None
+
+
 def test_memory_is_bounded() -> None:
     """All conversations together stay within max_bytes."""
     store = SessionStore(ChatHistorySettings(max_bytes=20_000))

@@ -127,7 +127,12 @@ class CacheSettings(Section):
     """Answers kept for identical requests."""
 
     enabled: bool = Field(True, description="Answer identical requests from the cache.")
-    size: int = Field(100, ge=1, le=1_000_000, description="Most answers kept.")
+    size: int = Field(
+        100,
+        ge=1,
+        le=1_000_000,
+        description="Most answers kept; the API key that has most makes room.",
+    )
     ttl_seconds: float = Field(3600, gt=0, description="Seconds that an answer is kept.")
     max_bytes: int = Field(
         67_108_864, ge=4096, le=1_099_511_627_776, description="Most bytes of kept answers."
@@ -158,12 +163,20 @@ class ChatHistorySettings(Section):
 
     enabled: bool = Field(True, description="Keep conversations.")
     ttl_seconds: float = Field(7200, gt=0, description="Seconds that an idle conversation is kept.")
-    max_sessions: int = Field(10_000, ge=1, le=10_000_000, description="Most conversations kept.")
+    max_sessions: int = Field(
+        10_000,
+        ge=1,
+        le=10_000_000,
+        description="Most conversations kept; the API key that has most makes room.",
+    )
     max_messages: int = Field(
         200, ge=2, le=100_000, description="Most messages kept of a conversation."
     )
     max_bytes: int = Field(
-        268_435_456, ge=4096, le=1_099_511_627_776, description="Most bytes of all conversations."
+        268_435_456,
+        ge=4096,
+        le=1_099_511_627_776,
+        description="Most bytes of all conversations, of which one may take a quarter.",
     )
 
 
