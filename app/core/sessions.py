@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from app.core.cache import SharedCache
+from app.core.cache import BoundedCache
 from app.core.config import ChatHistorySettings
 from app.utils.errors import SessionBusyError
 
@@ -69,7 +69,7 @@ class SessionStore:
     ) -> None:
         self._max_messages = settings.max_messages
         self.ttl_seconds = settings.ttl_seconds
-        self._sessions: SharedCache[Session] = SharedCache(
+        self._sessions: BoundedCache[Session] = BoundedCache(
             max_entries=settings.max_sessions,
             max_bytes=settings.max_bytes,
             ttl_seconds=settings.ttl_seconds,
@@ -83,7 +83,7 @@ class SessionStore:
 
     def find(self, owner: str, session_id: str) -> Session | None:
         """A conversation of ``owner``, or ``None``; other owners' conversations are not found."""
-        return self._sessions.get(owner, session_id)
+        return self._sessions.get(session_id, owner)
 
     def begin_turn(self, owner: str, session_id: str) -> Session:
         """Begin a turn of an existing or a new conversation; end it with :meth:`end_turn`.
@@ -96,7 +96,7 @@ class SessionStore:
             raise SessionBusyError
         session.busy = True
         # Stored already now, so that a second turn finds that the first is in progress.
-        self._sessions.put(owner, session_id, session)
+        self._sessions.put(session_id, session, owner)
         return session
 
     def end_turn(
@@ -108,18 +108,18 @@ class SessionStore:
             return
         if not added:
             if not session.messages:
-                self._sessions.pop(session.owner, session.id)
+                self._sessions.pop(session.id, session.owner)
             return
         session.system = system
         messages = [*session.messages, *added][-self._max_messages :]
         while messages and messages[0].role != "user":
             del messages[0]
         session.messages = messages
-        self._sessions.put(session.owner, session.id, session)
+        self._sessions.put(session.id, session, session.owner)
 
     def forget(self, owner: str, session_id: str) -> bool:
         """Delete a conversation; ``False`` when there is none."""
-        session = self._sessions.pop(owner, session_id)
+        session = self._sessions.pop(session_id, owner)
         if session is None:
             return False
         session.forgotten = True

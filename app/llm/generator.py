@@ -145,7 +145,7 @@ class TextGenerator:
         place = options.place
         request = await self._prepare(prompt, options, place.id)
         place.start(request)
-        text = AnswerText(self.tokenizer, options, len(request.prompt_token_ids))
+        text = AnswerText(self.tokenizer, options, place)
         while text.report is None:
             for event in await place.events():
                 piece = text.add(event)
@@ -201,7 +201,7 @@ class AnswerText:
     """
 
     def __init__(
-        self, tokenizer: PromptTokenizer, options: GenerationOptions, prompt_tokens: int
+        self, tokenizer: PromptTokenizer, options: GenerationOptions, place: Place
     ) -> None:
         self.report: GenerationReport | None = None
         self.stopped = False
@@ -209,8 +209,7 @@ class AnswerText:
         self._with_logprobs = options.logprobs is not None
         self._detokenizer = Detokenizer(tokenizer.decoder)
         self._stops = StopMatcher(options.stop)
-        self._prompt_tokens = prompt_tokens
-        self._cached_tokens = 0
+        self._place = place
         self._token_ids: list[int] = []
         # Characters decoded, and how many of them were passed on: the rest may be a stop string.
         self._decoded = self._passed = 0
@@ -220,7 +219,6 @@ class AnswerText:
         """The text that an event's tokens complete."""
         texts = [self._detokenizer.feed([token]) for token in event.token_ids]
         self._token_ids += event.token_ids
-        self._cached_tokens += event.cached_tokens
         if self._with_logprobs:
             self._note_logprobs(event, texts)
         text, self.stopped = self._stops.feed("".join(texts))
@@ -238,8 +236,8 @@ class AnswerText:
     def _make_report(self, reason: FinishReason) -> GenerationReport:
         return GenerationReport(
             finish_reason=reason,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached_tokens,
+            prompt_tokens=self._place.prompt_tokens,
+            cached_tokens=self._place.cached_tokens,
             completion_tokens=len(self._token_ids),
             token_ids=() if self.stopped else self._exact_tokens(),
         )

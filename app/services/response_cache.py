@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from app.core.cache import SharedCache
+from app.core.cache import BoundedCache
 from app.core.config import CacheSettings
 from app.core.metrics import Metrics
 from app.llm.report import GenerationReport
@@ -29,7 +29,7 @@ class ResponseCache:
         self._enabled = settings.enabled
         self._metrics = metrics
         self._flights: dict[str, Flight] = {}
-        self._cache: SharedCache[Flight] = SharedCache(
+        self._cache: BoundedCache[Flight] = BoundedCache(
             max_entries=settings.size,
             max_bytes=settings.max_bytes,
             ttl_seconds=settings.ttl_seconds,
@@ -46,7 +46,7 @@ class ResponseCache:
         """
         if key is None or not self._enabled:
             return None
-        stored = self._cache.get(caller, key)
+        stored = self._cache.get(key, caller)
         if stored is None:
             return None
         self._metrics.cache_requests.labels("hit").inc()
@@ -70,7 +70,7 @@ class ResponseCache:
         if self._flights.get(key) is flight:
             del self._flights[key]
         if flight.report is not None:
-            self._cache.put(caller, key, flight.again())
+            self._cache.put(key, flight.again(), caller)
 
     def statistics(self) -> dict[str, int]:
         """How the cache is doing."""

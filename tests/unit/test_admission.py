@@ -1,10 +1,12 @@
 """Places: how many requests the engine gets, what a place tells its reader, and Retry-After."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from app.llm.prefix_index import BLOCK_SIZE
 from app.llm.protocol import GenerationRequest, SamplingParams, TokenEvent
 from app.utils.errors import (
     DeadlineExceededError,
@@ -19,9 +21,9 @@ from tests.support.queue import ManualEngine, read
 SLOTS = 8
 
 
-def request(name: str = "r") -> GenerationRequest:
+def request(name: str = "r", prompt: Sequence[int] = (1, 2, 3)) -> GenerationRequest:
     """A request with a prompt of three tokens."""
-    return GenerationRequest(name, [1, 2, 3], 8, SamplingParams())
+    return GenerationRequest(name, list(prompt), 8, SamplingParams())
 
 
 async def full(more: int, **limits: float) -> tuple[ManualEngine, list[str]]:
@@ -156,6 +158,30 @@ async def test_the_last_eighth_of_the_waiting_places_is_for_callers_without_a_pl
 # --- what a place tells its reader -------------------------------------------------------------
 
 
+async def test_a_caller_is_told_of_its_own_cached_tokens_alone() -> None:
+    """What the engine has cached of others' prompts is not told; a caller's own answers are."""
+    engine, blocks = ManualEngine(), 3
+    prompt, answer = list(range(blocks * BLOCK_SIZE)), [7] * BLOCK_SIZE
+    told: list[int] = []
+    for caller, tokens in (
+        ("a", prompt),
+        ("b", prompt),
+        ("b", prompt),
+        ("b", [*prompt, *answer, 1]),
+        ("a", [*prompt, *answer, 1]),
+        ("c", prompt[:BLOCK_SIZE]),
+        ("c", prompt),
+    ):
+        with engine.queue.admit(engine, caller) as place:
+            place.start(request(f"{caller}{len(told)}", tokens))
+            place.deliver(TokenEvent("r", answer, cached_tokens=len(tokens) - 1))
+            await place.events()
+            told.append(place.cached_tokens)
+    most = len(prompt)
+    assert told == [0, 0, most - 1, most + BLOCK_SIZE, most + BLOCK_SIZE, 0, BLOCK_SIZE]
+    assert engine.value("llm_prefix_cached_tokens_total") > sum(told)
+
+
 async def test_events_come_together_and_are_counted_when_they_are_taken() -> None:
     """Those that came while nobody looked are one list; then the reader waits for the next."""
     engine = ManualEngine()
@@ -166,7 +192,7 @@ async def test_events_come_together_and_are_counted_when_they_are_taken() -> Non
     place.deliver(TokenEvent("r", [2, 3]))
     assert place.completion_tokens == 0
     assert [e.token_ids for e in await place.events()] == [[1], [2, 3]]
-    assert (place.completion_tokens, place.cached_tokens) == (3, 2)
+    assert place.completion_tokens == 3
     waiting = asyncio.create_task(place.events())
     await engine.settle()
     assert not waiting.done()

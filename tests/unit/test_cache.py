@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.core.cache import BoundedCache, SharedCache
+from app.core.cache import BoundedCache
 
 
 @dataclass
@@ -125,9 +125,9 @@ def test_the_bounds_always_hold(steps: list[tuple[str, int, float]]) -> None:
                 assert clock.now - at < 10
 
 
-def new_shared(clock: Clock, max_entries: int = 10) -> SharedCache[str]:
+def new_shared(clock: Clock, max_entries: int = 10) -> BoundedCache[str]:
     """A cache for 100 bytes and ten seconds."""
-    return SharedCache(
+    return BoundedCache(
         max_entries=max_entries, max_bytes=100, ttl_seconds=10, size_of=len, clock=clock
     )
 
@@ -136,28 +136,28 @@ def new_shared(clock: Clock, max_entries: int = 10) -> SharedCache[str]:
 def test_no_owner_evicts_the_values_of_one_that_has_less(clock: Clock, size: int) -> None:
     """However many values one owner puts, the few of another stay; both bounds hold."""
     cache = new_shared(clock)
-    cache.put("small", "a", "x" * size)
-    cache.put("small", "b", "y" * size)
+    cache.put("a", "x" * size, "small")
+    cache.put("b", "y" * size, "small")
     for i in range(50):
-        cache.put("large", f"{i}", "z" * size)
+        cache.put(f"{i}", "z" * size, "large")
         statistics = cache.statistics()
         assert statistics["entries"] == len(cache) <= 10
         assert statistics["bytes"] <= 100
-    assert cache.get("small", "a") == "x" * size
-    assert cache.get("small", "b") == "y" * size
-    assert cache.get("large", "49") == "z" * size
-    assert cache.get("large", "a") is None
+    assert cache.get("a", "small") == "x" * size
+    assert cache.get("b", "small") == "y" * size
+    assert cache.get("49", "large") == "z" * size
+    assert cache.get("a", "large") is None
 
 
 def test_an_owner_gets_its_share_of_a_full_cache(clock: Clock) -> None:
     """Where one owner has filled the cache, another one's values take the place of its oldest."""
     cache = new_shared(clock)
     for i in range(10):
-        cache.put("first", f"{i}", "x")
+        cache.put(f"{i}", "x", "first")
     for i in range(10):
-        cache.put("second", f"{i}", "y")
+        cache.put(f"{i}", "y", "second")
     kept = {
-        owner: [k for k in "0123456789" if cache.get(owner, k)] for owner in ("first", "second")
+        owner: [k for k in "0123456789" if cache.get(k, owner)] for owner in ("first", "second")
     }
     assert kept == {"first": list("56789"), "second": list("56789")}
 
@@ -165,7 +165,7 @@ def test_an_owner_gets_its_share_of_a_full_cache(clock: Clock) -> None:
 def test_a_value_of_an_owner_can_be_removed(clock: Clock) -> None:
     """Removing a value returns it, once, and touches no other owner's."""
     cache = new_shared(clock)
-    cache.put("a", "k", "x")
-    cache.put("b", "k", "y")
-    assert (cache.pop("a", "k"), cache.pop("a", "k")) == ("x", None)
-    assert (cache.get("a", "k"), cache.get("b", "k")) == (None, "y")
+    cache.put("k", "x", "a")
+    cache.put("k", "y", "b")
+    assert (cache.pop("k", "a"), cache.pop("k", "a")) == ("x", None)
+    assert (cache.get("k", "a"), cache.get("k", "b")) == (None, "y")

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.llm.engine.openvino.prefix_index import BLOCK_SIZE, PrefixIndex
+from app.llm.prefix_index import BLOCK_SIZE, PrefixIndex
 
 
 def test_whole_blocks_are_found() -> None:
@@ -15,6 +15,14 @@ def test_whole_blocks_are_found() -> None:
     assert index.find(tokens) == 3 * BLOCK_SIZE
     assert index.find([-1, *tokens]) == 0
     assert index.find(tokens[: BLOCK_SIZE + 3]) == BLOCK_SIZE
+
+
+def test_owners_share_no_blocks() -> None:
+    """What one owner added is not found by another."""
+    index = PrefixIndex(100)
+    tokens = list(range(2 * BLOCK_SIZE + 1))
+    index.add(tokens, "a")
+    assert [index.find(tokens, owner) for owner in ("a", "b", "")] == [2 * BLOCK_SIZE, 0, 0]
 
 
 def test_the_last_token_is_always_computed() -> None:

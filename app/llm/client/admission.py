@@ -17,6 +17,7 @@ from typing import Protocol, Self
 
 from app.core.config.engine import EngineSettings
 from app.core.metrics import Metrics
+from app.llm.prefix_index import PrefixIndex
 from app.llm.protocol import FinishReason, GenerationRequest, TokenEvent
 from app.utils.errors import (
     DeadlineExceededError,
@@ -76,7 +77,8 @@ class Place:
     Attributes:
         accepted: Whether :meth:`start` has queued a request.
         request: That request; not set before.
-        cached_tokens: Tokens of the prompt that were in the KV cache; known from the first event.
+        cached_tokens: Tokens of the prompt that the KV cache had of the caller's own requests;
+            known from the first event. It tells nothing of other callers' requests.
         completion_tokens: Tokens that :meth:`events` has returned so far.
         context: Where the place was taken, which names the HTTP request in the log.
         sent: Whether the present engine process has the request.
@@ -97,13 +99,14 @@ class Place:
         self.caller = caller
         self.stage = Stage.PREPARING
         self.accepted = False
-        self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
+        self.prompt_tokens = self.cached_tokens = self.completion_tokens = self._own_tokens = 0
         self.context = copy_context()
         self.sent = self.answered = self.suspect = False
         self._listener = listener
         self._queue = queue
         self._link = link
         self._events: list[TokenEvent] = []
+        self._tokens: list[int] = []
         self._news = asyncio.Event()
         self._error: ServiceError | None = None
         self._admitted_at = time.perf_counter()
@@ -135,6 +138,9 @@ class Place:
         self.accepted = True
         self.prompt_tokens = len(request.prompt_token_ids)
         self.request = request
+        self._tokens += request.prompt_token_ids
+        self._own_tokens = self._queue.prompts.find(self._tokens, self.caller)
+        self._queue.prompts.add(self._tokens, self.caller)
         self.stage = Stage.WAITING
         self._queue.add(self)
         if self._listener is not None:
@@ -176,6 +182,7 @@ class Place:
         """Give the place back, and stop the request if it has not ended; may be called twice."""
         if self._end():
             self._queue.metrics.cancelled.inc()
+        self._queue.prompts.add(self._tokens, self.caller)
         self._queue.leave(self)
 
     # --- for the queue and the engine ------------------------------------------------------
@@ -235,10 +242,11 @@ class Place:
 
     def _count(self, event: TokenEvent) -> None:
         metrics, now, new = self._queue.metrics, time.perf_counter(), len(event.token_ids)
-        self.cached_tokens += event.cached_tokens
         self.completion_tokens += new
+        self._tokens += event.token_ids
         if event.cached_tokens:
             metrics.prefix_cached_tokens.inc(event.cached_tokens)
+            self.cached_tokens = min(event.cached_tokens, self._own_tokens)
         if new:
             metrics.tokens_generated.labels(self._queue.model).inc(new)
             if self._last_token_at is None:
@@ -268,6 +276,7 @@ class RequestQueue:
 
     Attributes:
         running: Requests in the engine's batch, as the engine has told.
+        prompts: The latest prompts and answers, by caller.
     """
 
     def __init__(self, limits: EngineSettings, metrics: Metrics, model: str) -> None:
@@ -275,6 +284,7 @@ class RequestQueue:
         self.metrics = metrics
         self.model = model
         self.running = 0
+        self.prompts = PrefixIndex()
         self._places: set[Place] = set()
         self._waiting: list[Place] = []
         # By caller, of those with a request that waits or is in the engine: when one of them

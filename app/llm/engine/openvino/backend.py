@@ -16,7 +16,7 @@ from openvino_genai import GenerationConfig, GenerationFinishReason, GenerationS
 
 from app.llm.engine.cache_size import PROMPT_TOKENS_PER_STEP
 from app.llm.engine.openvino.grammars import GrammarCompiler
-from app.llm.engine.openvino.prefix_index import PrefixIndex
+from app.llm.prefix_index import PrefixIndex
 from app.llm.protocol import (
     SAMPLING_FIELDS,
     EngineInfo,

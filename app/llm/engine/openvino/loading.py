@@ -8,7 +8,6 @@ from app.core.config import ModelSettings
 from app.core.logging import get_logger
 from app.core.machine import compute_threads
 from app.llm.engine.cache_size import cache_tokens
-from app.llm.engine.openvino.prefix_index import BLOCK_SIZE
 from app.llm.models.description import (
     ModelShape,
     UnknownShapeError,
@@ -20,6 +19,7 @@ from app.llm.models.gguf_header import GgufHeader
 from app.llm.models.load_errors import one_line
 from app.llm.models.snapshot import Progress, Snapshot
 from app.llm.models.tokenizer_process import TokenizerProcess
+from app.llm.prefix_index import BLOCK_SIZE
 from app.llm.protocol import Backend, EngineInfo
 
 log = get_logger("engine")
