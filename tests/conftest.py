@@ -17,7 +17,14 @@ from app.llm.client.process import engine_environment
 from app.llm.models import bundled
 from app.main import create_app
 from tests.support.live import STEP
-from tests.support.service import API_KEY, OTHER_KEY, Service, is_setting, running_service
+from tests.support.service import (
+    API_KEY,
+    OTHER_KEY,
+    Service,
+    coverage_variables,
+    is_setting,
+    running_service,
+)
 from tests.support.settings import Load
 
 # As in an engine process. Otherwise torch's threads in this process spin while they wait, and take
@@ -105,7 +112,7 @@ def run_app() -> Iterator[RunApp]:
 @pytest.fixture(scope="session")
 def echo_service() -> Iterator[Service]:
     """The service under uvicorn, with the echo engine."""
-    with running_service() as service:
+    with running_service(**coverage_variables()) as service:
         yield service
 
 
@@ -113,7 +120,7 @@ def echo_service() -> Iterator[Service]:
 def slow_service() -> Iterator[Service]:
     """The service under uvicorn, with an echo engine that takes 50 ms for a token."""
     with running_service(
-        ENGINE__ECHO_STEP_SECONDS=str(STEP), ENGINE__MAX_RESTARTS="1000"
+        **coverage_variables(), ENGINE__ECHO_STEP_SECONDS=str(STEP), ENGINE__MAX_RESTARTS="1000"
     ) as service:
         yield service
 
@@ -123,7 +130,9 @@ def bundled_service() -> Iterator[Service]:
     """The service under uvicorn, with the bundled model."""
     if not bundled.is_fetched():
         pytest.skip("the bundled model is not here; `make model` fetches it")
-    with running_service(MODEL__SOURCE="bundled", MODEL__ENGINE="auto") as service:
+    with running_service(
+        **coverage_variables(), MODEL__SOURCE="bundled", MODEL__ENGINE="auto"
+    ) as service:
         yield service
 
 

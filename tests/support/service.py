@@ -52,6 +52,15 @@ def is_setting(variable: str) -> bool:
     return section in Settings.model_fields or variable.upper() == "CONFIG_FILE"
 
 
+def coverage_variables() -> dict[str, str]:
+    """The environment variables by which coverage starts in a new process.
+
+    A measured service takes half as much processor time again. So the shared services alone get
+    these variables.
+    """
+    return {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
+
+
 def isolated_environment(settings: Mapping[str, str | None]) -> dict[str, str]:
     """This process's environment, with every setting in it: the given value, else the default.
 
@@ -59,6 +68,8 @@ def isolated_environment(settings: Mapping[str, str | None]) -> dict[str, str]:
     .env, so a developer's .env has no effect.
     """
     inherited = {k: v for k, v in os.environ.items() if not is_setting(k)}
+    for name in coverage_variables():
+        del inherited[name]
     # A variable cannot be None; these values have the same effect.
     absent = {"MODEL__REVISION": "main", "HUGGINGFACE_TOKEN": ""}
     defaults = {
