@@ -1,4 +1,4 @@
-"""``python -m app``: see :mod:`app.cli`."""
+"""``python -m app``: the same as ``llm-service``, see :mod:`app.cli`."""
 
 import sys
 

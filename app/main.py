@@ -22,6 +22,7 @@ from app.api.dependencies import Services
 from app.api.errors import register_error_handlers
 from app.api.load_shedding import LoadShedding
 from app.api.middleware import BodyLimitMiddleware, RequestContextMiddleware
+from app.api.reloaded import ReloadedApplication, is_reloaded
 from app.api.routers import (
     chat,
     chat_completions,
@@ -35,7 +36,8 @@ from app.api.routers import (
     usage,
 )
 from app.api.server.connections import Connections
-from app.core.config import Settings, load_settings
+from app.core.config import Settings, load_settings, settings_files
+from app.core.config.doubts import doubts
 from app.core.config.security import SecuritySettings
 from app.core.event_loop import EventLoopMonitor
 from app.core.idempotency import IdempotencyStore
@@ -87,6 +89,8 @@ def create_app(
     """
     settings = settings or load_settings()
     configure_logging(settings.logging)
+    for doubt in doubts(settings):
+        log.warning(doubt)
     metrics = Metrics()
     keys = KeyRing(settings.security)
     ledger = UsageLedger(keys, metrics)
@@ -222,9 +226,13 @@ def __getattr__(name: str) -> Any:
     """Make ``app`` when uvicorn asks for it; a bad configuration ends the start with one line."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        application = create_app()
-    except StartupError as error:
-        raise SystemExit(str(error)) from None
+    application: FastAPI | ReloadedApplication
+    if is_reloaded():
+        application = ReloadedApplication(lambda fail: create_app(on_fatal=fail), settings_files())
+    else:
+        try:
+            application = create_app()
+        except StartupError as error:
+            raise SystemExit(str(error)) from None
     globals()["app"] = application
     return application

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import sys
 
+from app.core.config import PROJECT_ROOT
+from app.core.config.variables import read_env_file
 from app.llm.models.bundled import BUNDLED, FetchError, bundled_model_path, fetch, is_fetched
+from app.utils.errors import ConfigurationError
 
 
 def fetch_with_progress() -> None:
@@ -27,8 +30,10 @@ def fetch_with_progress() -> None:
 def main() -> int:
     """Fetch, and return the exit status."""
     try:
+        # It may name the folder of models, HF_HOME.
+        read_env_file(PROJECT_ROOT / ".env")
         fetch_with_progress()
-    except FetchError as error:
+    except (ConfigurationError, FetchError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ refused. Every foreseeable failure is a :class:`ModelLoadError` of one line.
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from app.llm.engine.echo import EchoBackend
 from app.llm.engine.openvino.loading import OpenVinoUnsupportedError, load_openvino
 from app.llm.engine.transformers.loading import check_device, load_transformers
 from app.llm.models import bundled, gguf_header
+from app.llm.models.description import load_tokenizer, read_gguf
 from app.llm.models.load_errors import explaining, one_line
-from app.llm.models.snapshot import Progress, Snapshot, choose_weights
+from app.llm.models.snapshot import Progress, Snapshot, check_storage, choose_weights
 from app.llm.protocol import NEUTRAL_SAMPLING, Backend, EngineInfo, GenerationRequest
 from app.utils.errors import ModelLoadError
 
@@ -72,6 +74,40 @@ def load_backend(
         return _try_out(backend, loaded)
 
 
+def check_model(settings: ModelSettings, *, token: str | None) -> None:
+    """Check the device, and the model as far as its files are here, without loading weights.
+
+    A model that would have to be downloaded is not looked up.
+
+    Raises:
+        ModelLoadError: As :func:`load_backend`.
+    """
+    if settings.engine == "echo":
+        return
+    check_device(settings)
+    if settings.source == "hub":
+        from huggingface_hub import is_offline_mode
+
+        from app.llm.models import hub
+
+        hub.check(settings.name, token=token)
+        is_here = is_offline_mode()
+    else:
+        is_here = settings.source == "local" or bundled.is_fetched()
+    if not is_here:
+        _why_not_openvino(settings, None)
+        if settings.source == "bundled":
+            check_storage(bundled.bundled_model_path().parent)
+        return
+    snapshot = find_model(settings, token=token, progress=lambda _: None)
+    check_weights(snapshot)
+    _why_not_openvino(settings, snapshot)
+    if snapshot.gguf:
+        read_gguf(settings, snapshot)
+    else:
+        load_tokenizer(settings, snapshot)
+
+
 def _try_out(backend: Backend, loaded: Callable[[EngineInfo], None]) -> Backend:
     """Warm up with a short generation, so that the first caller waits for no kernel to compile."""
     loaded(backend.info)
@@ -85,14 +121,21 @@ def _try_out(backend: Backend, loaded: Callable[[EngineInfo], None]) -> Backend:
     return backend
 
 
-def _why_not_openvino(settings: ModelSettings, snapshot: Snapshot) -> str | None:
+def _why_not_openvino(settings: ModelSettings, snapshot: Snapshot | None) -> str | None:
     """The reason to run the model with transformers; ``None`` where OpenVINO is tried first.
+
+    ``snapshot`` is ``None`` where the files are not known yet.
 
     Raises:
         ModelLoadError: ``model.engine`` is ``openvino``, which cannot run the model.
     """
     reason = _why_never_openvino(settings)
-    if reason is None and snapshot.weights is None:
+    if settings.engine == "openvino" and find_spec("openvino_genai") is None:
+        raise ModelLoadError(
+            "model.engine is openvino, but the package openvino-genai is not installed: install "
+            "it, or set MODEL__ENGINE=auto"
+        )
+    if reason is None and snapshot is not None and snapshot.weights is None:
         reason = "OpenVINO reads GGUF and its own format, and these weights are safetensors"
     if reason is None or settings.engine == "transformers":
         return reason
@@ -139,6 +182,7 @@ def find_model(settings: ModelSettings, *, token: str | None, progress: Progress
 
 def _fetch_bundled(progress: Progress) -> Snapshot:
     if not bundled.is_fetched():
+        check_storage(bundled.bundled_model_path().parent)
         progress("fetching the bundled model (93 MB, once)")
     try:
         path = bundled.fetch()

@@ -49,7 +49,7 @@ def setting_names() -> dict[str, Any]:
 def is_setting(variable: str) -> bool:
     """Whether the settings would read an environment variable of this name."""
     section = variable.partition("__")[0].lower()
-    return section in Settings.model_fields or variable.upper() == "CONFIG_FILE"
+    return section in Settings.model_fields or variable.upper() in ("CONFIG_FILE", "HF_TOKEN")
 
 
 def coverage_variables() -> dict[str, str]:
@@ -70,8 +70,8 @@ def isolated_environment(settings: Mapping[str, str | None]) -> dict[str, str]:
     inherited = {k: v for k, v in os.environ.items() if not is_setting(k)}
     for name in coverage_variables():
         del inherited[name]
-    # A variable cannot be None; these values have the same effect.
-    absent = {"MODEL__REVISION": "main", "HUGGINGFACE_TOKEN": ""}
+    # An empty variable would leave the setting to .env; these values have the effect of None.
+    absent = {"MODEL__REVISION": "main", "HUGGINGFACE_TOKEN": " "}
     defaults = {
         name: _as_variable(value) for name, value in setting_names().items() if value is not None
     }

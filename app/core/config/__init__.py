@@ -12,6 +12,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -23,6 +24,7 @@ from app.core.config.errors import Origins
 from app.core.config.logging import LoggingSettings
 from app.core.config.security import PRODUCTION_KEY_MIN_CHARS, SecuritySettings
 from app.core.config.server import ServerSettings
+from app.core.config.variables import cleaned, misspelt, read_env_file
 from app.core.config.yaml_file import read_yaml
 from app.utils.errors import ConfigurationError
 
@@ -231,6 +233,7 @@ class Settings(BaseSettings):
         frozen=True,
         extra="forbid",
         env_nested_delimiter="__",
+        env_file_encoding="utf-8",
         hide_input_in_errors=True,
         protected_namespaces=(),
     )
@@ -274,6 +277,9 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the interface
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The sources, strongest first."""
+        for source in (env_settings, dotenv_settings):
+            if isinstance(source, EnvSettingsSource):
+                source.env_vars = cleaned(source.env_vars)
         # The values of config.yml are passed as init arguments. They come last, so that .env and
         # the environment override them key by key.
         return env_settings, dotenv_settings, init_settings
@@ -291,11 +297,37 @@ def load_settings(*, config_file: Path | None = None, env_file: Path | None = No
         ConfigurationError: One line with the key, its value and what is allowed.
     """
     env_path = env_file or PROJECT_ROOT / ".env"
-    named = config_file or os.environ.get("CONFIG_FILE")
-    yaml_path = PROJECT_ROOT / "config.yml" if named is None else Path(named)
-    values = read_yaml(yaml_path, Settings.model_fields, required=named is not None)
+    dotenv = read_env_file(env_path)
+    named = config_file or os.environ.get("CONFIG_FILE") or dotenv.get("CONFIG_FILE")
+    yaml_path = Path(named or PROJECT_ROOT / "config.yml")
+    values = read_yaml(yaml_path, Settings.model_fields, required=bool(named))
+    for place, variables in (("the environment", os.environ), (env_path, dotenv)):
+        for name, near in misspelt(variables, variable_names()):
+            # A variable that another program may own is logged: see app.core.config.doubts.
+            if variables is dotenv or "__" in name or near.startswith("SECURITY__"):
+                fault = f"{name} (in {place}) is not a setting; did you mean {near}?"
+                raise ConfigurationError(f"configuration error: {fault}")
     try:
         return Settings(_env_file=env_path, **values)
     except (ValidationError, SettingsError) as error:
-        origins = Origins(Settings.model_fields, yaml_path, env_path, values)
+        origins = Origins(Settings.model_fields, yaml_path, values)
+        origins.add_variables(cleaned(os.environ), "the environment")
+        origins.add_variables(cleaned(dotenv), str(env_path))
         raise ConfigurationError(f"configuration error: {origins.explain(error)}") from None
+
+
+def settings_files() -> list[Path]:
+    """The .env and the YAML file that :func:`load_settings` reads by default."""
+    return [
+        PROJECT_ROOT / ".env",
+        Path(os.environ.get("CONFIG_FILE") or PROJECT_ROOT / "config.yml"),
+    ]
+
+
+def variable_names() -> list[str]:
+    """The variable of each setting, such as ``MODEL__NAME``."""
+    names = []
+    for name, field in Settings.model_fields.items():
+        keys = getattr(field.annotation, "model_fields", None)
+        names += [f"{name}__{key}".upper() for key in keys] if keys else [name.upper()]
+    return names

@@ -1,14 +1,12 @@
 """Describes faults of the settings in one line that never shows a key or a token."""
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_origin
 
 import yaml
-from dotenv import dotenv_values
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError
@@ -21,17 +19,17 @@ class Origins:
         self,
         fields: Mapping[str, FieldInfo],
         yaml_path: Path,
-        env_path: Path,
         yaml_values: Mapping[str, Any],
     ) -> None:
         self._fields = fields
         self._yaml_path = yaml_path
         self._yaml = yaml_values
-        dotenv = dotenv_values(env_path) if env_path.is_file() else {}
-        self._variables: list[tuple[dict[str, str | None], str]] = [
-            ({name.upper(): value for name, value in os.environ.items()}, "the environment"),
-            ({name.upper(): value for name, value in dotenv.items()}, str(env_path)),
-        ]
+        self._variables: list[tuple[dict[str, str], str]] = []
+
+    def add_variables(self, variables: Mapping[str, str], place: str) -> None:
+        """Add a source of variables, weaker than those added before it."""
+        upper = {name.upper(): value for name, value in variables.items()}
+        self._variables.append((upper, place))
 
     def explain(self, error: ValidationError | SettingsError) -> str:
         """What is wrong, and where."""
@@ -96,9 +94,9 @@ class Origins:
                         yield f"{section}__{name}".upper()
 
 
-def _is_json(text: str | None) -> bool:
+def _is_json(text: str) -> bool:
     try:
-        json.loads(text or "")
+        json.loads(text)
     except ValueError:
         return False
     return True

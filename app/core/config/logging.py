@@ -1,16 +1,22 @@
 """The section ``logging`` of the settings."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from app.core.config.base import Section
+
+
+def _level(value: Any) -> Any:
+    """A level by the name that other programs give it: debug, WARN."""
+    upper = value.upper() if isinstance(value, str) else value
+    return "WARNING" if upper == "WARN" else upper
 
 
 class LoggingSettings(Section):
     """The log on standard error."""
 
-    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+    level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_level)] = Field(
         "INFO", description="Lowest level logged."
     )
     format: Literal["json", "text"] = Field(

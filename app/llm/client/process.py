@@ -22,7 +22,7 @@ _STDERR = 2
 # to save, so it can be killed then.
 _STOP_SECONDS = 1.0
 # The engine does not need the service's keys, and a crash dump may show the environment.
-_WITHHELD = ("SECURITY__", "HUGGINGFACE_TOKEN")
+_WITHHELD = ("SECURITY__", "HUGGINGFACE_TOKEN", "HF_TOKEN")
 
 
 class EngineProcess:

@@ -6,6 +6,7 @@ Nothing here imports torch. Every failure becomes a :class:`ModelLoadError` that
 import contextlib
 import io
 import logging
+import ssl
 import threading
 import time
 from dataclasses import dataclass
@@ -15,9 +16,16 @@ from typing import Any
 import httpx
 from huggingface_hub import HfApi, constants, errors, get_cached_repo_tree, snapshot_download
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented
 from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
-from app.llm.models.snapshot import OPENVINO_MODEL, Progress, Snapshot, choose_weights
+from app.llm.models.snapshot import (
+    OPENVINO_MODEL,
+    Progress,
+    Snapshot,
+    check_storage,
+    choose_weights,
+)
 from app.utils.errors import ModelLoadError
 
 PROGRESS_SECONDS = 2.0
@@ -55,21 +63,15 @@ def download(
     Raises:
         ModelLoadError: The model is not available; the message says what to do.
     """
-    wanted = _Wanted(name, None, revision, openvino)
-    parts = PurePosixPath(name).parts
-    if len(parts) > 2 and name.endswith(".gguf"):
-        wanted = _Wanted("/".join(parts[:2]), "/".join(parts[2:]), revision, openvino)
+    check(name, token=token)
+    repo, file = _split(name)
+    wanted = _Wanted(repo, file, revision, openvino)
     token = _checked_token(token)
     # The library would print its log lines a second time, beside the service's log.
     logging.getLogger("huggingface_hub").handlers.clear()
     progress(f"looking up {wanted.repo} on the hub")
     try:
         return _download(wanted, token, progress)
-    except errors.HFValidationError:
-        raise ModelLoadError(
-            f"{name!r} is not a hub repository name (owner/name): correct MODEL__NAME; "
-            "for a path set MODEL__SOURCE=local"
-        ) from None
     except errors.HfHubHTTPError as error:
         raise ModelLoadError(_explain_refusal(error, wanted, has_token=bool(token))) from None
     except OSError as error:
@@ -83,6 +85,39 @@ def download(
             "the server in HF_ENDPOINT does not answer as a hub does: correct HF_ENDPOINT or "
             "leave it out"
         ) from None
+
+
+def check(name: str, *, token: str | None) -> None:
+    """Check what is known without the network: the name, the token's form, the cache's folder.
+
+    Raises:
+        ModelLoadError: The model cannot be downloaded.
+    """
+    _checked_token(token)
+    repo, _ = _split(name)
+    try:
+        validate_repo_id(repo)
+    except errors.HFValidationError:
+        raise ModelLoadError(
+            f"{name!r} is not a hub repository name (owner/name): correct MODEL__NAME; "
+            "for a path set MODEL__SOURCE=local"
+        ) from None
+    # A whole model can be served from a cache that is mounted read-only.
+    if not _folder(repo).exists():
+        check_storage(Path(constants.HF_HUB_CACHE))
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """The repository, and the GGUF file in it if one is named."""
+    parts = PurePosixPath(name).parts
+    if len(parts) > 2 and name.endswith(".gguf"):
+        return "/".join(parts[:2]), "/".join(parts[2:])
+    return name, None
+
+
+def _folder(repo: str) -> Path:
+    """Folder of a repository in the cache, whose layout is documented."""
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
 
 
 def _checked_token(token: str | None) -> str | None:
@@ -130,9 +165,8 @@ def _download(wanted: _Wanted, token: str | None, progress: Progress) -> Snapsho
         )
     except errors.OfflineModeIsEnabled:
         return _from_cache(wanted, progress, "HF_HUB_OFFLINE is set", "unset it")
-    except httpx.TransportError:
-        advice = "check the network and HF_ENDPOINT"
-        return _from_cache(wanted, progress, "the hub cannot be reached", advice)
+    except httpx.TransportError as error:
+        return _from_cache(wanted, progress, *_explain_transport(error))
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status < 500 and status != httpx.codes.TOO_MANY_REQUESTS:
@@ -143,8 +177,7 @@ def _download(wanted: _Wanted, token: str | None, progress: Progress) -> Snapsho
     names = [sibling.rfilename for sibling in info.siblings or []]
     weights = choose_weights(names, wanted.repo, wanted.file, openvino=wanted.openvino)
     files = _needed(names, weights)
-    folder = repo_folder_name(repo_id=wanted.repo, repo_type="model")
-    cache = Path(constants.HF_HUB_CACHE) / folder
+    cache = _folder(wanted.repo)
     _remove_abandoned(cache)
     progress(f"downloading {wanted.repo} ({len(files)} files)")
     try:
@@ -163,6 +196,17 @@ def _download(wanted: _Wanted, token: str | None, progress: Progress) -> Snapsho
         ) from None
     _remember(cache, wanted.revision, info.sha)
     return Snapshot(Path(directory), weights, info.sha)
+
+
+def _explain_transport(error: BaseException | None) -> tuple[str, str]:
+    """Why there is no connection, and what to do."""
+    while error is not None:
+        if isinstance(error, ssl.SSLError):
+            why = getattr(error, "verify_message", "") or error.reason or "no reason given"
+            advice = "set SSL_CERT_FILE to the certificates of your network, or correct HF_ENDPOINT"
+            return f"the TLS connection to the hub failed ({why})", advice
+        error = error.__cause__ or error.__context__
+    return "the hub cannot be reached", "check the network and HF_ENDPOINT"
 
 
 def _from_cache(wanted: _Wanted, progress: Progress, reason: str, advice: str) -> Snapshot:
@@ -201,8 +245,8 @@ def _from_cache(wanted: _Wanted, progress: Progress, reason: str, advice: str) -
 def _remember(cache: Path, revision: str | None, commit: str) -> None:
     """Record the commit of a branch or tag, so that it is found without the hub.
 
-    ``snapshot_download`` records it only when it looks the revision up itself. The layout of the
-    cache is documented. This is written last, so that a broken download hides no older, whole one.
+    ``snapshot_download`` records it only when it looks the revision up itself. This is written
+    last, so that a broken download hides no older, whole one.
     """
     ref = cache / "refs" / (revision or constants.DEFAULT_REVISION)
     if ref.name == commit:

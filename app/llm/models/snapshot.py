@@ -1,5 +1,6 @@
 """A model's files on this machine, and the choice of the file that holds its weights."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,22 @@ class Snapshot:
     def gguf(self) -> str | None:
         """Name of the GGUF file; ``None`` for the other formats."""
         return None if self.is_openvino else self.weights
+
+
+def check_storage(folder: Path) -> None:
+    """Check that models can be stored in a folder, which may be missing yet.
+
+    Raises:
+        ModelLoadError: It cannot be made, or nothing can be written into it.
+    """
+    nearest = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
+    )
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise ModelLoadError(
+            f"models cannot be stored in {folder}, since {nearest} is no folder or cannot be "
+            "written: make it writable, or set HF_HOME to another folder"
+        )
 
 
 def choose_weights(

@@ -1,0 +1,98 @@
+"""`uvicorn … --reload`: a service that cannot start says so, and starts once that is mended."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app.core.config import PROJECT_ROOT
+from tests.support.service import isolated_environment, setting_names
+
+SECONDS = 100.0
+NO_MODEL = "MODEL__ENGINE=auto\nMODEL__SOURCE=local\nMODEL__NAME=/nowhere\n"
+WORKS = "MODEL__ENGINE=echo\n"
+
+
+@dataclass
+class Reloader:
+    """A copy of the project under uvicorn's reloader."""
+
+    folder: Path
+    url: str
+
+    def edit(self, env: str) -> None:
+        """Write the .env."""
+        (self.folder / ".env").write_text(env, encoding="utf-8")
+
+    @property
+    def log(self) -> str:
+        """Everything it wrote."""
+        return (self.folder / "log").read_text(encoding="utf-8")
+
+    def wait_for(self, status: int, part: str) -> httpx.Response:
+        """Wait until /health answers so."""
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            try:
+                response = httpx.get(f"{self.url}/health", trust_env=False, timeout=5)
+                if response.status_code == status and part in response.text:
+                    return response
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise AssertionError(f"no {status} with {part!r}:\n{self.log}")
+
+
+@pytest.fixture
+def reloader(tmp_path: Path) -> Iterator[Reloader]:
+    """The document's command in a copy of the project whose .env names a missing model."""
+    shutil.copytree(PROJECT_ROOT / "app", tmp_path / "app")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = Reloader(tmp_path, f"http://127.0.0.1:{port}")
+    started.edit(NO_MODEL)
+    # The settings are those of the copy's .env alone.
+    unset = dict.fromkeys((*setting_names(), "CONFIG_FILE"), "")
+    command = f"uvicorn app.main:app --host 0.0.0.0 --port {port} --reload"
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command.split()],
+            cwd=tmp_path,
+            env=isolated_environment({}) | unset,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        yield started
+        process.terminate()
+        assert process.wait(30) == 0, started.log
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.timeout(500)
+def test_a_failed_start_answers_503_until_it_is_mended(reloader: Reloader) -> None:
+    """A missing model, then a wrong setting, give 503 with the line of the log; edits mend them."""
+    fault = "/nowhere does not exist"
+    assert fault in reloader.wait_for(503, fault).json()["error"]["message"]
+    assert fault in reloader.log
+    reloader.edit(WORKS)
+    reloader.wait_for(200, '"healthy"')
+    reloader.edit("CACHE__SIZE=many\n")
+    response = reloader.wait_for(503, "cache.size = 'many'")
+    assert response.json()["error"]["message"] in reloader.log
+    reloader.edit(WORKS)
+    reloader.wait_for(200, '"healthy"')
