@@ -80,6 +80,10 @@ COPY --from=builder /opt/venv /opt/venv
 COPY --from=model --chown=10001:10001 /models /models
 COPY --from=application /app /app
 
+# The command of pyproject.toml, as the project is not installed here.
+RUN printf '#!/bin/sh\ncd /app && exec python -m app "$@"\n' > /usr/local/bin/llm-service \
+    && chmod 755 /usr/local/bin/llm-service
+
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

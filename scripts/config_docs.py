@@ -47,30 +47,31 @@ _TABLE_HEAD = """\
 
 Each source overrides the one before it:
 
-1. `config.yml` beside the `app` folder, or the YAML file that the variable `CONFIG_FILE` names.
+1. `config.yml` beside the `app` folder, or the file that `CONFIG_FILE` names.
 2. `.env` beside the `app` folder; `cp .env.example .env` makes one.
 3. The environment.
 
 In `.env` and in the environment two underscores join section and key: `MODEL__NAME` sets
 `model.name`; `.env.example` has every variable. Lists and objects are JSON there:
-`SECURITY__API_KEYS='[{"name": "ci", "key": "..."}]'`. Settings are read once, at the start;
-only the API keys are read again on SIGHUP.
+`SECURITY__API_KEYS='[{"name": "ci", "key": "..."}]'`. Empty variables are unset, quotes around a
+value are dropped. Settings are read once; only the API keys are read again on SIGHUP.
 
-An unknown setting or a value that is not allowed ends the start with one line that names the key,
-the value, its source and what is allowed. `app.environment: production` also refuses the default
-key and any key under 32 characters. `python -m app check` checks the configuration.
+An unknown or misspelt setting or a wrong value ends the start with one line that names the key, its
+source and what is allowed. `app.environment: production` refuses the default key and keys under 32
+characters; `development` warns of them. `llm-service check` checks all but
+loading the model.
 """
 
 _TABLE_END = """\
 ## Other variables
 
-The libraries under the service read these.
+Libraries read these. All but the last may be in `.env`.
 
 | Variable | What it does |
 |---|---|
-| `CONFIG_FILE` | The YAML file that is read instead of `config.yml`; it must exist. |
-| `HF_HOME` | Folder of downloaded hub models, and of the bundled model. |
-| `HF_HUB_OFFLINE` | `1`: use downloaded models only, without the network. |
+| `CONFIG_FILE` | Read instead of `config.yml`; must exist. |
+| `HF_HOME` | Folder of downloaded models. |
+| `HF_HUB_OFFLINE` | `1`: use downloaded models, no network. |
 | `HF_ENDPOINT` | Address of a mirror of the hub. |
 | `FORWARDED_ALLOW_IPS` | Proxies that uvicorn believes; see `security.trusted_proxies`. |
 """

@@ -21,6 +21,14 @@ def test_an_unreachable_hub_with_nothing_cached(hub: FakeHub, child: Downloader)
     )
 
 
+def test_a_tls_failure_says_so(hub: FakeHub, tmp_path: Path) -> None:
+    """Where no TLS connection can be made, the error says TLS and how certificates are named."""
+    with downloader(tmp_path / "home", hub.url.replace("http:", "https:")) as process:
+        error = process.download("tiny/nowhere")["error"]
+    assert re.match(r"the TLS connection to the hub failed \(.+\), and tiny/nowhere is not", error)
+    assert "SSL_CERT_FILE" in error
+
+
 @pytest.mark.parametrize(
     ("faults", "reason"),
     [

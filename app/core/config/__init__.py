@@ -36,8 +36,8 @@ class AppSettings(Section):
     """The service's name, address and shutdown."""
 
     name: str = Field("LLM FastAPI Service", description="Title in the OpenAPI document.")
-    host: str = Field("0.0.0.0", description="Address that `python -m app serve` binds.")  # noqa: S104 - a container must listen on all interfaces  # nosec B104
-    port: int = Field(8000, ge=0, le=65535, description="Port that `python -m app serve` binds.")
+    host: str = Field("0.0.0.0", description="Address that `llm-service serve` binds.")  # noqa: S104 - a container must listen on all interfaces  # nosec B104
+    port: int = Field(8000, ge=0, le=65535, description="Port that `llm-service serve` binds.")
     environment: Literal["development", "production"] = Field(
         "development",
         description="production rejects weak API keys and hides the interactive documentation.",
@@ -252,7 +252,8 @@ class Settings(BaseSettings):
     metrics: MetricsSettings = MetricsSettings()
     logging: LoggingSettings = LoggingSettings()
     huggingface_token: Annotated[
-        SecretStr | None, Field(description="Token for gated hub models; never shown.")
+        SecretStr | None,
+        Field(description="Token for gated hub models; also HF_TOKEN; never shown."),
     ] = None
 
     @model_validator(mode="after")
