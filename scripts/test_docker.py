@@ -201,6 +201,8 @@ def check_inside(checks: Checks, container: Container, health: list[str]) -> Non
     model_cache = container.run("touch", "/models/probe").returncode
     own_code = container.run("touch", "/app/app/probe").returncode
     checks.check("can write the model cache, and not its own code", model_cache == 0 != own_code)
+    checked = container.run("llm-service", "check")
+    checks.check("llm-service check accepts it", checked.returncode == 0, checked.stderr)
     probe = container.run(*health)
     checks.check("the health check's command succeeds", probe.returncode == 0, probe.stderr)
 
