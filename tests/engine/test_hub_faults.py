@@ -108,7 +108,7 @@ def test_a_cache_that_cannot_be_written(hub: FakeHub, tiny_model_dir: Path, tmp_
     cache.write_text("a file where the folder should be")
     with downloader(tmp_path, hub.url, HF_HUB_CACHE=str(cache)) as process:
         error = process.download("tiny/disk")["error"]
-    assert error.startswith(f"tiny/disk cannot be downloaded to {cache}: ")
+    assert error.startswith(f"models cannot be stored in {cache}, since {cache} is no folder")
     assert "HF_HOME" in error
 
 
