@@ -37,10 +37,7 @@ ANSWER_TOKENS = 24
 TOPICS = (
     "the capital of France", "how bread is baked", "why the sky is blue", "a poem about the sea",
     "Python lists", "the water cycle", "a letter to a landlord", "prime numbers", "photosynthesis",
-    "how to learn chess", "the Roman empire", "black holes", "a recipe for soup", "vaccines",
-    "a joke about cats", "the French revolution", "how engines work", "a haiku on autumn",
-    "the moons of Jupiter", "good habits for sleep", "the history of tea", "sorting algorithms",
-    "what a verb is", "how rainbows form",
+    "how to learn chess", "the Roman empire", "black holes",
 )  # fmt: skip
 
 
@@ -83,7 +80,7 @@ def greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
-    """The plain bfloat16 model's answers to two dozen chats."""
+    """The plain bfloat16 model's answers to a dozen chats."""
     pipe = load_pipeline(SETTINGS, find_model(SETTINGS, token=None, progress=lambda _: None))
     encoded = []
     for topic in TOPICS:
