@@ -1,7 +1,7 @@
-"""Recall and precision of the PII filter on the tests' corpus: `python -m scripts.pii_report`.
+"""Recall and precision of the PII filter on the tests' corpora: `python -m scripts.pii_report`.
 
-An entity counts as found only when its kind, beginning and end are right. ``--errors`` lists missed
-and wrong entities.
+An entity counts as found only when its kind, beginning and end are right. ``--public`` takes the
+corpus of public formats instead of the filter's own; ``--errors`` lists missed and wrong entities.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from app.core.pii.detectors import KINDS
 from app.core.pii.scanner import PiiScanner
-from tests.data.pii_corpus import Sample, negatives, positives
+from tests.data import pii_corpus, pii_public
+from tests.data.pii_corpus import Sample
 
 
 @dataclass
@@ -57,8 +58,10 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--errors", action="store_true", help="list missed and wrong entities")
+    parser.add_argument("--public", action="store_true", help="the corpus of public formats")
     arguments = parser.parse_args()
-    with_entities, without = positives(), negatives()
+    corpus = pii_public if arguments.public else pii_corpus
+    with_entities, without = corpus.positives(), corpus.negatives()
     result = score(with_entities + without)
     print(f"{len(with_entities)} texts with an entity, {len(without)} hard negatives\n")
     print(f"{'kind':<8}{'entities':>9}{'missed':>8}{'wrong':>7}{'recall':>9}{'precision':>11}")

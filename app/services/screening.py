@@ -24,7 +24,8 @@ class Screening:
         self._metrics = metrics
         self._blocked = output.blocked_patterns
         try:
-            self._scanner = PiiScanner(pii.kinds, [(p.name, p.pattern) for p in pii.patterns])
+            patterns = [(p.name, p.pattern) for p in pii.patterns]
+            self._scanner = PiiScanner(pii.kinds, patterns, pii.regions)
             self._filter = OutputFilter((), self._blocked)
         except ValueError as error:
             raise ConfigurationError(f"configuration error: {error}") from None

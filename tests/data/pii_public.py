@@ -185,7 +185,7 @@ route add {ip:10.20.0.0}/16
 mapped {ip:::ffff:203.0.113.9}
 from {ip:172.16.254.1} to {ip:172.16.254.2}
 fullwidth {ip:\uff11\uff19\uff12.\uff10.\uff12.\uff11}
-fullwidth {card:\uff14\uff11\uff11\uff11 \uff11\uff11\uff11\uff11 \uff11\uff11\uff11\uff11 \uff11\uff11\uff11\uff11}
+fullwidth {card:\uff14\uff11\uff11\uff11 1111 \uff11\uff11\uff11\uff11 1111}
 bold {phone:\U0001d7ce20 7946 0958}
 arabic digits {phone:+\u0664\u0664 \u0662\u0660 \u0667\u0669\u0664\u0666 \u0660\u0669\u0665\u0668}
 devanagari {phone:+\u0967 \u0968\u0966\u0968 \u096a\u096b\u096c \u0967\u0967\u0967\u0967}

@@ -6,12 +6,17 @@ import itertools
 import random
 from collections import Counter
 
+import phonenumbers
 import pytest
+from phonenumbers import PhoneNumberFormat, PhoneNumberType
 
+from app.core.config import REGIONS
 from app.core.pii.detectors import HOLD_BACK, KINDS, Detector, built_in
+from app.core.pii.folding import fold
 from app.core.pii.patterns import WINDOW, BoundedPattern, LinearPattern, prefixes_of
 from app.core.pii.scanner import Entity, PiiScanner, StreamRedactor
 from scripts.pii_report import score
+from tests.data import pii_public
 from tests.data.pii_cases import FOUND, HOSTILE, LONG, MATCHING, NOT_FOUND, PIECES, SOURCES
 from tests.data.pii_corpus import OUT_OF_SCOPE, negatives, positives
 from tests.support.costs import is_linear
@@ -42,10 +47,12 @@ def chunks(text: str, rng: random.Random) -> list[str]:
 def at_once(scanner: PiiScanner, text: str) -> str:
     """The redacted text by one search of the whole text, without a stream."""
     text = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
+    # Where each character of the folded text is in the text.
+    places = [place for place, character in enumerate(text) if fold(character)]
     out, at = "", 0
-    for entity in scanner.walk(text, 0, len(text)):
-        out += f"{text[at : entity.start]}[{entity.kind.upper().replace('_', '-')}]"
-        at = entity.end
+    for entity in scanner.walk(fold(text), 0, len(places)):
+        out += f"{text[at : places[entity.start]]}[{entity.kind.upper().replace('_', '-')}]"
+        at = places[entity.end - 1] + 1
     return out + text[at:]
 
 
@@ -243,7 +250,7 @@ def test_a_stream_equals_the_whole_beyond_the_bound(scanner: PiiScanner) -> None
             assert stream(scanner.stream(), chunks(text, rng)) == whole, text
 
 
-@pytest.mark.parametrize("detector", built_in(), ids=lambda detector: str(detector.kind))
+@pytest.mark.parametrize("detector", built_in(REGIONS), ids=lambda detector: str(detector.kind))
 def test_where_a_search_begins_does_not_matter(detector: Detector) -> None:
     """The first entity is the same whatever place before it the search begins at."""
     rng = random.Random(8)
@@ -317,3 +324,47 @@ def test_recall_and_precision_stay() -> None:
     for kind in KINDS:
         assert result.recall(kind) >= 0.97, kind
         assert result.precision(kind) >= 0.97, kind
+
+
+def test_public_formats_are_found() -> None:
+    """Recall is at least 0.9 and precision at least 0.9 for each kind, on public formats.
+
+    Measured: 0.938 for e-mail addresses, and 1.000 for all others.
+    """
+    result = score(pii_public.positives() + pii_public.negatives())
+    for kind in KINDS:
+        assert result.recall(kind) >= 0.9, kind
+        assert result.precision(kind) >= 0.9, kind
+
+
+def test_the_librarys_example_numbers_are_found() -> None:
+    """Of libphonenumber's examples, 95 in 100 are found in the national form of each region."""
+    found: list[bool] = []
+    for region in REGIONS:
+        for kind in (PhoneNumberType.FIXED_LINE, PhoneNumberType.MOBILE, PhoneNumberType.TOLL_FREE):
+            number = phonenumbers.example_number_for_type(region, kind)
+            assert number is not None
+            written = phonenumbers.format_number(number, PhoneNumberFormat.NATIONAL)
+            expected = [Entity("phone", 3, 3 + len(written))]
+            found.append(SCANNER.find(f"It {written}, then.") == expected)
+    assert sum(found) >= 0.95 * len(found)
+
+
+def test_national_numbers_are_those_of_the_regions() -> None:
+    """A national number is found where its region is configured, and nowhere else."""
+    texts = {"US": "415-555-2671", "GB": "020 7946 0958", "ES": "91 330 28 00", "DK": "32 12 34 56"}
+    for region, text in texts.items():
+        assert [e.kind for e in PiiScanner(regions=[region]).find(text)] == ["phone"], region
+        assert PiiScanner(regions=[]).find(text) == [], region
+    with pytest.raises(ValueError, match="pii region 'XX'"):
+        PiiScanner(regions=["XX"])
+
+
+def test_what_is_written_otherwise_stays_as_it_is() -> None:
+    """Folding finds entities; the text around them keeps its characters, dropped ones included."""
+    text = "\u200b\uff21\u00ad \u2075: \uff14\uff11\uff15-555-\u200b2671\u2060 \ufb01n\u200d"
+    redacted = "\u200b\uff21\u00ad \u2075: [PHONE]\u2060 \ufb01n\u200d"
+    assert SCANNER.redact(text)[0] == redacted
+    assert stream(SCANNER.stream(), list(text)) == redacted
+    with pytest.raises(ValueError, match="texts are folded, write 'A'"):
+        PiiScanner(custom=[("x", "\uff21")])

@@ -192,6 +192,8 @@ class NamedPattern(Section):
 # YAML reads an unquoted off as a boolean.
 _Off = BeforeValidator(lambda value: "off" if value is False else value)
 PiiKind = Literal["email", "phone", "ssn", "card", "iban", "ip"]
+REGIONS = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "BE", "CH", "AT", "PL", "SE", "BR", "IN", "AU")
+"""The default of ``pii.regions``."""
 
 
 class PiiSettings(Section):
@@ -205,6 +207,10 @@ class PiiSettings(Section):
     )
     kinds: list[PiiKind] = Field(
         default_factory=lambda: list(get_args(PiiKind)), description="Kinds to look for."
+    )
+    regions: list[Annotated[str, Field(pattern="^[A-Z]{2}$")]] = Field(
+        default_factory=lambda: list(REGIONS),
+        description="Countries whose national phone numbers are found (ISO 3166-1).",
     )
     patterns: list[NamedPattern] = Field(
         default_factory=list, description="Further patterns, each {name, pattern} in RE2 syntax."

@@ -2,26 +2,23 @@
 
 RE2 finds candidates and :mod:`app.core.pii.checks` decides about them. A decision looks at no more
 than ``LEFT_CONTEXT`` characters before a candidate and :data:`HOLD_BACK` after its beginning.
-Digits are ASCII.
+Texts are folded (:mod:`app.core.pii.folding`), so digits are ASCII and spaces are plain.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from app.core.pii.checks import (
     DASHES,
-    SPACES,
-    bare_phone_end,
     bare_ssn_end,
     card_end,
-    e164_end,
     iban_end,
     ipv4_end,
     ipv6_end,
-    nanp_end,
     ssn_end,
 )
 from app.core.pii.patterns import LinearPattern, prefixes_of
+from app.core.pii.phones import NATIONAL, NationalNumbers, e164_end, nanp_end
 
 KINDS = ("email", "phone", "ssn", "card", "iban", "ip")
 """The kinds, by priority where two entities have the same place and length."""
@@ -33,8 +30,8 @@ HOLD_BACK = _MAX_LOCAL + 1 + _MAX_DOMAIN
 
 Span = tuple[int, int]
 
-_GAP = rf"[{SPACES}\{DASHES}]"
-_GAP_OR_DOT = rf"[{SPACES}\{DASHES}.]"
+_GAP = rf"[{DASHES} .]"
+_GAP_OR_BREAK = rf"[{DASHES} .\n]"
 
 
 class Detector(NamedTuple):
@@ -81,8 +78,8 @@ def _shape(
             start = end if runs else begin + 1
         return None
 
-    # The checks look at a dot or a dash after an entity, and at the character after that.
-    return Detector(kind, prefixes_of(source + r"[.\-]?"), first)
+    # The checks look at a dot, a dash or a space after an entity, and at the character after that.
+    return Detector(kind, prefixes_of(source + r"[.\- ]?"), first)
 
 
 # E-mail addresses. The local part is a run of at most 64 letters, digits and ``._%+'-``. The domain
@@ -158,28 +155,28 @@ def _is_top_level(label: str) -> bool:
     return len(label) >= 2 and (label.isalpha() or label.startswith("xn--"))
 
 
-def built_in() -> list[Detector]:
-    """One or more detectors for each kind, in the order of :data:`KINDS`."""
-    g, d = _GAP, _GAP_OR_DOT
-    return [
+def built_in(regions: Iterable[str]) -> list[Detector]:
+    """One or more detectors for each kind; the first ones win a place of the same length.
+
+    Raises:
+        ValueError: A region that is not known.
+    """
+    g, b = _GAP, _GAP_OR_BREAK
+    national = NationalNumbers(regions)
+    nanp = rf"(?:\+?1{g}?)?(?:\(\d{{3}}\){g}?|\d{{3}}{g})\d{{3}}{g}\d{{4}}"
+    detectors = [
         Detector("email", rf"{_LOCAL_SOURCE}(?:@[{_LETTERS}.\-]*)?", _first_email),
         _shape(
             "phone",
-            rf"\+[1-9]\d{{0,2}}(?:{d}?\(\d{{1,4}}\))?(?:{d}?\d){{4,13}}",
+            rf"\+[1-9]\d{{0,2}}(?:{g}?\(\d{{1,4}}\))?(?:{g}?\d){{4,13}}",
             e164_end,
             needs="+",
         ),
-        _shape("phone", rf"(?:\+?1{d}?)?(?:\(\d{{3}}\){d}?|\d{{3}}{d})\d{{3}}{d}\d{{4}}", nanp_end),
-        _shape("phone", r"\b1?[2-9]\d{2}[2-9]\d{6}\b", bare_phone_end),
         _shape("ssn", rf"\b\d{{3}}{g}\d{{2}}{g}\d{{4}}\b", ssn_end),
         _shape("ssn", r"\b\d{9}\b", bare_ssn_end),
         _shape("card", r"\b\d{13,19}\b", card_end),
-        _shape("card", rf"\b\d{{4,6}}(?:{g}\d{{3,7}}){{1,4}}(?:{g}\d{{1,3}})?\b", card_end),
-        _shape(
-            "iban",
-            rf"\b(?:[A-Z]{{2}}\d{{2}}(?:{g}?[A-Z0-9]){{11,30}}|[A-Za-z]{{2}}\d{{2}}[A-Za-z0-9]{{11,30}})",
-            iban_end,
-        ),
+        _shape("card", rf"\b\d{{4,6}}(?:{b}\d{{3,7}}){{1,4}}(?:{b}\d{{1,3}})?\b", card_end),
+        _shape("iban", rf"\b[A-Za-z]{{2}}\d{{2}}(?:{b}?[A-Za-z0-9]){{11,30}}", iban_end),
         _shape("ip", r"\b\d+(?:\.\d+){3,}", ipv4_end, needs=".", runs=True),
         _shape(
             "ip",
@@ -188,4 +185,8 @@ def built_in() -> list[Detector]:
             needs=":",
             runs=True,
         ),
+        _shape("phone", NATIONAL, national.end),
     ]
+    if national.north_american:
+        detectors.insert(1, _shape("phone", nanp, nanp_end))
+    return detectors

@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from app.core.config import REGIONS
 from app.core.pii.checks import LEFT_CONTEXT
 from app.core.pii.detectors import HOLD_BACK, KINDS, Detector, built_in
+from app.core.pii.folding import FOLDED, fold
 from app.core.pii.patterns import BoundedPattern, HoldBack
 
 # Each call of RE2 costs the length of its whole argument; blocks keep the total linear.
@@ -36,22 +38,26 @@ class PiiScanner:
 
     Args:
         kinds: The built-in kinds to look for.
-        custom: Pairs of a name and an RE2 pattern. A match may begin and end inside a word unless
-            the pattern says otherwise (``\b``), and has at most 256 characters: a longer one is
-            not found.
+        custom: Pairs of a name and an RE2 pattern, which searches folded text. A match may begin
+            and end inside a word unless the pattern says otherwise (``\b``), and has at most 256
+            characters: a longer one is not found.
+        regions: Countries whose national telephone numbers are looked for (ISO 3166-1).
 
     Raises:
         ValueError: The kind, name or pattern that cannot be used, and why, in one line.
     """
 
     def __init__(
-        self, kinds: Iterable[str] = KINDS, custom: Iterable[tuple[str, str]] = ()
+        self,
+        kinds: Iterable[str] = KINDS,
+        custom: Iterable[tuple[str, str]] = (),
+        regions: Iterable[str] = REGIONS,
     ) -> None:
         wanted = set(kinds)
         unknown = sorted(wanted - set(KINDS))
         if unknown:
             raise ValueError(f"pii kind {unknown[0]!r} is not one of {', '.join(KINDS)}")
-        self._built_in = [d for d in built_in() if d.kind in wanted]
+        self._built_in = [d for d in built_in(regions) if d.kind in wanted]
         self._custom = [_configured(name, source) for name, source in custom]
         names = [finder.kind.lower() for finder in self._custom]
         for name in names:
@@ -81,7 +87,10 @@ class PiiScanner:
         return StreamRedactor(self)
 
     def walk(self, text: str, start: int, cut: int) -> Iterator[Entity]:
-        """The entities that begin in ``text[start:cut]``, left to right, without overlaps."""
+        """The entities that begin in ``text[start:cut]``, left to right, without overlaps.
+
+        The text has to be folded.
+        """
         built_in = self._built_in if _TRIGGER.search(text, start) else []
         finders = [*built_in, *self._custom]
         heads = [finder.first(text, start) for finder in finders]
@@ -107,6 +116,10 @@ def _configured(name: str, source: str) -> Detector:
         raise ValueError(
             f"pii pattern name {name[:40]!r}: 1 to 32 letters, digits, _ and -, a letter first"
         )
+    if fold(source) != source:
+        raise ValueError(
+            f"pii pattern {name!r} cannot match: texts are folded, write {fold(source)[:80]!r}"
+        )
     if name.lower() in KINDS:
         raise ValueError(f"pii pattern name {name!r} is a built-in kind")
     try:
@@ -131,6 +144,9 @@ class StreamRedactor:
         self._scanner = scanner
         self._text = ""  # Undecided text, after up to LEFT_CONTEXT decided characters.
         self._at = 0
+        # How undecided characters were written that are folded, by their place in the text. The
+        # first item is the character, the others those that are dropped behind it.
+        self._written: dict[int, list[str]] = {}
         self.counts: Counter[str] = Counter()
 
     @property
@@ -161,10 +177,40 @@ class StreamRedactor:
         if not piece.isascii():
             piece = _SURROGATE.sub("\ufffd", piece)
         for begin in range(0, len(piece), _BLOCK):
-            self._text += piece[begin : begin + _BLOCK]
+            yield self._add(piece[begin : begin + _BLOCK]), None
             yield from self._decide(final=False)
         if final:
             yield from self._decide(final=True)
+
+    def _add(self, block: str) -> str:
+        """Add folded text; returns dropped characters that no undecided character is before."""
+        folded = block if block.isascii() else block.translate(FOLDED)
+        if folded == block:
+            self._text += block
+            return ""
+        passed = ""
+        for character in block:
+            plain = FOLDED[ord(character)]
+            if plain:
+                if plain != character:
+                    self._written[len(self._text)] = [character]
+                self._text += plain
+            elif self.held:
+                last = len(self._text) - 1
+                self._written.setdefault(last, [self._text[last]]).append(character)
+            else:
+                passed += character
+        return passed
+
+    def _as_written(self, begin: int, end: int) -> list[str]:
+        """The characters of a part of the text, and after each those that were dropped."""
+        written = self._written
+        if not written:
+            return [self._text[begin:end]]
+        out: list[str] = []
+        for place in range(begin, end):
+            out += written.get(place) or self._text[place]
+        return out
 
     def _decide(self, *, final: bool) -> Iterator[tuple[str, str | None]]:
         text = self._text
@@ -173,13 +219,24 @@ class StreamRedactor:
             if cut <= self._at:
                 break
             for entity in self._scanner.walk(text, self._at, cut):
-                yield text[self._at : entity.start], None
-                yield text[entity.start : entity.end], entity.kind
+                yield "".join(self._as_written(self._at, entity.start)), None
+                inside = self._as_written(entity.start, entity.end)
+                # What is dropped behind an entity is not part of it.
+                behind = self._written.get(entity.end - 1, [""])[1:]
+                yield "".join(inside[: len(inside) - len(behind)]), entity.kind
+                yield "".join(behind), None
                 self._at = entity.end
             if self._at <= cut:
-                yield text[self._at : cut], None
+                yield "".join(self._as_written(self._at, cut)), None
                 self._at = cut
                 break
             # The last entity ends after the cut, so text behind it may be decided too.
         if self._at > LEFT_CONTEXT:
-            self._text, self._at = text[self._at - LEFT_CONTEXT :], LEFT_CONTEXT
+            cut = self._at - LEFT_CONTEXT
+            self._text, self._at = text[cut:], LEFT_CONTEXT
+            if self._written:
+                self._written = {
+                    place - cut: written
+                    for place, written in self._written.items()
+                    if place >= cut + LEFT_CONTEXT
+                }
