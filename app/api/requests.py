@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from app.core.security import Principal
-from app.llm.protocol import SAMPLING_FIELDS, Grammar, JsonSchemaGrammar, RegexGrammar
+from app.llm.protocol import ANY_OBJECT, SAMPLING_FIELDS, Grammar, JsonSchemaGrammar, RegexGrammar
 
 Schema = dict[str, Any]
 Role = Literal["system", "user", "assistant"]
@@ -139,7 +139,7 @@ class ResponseFormat(NeutralFields):
     def grammar(self) -> Grammar | None:
         """The same for the engine."""
         if self.type == "json_object":
-            return JsonSchemaGrammar(json.dumps({"type": "object"}))
+            return ANY_OBJECT
         if self.json_schema is not None:
             return JsonSchemaGrammar(json.dumps(self.json_schema.schema_))
         if self.choice is not None:

@@ -68,6 +68,10 @@ class JsonSchemaGrammar(msgspec.Struct, frozen=True, tag="json_schema"):
     schema: str
 
 
+ANY_OBJECT: Final = JsonSchemaGrammar('{"type": "object"}')
+"""Any JSON object."""
+
+
 class RegexGrammar(msgspec.Struct, frozen=True, tag="regex"):
     """The whole answer matches this regular expression, which has no anchors."""
 

@@ -17,7 +17,7 @@ from app.llm.protocol import Grammar, SamplingParams
 from app.llm.report import GenerationReport
 from app.llm.system_prompt import SYSTEM_PROMPT
 from app.llm.tool_calls import ToolCallParser
-from app.llm.tools import ChatMessage, Tool, ToolUse
+from app.llm.tools import ChatMessage, Tool, ToolCall, ToolUse
 from app.services.answers import Answer, Job
 from app.services.flights import Flight
 from app.services.response_cache import ResponseCache, cache_key
@@ -136,7 +136,8 @@ class GenerationService:
     async def _fill(
         self, flight: Flight, job: Job, options: GenerationOptions, place: Place
     ) -> GenerationReport:
-        screen = self._screening.answer(self._engine.template_tokens)
+        trigger = self._generator.tool_format.trigger if job.tools else None
+        screen = self._screening.answer(self._engine.template_tokens, job.grammar, trigger)
         report: GenerationReport | None = None
         async with aclosing(self._stream(job, options)) as pieces:
             async for piece in pieces:
@@ -231,7 +232,8 @@ class GenerationService:
                 param="logprobs",
             )
         if any("tool_calls" in m for m in job.messages):
-            job = replace(job, messages=self._generator.tool_format.as_text(job.messages))
+            called = [self._with_clean_calls(m) for m in job.messages]
+            job = replace(job, messages=self._generator.tool_format.as_text(called))
         self._check_length(job)
         clean = self._screening.prompt
         if job.prompt is not None:
@@ -246,6 +248,14 @@ class GenerationService:
             for t in job.tools.tools
         )
         return replace(job, messages=messages, tools=replace(job.tools, tools=tools))
+
+    def _with_clean_calls(self, message: ChatMessage) -> ChatMessage:
+        calls: list[ToolCall] = []
+        for call in message.get("tool_calls", ()):
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            clean = self._screening.arguments(arguments, param="messages")
+            calls.append({**call, "function": {"name": name, "arguments": clean}})
+        return {**message, "tool_calls": calls} if calls else message
 
     def _check_length(self, job: Job) -> None:
         characters = len(job.prompt or "") + sum(len(m["content"]) for m in job.messages)

@@ -1,5 +1,6 @@
 """What may reach the model and what may leave it: personal data, blocked patterns, stray tokens."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,6 +9,8 @@ from app.core.config import OutputSettings, PiiSettings
 from app.core.metrics import Metrics
 from app.core.output_filter import OutputFilter, StreamFilter
 from app.core.pii.scanner import PiiScanner, StreamRedactor
+from app.llm.protocol import ANY_OBJECT, Grammar, JsonSchemaGrammar
+from app.services.json_screen import CallsScreen, JsonScreen, TextScreen
 from app.utils.errors import ConfigurationError, PiiDetectedError
 
 
@@ -59,15 +62,60 @@ class Screening:
             return [self.values(member, param=param) for member in value]
         return value
 
+    def arguments(self, text: str, *, param: str) -> str:
+        """A tool call's arguments as :meth:`values` leaves them; what is no JSON stays.
+
+        Raises:
+            PiiDetectedError: See :meth:`prompt`.
+        """
+        try:
+            value = json.loads(text)
+            clean = self.values(value, param=param)
+        except (ValueError, RecursionError):
+            return text
+        return text if clean == value else json.dumps(clean, ensure_ascii=False)
+
     @property
     def takes_out(self) -> bool:
         """Whether answers may lose text that the model generated on purpose."""
         return self._pii.output == "redact" or bool(self._blocked)
 
-    def answer(self, template_tokens: tuple[str, ...]) -> "AnswerScreen":
-        """Screens one answer on its way, in which no template token may stand."""
-        redactor = self._scanner.stream() if self._pii.output == "redact" else None
-        return AnswerScreen(StreamFilter(self._filter_for(template_tokens)), redactor, self._count)
+    def answer(
+        self,
+        template_tokens: tuple[str, ...],
+        grammar: Grammar | None = None,
+        call_trigger: str | None = None,
+    ) -> "AnswerScreen":
+        """Screens one answer on its way.
+
+        Args:
+            template_tokens: Texts that may not stand in it.
+            grammar: What the whole answer looks like.
+            call_trigger: The text that begins a call of a tool.
+        """
+        rules = self._filter_for(template_tokens)
+        counts: Counter[str] = Counter()
+
+        def redactor(before: str) -> StreamRedactor | None:
+            return self._scanner.stream(before, counts) if self._pii.output == "redact" else None
+
+        def open_text(before: str) -> TextScreen:
+            return _Text(None, redactor(before))
+
+        def open_json(*, numbers_stay: bool = True, whole: bool = False) -> JsonScreen:
+            return JsonScreen(
+                lambda before: _Text(StreamFilter(rules), redactor(before)),
+                numbers_stay=numbers_stay,
+                whole=whole,
+            )
+
+        if isinstance(grammar, JsonSchemaGrammar):
+            inner: TextScreen = open_json(numbers_stay=grammar != ANY_OBJECT, whole=True)
+        elif call_trigger is not None:
+            inner = CallsScreen(call_trigger, open_text, open_json)
+        else:
+            inner = open_text("")
+        return AnswerScreen(StreamFilter(rules), inner, counts, self._count)
 
     def _filter_for(self, template_tokens: tuple[str, ...]) -> OutputFilter:
         # The tokens are known once the model is loaded, and stay what they are.
@@ -81,49 +129,70 @@ class Screening:
             self._metrics.pii_redactions.labels(kind).inc(number)
 
 
+class _Text:
+    """Screens one text: blocked patterns and template tokens first, then personal data."""
+
+    def __init__(self, outgoing: StreamFilter | None, redactor: StreamRedactor | None) -> None:
+        self._outgoing = outgoing
+        self._redactor = redactor
+
+    @property
+    def blocked(self) -> bool:
+        return self._outgoing is not None and self._outgoing.blocked
+
+    def feed(self, text: str) -> str:
+        if self._outgoing is not None:
+            text = self._outgoing.feed(text)
+        return text if self._redactor is None else self._redactor.feed(text)
+
+    def flush(self) -> str:
+        rest = "" if self._outgoing is None else self._outgoing.flush()
+        if self._redactor is not None:
+            rest = self._redactor.feed(rest) + self._redactor.flush()
+        return rest
+
+
 class AnswerScreen:
     """One answer as its caller may see it; the text does not depend on where it is cut.
 
-    ``outgoing`` takes out template tokens and ends the answer at a blocked pattern; ``redactor``
-    takes out personal data, and ``count`` is told how many of each kind.
+    ``outgoing`` takes out template tokens and ends the answer at a blocked pattern, by the text as
+    the model wrote it. ``inner`` takes out personal data, and does the same by the text that JSON's
+    escapes stand for. ``count`` is told the ``counts`` of what ``inner`` has taken out.
     """
 
     def __init__(
         self,
         outgoing: StreamFilter,
-        redactor: StreamRedactor | None,
+        inner: TextScreen,
+        counts: Counter[str],
         count: Callable[[Counter[str]], None],
     ) -> None:
         self._outgoing = outgoing
-        self._redactor = redactor
+        self._inner = inner
+        self._counts = counts
         self._count = count
         self._generated = self._passed = 0
 
     @property
     def blocked(self) -> bool:
         """Whether a blocked pattern has ended the answer."""
-        return self._outgoing.blocked
+        return self._outgoing.blocked or self._inner.blocked
 
     @property
     def changed(self) -> bool:
         """Whether the text that has passed is not what was generated; asked at the end."""
-        redacted = self._redactor is not None and bool(self._redactor.counts)
-        return redacted or self._passed != self._generated
+        return bool(self._counts) or self._passed != self._generated
 
     def feed(self, text: str) -> str:
         """What may be passed on, now that ``text`` has been generated."""
         self._generated += len(text)
-        passed = self._outgoing.feed(text)
-        if self._redactor is not None:
-            passed = self._redactor.feed(passed)
+        passed = self._inner.feed(self._outgoing.feed(text))
         self._passed += len(passed)
         return passed
 
     def flush(self) -> str:
         """What was held back, once no more text comes."""
-        rest = self._outgoing.flush()
-        if self._redactor is not None:
-            rest = self._redactor.feed(rest) + self._redactor.flush()
-            self._count(self._redactor.counts)
+        rest = self._inner.feed(self._outgoing.flush()) + self._inner.flush()
+        self._count(self._counts)
         self._passed += len(rest)
         return rest

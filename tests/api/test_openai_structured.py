@@ -9,8 +9,9 @@ import httpx
 import pytest
 from jsonschema import validate
 
+from app.llm.models import bundled
 from tests.support.openai import CHAT, COMPLETIONS, refused, user
-from tests.support.service import Service
+from tests.support.service import Service, running_service
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 
@@ -81,6 +82,20 @@ def test_every_generating_route_has_them(bundled_service: Service) -> None:
     chunks = [json.loads(line[6:]) for line in streamed if line.startswith("data: {")]
     deltas = [c["choices"][0]["delta"].get("content", "") for c in chunks]
     assert date.fullmatch("".join(deltas))
+
+
+def test_redacted_answers_are_json() -> None:
+    """Where personal data is taken out of an answer, it stays JSON and its numbers numbers."""
+    if not bundled.is_fetched():
+        pytest.skip("the bundled model is not here; `make model` fetches it")
+    secret = {"to": "a\njane@example.com", "card": 4111111111111111}
+    schema = {"enum": [secret]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with running_service(
+        MODEL__SOURCE="bundled", MODEL__ENGINE="auto", PII__OUTPUT="redact"
+    ) as service:
+        answer = json.loads(text_of(chat(service, response_format=form)))
+    assert answer == {**secret, "to": "a\n[EMAIL]"}
 
 
 @pytest.mark.parametrize(

@@ -113,10 +113,26 @@ def test_tools_are_a_prompt(run_app: RunApp) -> None:
     assert refused(chat(client, tools=[long])) == (400, "prompt_too_long", "messages")
     mail = {"type": "function", "function": {"name": "f", "description": "Ask jane@example.com."}}
     assert refused(chat(client, tools=[mail])) == (400, "pii_detected", "tools")
-    function = {"name": "f", "arguments": '{"to": "jane@example.com"}'}
-    call = {"id": "c", "type": "function", "function": function}
-    turns = [*user("x"), {"role": "assistant", "tool_calls": [call]}, *user("y")]
-    assert refused(chat(client, messages=turns)) == (400, "pii_detected", "messages")
+    for address in ("jane@example.com", r"jane\u0040example.com"):
+        function = {"name": "f", "arguments": f'{{"to": "{address}"}}'}
+        call = {"id": "c", "type": "function", "function": function}
+        turns = [*user("x"), {"role": "assistant", "tool_calls": [call]}, *user("y")]
+        assert refused(chat(client, messages=turns)) == (400, "pii_detected", "messages")
+
+
+def test_redacted_arguments_are_json(run_app: RunApp) -> None:
+    """Arguments stay JSON where personal data is taken out, whole and streamed."""
+    client = run_app(pii={"output": "redact"})
+    text = CALL.replace("K\u00f6ln", r"a\njane\u0040example.com").replace(
+        "}}", ', "card": 4111111111111111}}'
+    )
+    arguments = r'{"city": "a\n[EMAIL]", "card": 4111111111111111}'
+    (choice,) = chat(client, text, tools=[WEATHER]).json()["choices"]
+    assert called(choice) == [("get_weather", arguments)]
+    found = chunks(chat(client, text, tools=[WEATHER], stream=True))
+    deltas = [c["choices"][0]["delta"] for c in found]
+    calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    assert "".join(call["function"]["arguments"] for call in calls) == arguments
 
 
 def test_a_session_keeps_calls_and_results(client: TestClient) -> None:

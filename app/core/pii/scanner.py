@@ -82,9 +82,9 @@ class PiiScanner:
         stream = self.stream()
         return stream.feed(text) + stream.flush(), stream.counts
 
-    def stream(self) -> "StreamRedactor":
-        """A redactor for one text that comes in pieces."""
-        return StreamRedactor(self)
+    def stream(self, before: str = "", counts: Counter[str] | None = None) -> "StreamRedactor":
+        """A redactor for one text that comes in pieces; see :class:`StreamRedactor`."""
+        return StreamRedactor(self, before, counts)
 
     def walk(self, text: str, start: int, cut: int) -> Iterator[Entity]:
         """The entities that begin in ``text[start:cut]``, left to right, without overlaps.
@@ -136,18 +136,26 @@ class StreamRedactor:
     held back only while it can still become or extend an entity, at most :data:`HOLD_BACK`
     characters.
 
+    Args:
+        scanner: What to look for.
+        before: Text before this one, which may say what a number is ("phone: ").
+        counts: Counts the entities of several texts.
+
     Attributes:
         counts: Entities replaced so far, by kind.
     """
 
-    def __init__(self, scanner: PiiScanner) -> None:
+    def __init__(
+        self, scanner: PiiScanner, before: str = "", counts: Counter[str] | None = None
+    ) -> None:
         self._scanner = scanner
-        self._text = ""  # Undecided text, after up to LEFT_CONTEXT decided characters.
-        self._at = 0
+        # Undecided text, after up to LEFT_CONTEXT decided characters.
+        self._text = fold(_SURROGATE.sub("\ufffd", before))[-LEFT_CONTEXT:]
+        self._at = len(self._text)
         # How undecided characters were written that are folded, by their place in the text. The
         # first item is the character, the others those that are dropped behind it.
         self._written: dict[int, list[str]] = {}
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter() if counts is None else counts
 
     @property
     def held(self) -> int:
