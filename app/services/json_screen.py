@@ -132,10 +132,12 @@ class JsonScreen:
     def _begin_token(self, token: str) -> str:
         """Pass on the part of a token that is not a number."""
         number = token.lstrip()
-        may_be_number = number[:1] in "-0123456789" and len(number) <= _LONGEST_NUMBER
-        if self._screen is None and (not number or may_be_number):
-            self._rest = number
-            return token[: len(token) - len(number)]
+        if self._screen is None:
+            if not number or (number[0] in "-0123456789" and len(number) <= _LONGEST_NUMBER):
+                self._rest = number
+                return token[: len(token) - len(number)]
+            if number[-1].isspace() and _NUMBER.fullmatch(number.rstrip()):
+                return self._end_token(token)
         return self._text(token)
 
     def _end_token(self, token: str) -> str:

@@ -109,8 +109,11 @@ class Screening:
                 whole=whole,
             )
 
-        if isinstance(grammar, JsonSchemaGrammar):
-            inner: TextScreen = open_json(numbers_stay=grammar != ANY_OBJECT, whole=True)
+        # Where nothing is looked for, the model's own spelling of JSON stays.
+        if not self.takes_out:
+            inner: TextScreen = open_text("")
+        elif isinstance(grammar, JsonSchemaGrammar):
+            inner = open_json(numbers_stay=grammar != ANY_OBJECT, whole=True)
         elif call_trigger is not None:
             inner = CallsScreen(call_trigger, open_text, open_json)
         else:

@@ -14,6 +14,7 @@ from app.core.metrics import Metrics
 from app.core.pii.scanner import PiiScanner
 from app.llm.protocol import ANY_OBJECT, Grammar, JsonSchemaGrammar, RegexGrammar
 from app.services.screening import Screening
+from tests.support.costs import is_linear
 
 SCHEMA = JsonSchemaGrammar('{"type": "object", "properties": {"card": {"type": "integer"}}}')
 REDACTING = Screening(PiiSettings(output="redact"), OutputSettings(), Metrics())
@@ -59,6 +60,7 @@ def screened(
         ('["4111 1111", "1111 1111"]', '["4111 1111", "1111 1111"]'),
         ('["jane", "@example.com"]', '["jane", "@example.com"]'),
         ('"jane@example.com"', '"[EMAIL]"'),
+        (f"[4111111111111111{' ' * 99}]", f'["[CARD]"{" " * 99}]'),
         ('{"a": "\\uff14111 1111 1111 1111"}', '{"a": "[CARD]"}'),
         ('{"a": "jane@example.com', '{"a": "[EMAIL]'),
         (r'{"a": "b\u00', r'{"a": "b\u00'),
@@ -139,6 +141,9 @@ def test_an_answer_without_a_find_is_as_it_was() -> None:
     screen = REDACTING.answer(TOKENS, ANY_OBJECT)
     assert screen.feed(text) + screen.flush() == text
     assert not screen.changed
+    idle = Screening(PiiSettings(), OutputSettings(), Metrics())
+    unusual = r'{"a": "caf\u00e9 \/ \ud83d"}'
+    assert screened(unusual, screening=idle) == unusual
 
 
 def test_text_flows() -> None:
@@ -191,3 +196,22 @@ def test_any_json_stays_json(grammar: Grammar) -> None:
         )
         found = json.loads(screened(text, grammar))
         assert found == redacted(original, numbers=grammar == ANY_OBJECT), text
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ['"', "\\", r"\u0040", r"\ud83d", "{", "1", "1 ", "1" + " " * 999, "[[", '"a":', "{<c>{"],
+)
+@pytest.mark.parametrize(("grammar", "trigger"), [(ANY_OBJECT, None), (None, "<c>")])
+def test_hostile_text_costs_linear_time(
+    unit: str, grammar: Grammar | None, trigger: str | None
+) -> None:
+    """The time for 100,000 adversarial characters in pieces is linear in their number."""
+
+    def run(text: str) -> None:
+        screen = REDACTING.answer(TOKENS, grammar, trigger)
+        for at in range(0, len(text), 50):
+            screen.feed(text[at : at + 50])
+        screen.flush()
+
+    assert is_linear(run, unit)
