@@ -185,15 +185,18 @@ class StreamRedactor:
         if not piece.isascii():
             piece = _SURROGATE.sub("\ufffd", piece)
         for begin in range(0, len(piece), _BLOCK):
-            yield self._add(piece[begin : begin + _BLOCK]), None
+            block = piece[begin : begin + _BLOCK]
+            if block.isascii():
+                self._text += block
+            elif passed := self._add(block):
+                yield passed, None
             yield from self._decide(final=False)
         if final:
             yield from self._decide(final=True)
 
     def _add(self, block: str) -> str:
         """Add folded text; returns dropped characters that no undecided character is before."""
-        folded = block if block.isascii() else block.translate(FOLDED)
-        if folded == block:
+        if block.translate(FOLDED) == block:
             self._text += block
             return ""
         passed = ""
@@ -210,15 +213,14 @@ class StreamRedactor:
                 passed += character
         return passed
 
-    def _as_written(self, begin: int, end: int) -> list[str]:
-        """The characters of a part of the text, and after each those that were dropped."""
+    def _as_written(self, begin: int, end: int) -> str:
+        """A part of the text as it came, with what was dropped behind each character."""
         written = self._written
         if not written:
-            return [self._text[begin:end]]
-        out: list[str] = []
-        for place in range(begin, end):
-            out += written.get(place) or self._text[place]
-        return out
+            return self._text[begin:end]
+        return "".join(
+            "".join(written.get(place) or self._text[place]) for place in range(begin, end)
+        )
 
     def _decide(self, *, final: bool) -> Iterator[tuple[str, str | None]]:
         text = self._text
@@ -227,15 +229,14 @@ class StreamRedactor:
             if cut <= self._at:
                 break
             for entity in self._scanner.walk(text, self._at, cut):
-                yield "".join(self._as_written(self._at, entity.start)), None
-                inside = self._as_written(entity.start, entity.end)
+                yield self._as_written(self._at, entity.start), None
                 # What is dropped behind an entity is not part of it.
-                behind = self._written.get(entity.end - 1, [""])[1:]
-                yield "".join(inside[: len(inside) - len(behind)]), entity.kind
-                yield "".join(behind), None
+                behind = "".join(self._written.get(entity.end - 1, [])[1:])
+                yield self._as_written(entity.start, entity.end).removesuffix(behind), entity.kind
+                yield behind, None
                 self._at = entity.end
             if self._at <= cut:
-                yield "".join(self._as_written(self._at, cut)), None
+                yield self._as_written(self._at, cut), None
                 self._at = cut
                 break
             # The last entity ends after the cut, so text behind it may be decided too.
