@@ -111,7 +111,7 @@ class Screening:
 
         # Where nothing is looked for, the model's own spelling of JSON stays.
         if not self.takes_out:
-            inner: TextScreen = open_text("")
+            inner: TextScreen | None = None
         elif isinstance(grammar, JsonSchemaGrammar):
             inner = open_json(numbers_stay=grammar != ANY_OBJECT, whole=True)
         elif call_trigger is not None:
@@ -159,14 +159,14 @@ class AnswerScreen:
     """One answer as its caller may see it; the text does not depend on where it is cut.
 
     ``outgoing`` takes out template tokens and ends the answer at a blocked pattern, by the text as
-    the model wrote it. ``inner`` takes out personal data, and does the same by the text that JSON's
-    escapes stand for. ``count`` is told the ``counts`` of what ``inner`` has taken out.
+    the model wrote it. ``inner``, if any, takes out personal data, and does the same by the text
+    that JSON's escapes stand for. ``count`` is told the ``counts`` of what ``inner`` has taken out.
     """
 
     def __init__(
         self,
         outgoing: StreamFilter,
-        inner: TextScreen,
+        inner: TextScreen | None,
         counts: Counter[str],
         count: Callable[[Counter[str]], None],
     ) -> None:
@@ -179,7 +179,7 @@ class AnswerScreen:
     @property
     def blocked(self) -> bool:
         """Whether a blocked pattern has ended the answer."""
-        return self._outgoing.blocked or self._inner.blocked
+        return self._outgoing.blocked or (self._inner is not None and self._inner.blocked)
 
     @property
     def changed(self) -> bool:
@@ -189,13 +189,17 @@ class AnswerScreen:
     def feed(self, text: str) -> str:
         """What may be passed on, now that ``text`` has been generated."""
         self._generated += len(text)
-        passed = self._inner.feed(self._outgoing.feed(text))
+        passed = self._outgoing.feed(text)
+        if self._inner is not None:
+            passed = self._inner.feed(passed)
         self._passed += len(passed)
         return passed
 
     def flush(self) -> str:
         """What was held back, once no more text comes."""
-        rest = self._inner.feed(self._outgoing.flush()) + self._inner.flush()
+        rest = self._outgoing.flush()
+        if self._inner is not None:
+            rest = self._inner.feed(rest) + self._inner.flush()
         self._count(self._counts)
         self._passed += len(rest)
         return rest
