@@ -48,6 +48,7 @@ from app.core.reload import reloading_on_hangup
 from app.core.security import KeyRing
 from app.core.sessions import SessionStore
 from app.core.shutdown import GracefulShutdown
+from app.core.tracing import limit_tracing
 from app.core.usage import UsageLedger
 from app.llm.client.client import EngineClient
 from app.llm.generator import GenerationOptions, TextGenerator
@@ -91,6 +92,7 @@ def create_app(
     configure_logging(settings.logging)
     for doubt in doubts(settings):
         log.warning(doubt)
+    limit_tracing(settings.tracing, os.environ)
     metrics = Metrics()
     keys = KeyRing(settings.security)
     ledger = UsageLedger(keys, metrics)

@@ -56,6 +56,7 @@ class Request:
     host: str
     authorization: str | None
     range: str | None
+    user_agent: str
 
 
 @dataclass
@@ -169,6 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.headers["Host"].rpartition(":")[0],
                 self.headers["Authorization"],
                 self.headers["Range"],
+                self.headers["User-Agent"],
             )
         )
         if self._is_faulty():

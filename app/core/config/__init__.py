@@ -232,6 +232,16 @@ class MetricsSettings(Section):
     require_key: bool = Field(False, description="Ask for an API key on /metrics.")
 
 
+class TracingSettings(Section):
+    """What LangChain may send to LangSmith."""
+
+    langsmith: bool = Field(
+        False,
+        description="Obey LANGSMITH_TRACING and its like, which send every prompt and answer away, "
+        "answers before they are screened.",
+    )
+
+
 class Settings(BaseSettings):
     """All settings. Build it with :func:`load_settings`."""
 
@@ -257,6 +267,7 @@ class Settings(BaseSettings):
     output: OutputSettings = OutputSettings()
     metrics: MetricsSettings = MetricsSettings()
     logging: LoggingSettings = LoggingSettings()
+    tracing: TracingSettings = TracingSettings()
     huggingface_token: Annotated[
         SecretStr | None,
         Field(description="Token for gated hub models; also HF_TOKEN; never shown."),

@@ -22,7 +22,7 @@ _STDERR = 2
 # to save, so it can be killed then.
 _STOP_SECONDS = 1.0
 # The engine does not need the service's keys, and a crash dump may show the environment.
-_WITHHELD = ("SECURITY__", "HUGGINGFACE_TOKEN", "HF_TOKEN")
+_WITHHELD = ("SECURITY__", "HUGGINGFACE_TOKEN", "HF_TOKEN", "LANGSMITH_", "LANGCHAIN_")
 
 
 class EngineProcess:
@@ -138,6 +138,8 @@ def engine_environment(base: Mapping[str, str]) -> dict[str, str]:
     environment.setdefault("GOMP_SPINCOUNT", "3000")
     # torch reads it when it is imported. Its default counts the host's cores, not the container's.
     environment[THREADS_VARIABLE] = str(compute_threads(environment))
+    # The clients of the hub would report versions and transfers: huggingface_hub, hf_xet.
+    environment["HF_HUB_DISABLE_TELEMETRY"] = "1"
     # Progress bars would make the log unreadable.
     environment["TQDM_DISABLE"] = "1"
     # The service may have been started from any folder.
