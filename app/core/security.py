@@ -4,7 +4,7 @@ import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from app.core.config.security import Scope, SecuritySettings, digest_of
+from app.core.config.security import HEADER_BLANKS, Scope, SecuritySettings, digest_of
 from app.utils.errors import InsufficientScopeError, InvalidAPIKeyError
 
 
@@ -13,8 +13,8 @@ class Principal:
     """A caller that sent a valid key.
 
     Attributes:
-        key_id: First 16 hexadecimal digits of the key's SHA-256. It identifies the owner of
-            sessions, cached answers and rate-limit buckets, which a rename of the key keeps.
+        key_id: The key's SHA-256 in hexadecimal. It identifies the owner of sessions, cached
+            answers and rate-limit buckets, which a rename of the key keeps.
     """
 
     name: str
@@ -41,7 +41,7 @@ class KeyRing:
     def replace(self, settings: SecuritySettings) -> None:
         """Accept exactly the keys of ``settings`` from now on."""
         self._principals = {
-            k.sha256: Principal(k.name, k.sha256.hex()[:16], frozenset(k.scopes), k.daily_tokens)
+            k.sha256: Principal(k.name, k.sha256.hex(), frozenset(k.scopes), k.daily_tokens)
             for k in settings.accepted_keys
         }
         self._by_id = {caller.key_id: caller for caller in self._principals.values()}
@@ -79,7 +79,12 @@ class KeyRing:
 
 def _presented_key(headers: Mapping[str, str]) -> str | None:
     """The key in ``X-API-Key``, else in ``Authorization: Bearer``."""
-    if key := headers.get("x-api-key"):
+    if key := _value(headers, "x-api-key"):
         return key
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    return token.strip() or None if scheme.lower() == "bearer" else None
+    scheme, _, token = _value(headers, "authorization").partition(" ")
+    return token.strip(HEADER_BLANKS) or None if scheme.lower() == "bearer" else None
+
+
+def _value(headers: Mapping[str, str], name: str) -> str:
+    """A header's value; the blanks around it are no part of it (RFC 9110, 5.5)."""
+    return headers.get(name, "").strip(HEADER_BLANKS)

@@ -6,6 +6,7 @@ raise the signal again. Here the listener stays open until the work is done, so 
 """
 
 import asyncio
+import contextvars
 import os
 import signal
 from types import FrameType
@@ -83,7 +84,9 @@ class GracefulShutdown:
             # The first process of a container does not die of a signal's default action.
             os._exit(128 + number)
         self._signalled = True
-        self._loop.call_soon_threadsafe(self._begin, signal.Signals(number))
+        # A signal interrupts any task; the shutdown belongs to no request.
+        nobody = contextvars.Context()
+        self._loop.call_soon_threadsafe(self._begin, signal.Signals(number), context=nobody)
 
     def _begin(self, number: signal.Signals) -> None:
         log.info("draining: no new requests; running ones have %.0f s", self._grace)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.live import LONG, SOON, generate
 from tests.support.raw import KEY, LIVEZ, RawClient, chunked, generate_request, post, request
-from tests.support.service import Service
+from tests.support.service import API_KEY, Service
 
 BODY = b'{"prompt": "hi"}'
 LENGTH = f"Content-Length: {len(BODY)}"
@@ -108,6 +108,16 @@ def test_trailers_are_no_headers(echo_service: Service) -> None:
         assert answer.status == 401
         assert answer.headers["x-request-id"] != "trailer"
         assert client.ask(LIVEZ).status == 200
+
+
+def test_blanks_around_a_value_are_no_part_of_it(echo_service: Service) -> None:
+    """A key, a request id and a length with spaces and tabs around them are those without."""
+    padded = (f"X-API-Key: \t {API_KEY} \t ", "X-Request-ID:padded-1\t", f"{LENGTH} ")
+    with RawClient(echo_service) as client:
+        answer = client.ask(post(*padded, body=BODY))
+        assert (answer.status, answer.headers["x-request-id"]) == (200, "padded-1")
+        bearer = f"Authorization:  Bearer {API_KEY} \t"
+        assert client.ask(post(bearer, LENGTH, body=BODY)).status == 200
 
 
 @pytest.mark.parametrize("wish", ["h2c", "websocket", "TLS/1.0"])

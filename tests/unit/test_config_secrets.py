@@ -138,6 +138,7 @@ DIGEST = f"sha256:{hashlib.sha256(SECRET.encode()).hexdigest()}"
         ([{"name": "default", "key": SECRET}], "the name default"),
         ([{"name": "a", "key": SECRET}, {"name": "a", "key": "other"}], "the name a"),
         ([{"name": "a", "key": SECRET}, {"name": "b", "digest": DIGEST}], "the same key"),
+        ([{"name": "a", "key": f"{SECRET} "}], "ends with a blank"),
     ],
 )
 def test_an_invalid_key_is_refused(load: Load, keys: Any, fault: str) -> None:

@@ -1,12 +1,14 @@
 """How long the server has for its connections once the service is told to stop."""
 
 import asyncio
+import logging
 import signal
 
 import pytest
 import uvicorn
 
 from app.core.config import AppSettings
+from app.core.logging import TextFormatter, request_id_var
 from app.core.shutdown import GracefulShutdown
 
 
@@ -56,3 +58,26 @@ async def test_connections_have_a_second_after_the_grace(is_idle: bool, grace: f
         assert 10 < seconds <= grace + 1
     else:
         assert seconds == 1
+
+
+async def test_what_a_signal_logs_belongs_to_no_request(caplog: pytest.LogCaptureFixture) -> None:
+    """A signal that interrupts a request's task begins a shutdown without that request's id."""
+    caplog.handler.setFormatter(TextFormatter())
+    caplog.set_level(logging.INFO)
+    settings = AppSettings(shutdown_grace_seconds=0, shutdown_notice_seconds=0)
+    server = uvicorn.Server(uvicorn.Config(lambda: None, log_config=None))
+    before = signal.signal(signal.SIGTERM, server.handle_exit)
+    token = request_id_var.set("req-interrupted")
+    try:
+        with GracefulShutdown(Work(is_idle=True), settings):
+            handler = signal.getsignal(signal.SIGTERM)
+            assert callable(handler)
+            handler(signal.SIGTERM, None)
+            async with asyncio.timeout(20):
+                while not server.should_exit:  # noqa: ASYNC110 - set by a signal
+                    await asyncio.sleep(0.01)
+    finally:
+        request_id_var.reset(token)
+        signal.signal(signal.SIGTERM, before)
+    assert "draining: no new requests" in caplog.text
+    assert "req-interrupted" not in caplog.text

@@ -158,6 +158,10 @@ class GuardedProtocol(HttpToolsProtocol):
             if self._unused_bytes > _MAX_HEAD_BYTES:
                 self._reject(errors.HeadersTooLargeError(), "headers_too_large")
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; the parser leaves the blanks behind a value, which are no part of it."""
+        super().on_header(name, value.rstrip(b" \t"))
+
     def on_headers_complete(self) -> None:
         """Start the request, or let it wait for those before it; an error stops the parser."""
         is_tunnel = self.parser.get_method() == b"CONNECT"

@@ -12,6 +12,8 @@ from app.core.config.base import Section
 DEFAULT_API_KEY = "change-me-in-env"
 DEFAULT_KEY_NAME = "default"
 PRODUCTION_KEY_MIN_CHARS = 32
+HEADER_BLANKS = " \t"
+"""Around a header's value these are no part of it."""
 
 Scope = Literal["infer", "metrics", "admin"]
 """What a key permits: generating, scraping /metrics, reading the usage of all keys."""
@@ -89,6 +91,13 @@ class SecuritySettings(Section):
         keys = Counter(key.sha256 for key in self.accepted_keys)
         if any(count > 1 for count in keys.values()):
             raise ValueError("api_keys: two names have the same key")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_can_be_sent(self) -> Self:
+        texts = [key.key.get_secret_value() for key in self.accepted_keys if key.key]
+        if any(text != text.strip(HEADER_BLANKS) for text in texts):
+            raise ValueError("a key begins or ends with a blank, which no header can carry")
         return self
 
     @property
