@@ -10,7 +10,6 @@ import uvicorn
 
 from app.core.config import PROJECT_ROOT, AppSettings, load_settings
 from app.core.config.variables import read_env_file
-from app.core.logging import configure_logging
 from app.llm.loader import check_model
 from app.llm.models import bundled
 from app.main import create_app
@@ -20,11 +19,9 @@ from app.utils.errors import StartupError
 def serve() -> int:
     """Serve HTTP on ``app.host`` and ``app.port``."""
     settings = load_settings()
-    configure_logging(settings.logging)
+    app = create_app(settings)
     # With its default log_config, uvicorn would replace the handlers that were just configured.
-    uvicorn.run(
-        create_app(settings), host=settings.app.host, port=settings.app.port, log_config=None
-    )
+    uvicorn.run(app, host=settings.app.host, port=settings.app.port, log_config=None)
     return 0
 
 

@@ -5,8 +5,8 @@ module reads no settings.
 """
 
 import asyncio
+import logging
 import os
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -71,7 +71,7 @@ EXIT_STARTUP_FAILED = 3
 def exit_process(message: str) -> None:
     """End the process because the model cannot be served; one line on standard error."""
     log.critical(message)
-    sys.stderr.flush()
+    logging.shutdown()
     # There is nothing to finish: no request was ever accepted, or every one has had its error.
     os._exit(EXIT_STARTUP_FAILED)
 
@@ -89,11 +89,11 @@ def create_app(
         ConfigurationError: The settings cannot work.
     """
     settings = settings or load_settings()
-    configure_logging(settings.logging)
+    lines = configure_logging(settings.logging)
     for doubt in doubts(settings):
         log.warning(doubt)
     limit_tracing(settings.tracing, os.environ)
-    metrics = Metrics()
+    metrics = Metrics(lines.take_dropped)
     keys = KeyRing(settings.security)
     ledger = UsageLedger(keys, metrics)
     engine = _make_engine(settings, metrics, on_fatal)

@@ -88,7 +88,16 @@ def restored_logging() -> Iterator[None]:
     try:
         yield
     finally:
+        for handler in root.handlers:
+            if handler not in handlers:
+                handler.close()
         root.handlers[:], root.level = handlers, level
+
+
+def flush_log() -> None:
+    """Wait until what was logged is written."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
 
 
 def without_key(client: TestClient) -> TestClient:

@@ -6,19 +6,21 @@ put a piece of a prompt into it. Code that knows that there is none logs the mes
 """
 
 import logging
-import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, TextIO
+from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter
 
 from app.core.config.logging import LoggingSettings
+from app.core.log_queue import LogQueue
 from app.utils.timing import utc_timestamp
 
 LOGGER_NAME = "llm_service"
+STDERR = 2
+"""The descriptor of standard error."""
 
 request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 """Id of the request that is being served; set by the outermost middleware."""
@@ -89,12 +91,20 @@ class TextFormatter(_WithoutMessages):
         return line
 
 
-def configure_logging(settings: LoggingSettings, stream: TextIO | None = None) -> None:
-    """Send the lines of every logger to ``stream``; default: standard error."""
-    handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(ServiceJsonFormatter() if settings.format == "json" else TextFormatter())
+def configure_logging(settings: LoggingSettings, descriptor: int = STDERR) -> LogQueue:
+    """Send the lines of every logger, and Python's warnings, to ``descriptor``.
+
+    The lines of the last moment are written by :func:`logging.shutdown`, which an ordinary exit
+    calls; before ``os._exit`` the caller has to.
+    """
     root = logging.getLogger()
+    for before in root.handlers:
+        if isinstance(before, LogQueue):
+            before.close()
+    formatter = ServiceJsonFormatter() if settings.format == "json" else TextFormatter()
+    handler = LogQueue(descriptor, formatter)
     root.handlers[:] = [handler]
+    logging.captureWarnings(True)
     root.setLevel(logging.WARNING)
     get_logger().setLevel(settings.level)
     for name in ("uvicorn", "uvicorn.error"):
@@ -106,3 +116,4 @@ def configure_logging(settings: LoggingSettings, stream: TextIO | None = None) -
     access.propagate = False
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+    return handler

@@ -4,7 +4,7 @@ Label values are bounded: a route's template, a status, a reason from a fixed li
 text that a caller can choose.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -21,11 +21,16 @@ _QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 
 class Metrics:
-    """All metrics of the service; the composition root makes one and passes it on."""
+    """All metrics of the service; the composition root makes one and passes it on.
+
+    Args:
+        take_dropped: How many lines of this process's log were lost since the last call.
+    """
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self) -> None:
+    def __init__(self, take_dropped: Callable[[], int] = lambda: 0) -> None:
+        self._take_dropped = take_dropped
         # The library would add a series with the creation time of each series.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
@@ -128,6 +133,9 @@ class Metrics:
         )
 
     def _add_services(self) -> None:
+        self.log_dropped = self._counter(
+            "llm_log_records_dropped_total", "Log lines lost, since nobody read them.", "process"
+        )
         self.pii_redactions = self._counter(
             "pii_redactions_total", "Pieces of personal data replaced.", "kind"
         )
@@ -142,4 +150,5 @@ class Metrics:
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""
+        self.log_dropped.labels("api").inc(self._take_dropped())
         return generate_latest(self.registry)

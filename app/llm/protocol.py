@@ -262,11 +262,13 @@ class Step(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
     Attributes:
         started: Ids of the requests that have got slots since the last report.
+        log_dropped: Lines of the engine's log that have been lost since the last report.
     """
 
     events: list[TokenEvent]
     stats: EngineStats
     started: list[str] = []
+    log_dropped: int = 0
 
 
 Command = Configure | Submit | Cancel | Stop

@@ -7,7 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from app.main import create_app
-from tests.conftest import make_settings
+from tests.conftest import flush_log, make_settings
 from tests.support.asgi import Received, Sent, http_scope
 from tests.support.service import API_KEY
 
@@ -293,6 +293,7 @@ def test_a_crash_is_500_and_tells_nothing_internal(path: str) -> None:
 def test_a_crash_is_logged_with_its_request_id(capfd: pytest.CaptureFixture[str]) -> None:
     """The traceback is in the log only, under the request id of the response."""
     crashing_app().get("/crash", headers={"X-Request-ID": "crash-1"})
+    flush_log()
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
     (line,) = [line for line in lines if line.get("exc_info")]
     assert line["request_id"] == "crash-1"

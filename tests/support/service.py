@@ -1,6 +1,7 @@
 """Runs the service as in production: uvicorn in a process, over real sockets."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -105,11 +107,13 @@ class Service:
         base_url: Where it listens.
         process: The API process.
         log_path: Standard output and error of the service and its engine process.
+        log_is_read: Cleared, nobody reads the pipe of a service that was started with one.
     """
 
     base_url: str
     process: subprocess.Popen[bytes]
     log_path: Path
+    log_is_read: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def client(self, key: str | None = API_KEY, **kwargs: Any) -> httpx.Client:
         """A client that sends ``key``; proxies of the environment are not used."""
@@ -247,11 +251,14 @@ def session_members(session: int) -> list[str]:
 
 
 @contextmanager
-def running_service(*, until: str = "ready", **settings: str | None) -> Iterator[Service]:
+def running_service(
+    *, until: str = "ready", log_to: str = "file", **settings: str | None
+) -> Iterator[Service]:
     """Run the service on a free port of this machine, and stop it at the end.
 
     Args:
         until: Wait until it is ``ready``, or ``listening``, or only ``started``.
+        log_to: Where it writes its log: a ``file``, or a ``pipe`` that is copied to the file.
         settings: Environment variables, such as ``ENGINE__MAX_RUNNING="1"``.
 
     At its end the block sends SIGTERM, unless the test has ended the service. It asserts the exit
@@ -266,11 +273,14 @@ def running_service(*, until: str = "ready", **settings: str | None) -> Iterator
                 cwd=PROJECT_ROOT,
                 env=isolated_environment(settings),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=subprocess.PIPE if log_to == "pipe" else log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
         service = Service("", process, log_path)
+        service.log_is_read.set()
+        if log_to == "pipe":
+            threading.Thread(target=_read_log, args=(service,), daemon=True).start()
         try:
             if until != "started":
                 service._wait_until_listening()
@@ -291,3 +301,12 @@ def running_service(*, until: str = "ready", **settings: str | None) -> Iterator
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            service.log_is_read.set()
+
+
+def _read_log(service: Service) -> None:
+    """Copy the log from its pipe to its file, while it is read."""
+    with service.log_path.open("ab") as file, service.process.stdout or file as pipe:
+        while service.log_is_read.wait() and (data := os.read(pipe.fileno(), 65_536)):
+            file.write(data)
+            file.flush()

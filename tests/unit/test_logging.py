@@ -16,6 +16,7 @@ from app.core.logging import (
     get_logger,
     request_id_var,
 )
+from tests.conftest import flush_log, restored_logging
 
 NASTY = 'a\nb\r\nc\u2028d\x1b[31m"e" {"level": "CRITICAL"}'
 
@@ -147,16 +148,15 @@ def restored() -> Iterator[None]:
     """Restore the root logger's handlers and the levels that configure_logging changes."""
     names = ("uvicorn", "uvicorn.error", "uvicorn.access", "llm_service", "httpx", None)
     before = [(logging.getLogger(n), logging.getLogger(n).level) for n in names]
-    handlers = logging.getLogger().handlers[:]
-    yield
-    logging.getLogger().handlers[:] = handlers
+    with restored_logging():
+        yield
     for logger, level in before:
         logger.setLevel(level)
         logger.propagate = True
 
 
 @pytest.mark.usefixtures("restored")
-def test_every_logger_writes_through_one_handler(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_logger_writes_through_one_handler(capfd: pytest.CaptureFixture[str]) -> None:
     """Events of the service, uvicorn and libraries are each written once to standard error."""
     logging.getLogger("uvicorn.error").addHandler(logging.StreamHandler())
     logging.getLogger("uvicorn.error").setLevel("INFO")
@@ -165,7 +165,8 @@ def test_every_logger_writes_through_one_handler(capsys: pytest.CaptureFixture[s
     get_logger("engine").info("the engine's")
     logging.getLogger("uvicorn.error").info("the server's")
     logging.getLogger("some.library").warning("a library's")
-    captured = capsys.readouterr()
+    flush_log()
+    captured = capfd.readouterr()
     assert captured.out == ""
     assert [json.loads(line)["message"] for line in captured.err.splitlines()] == [
         "ours",
@@ -176,7 +177,7 @@ def test_every_logger_writes_through_one_handler(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.usefixtures("restored")
-def test_noise_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_noise_is_left_out(capfd: pytest.CaptureFixture[str]) -> None:
     """The server's access log, libraries' INFO and levels under the configured one are left out."""
     configure_logging(LoggingSettings(level="WARNING", format="text"))
     get_logger().info("ours")
@@ -184,7 +185,8 @@ def test_noise_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     logging.getLogger("httpx").info("HTTP Request: GET")
     logging.getLogger("some.library").info("hello")
     get_logger().warning("kept")
-    (line,) = capsys.readouterr().err.splitlines()
+    flush_log()
+    (line,) = capfd.readouterr().err.splitlines()
     assert line.endswith("WARNING llm_service: kept")
 
 

@@ -223,6 +223,8 @@ class EngineClient:
     async def _handle(self, report: Report) -> None:
         if isinstance(report, Step):
             self._set_stats(report.stats)
+            if report.log_dropped:
+                self._metrics.log_dropped.labels("engine").inc(report.log_dropped)
             self._in_flight.dispatch(report)
         elif isinstance(report, Loading):
             self._phase = Duty.FETCHING if report.fetching else Duty.LOADING

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 
 from app.core.config import PROJECT_ROOT
-from app.core.logging import get_logger
+from app.core.logging import STDERR, get_logger
 from app.core.machine import THREADS_VARIABLE, compute_threads
 from app.llm.protocol import HEADER_BYTES, Command, Report, Stop, body_length, pack, unpack_report
 
@@ -17,7 +17,6 @@ log = get_logger()
 
 # Libraries' output is read in pieces of this size; a longer text becomes several log lines.
 _WRITTEN_BYTES = 4096
-_STDERR = 2
 # The engine ends at once when it is told to, unless a step holds its interpreter. It has nothing
 # to save, so it can be killed then.
 _STOP_SECONDS = 1.0
@@ -53,7 +52,7 @@ class EngineProcess:
         environment = await asyncio.to_thread(engine_environment, os.environ)
         ours, theirs = socket.socketpair()
         with theirs, contextlib.ExitStack() as stack:
-            descriptors = (theirs.fileno(), os.dup(_STDERR))
+            descriptors = (theirs.fileno(), os.dup(STDERR))
             stack.callback(os.close, descriptors[1])
             try:
                 process = await asyncio.create_subprocess_exec(

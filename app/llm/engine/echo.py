@@ -9,6 +9,7 @@ a fault:
 ``[echo:raise]``   the step raises, as a broken backend would
 ``[echo:crash]``   the engine process is killed by a signal, as by a segmentation fault
 ``[echo:poison]``  the same, before this request has got any token
+``[echo:log]``     the step logs more than the log's queue holds
 ``[echo:hang]``    the step never returns, and uses no processor
 ``[echo:spin]``    the step never returns, and uses the processor
 =================  ==============================================================
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from app.core.log_queue import MAX_LINES
+from app.core.logging import get_logger
 from app.llm.protocol import (
     SAMPLING_FIELDS,
     EngineInfo,
@@ -29,6 +32,8 @@ from app.llm.protocol import (
     GenerationRequest,
     TokenEvent,
 )
+
+log = get_logger("engine")
 
 CONTEXT_LENGTH = 8192
 LAST_WORDS = "the echo engine was asked to crash"
@@ -128,7 +133,7 @@ class EchoBackend:
             return TokenEvent(request_id=request.id, finish_reason="error", error="asked for")
         if running.fault == "poison":
             _break("crash")
-        if running.fault in ("raise", "crash", "hang", "spin") and running.generated >= 3:
+        if running.fault in ("raise", "crash", "log", "hang", "spin") and running.generated == 3:
             _break(running.fault)
         token = running.answer[running.generated]
         running.generated += 1
@@ -164,4 +169,8 @@ def _break(fault: str) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
     while fault == "spin":
         pass
+    if fault == "log":
+        for _ in range(2 * MAX_LINES):
+            log.warning("the prompt asked for it")
+        return
     time.sleep(1_000_000)

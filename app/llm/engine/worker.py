@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import queue
 import signal
@@ -17,7 +18,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from app.core.config import ModelSettings
 from app.core.config.logging import LoggingSettings
@@ -81,7 +83,7 @@ class Channel:
         finally:
             # The service is gone or has sent Stop. The main thread may be in native code or in a
             # download, where nothing else would end the process for certain.
-            os._exit(status)
+            _exit(status)
 
     def send(self, message: Message) -> None:
         """Send one message; blocks while the peer is slow to read."""
@@ -105,10 +107,18 @@ class Worker:
     Args:
         max_running: Slots: most requests that the backend has at once. Others wait here, so that a
             slot that one step frees is filled before the next step.
+        take_dropped: How many lines of the log were lost since the last call.
     """
 
-    def __init__(self, channel: Channel, backend: Backend, max_running: int) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        backend: Backend,
+        max_running: int,
+        take_dropped: Callable[[], int] = lambda: 0,
+    ) -> None:
         self._channel = channel
+        self._take_dropped = take_dropped
         self._backend = backend
         self._max_running = max_running
         self._running: set[str] = set()
@@ -191,10 +201,12 @@ class Worker:
         now = time.monotonic()
         # The pages of a cancelled request are freed in a step that may have no events.
         is_due = now - self._reported_at >= _REPORT_SECONDS
-        if events or started or stats != self._reported_stats or is_due:
+        dropped = self._take_dropped()
+        if events or started or dropped or stats != self._reported_stats or is_due:
             self._reported_stats = stats
             self._reported_at = now
-            self._channel.send(Step(events=events, stats=stats, started=[*started]))
+            report = Step(events=events, stats=stats, started=[*started], log_dropped=dropped)
+            self._channel.send(report)
 
 
 def _load(channel: Channel, configure: Configure) -> Backend | None:
@@ -241,12 +253,12 @@ def main() -> int:
     configure = channel.receive()
     if not isinstance(configure, Configure):
         return 1
-    configure_logging(
+    log_lines = configure_logging(
         LoggingSettings.model_validate(
             {"level": configure.log_level, "format": configure.log_format}
         ),
         # Libraries write to standard error, so the log has its own descriptor.
-        stream=os.fdopen(arguments.log, "w", buffering=1, encoding="utf-8"),
+        descriptor=arguments.log,
     )
     channel.start_reading()
     with no_collections():
@@ -258,7 +270,7 @@ def main() -> int:
     spare_what_stays()
     try:
         channel.send(Ready())
-        Worker(channel, backend, configure.max_running).run()
+        Worker(channel, backend, configure.max_running, log_lines.take_dropped).run()
     except Exception as error:
         # Backends handle the errors of single requests. After any other error the model or its
         # cache may be broken, so the process ends and the client starts another. The message is
@@ -267,6 +279,11 @@ def main() -> int:
     return 1
 
 
+def _exit(status: int) -> NoReturn:
+    """End the process with its last log lines, and without waiting for native threads."""
+    logging.shutdown()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    # An ordinary exit would wait for threads that native libraries have started.
-    os._exit(main())
+    _exit(main())
