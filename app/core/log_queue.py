@@ -51,8 +51,10 @@ class LogQueue(QueueHandler):
 
     def take_dropped(self) -> int:
         """How many lines have been lost since the last call."""
+        self.acquire()
         lost = self._refused + self._writer.failed
         new, self._told = lost - self._told, lost
+        self.release()
         return new
 
     def flush(self) -> None:

@@ -4,10 +4,20 @@ Label values are bounded: a route's template, a status, a reason from a fixed li
 text that a caller can choose.
 """
 
+import platform
 from collections.abc import Callable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from app import __version__
 
 # A cache hit takes about a millisecond, a long generation minutes.
 _REQUEST_BUCKETS = (
@@ -38,6 +48,7 @@ class Metrics:
         self._add_engine()
         self._add_timings()
         self._add_services()
+        self._add_process()
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
@@ -133,9 +144,6 @@ class Metrics:
         )
 
     def _add_services(self) -> None:
-        self.log_dropped = self._counter(
-            "llm_log_records_dropped_total", "Log lines lost, since nobody read them.", "process"
-        )
         self.pii_redactions = self._counter(
             "pii_redactions_total", "Pieces of personal data replaced.", "kind"
         )
@@ -147,6 +155,20 @@ class Metrics:
         )
         self.sessions_active = self._gauge("chat_sessions_active", "Conversations that are kept.")
         self.cache_entries = self._gauge("response_cache_entries", "Answers in the response cache.")
+
+    def _add_process(self) -> None:
+        self.log_dropped = self._counter(
+            "llm_log_records_dropped_total", "Log lines lost, since nobody read them.", "process"
+        )
+        self.build_info = self._gauge(
+            "llm_build_info", "Always 1; the labels are versions.", "version", "python"
+        )
+        self.build_info.labels(__version__, platform.python_version()).set(1)
+        ProcessCollector(registry=self.registry)
+
+    def add_engine_process(self, pid: Callable[[], int | None]) -> None:
+        """Show what the kernel counts of the engine process, while it has an id."""
+        ProcessCollector("llm_engine", pid=lambda: pid() or "none", registry=self.registry)
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -1,5 +1,6 @@
 """The metrics, and that callers cannot make their number grow."""
 
+import platform
 import random
 import string
 from collections import Counter
@@ -9,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from app import __version__
 from app.api.errors import METHODS
 from app.main import create_app
 from tests.api.test_auth import KEYED
@@ -101,6 +103,29 @@ def test_the_model_is_told_once(client: TestClient) -> None:
     found = [key for key in samples(client) if key[0] == "llm_model_info"]
     labels = {"model": "echo", "engine": "echo", "device": "cpu", "dtype": "none"}
     assert found == [("llm_model_info", tuple(sorted(labels.items())))]
+
+
+def test_both_processes_and_their_versions_are_told(client: TestClient) -> None:
+    """Memory, processor time and files of both processes are shown, and the versions are."""
+    found = samples(client)
+    for prefix in ("process", "llm_engine_process"):
+        assert found[f"{prefix}_resident_memory_bytes", ()] > 2**20
+        assert found[f"{prefix}_cpu_seconds_total", ()] > 0
+        assert found[f"{prefix}_open_fds", ()] > 2
+    starts = [
+        found[f"{prefix}_start_time_seconds", ()] for prefix in ("process", "llm_engine_process")
+    ]
+    # The engine process is another, which this one has started.
+    assert starts[0] < starts[1]
+    build = (("python", platform.python_version()), ("version", __version__))
+    assert found["llm_build_info", build] == 1
+
+
+def test_an_engine_that_does_not_run_has_no_figures(fresh: TestClient) -> None:
+    """Before the engine process is started, its figures are missing, and the page is not."""
+    names = {name for name, _ in samples(fresh)}
+    assert "process_open_fds" in names
+    assert "llm_engine_process_open_fds" not in names
 
 
 def test_refusals_are_counted_by_reason() -> None:

@@ -1,10 +1,12 @@
 """The documentation agrees with the code: routes, errors, metrics, settings, paths and tests."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.metrics import MetricWrapperBase
 
 from app.core.config import PROJECT_ROOT, Settings
 from app.core.metrics import Metrics
@@ -156,17 +158,24 @@ def test_every_metric_is_described() -> None:
         name: tuple(re.findall("`(.+?)`", labels))
         for names, labels in re.findall(r"^\| (`[a-z_`, ]+`) \|([^|]*)\|", text, re.MULTILINE)
         for name in re.findall("`(.+?)`", names)
-        if re.search(r"^(http|llm|response_cache|chat|pii|rate|event)_|_total$", name)
+        if re.search(r"^(http|llm|response_cache|chat|pii|rate|event|process)_|_total$", name)
     }
     assert described == metrics()
 
 
 def metrics() -> dict[str, tuple[str, ...]]:
     """Every metric of the service, and its labels."""
-    collectors: list[Any] = list(Metrics().registry._collector_to_names)
+    of_the_service = Metrics()
+    of_the_service.add_engine_process(os.getpid)
+    collectors: list[Any] = list(of_the_service.registry._collector_to_names)
+    ours = [c for c in collectors if isinstance(c, MetricWrapperBase)]
+    # Those of processes have no labels.
+    others = [f for c in collectors if c not in ours for f in c.collect()]
+    labels = {c._name: (c._type, tuple(c._labelnames)) for c in ours}
+    labels |= {family.name: (family.type, ()) for family in others}
     return {
-        c._name + ("_total" if c._type == "counter" else ""): tuple(c._labelnames)
-        for c in collectors
+        name + ("_total" if kind == "counter" else ""): names
+        for name, (kind, names) in labels.items()
     }
 
 

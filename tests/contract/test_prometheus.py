@@ -5,6 +5,7 @@ Both are in Debian's package `prometheus`; without them the tests are skipped.
 
 import json
 import math
+import os
 import re
 import shutil
 import socket
@@ -65,6 +66,7 @@ def page() -> str:
     metrics = Metrics()
     for collector in collectors(metrics):
         touch(collector)
+    metrics.add_engine_process(os.getpid)
     return metrics.render().decode()
 
 
@@ -131,6 +133,22 @@ def test_each_alert_fires_when_it_should_and_only_then() -> None:
     }
     groups = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
     assert fired == {rule["alert"] for group in groups for rule in group["rules"]}
+
+
+def test_each_alert_says_what_to_do() -> None:
+    """Each alert has a summary, a description and a line on what to do."""
+    for group in yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]:
+        for rule in group["rules"]:
+            assert set(rule["annotations"]) == {"summary", "description", "runbook"}, rule["alert"]
+
+
+def test_a_panel_has_one_unit() -> None:
+    """A panel shows either amounts or rates, and its unit says which."""
+    for panel in json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]:
+        kinds = {"rate(" in target["expr"] for target in panel.get("targets", ())}
+        assert len(kinds) <= 1, panel["title"]
+        if kinds == {False}:
+            assert panel["fieldConfig"]["defaults"]["unit"] not in {"reqps", "cps"}, panel["title"]
 
 
 def metric_names(expression: str) -> set[str]:

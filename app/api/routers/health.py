@@ -1,5 +1,6 @@
 """Is it alive, is it ready, what does it measure. None of these touches the engine."""
 
+import asyncio
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
@@ -66,4 +67,6 @@ async def metrics(services: AppServices, request: Request) -> Response:
     """Metrics in Prometheus' text format; with `metrics.require_key`, for keys of that scope."""
     if services.settings.metrics.require_key:
         identify(request, services).require("metrics")
-    return Response(services.metrics.render(), media_type=services.metrics.content_type)
+    # The figures of processes are in files, which are not to be read on the event loop.
+    page = await asyncio.to_thread(services.metrics.render)
+    return Response(page, media_type=services.metrics.content_type)

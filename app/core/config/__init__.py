@@ -237,8 +237,8 @@ class TracingSettings(Section):
 
     langsmith: bool = Field(
         False,
-        description="Obey LANGSMITH_TRACING and its like, which send every prompt and answer away, "
-        "answers before they are screened.",
+        description="Obey LANGSMITH_TRACING and its like, which send prompts and unscreened "
+        "answers away.",
     )
 
 

@@ -89,6 +89,7 @@ class EngineClient:
         self.loading_message = "starting the engine process"
         self.restarts = 0
         self.queue = RequestQueue(engine, metrics, model_label)
+        metrics.add_engine_process(lambda: self._process.pid if self._process else None)
         self._metrics = metrics
         # Under an overload every refusal needs its time series.
         self._rejected = cache(metrics.rejected.labels)
