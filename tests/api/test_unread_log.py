@@ -37,6 +37,8 @@ def test_nothing_waits_for_a_log_that_nobody_reads() -> None:
         lost = dropped(service, "api")
         assert lost > 0
         service.log_is_read.set()
+        # Until then the queue may still be full.
+        service.wait_for(lambda: service.raw_log().count("\n") > MAX_LINES, "the lines that waited")
         with service.client() as client:
             client.get("/nothing", headers={"X-Request-ID": "again"})
         service.wait_for(lambda: '"again"' in service.raw_log(), "the next line")
