@@ -8,7 +8,7 @@ import pytest
 import uvicorn
 
 from app.core.config import AppSettings
-from app.core.logging import TextFormatter, request_id_var
+from app.core.logging import LOGGER_NAME, TextFormatter, request_id_var
 from app.core.shutdown import GracefulShutdown
 
 
@@ -63,7 +63,7 @@ async def test_connections_have_a_second_after_the_grace(is_idle: bool, grace: f
 async def test_what_a_signal_logs_belongs_to_no_request(caplog: pytest.LogCaptureFixture) -> None:
     """A signal that interrupts a request's task begins a shutdown without that request's id."""
     caplog.handler.setFormatter(TextFormatter())
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger=LOGGER_NAME)
     settings = AppSettings(shutdown_grace_seconds=0, shutdown_notice_seconds=0)
     server = uvicorn.Server(uvicorn.Config(lambda: None, log_config=None))
     before = signal.signal(signal.SIGTERM, server.handle_exit)
