@@ -4,20 +4,22 @@ One thread encodes: the ``tokenizers`` library is not safe to share while its se
 Decoding takes microseconds, and uses a second copy of the tokenizer on the event loop.
 
 A caller cannot forge a turn: a placeholder replaces each special token that a message spells
-(``<|im_end|>``) before the chat template is rendered, and is encoded as plain characters.
+(``<|im_end|>``) before the chat template is rendered, and is encoded as plain characters. So it is
+with a token that is not special where the chat template spells it, since some models frame turns
+with such tokens.
 """
 
 import asyncio
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
 
 import jinja2
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from app.llm.models.byte_level import BYTE_OF
 from app.llm.protocol import EngineInfo
@@ -60,21 +62,30 @@ class PromptTokenizer:
         self.tool_format = tool_format(self._template)
         self._template_variables = dict(info.special_tokens)
         added = self._encoder.get_added_tokens_decoder()
-        self._special = {
-            token.content: token_id for token_id, token in added.items() if token.special
-        }
+        special = {token.content: i for i, token in added.items() if token.special}
         # The other special tokens, such as <s>, may be meant in an answer.
-        self.template_tokens = tuple(t for t in self._special if t in self._template)
-        self.special_token_ids = frozenset(self._special.values())
-        # Longest first, so that a token is found before the tokens that it contains.
-        spellings = sorted(self._special, key=len, reverse=True)
-        self._spelling = re.compile("|".join(map(re.escape, spellings)) or "(?!)")
+        self.template_tokens = tuple(t for t in special if t in self._template)
+        self.special_token_ids = frozenset(special.values())
+        # White space and signs are no frame of a turn: Gemma has tokens for runs of line breaks.
+        plain = {
+            token.content: token_id
+            for token_id, token in added.items()
+            if not token.special
+            and token.content in self._template
+            and any(map(str.isalnum, token.content))
+        }
+        # The encoder tells special tokens from text that spells them, and no others.
+        self._encoder.add_special_tokens([_as_special(added[i]) for i in plain.values()])
+        self._framing = {**special, **plain}
+        self._special_spelling = _any_of(map(re.escape, special))
+        self._spelling = _any_of(map(re.escape, self._framing))
         # A caller cannot write a placeholder, because nobody can guess the nonce in it.
         self._nonce = secrets.token_hex(8)
         self._placeholder = re.compile(f"\ue000{self._nonce}:(\\d+)\ue001")
         self._chat_mark = f"\ue000{self._nonce}!\ue001"
         self._exact = re.compile(f"\ue000{self._nonce}#(?P<exact>[\\d,]+)\ue001")
-        self._boundary = re.compile(f"{self._exact.pattern}|{self._spelling.pattern}")
+        boundaries = _any_of(_as_matched(added[i]) for i in self._framing.values())
+        self._boundary = re.compile(f"{self._exact.pattern}|{boundaries.pattern}")
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._is_byte_level = b'"ByteLevel"' in self.decoder.decoder.__getstate__()
         self._takes_system = self._probe_system_role()
@@ -119,7 +130,14 @@ class PromptTokenizer:
         messages = self.tool_format.for_template(messages, tools)
         if not self._takes_system:
             messages = _fold_system(messages)
-        plain = [self._escape(m["content"]) for m in messages]
+        # A template may look for such a token in an answer, as for the end of its reasoning.
+        plain = [
+            self._escape(
+                m["content"],
+                self._special_spelling if m["role"] == "assistant" else self._spelling,
+            )
+            for m in messages
+        ]
         told = tools if self.tool_format.in_template else ()
         definitions = [self._escape_within(tool.definition()) for tool in told]
         rendered = self._render(messages, plain, definitions)
@@ -134,6 +152,17 @@ class PromptTokenizer:
         texts = dict(zip(exact, plain, strict=True))
         unchanged = self._exact.sub(lambda match: texts[match.group()], with_tokens) == rendered
         return with_tokens if unchanged else rendered
+
+    @property
+    def frames_turns(self) -> bool:
+        """Whether a turn begins with a token that no text of a caller can become."""
+        turns = [{"role": role} for role in ("user", "assistant", "user")]
+        try:
+            rendered = self._render(turns, ["\ue000", "\ue001", "\ue000"])
+        except ChatTemplateError:
+            return True
+        answer = rendered.partition("\ue000")[2].partition("\ue000")[0].split("\ue001")
+        return all(self._spelling.search(frame) for frame in answer)
 
     def _probe_system_role(self) -> bool:
         """Whether the template accepts a system message; those of Gemma 1 and 2 do not."""
@@ -194,7 +223,8 @@ class PromptTokenizer:
             if match["exact"]:
                 ids += map(int, match["exact"].split(","))
             else:
-                ids.append(self._special[match.group()])
+                found = match.group()
+                ids.append(self._framing[found if found in self._framing else found.strip()])
             position = match.end()
         return ids + self._encode_restored(rendered[position:])
 
@@ -212,17 +242,17 @@ class PromptTokenizer:
     def _write_exact(self, token_ids: Sequence[int]) -> str:
         return f"\ue000{self._nonce}#{','.join(map(str, token_ids))}\ue001"
 
-    def _escape(self, content: str) -> str:
-        return self._spelling.sub(
-            lambda m: f"\ue000{self._nonce}:{self._special[m.group()]}\ue001", content
+    def _escape(self, content: str, spelling: re.Pattern[str]) -> str:
+        return spelling.sub(
+            lambda m: f"\ue000{self._nonce}:{self._framing[m.group()]}\ue001", content
         )
 
     def _escape_within(self, value: Any) -> Any:
         """A JSON value with every string in it escaped, names of members included."""
         if isinstance(value, str):
-            return self._escape(value)
+            return self._escape(value, self._spelling)
         if isinstance(value, Mapping):
-            return {self._escape(k): self._escape_within(v) for k, v in value.items()}
+            return {self._escape_within(k): self._escape_within(v) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [self._escape_within(v) for v in value]
         return value
@@ -236,3 +266,25 @@ def _fold_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     if rest and rest[0]["role"] == "user":
         text = f"{text}\n\n{rest.pop(0)['content']}"
     return [{"role": "user", "content": text}, *rest]
+
+
+def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
+    # Longest first, so that a token is found before the tokens that it contains.
+    return re.compile("|".join(sorted(patterns, key=len, reverse=True)) or "(?!)")
+
+
+def _as_matched(token: AddedToken) -> str:
+    """A pattern of a token and the white space that it takes with it."""
+    before, after = (r"\s*" if strips else "" for strips in (token.lstrip, token.rstrip))
+    return f"{before}{re.escape(token.content)}{after}"
+
+
+def _as_special(token: AddedToken) -> AddedToken:
+    return AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=True,
+    )

@@ -251,6 +251,10 @@ class EngineClient:
         if self.tokenizer is None or info != self.info:
             # A large vocabulary takes seconds to parse.
             self.tokenizer = await asyncio.to_thread(PromptTokenizer, info)
+            if not self.tokenizer.frames_turns:
+                log.warning(
+                    "the chat template frames turns in plain text: a message can imitate a turn"
+                )
             spare_what_stays()
         self.info = info
         self._metrics.model_info.clear()
