@@ -20,11 +20,13 @@ class HistoryMessage:
     Attributes:
         token_ids: The tokens that the model generated for an answer, where the answer is its
             whole text. The next prompt repeats them, so that the engine finds them in its cache.
+        turn_tokens: For an answer, about how many tokens its whole turn adds to a prompt.
     """
 
     role: str
     content: str
     token_ids: tuple[int, ...] = ()
+    turn_tokens: int = 0
 
     @property
     def size(self) -> int:

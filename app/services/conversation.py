@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from app.core.metrics import Metrics
 from app.core.sessions import HistoryMessage, Session, SessionStore
@@ -102,7 +103,10 @@ class ConversationService:
             if not complete:
                 self._store.end_turn(session)
                 return
-            said = HistoryMessage("assistant", answer.text, answer.report.token_ids)
+            report = answer.report
+            told = report.prompt_tokens + report.completion_tokens
+            turn = max(1, told - sum(m.turn_tokens for m in history))
+            said = HistoryMessage("assistant", answer.text, report.token_ids, turn)
             asked = [HistoryMessage(m["role"], m["content"]) for m in new]
             self._store.end_turn(session, [*asked, said], system)
 
@@ -123,23 +127,25 @@ class ConversationService:
         self._generation.check_room(job.caller)
         room = self._generator.info.context_length - self._generation.answer_tokens(job)
         starts = [i for i, m in enumerate(history) if m.role == "user"]
-
-        async def fits(start: int) -> bool:
-            messages = [*before, *map(_as_message, history[start:]), *new]
+        sizes = [
+            sum(m.turn_tokens for m in history[start:end])
+            for start, end in pairwise([*starts, len(history)])
+        ]
+        # What the turns add is known roughly, and what a prompt has is counted, which takes the
+        # tokenizer's thread milliseconds. So counting begins where one turn too many may be left.
+        first, excess = 0, sum(sizes) - max(sizes) - room
+        while True:
+            while excess > 0 and first < len(starts):
+                excess -= sizes[first]
+                first += 1
+            if first == len(starts):
+                return [], len(history)
+            fitting = history[starts[first] :]
+            messages = [*before, *map(_as_message, fitting), *new]
             tokens = await self._generation.prompt_tokens(replace(job, messages=messages))
-            return len(tokens) <= room
-
-        if await fits(0):
-            return history, 0
-        low, high = 0, len(starts)
-        while high - low > 1:
-            middle = (low + high) // 2
-            if await fits(starts[middle]):
-                high = middle
-            else:
-                low = middle
-        start = starts[high] if high < len(starts) else len(history)
-        return history[start:], start
+            excess = len(tokens) - room
+            if excess <= 0:
+                return fitting, starts[first]
 
 
 def _as_message(message: HistoryMessage) -> ChatMessage:

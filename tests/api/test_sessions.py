@@ -194,6 +194,31 @@ async def test_history_is_dropped_at_the_exact_edge(roomy: Client) -> None:
     assert max(kept_sizes) < min(dropped_sizes)
 
 
+async def test_a_session_at_its_limits_is_counted_few_times(
+    roomy: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long a history is, its tokens are counted three times a turn at most."""
+    counted: list[int] = []
+    count = roomy.services.generation.prompt_tokens
+
+    async def counting(job: Any) -> list[int]:
+        tokens = await count(job)
+        counted.append(len(tokens))
+        return tokens
+
+    monkeypatch.setattr(roomy.services.generation, "prompt_tokens", counting)
+    usage: dict[str, int] = {}
+    for number in range(90):
+        counted.clear()
+        response = await roomy.say("x" * (37 * number % 200 + 1), session="long", max_tokens=4000)
+        usage = response.json()["usage"]
+        assert len(counted) <= 3
+        # What is encoded is about what is used.
+        assert max(counted, default=0) < 8192
+    assert usage["dropped_messages"] > 100
+    assert usage["prompt_tokens"] > 3500
+
+
 async def test_a_full_queue_refuses_a_follow_up_before_its_history_is_counted() -> None:
     """A turn is refused by a full queue before its history is tokenized."""
     async with start(engine={"max_running": 1, "max_waiting": 0}) as client:
