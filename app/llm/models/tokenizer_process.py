@@ -108,8 +108,6 @@ def main(arguments: list[str]) -> int:
         arguments: The ``model`` section as JSON, and the snapshot's directory and weights.
     """
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    # Loading the weights takes longer, and needs the core more.
-    os.nice(10)
     # Imports and a vocabulary make many objects, and the process exits before they are garbage.
     gc.disable()
     _keep_torch_out()
