@@ -27,10 +27,10 @@ def check_restarted(service: Service, pid: int, restarts: float) -> None:
     assert service.get("/health").json()["status"] == "healthy"
 
 
-def test_killing_the_engine_ends_streams_with_an_error(slow_service: Service) -> None:
+def test_killing_the_engine_ends_streams_with_an_error(fresh_service: Service) -> None:
     """After kill -9 of the engine a stream ends with an error event within five seconds."""
-    pid, restarts = slow_service.engine_pid, slow_service.metric("llm_engine_restarts_total")
-    with open_stream(slow_service, generate(LONG)) as found:
+    pid, restarts = fresh_service.engine_pid, fresh_service.metric("llm_engine_restarts_total")
+    with open_stream(fresh_service, generate(LONG)) as found:
         killed = time.monotonic()
         os.kill(pid, signal.SIGKILL)
         rest = rest_of(found)
@@ -38,43 +38,43 @@ def test_killing_the_engine_ends_streams_with_an_error(slow_service: Service) ->
         assert time.monotonic() - killed < 5
     assert rest[-1]["error"]["code"] == "engine_unavailable"
     assert all(piece_of(event) == "x" for event in rest[:-1])
-    check_restarted(slow_service, pid, restarts + 1)
+    check_restarted(fresh_service, pid, restarts + 1)
 
 
-def test_requests_are_rejected_while_the_engine_restarts(slow_service: Service) -> None:
+def test_requests_are_rejected_while_the_engine_restarts(fresh_service: Service) -> None:
     """Until the new engine is ready, the service says that it is loading and answers 503."""
-    pid, restarts = slow_service.engine_pid, slow_service.metric("llm_engine_restarts_total")
+    pid, restarts = fresh_service.engine_pid, fresh_service.metric("llm_engine_restarts_total")
     os.kill(pid, signal.SIGKILL)
-    slow_service.wait_for(lambda: slow_service.engine_pid != pid, "another engine process")
+    fresh_service.wait_for(lambda: fresh_service.engine_pid != pid, "another engine process")
     # A stopped engine cannot become ready.
-    os.kill(slow_service.engine_pid, signal.SIGSTOP)
-    health = slow_service.get("/health")
+    os.kill(fresh_service.engine_pid, signal.SIGSTOP)
+    health = fresh_service.get("/health")
     assert (health.status_code, health.json()["status"]) == (503, "loading")
-    assert slow_service.get("/readyz").status_code == 503
-    assert slow_service.get("/livez").status_code == 200
-    refused = ask(slow_service, generate("x"))
+    assert fresh_service.get("/readyz").status_code == 503
+    assert fresh_service.get("/livez").status_code == 200
+    refused = ask(fresh_service, generate("x"))
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "engine_unavailable"
     assert int(refused.headers["retry-after"]) >= 1
-    os.kill(slow_service.engine_pid, signal.SIGCONT)
-    check_restarted(slow_service, pid, restarts + 1)
+    os.kill(fresh_service.engine_pid, signal.SIGCONT)
+    check_restarted(fresh_service, pid, restarts + 1)
 
 
-def test_killing_the_engine_ends_every_request_once(slow_service: Service) -> None:
+def test_killing_the_engine_ends_every_request_once(fresh_service: Service) -> None:
     """When the engine is killed, whole and streamed answers end once; none hangs or repeats."""
-    pid, restarts = slow_service.engine_pid, slow_service.metric("llm_engine_restarts_total")
-    first_tokens = slow_service.metric("llm_time_to_first_token_seconds_count")
+    pid, restarts = fresh_service.engine_pid, fresh_service.metric("llm_engine_restarts_total")
+    first_tokens = fresh_service.metric("llm_time_to_first_token_seconds_count")
 
     def stream(i: int) -> Streamed:
-        with slow_service.client() as client:
+        with fresh_service.client() as client:
             return read_stream(client, "/v1/generate", generate(LONG + str(i)))
 
     with ThreadPoolExecutor(8) as pool:
-        whole = [pool.submit(ask, slow_service, generate(LONG + str(i))) for i in range(4)]
+        whole = [pool.submit(ask, fresh_service, generate(LONG + str(i))) for i in range(4)]
         streams = [pool.submit(stream, i) for i in range(4)]
         # A request without a token would be tried once more.
         first_tokens += 8
-        slow_service.wait_for_metric("llm_time_to_first_token_seconds_count", first_tokens)
+        fresh_service.wait_for_metric("llm_time_to_first_token_seconds_count", first_tokens)
         os.kill(pid, signal.SIGKILL)
         for answer in whole:
             response = answer.result()
@@ -84,23 +84,23 @@ def test_killing_the_engine_ends_every_request_once(slow_service: Service) -> No
             streamed = future.result()
             assert streamed.done
             assert streamed.error is not None
-    check_restarted(slow_service, pid, restarts + 1)
+    check_restarted(fresh_service, pid, restarts + 1)
 
 
 @pytest.mark.parametrize("fault", ["crash", "raise"])
-def test_a_crash_in_the_engine_costs_a_restart(slow_service: Service, fault: str) -> None:
+def test_a_crash_in_the_engine_costs_a_restart(fresh_service: Service, fault: str) -> None:
     """A fatal signal or an exception in a step ends that engine process, and another takes over."""
-    pid, restarts = slow_service.engine_pid, slow_service.metric("llm_engine_restarts_total")
-    with slow_service.client() as client:
+    pid, restarts = fresh_service.engine_pid, fresh_service.metric("llm_engine_restarts_total")
+    with fresh_service.client() as client:
         streamed = read_stream(client, "/v1/generate", generate(f"[echo:{fault}]"))
     assert streamed.done
     assert streamed.error is not None
     assert streamed.error["code"] == "engine_unavailable"
     assert "[echo:" not in str(streamed.error)
-    check_restarted(slow_service, pid, restarts + 1)
-    response = ask(slow_service, generate(f"[echo:{fault}]"))
+    check_restarted(fresh_service, pid, restarts + 1)
+    response = ask(fresh_service, generate(f"[echo:{fault}]"))
     assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_unavailable")
-    slow_service.wait_until_ready()
+    fresh_service.wait_until_ready()
 
 
 def test_one_requests_fault_does_not_hurt_its_neighbours(slow_service: Service) -> None:
