@@ -107,6 +107,10 @@ class EngineStatus(BaseModel):
     context_length: int | None = None
     supported_parameters: list[str] = []
     restarts: int
+    last_end: str | None = Field(
+        description="Why the last engine process ended, where one did: its exit code, its signal, "
+        "or what the watchdog found."
+    )
     queue: QueueStatus
 
 

@@ -1,10 +1,11 @@
-"""A running service whose engine process is stopped, hangs, crashes or has no memory."""
+"""A running service whose engine process is stopped, starved, hangs, crashes or has no memory."""
 
 import os
 import resource
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.live import LONG, STEP, ask, background, generate, open_stream, rest_of
+from tests.support.programs import BUSY, PINNED, running
 from tests.support.service import Service, running_service
 from tests.support.tiny_model import make_tiny_model
 
@@ -25,64 +27,101 @@ def logged(service: Service, level: str) -> list[dict[str, Any]]:
     return [line for line in service.log() if line["level"] == level]
 
 
+STALL_SECONDS = 1
+"""The least that is allowed."""
+
+
+@pytest.fixture(scope="module")
+def watched_service() -> Iterator[Service]:
+    """A slow service whose engine process may do nothing for a second only."""
+    with running_service(
+        ENGINE__ECHO_STEP_SECONDS=str(STEP), ENGINE__STALL_TIMEOUT_SECONDS=str(STALL_SECONDS)
+    ) as service:
+        yield service
+
+
 @linux_only
-def test_a_stopped_engine_is_noticed_and_replaced(slow_service: Service) -> None:
-    """An engine that is stopped for three seconds is replaced; its stream ends with an error."""
-    restarts = slow_service.metric("llm_engine_restarts_total")
-    with open_stream(slow_service, generate(LONG)) as found:
-        os.kill(slow_service.engine_pid, signal.SIGSTOP)
+def test_a_stopped_engine_is_noticed_and_replaced(watched_service: Service) -> None:
+    """A stopped engine is replaced; its stream ends with an error; log and status say why."""
+    restarts = watched_service.metric("llm_engine_restarts_total")
+    with open_stream(watched_service, generate(LONG)) as found:
+        os.kill(watched_service.engine_pid, signal.SIGSTOP)
         rest = rest_of(found)
     assert rest[-1]["error"]["code"] == "engine_unavailable"
-    slow_service.wait_until_ready()
-    assert slow_service.metric("llm_engine_restarts_total") == restarts + 1
-    assert "it has been stopped for 3 s" in logged(slow_service, "ERROR")[-1]["message"]
-    assert ask(slow_service, generate("after")).json()["generated_text"] == "after"
+    watched_service.wait_until_ready()
+    assert watched_service.metric("llm_engine_restarts_total") == restarts + 1
+    why = f"killed, since it has been stopped for {STALL_SECONDS} s"
+    ends = [e["message"] for e in logged(watched_service, "ERROR") if "ended" in e["message"]]
+    assert ends[-1] == f"the engine process ended: {why}"
+    assert watched_service.get("/status").json()["engine"]["last_end"] == why
+    assert ask(watched_service, generate("after")).json()["generated_text"] == "after"
 
 
-def test_a_service_that_was_suspended_goes_on(slow_service: Service) -> None:
+def test_a_service_that_was_suspended_goes_on(watched_service: Service) -> None:
     """A service that was stopped as a whole, as a paused container is, keeps its engine."""
-    restarts = slow_service.metric("llm_engine_restarts_total")
-    with open_stream(slow_service, generate("x" * 20)) as found:
-        os.killpg(slow_service.process.pid, signal.SIGSTOP)
+    restarts = watched_service.metric("llm_engine_restarts_total")
+    with open_stream(watched_service, generate("x" * 20)) as found:
+        os.killpg(watched_service.process.pid, signal.SIGSTOP)
         # Longer than an engine may be stopped while the service runs.
-        time.sleep(5)
-        os.killpg(slow_service.process.pid, signal.SIGCONT)
+        time.sleep(5 * STALL_SECONDS)
+        os.killpg(watched_service.process.pid, signal.SIGCONT)
         assert rest_of(found)[-1]["finish_reason"] == "stop"
-    assert slow_service.metric("llm_engine_restarts_total") == restarts
+    assert watched_service.metric("llm_engine_restarts_total") == restarts
+
+
+@linux_only
+def test_an_engine_that_a_busy_host_starves_goes_on() -> None:
+    """An engine that waits for a processor ten times as long as a stall takes is not killed."""
+    core = min(os.sched_getaffinity(0))
+    with (
+        running(PINNED + BUSY) as busy,
+        running_service(
+            until="listening", ENGINE__STALL_TIMEOUT_SECONDS=str(STALL_SECONDS)
+        ) as service,
+    ):
+        service.wait_for(lambda: "engine process started" in service.raw_log(), "the start")
+        # From now on it runs on one core, while nothing else wants that.
+        os.sched_setaffinity(service.engine_pid, [core])
+        os.sched_setscheduler(service.engine_pid, os.SCHED_IDLE, os.sched_param(0))
+        time.sleep(10 * STALL_SECONDS)
+        busy.kill()
+        service.wait_until_ready()
+        assert len(service.engine_pids()) == 1
+        assert service.get("/status").json()["engine"]["last_end"] is None
 
 
 def test_a_request_that_kills_the_engine_twice_is_given_up_and_named(
-    slow_service: Service,
+    fresh_service: Service,
 ) -> None:
     """A request that kills the engine is tried once more, alone; the log has both of its ids."""
-    restarts = slow_service.metric("llm_engine_restarts_total")
-    with slow_service.client() as client:
+    restarts = fresh_service.metric("llm_engine_restarts_total")
+    with fresh_service.client() as client:
         headers = {"X-Request-ID": "the-poisonous"}
         refused = client.post("/v1/generate", json=generate("[echo:poison]"), headers=headers)
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "engine_unavailable"
-    slow_service.wait_until_ready()
-    assert slow_service.metric("llm_engine_restarts_total") == restarts + 2
-    about = [e for e in slow_service.log() if e.get("request_id") == "the-poisonous"]
+    fresh_service.wait_until_ready()
+    assert fresh_service.metric("llm_engine_restarts_total") == restarts + 2
+    about = [e for e in fresh_service.log() if e.get("request_id") == "the-poisonous"]
     told = [(e["level"], e["message"].rpartition(": ")[2]) for e in about if "engine_request" in e]
     assert told == [("WARNING", "it is tried once more"), ("ERROR", "it is given up")]
 
 
-def test_an_engine_out_of_memory_is_replaced(slow_service: Service) -> None:
+def test_an_engine_out_of_memory_is_replaced(fresh_service: Service) -> None:
     """An engine that cannot allocate dies and is replaced; every request gets a response."""
-    restarts = slow_service.metric("llm_engine_restarts_total")
-    pid = slow_service.engine_pid
+    restarts = fresh_service.metric("llm_engine_restarts_total")
+    pid = fresh_service.engine_pid
     size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
     # It can allocate nothing beyond what it has.
     resource.prlimit(pid, resource.RLIMIT_AS, (size, size))
     with ThreadPoolExecutor(64) as pool:
         bodies = [generate("x" * 3900 + str(i), max_tokens=10) for i in range(64)]
-        answers = list(pool.map(lambda body: ask(slow_service, body), bodies))
-    slow_service.wait_until_ready()
+        answers = list(pool.map(lambda body: ask(fresh_service, body), bodies))
+    fresh_service.wait_until_ready()
     assert {answer.status_code for answer in answers} <= {200, 503}
-    assert slow_service.metric("llm_engine_restarts_total") == restarts + 1
-    assert slow_service.metric("llm_requests_running") == 0
-    assert ask(slow_service, generate("after")).json()["generated_text"] == "after"
+    assert fresh_service.metric("llm_engine_restarts_total") == restarts + 1
+    assert fresh_service.metric("llm_requests_running") == 0
+    assert ask(fresh_service, generate("after")).json()["generated_text"] == "after"
 
 
 @linux_only
@@ -97,10 +136,11 @@ def test_a_load_that_hangs_is_started_again(tmp_path: Path) -> None:
         MODEL__ENGINE="transformers",
         MODEL__SOURCE="local",
         MODEL__NAME=str(model),
+        ENGINE__STALL_TIMEOUT_SECONDS="3",
     ) as service:
         service.wait_for_metric("llm_engine_restarts_total", 1)
         (ended,) = logged(service, "ERROR")
-        assert "loading the model, it has used no processor and read nothing" in ended["message"]
+        assert "loading the model, it has not used or awaited a processor" in ended["message"]
         weights.unlink()
         shutil.move(tmp_path / "whole", weights)
         service.wait_until_ready()

@@ -12,7 +12,6 @@ import pytest
 from app.core.config import ModelSettings
 from app.llm.client.admission import Place
 from app.llm.client.client import EngineClient, EngineState
-from app.llm.client.watchdog import LOOK_SECONDS, STALLED_LOOKS
 from app.llm.protocol import GenerationRequest, SamplingParams, TokenEvent
 from app.utils.errors import (
     DeadlineExceededError,
@@ -196,8 +195,11 @@ async def test_a_dead_engine_process_is_replaced(how: str) -> None:
 @pytest.mark.parametrize("how", ["hang", "spin"])
 async def test_a_step_that_never_returns_is_noticed(how: str) -> None:
     """A hanging step shows by the idle process, a busy one by engine.step_timeout_seconds."""
-    seconds = 60 if how == "hang" else 1
-    async with echo_engine(echo_step_seconds=0.01, step_timeout_seconds=seconds) as engine:
+    timeouts = {
+        "step_timeout_seconds": 60 if how == "hang" else 1,
+        "stall_timeout_seconds": 60 if how == "spin" else 1,
+    }
+    async with echo_engine(echo_step_seconds=0.01, **timeouts) as engine:
         running = asyncio.create_task(collect(engine.client, f"[echo:{how}]"))
         with pytest.raises(EngineUnavailableError):
             async with asyncio.timeout(10):
@@ -205,6 +207,24 @@ async def test_a_step_that_never_returns_is_noticed(how: str) -> None:
         await engine.until(EngineState.READY)
         assert (await collect(engine.client))[-1].finish_reason == "stop"
         assert engine.client.restarts == 1
+
+
+async def test_an_engine_that_hangs_is_noticed_when_its_caller_has_left() -> None:
+    """A hung engine owes the end of the request, so the caller's patience does not matter."""
+    async with echo_engine(echo_step_seconds=0.01, stall_timeout_seconds=5) as engine:
+        running = asyncio.create_task(collect(engine.client, "[echo:hang]"))
+        async with asyncio.timeout(10):
+            # The fourth step hangs.
+            while engine.value("tokens_generated_total", model="echo") < 3:  # noqa: ASYNC110 - polls another process
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)
+        running.cancel()
+        await asyncio.wait({running})
+        assert engine.client.is_idle
+        assert engine.client.restarts == 0
+        await engine.until(EngineState.RESTARTING)
+        await engine.until(EngineState.READY)
+        assert "not used or awaited a processor" in str(engine.client.last_end)
 
 
 async def test_requests_without_a_token_are_tried_once_more() -> None:
@@ -289,7 +309,7 @@ async def test_there_is_time_to_send_the_last_errors_before_exit() -> None:
 
 async def test_requests_are_taken_when_the_service_is_prepared_too() -> None:
     """The preparation runs once, on a thread, and is not repeated when the engine restarts."""
-    engine = EchoEngine()
+    engine = EchoEngine(stall_timeout_seconds=1)
     proceed = threading.Event()
     threads: list[int] = []
 
@@ -300,7 +320,7 @@ async def test_requests_are_taken_when_the_service_is_prepared_too() -> None:
     await engine.client.start(prepare)
     # The engine process is ready in less than half a second, and then idle for longer than a
     # process with work may be.
-    await asyncio.sleep((STALLED_LOOKS + 4) * LOOK_SECONDS)
+    await asyncio.sleep(3)
     assert engine.client.state is EngineState.LOADING
     with pytest.raises(ModelLoadingError):
         engine.client.admit()

@@ -75,6 +75,7 @@ def _engine(services: Services) -> EngineStatus:
         state=engine.state,
         message=None if ready else engine.loading_message,
         restarts=engine.restarts,
+        last_end=engine.last_end,
         queue=queue,
         **known,
     )

@@ -25,11 +25,18 @@ class EngineSettings(Section):
         300.0, gt=0, le=86_400, description="Longest a request may take, waiting included."
     )
     step_timeout_seconds: float = Field(
-        120.0,
+        300.0,
         gt=0,
         le=86_400,
         description="Longest that one step may take; past that, the engine process is hung and "
         "is started again.",
+    )
+    stall_timeout_seconds: float = Field(
+        15.0,
+        ge=1,
+        le=86_400,
+        description="Longest that the engine process may be stopped, or with work neither run "
+        "nor wait for a processor.",
     )
     max_restarts: int = Field(
         5,

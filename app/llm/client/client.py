@@ -68,6 +68,7 @@ class EngineClient:
         stats: The engine's last figures; zeros while there is no engine process.
         loading_message: What the engine process is loading, for /status.
         restarts: How often the engine process has been started again.
+        last_end: How the last engine process ended; ``None`` if none did.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class EngineClient:
         self.stats = EngineStats()
         self.loading_message = "starting the engine process"
         self.restarts = 0
+        self.last_end: str | None = None
         self.queue = RequestQueue(engine, metrics, model_label)
         metrics.add_engine_process(lambda: self._process.pid if self._process else None)
         self._metrics = metrics
@@ -169,6 +171,7 @@ class EngineClient:
                 was_ready, ending = False, "an unexpected error"
             if self.state in (EngineState.STOPPED, EngineState.FAILED):
                 return
+            self.last_end = ending
             log.error("the engine process ended: %s", ending, extra={"ready": was_ready})
             if hopeless := self._restarts.died(was_ready=was_ready):
                 await self._give_up(f"{hopeless}: {ending}")
@@ -187,7 +190,7 @@ class EngineClient:
             # The process is started first, since loading takes longer.
             self._prepared = asyncio.create_task(self._run_preparation(), name="preparation")
         ready = False
-        watchdog = Watchdog(self._limits.step_timeout_seconds)
+        watchdog = Watchdog(self._limits)
         watching = asyncio.create_task(self._watch(process, watchdog), name="engine-watchdog")
         try:
             while (report := await process.receive()) is not None:

@@ -109,12 +109,12 @@ class EngineProcess:
             async with asyncio.timeout(_STOP_SECONDS):
                 return await self._process.wait()
         except TimeoutError:
-            self.kill(self._killed_because)
+            self.kill()
             return await self._process.wait()
 
     def kill(self, because: str = "") -> None:
-        """End the process at once; :meth:`wait` returns ``because`` then, if it is not empty."""
-        self._killed_because = because
+        """End the process at once; :meth:`wait` returns the first reason given, if there is one."""
+        self._killed_because = self._killed_because or because
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         # A process that waits for a disk outlives the signal. Its requests must not wait for it.

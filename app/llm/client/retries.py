@@ -27,11 +27,13 @@ class InFlight:
         self._send_command = send
         self._has_engine = False
         self._places: dict[str, Place] = {}
+        # The engine process must still report the end of these, also after their callers left.
+        self._unfinished: set[str] = set()
 
     @property
     def engine_is_asked(self) -> bool:
-        """Whether there is an engine process with requests to answer."""
-        return self._has_engine and bool(self._places)
+        """Whether the engine process has requests whose end it has not reported."""
+        return bool(self._unfinished)
 
     def submit(self, request: GenerationRequest, place: Place) -> None:
         """Send a request to the engine process, or to the next one if there is none."""
@@ -53,6 +55,8 @@ class InFlight:
             if place := self._places.get(request_id):
                 place.slot_taken()
         for event in step.events:
+            if event.finish_reason is not None:
+                self._unfinished.discard(event.request_id)
             place = self._places.get(event.request_id)
             if place is None:
                 # It was cancelled after this step had begun.
@@ -77,6 +81,7 @@ class InFlight:
     def engine_died(self) -> None:
         """Fail the requests that must not be retried, and keep the others for the next engine."""
         self._has_engine = False
+        self._unfinished.clear()
         for place in [place for place in self._places.values() if place.sent]:
             place.sent = False
             if not place.answered and not place.suspect:
@@ -92,6 +97,7 @@ class InFlight:
 
     def _send(self, place: Place) -> None:
         place.sent = True
+        self._unfinished.add(place.request.id)
         self._send_command(Submit(place.request))
 
     def _send_next_suspect(self) -> None:

@@ -1,24 +1,29 @@
 """Detects an engine process that makes no progress: stopped, deadlocked, or lost in a step.
 
 The kernel counts processor time and reads of every process, so the engine needs no code of its own
-for this: docs/adr/0016. Time is counted in looks, not in seconds. When the machine sleeps, the
+for this: docs/adr/0016. A process that waits for a processor makes progress, since a busy host is
+no fault of its own. Time is counted in looks, not in seconds. When the machine sleeps, the
 container is paused or the event loop is late, there are fewer looks, and no false alarm.
 """
 
+import contextlib
+import math
+import os
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from app.core.config.engine import EngineSettings
+
 LOOK_SECONDS = 0.5
 """Time between two looks."""
 
-STALLED_LOOKS = 6
-"""Looks in a row without progress that are a stall; it is noticed within 3.5 seconds."""
-
-# 20 ms between two looks. A process whose threads only wake and sleep again uses less.
-_LEAST_TICKS = 2
-# D waits for a disk, where no signal would end it; t is held by a debugger on purpose.
-_EXCUSED_STATES = frozenset("Dt")
+# Between two looks. A process whose threads only wake and sleep again uses less.
+_LEAST_MILLISECONDS = 20
+_TICK_MILLISECONDS = 1000 // os.sysconf("SC_CLK_TCK")
+# R runs or waits for a processor: the kernel counts a wait only when it is over. D waits for a
+# disk, where no signal would end the process; t is held by a debugger on purpose.
+_MOVING_STATES = frozenset("RDt")
 _STOPPED = "T"
 
 
@@ -36,13 +41,15 @@ class Activity:
     """What the kernel has counted of a process and its children.
 
     Attributes:
-        state: The process' state, as a letter of proc(5).
-        ticks: Processor time used, in clock ticks (10 ms on Linux).
+        state: The state of the process' main thread, as a letter of proc(5).
+        states: The states of all threads, the children's too.
+        milliseconds: Time that threads have run, or have waited for a processor.
         reads: Bytes read plus pages faulted in from disk; only its changes mean anything.
     """
 
     state: str
-    ticks: int
+    states: frozenset[str]
+    milliseconds: int
     reads: int
 
 
@@ -51,16 +58,20 @@ def observe(pid: int) -> Activity | None:
     own = _read(pid)
     if own is None:
         return None
-    children = [_read(child) for child in _children(pid)]
-    family = [own, *(child for child in children if child is not None)]
-    return Activity(own.state, sum(one.ticks for one in family), sum(one.reads for one in family))
+    family = [own, *filter(None, map(_read, _children(pid)))]
+    return Activity(
+        own.state,
+        frozenset[str]().union(*(one.states for one in family)),
+        sum(one.milliseconds for one in family),
+        sum(one.reads for one in family),
+    )
 
 
 def _read(pid: int) -> Activity | None:
     folder = Path("/proc") / str(pid)
     try:
-        # "pid (name) state ...", where the name may contain spaces and brackets: proc(5).
-        fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        fields = _stat(folder)
+        threads = [*(folder / "task").iterdir()]
     except OSError:
         return None
     page_faults, user, system = map(int, (fields[9], *fields[11:13]))
@@ -69,7 +80,20 @@ def _read(pid: int) -> Activity | None:
     except OSError:
         # Hardened kernels do not let anybody read this file.
         read = 0
-    return Activity(fields[0], user + system, page_faults + read)
+    states = {fields[0]}
+    waited = 0
+    for thread in threads:
+        # A thread may end meanwhile. Some kernels do not count waits; the states are left then.
+        with contextlib.suppress(OSError):
+            states.add(_stat(thread)[0])
+            waited += int((thread / "schedstat").read_text().split()[1])
+    used = (user + system) * _TICK_MILLISECONDS + waited // 1_000_000
+    return Activity(fields[0], frozenset(states), used, page_faults + read)
+
+
+def _stat(folder: Path) -> list[str]:
+    """The fields of a process or a thread behind its name, which may contain anything: proc(5)."""
+    return (folder / "stat").read_text().rpartition(")")[2].split()
 
 
 def _children(pid: int) -> list[int]:
@@ -83,8 +107,9 @@ def _children(pid: int) -> list[int]:
 class Watchdog:
     """Watches one engine process; one that generates must report within a step timeout."""
 
-    def __init__(self, step_timeout_seconds: float) -> None:
-        self._step_timeout = step_timeout_seconds
+    def __init__(self, settings: EngineSettings) -> None:
+        self._step_timeout = settings.step_timeout_seconds
+        self._stalled_looks = math.ceil(settings.stall_timeout_seconds / LOOK_SECONDS)
         self._duty = Duty.NOTHING
         self._seen: Activity | None = None
         self._still = 0
@@ -102,24 +127,23 @@ class Watchdog:
             self.heard()
         self._silent += 1
         self._still = 0 if activity is None or self._has_moved(activity) else self._still + 1
-        if activity is not None and self._still >= STALLED_LOOKS:
-            seconds = f"for {self._still * LOOK_SECONDS:.0f} s"
+        if activity is not None and self._still >= self._stalled_looks:
+            seconds = f"for {self._still * LOOK_SECONDS:g} s"
             if activity.state == _STOPPED:
                 return f"it has been stopped {seconds}"
             if duty in (Duty.LOADING, Duty.GENERATING):
-                return f"{duty}, it has used no processor and read nothing {seconds}"
+                return (
+                    f"{duty}, it has not used or awaited a processor, nor read anything, {seconds}"
+                )
         if duty is Duty.GENERATING and self._silent * LOOK_SECONDS > self._step_timeout:
             return f"one step has taken more than {self._step_timeout:g} s"
         return None
 
     def _has_moved(self, activity: Activity) -> bool:
-        seen = self._seen
-        if (
-            seen is not None
-            and activity.state not in _EXCUSED_STATES
-            and activity.ticks - seen.ticks < _LEAST_TICKS
-            and activity.reads == seen.reads
-        ):
-            return False
-        self._seen = activity
-        return True
+        seen, self._seen = self._seen, activity
+        return (
+            seen is None
+            or not _MOVING_STATES.isdisjoint(activity.states)
+            or activity.milliseconds - seen.milliseconds >= _LEAST_MILLISECONDS
+            or activity.reads != seen.reads
+        )
