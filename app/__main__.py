@@ -1,7 +1,19 @@
 """``python -m app``: the same as ``llm-service``, see :mod:`app.cli`."""
 
+import signal
 import sys
+from types import FrameType
 
-from app.cli import main
+
+def _exit(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+# Until uvicorn handles them. Python would print a traceback, and the first process of a container
+# would not end at all. The imports below take most of that time.
+signal.signal(signal.SIGINT, _exit)
+signal.signal(signal.SIGTERM, _exit)
+
+from app.cli import main  # noqa: E402 - see above
 
 sys.exit(main())

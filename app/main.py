@@ -205,12 +205,12 @@ def _lifespan(
                 chains().pipeline.loop = loop
                 template_library()
 
-        await services.engine.start(prepare)
         async with EventLoopMonitor(services.metrics):
             with (
                 GracefulShutdown(services.engine, settings.app),
                 reloading_on_hangup(partial(_replace_keys, services)),
             ):
+                await services.engine.start(prepare)
                 try:
                     yield
                 finally:

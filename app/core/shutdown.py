@@ -44,8 +44,9 @@ class Drainable(Protocol):
 class GracefulShutdown:
     """Drains at SIGTERM or SIGINT, and ends at once at a second one.
 
-    The context is entered inside the lifespan, when uvicorn has installed its own handlers. Outside
-    of the main thread, as in tests, it handles no signals.
+    The context is entered inside the lifespan, when uvicorn has installed its own handlers. Where
+    these have had a signal, uvicorn ends after the start, and no work begins. Outside of the main
+    thread, as in tests, it handles no signals.
 
     Args:
         work: What is drained.
@@ -70,6 +71,9 @@ class GracefulShutdown:
                 # Not the main thread.
                 break
             self._previous[number] = previous
+            server = _server_of(previous)
+            if server is not None and server.should_exit:
+                self._work.drain()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -108,8 +112,8 @@ class GracefulShutdown:
     def _leave(self, number: signal.Signals, seconds_left: float) -> None:
         """Have the server close its remaining connections and return."""
         previous = self._previous[number]
-        server = getattr(previous, "__self__", None)
-        if isinstance(server, uvicorn.Server):
+        server = _server_of(previous)
+        if server is not None:
             # uvicorn's own handler would raise the signal again at the end.
             server.should_exit = True
             # The annotation says int, but uvicorn takes any number of seconds.
@@ -119,3 +123,9 @@ class GracefulShutdown:
         else:
             signal.signal(number, previous)
             signal.raise_signal(number)
+
+
+def _server_of(handler: Any) -> uvicorn.Server | None:
+    """The server that handles a signal by one of its methods."""
+    server = getattr(handler, "__self__", None)
+    return server if isinstance(server, uvicorn.Server) else None

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,10 @@ OTHER_KEY = "test-key-of-the-other-caller-9876543210"
 # A start imports FastAPI and LangChain, which takes long on a busy machine.
 START_SECONDS = 100.0
 STOP_SECONDS = 30.0
+
+# Port 0 takes a free one, which the log then names.
+UVICORN = ("uvicorn", "app.main:app", "--port", "0")
+SERVE = ("app", "serve")
 
 _LISTENING = re.compile(r"Uvicorn running on (http://[\w.:]+)")
 
@@ -252,12 +256,17 @@ def session_members(session: int) -> list[str]:
 
 @contextmanager
 def running_service(
-    *, until: str = "ready", log_to: str = "file", **settings: str | None
+    *,
+    until: str = "ready",
+    command: Sequence[str] = UVICORN,
+    log_to: str = "file",
+    **settings: str | None,
 ) -> Iterator[Service]:
     """Run the service on a free port of this machine, and stop it at the end.
 
     Args:
         until: Wait until it is ``ready``, or ``listening``, or only ``started``.
+        command: The module that starts it, and its arguments.
         log_to: Where it writes its log: a ``file``, or a ``pipe`` that is copied to the file.
         settings: Environment variables, such as ``ENGINE__MAX_RUNNING="1"``.
 
@@ -268,10 +277,9 @@ def running_service(
         log_path = Path(folder) / "service.log"
         with log_path.open("wb") as log:
             process = subprocess.Popen(
-                # Port 0 takes a free one, which the log then names.
-                [sys.executable, "-m", "uvicorn", "app.main:app", "--port", "0"],
+                [sys.executable, "-m", *command],
                 cwd=PROJECT_ROOT,
-                env=isolated_environment(settings),
+                env=isolated_environment({"APP__PORT": "0", **settings}),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if log_to == "pipe" else log,
                 stderr=subprocess.STDOUT,

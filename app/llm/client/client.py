@@ -163,13 +163,13 @@ class EngineClient:
             self._process.kill()
 
     async def _supervise(self) -> None:
-        while True:
+        while self._is_needed():
             try:
                 was_ready, ending = await self._run_once()
             except Exception:
                 log.exception("the engine process could not be served")
                 was_ready, ending = False, "an unexpected error"
-            if self.state in (EngineState.STOPPED, EngineState.FAILED):
+            if not self._is_needed():
                 return
             self.last_end = ending
             log.error("the engine process ended: %s", ending, extra={"ready": was_ready})
@@ -179,6 +179,12 @@ class EngineClient:
             self.restarts += 1
             self._metrics.engine_restarts.inc()
             await asyncio.sleep(self._restarts.delay)
+
+    def _is_needed(self) -> bool:
+        """Whether there are requests to answer, or may be."""
+        if self.is_draining():
+            return not self.is_idle
+        return self.state not in (EngineState.STOPPED, EngineState.FAILED)
 
     async def _run_once(self) -> tuple[bool, str]:
         """Run one engine process to its end: whether it became ready, and how it ended."""

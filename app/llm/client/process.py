@@ -20,6 +20,10 @@ _WRITTEN_BYTES = 4096
 # The engine ends at once when it is told to, unless a step holds its interpreter. It has nothing
 # to save, so it can be killed then.
 _STOP_SECONDS = 1.0
+# Ctrl-C reaches the whole process group, and a service manager may send SIGTERM to every process,
+# but the service lets running requests finish. Programs inherit what is ignored: Python alone would
+# be late, and uvloop resets what a child would inherit from this process.
+_IGNORING_SIGNALS = ("/bin/sh", "-c", 'trap "" INT TERM; exec "$@"', "sh")
 # The engine does not need the service's keys, and a crash dump may show the environment.
 _WITHHELD = ("SECURITY__", "HUGGINGFACE_TOKEN", "HF_TOKEN", "LANGSMITH_", "LANGCHAIN_")
 
@@ -56,6 +60,7 @@ class EngineProcess:
             stack.callback(os.close, descriptors[1])
             try:
                 process = await asyncio.create_subprocess_exec(
+                    *_IGNORING_SIGNALS,
                     sys.executable,
                     "-m",
                     "app.llm.engine.worker",

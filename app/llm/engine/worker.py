@@ -229,22 +229,19 @@ def _load(channel: Channel, configure: Configure) -> Backend | None:
     return None
 
 
-def _end_only_with_the_service() -> None:
-    """Ignore signals to the group, and let the kernel end this process with its parent.
+def _end_with_the_service() -> None:
+    """Let the kernel end this process with its parent.
 
-    Ctrl-C reaches the whole process group, and a service manager may send SIGTERM to every process,
-    but the service lets running requests finish. When the service is killed, the thread that reads
-    the socket ends this process; the kernel does it where this process is stopped or stuck.
+    When the service is killed, the thread that reads the socket ends this process; the kernel does
+    it where this process is stopped or stuck.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main() -> int:
     """Entry point: ``python -m app.llm.engine.worker FD LOG``; the parent holds the other end."""
-    _end_only_with_the_service()
+    _end_with_the_service()
     parser = argparse.ArgumentParser(description="The engine process; started by the service.")
     parser.add_argument("fd", type=int, help="file descriptor of the socket to the service")
     parser.add_argument("log", type=int, help="file descriptor of the log")
