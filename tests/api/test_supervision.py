@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,22 +73,32 @@ def test_a_service_that_was_suspended_goes_on(watched_service: Service) -> None:
 @linux_only
 def test_an_engine_that_a_busy_host_starves_goes_on() -> None:
     """An engine that waits for a processor ten times as long as a stall takes is not killed."""
-    core = min(os.sched_getaffinity(0))
-    with (
-        running(PINNED + BUSY) as busy,
-        running_service(
-            until="listening", ENGINE__STALL_TIMEOUT_SECONDS=str(STALL_SECONDS)
-        ) as service,
-    ):
-        service.wait_for(lambda: "engine process started" in service.raw_log(), "the start")
-        # From now on it runs on one core, while nothing else wants that.
-        os.sched_setaffinity(service.engine_pid, [core])
-        os.sched_setscheduler(service.engine_pid, os.SCHED_IDLE, os.sched_param(0))
-        time.sleep(10 * STALL_SECONDS)
-        busy.kill()
-        service.wait_until_ready()
-        assert len(service.engine_pids()) == 1
-        assert service.get("/status").json()["engine"]["last_end"] is None
+    cores = os.sched_getaffinity(0)
+    with ExitStack() as busy:
+        for _ in range(4):
+            busy.enter_context(running(PINNED + BUSY))
+        with running_service(
+            until="started", ENGINE__STALL_TIMEOUT_SECONDS=str(STALL_SECONDS)
+        ) as service:
+            service.wait_for(lambda: "engine process started" in service.raw_log(), "the start")
+            # From now on it runs on one core, while nothing else wants that.
+            engine = service.engine_pid
+            os.sched_setaffinity(engine, [min(cores)])
+            os.sched_setscheduler(engine, os.SCHED_IDLE, os.sched_param(0))
+            weigh_session(engine, 19)
+            time.sleep(10 * STALL_SECONDS)
+            assert service.engine_pids() == [engine]
+            assert "ready for requests" not in service.raw_log()
+            # So that it can end.
+            busy.close()
+            weigh_session(engine, 0)
+            os.sched_setaffinity(engine, cores)
+
+
+def weigh_session(process: int, nice: int) -> None:
+    """Set the niceness of the process' session, where the kernel shares time out between these."""
+    with suppress(OSError):
+        Path(f"/proc/{process}/autogroup").write_text(str(nice))
 
 
 def test_a_request_that_kills_the_engine_twice_is_given_up_and_named(

@@ -27,7 +27,8 @@ def running(program: str) -> Iterator["subprocess.Popen[bytes]"]:
         [sys.executable, "-c", program],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        start_new_session=True,
+        # In this session: the kernel first shares its processors out between sessions.
+        process_group=0,
     ) as process:
         try:
             assert process.stdout is not None
