@@ -80,7 +80,9 @@ class ManualEngine:
         """
         place = self.queue.admit(self, caller)
         request = GenerationRequest(f"{caller}-{len(self.tasks)}", [1], 1, SamplingParams())
-        self.tasks[request.id] = asyncio.create_task(read(place, request))
+        self.tasks[request.id] = task = asyncio.create_task(read(place, request))
+        # A test may not ask how it ended; asyncio would log that, whenever garbage is collected.
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         self.places[request.id] = place
         await self.settle()
         return request.id
