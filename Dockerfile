@@ -58,7 +58,8 @@ RUN set -eu; \
     mkdir -p /models; \
     if [ "$BUNDLED_MODEL" = 1 ]; then \
         HF_HOME=/models /opt/tools/bin/python -c "from app.llm.models.bundled import fetch; print(fetch())"; \
-    fi
+    fi; \
+    chmod -R g=u /models
 
 # ---- application: the sources with their bytecode -------------------------------------------------
 FROM builder AS application
@@ -77,7 +78,8 @@ RUN rm -rf /usr/local/bin/pip* /usr/local/lib/python3.11/ensurepip /usr/local/li
     && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /tmp --shell /usr/sbin/nologin llm
 
 COPY --from=builder /opt/venv /opt/venv
-COPY --from=model --chown=10001:10001 /models /models
+# Group 0, because OpenShift runs the image as a user of any number in that group.
+COPY --from=model --chown=10001:0 /models /models
 COPY --from=application /app /app
 
 # The command of pyproject.toml, as the project is not installed here.

@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from scripts.container_engine import DEFAULT_STORE, PROJECT_ROOT, Engine, EngineError, choose_engine
-from tests.support.user_commands import CHAT, GENERATE, HEALTH, METRICS, STREAM
+from tests.support.user_commands import CHAT, GENERATE, HEALTH, METRICS, STATUS, STREAM
 
 MAX_IMAGE_BYTES = 1_500_000_000
 USER = "10001"
+OTHER_USER = "1000650000"
 START_SECONDS = 180.0
 # A story of 512 tokens takes minutes when other programs use the cores.
 CURL_SECONDS = "600"
@@ -114,8 +115,11 @@ class Container:
 
 
 @contextmanager
-def running(engine: Engine, image: str, config: str) -> Iterator[Container]:
-    """Run the image with a config.yml of this text and as few rights as possible."""
+def running(engine: Engine, image: str, config: str, *options: str) -> Iterator[Container]:
+    """Run the image with a config.yml of this text and as few rights as possible.
+
+    ``options`` are more options of the engine's `run`.
+    """
     key = secrets.token_hex(32)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -135,6 +139,7 @@ def running(engine: Engine, image: str, config: str) -> Iterator[Container]:
                 "-e", f"SECURITY__API_KEY={key}",
                 "-v", f"{path}:/app/config.yml:ro",
                 "--name", container.name,
+                *options,
                 image,
             )  # fmt: skip
             yield container
@@ -249,6 +254,27 @@ def check_model(checks: Checks, container: Container) -> None:
     answer = _json(container.curl(exact))
     content = answer.get("message", {}).get("content", "")
     checks.check("the bundled model names Paris", "Paris" in content, answer)
+    seen = _json(container.curl(STATUS)).get("engine", {})
+    checks.check("OpenVINO runs it", seen.get("backend") == "openvino", seen)
+
+
+def check_unwritable_models(checks: Checks, engine: Engine, image: str) -> None:
+    """Check users and volumes that may read the models and not write them."""
+    volume = f"llm-service-test-{secrets.token_hex(4)}"
+    ways = {
+        "another user, as on OpenShift": ["--user", f"{OTHER_USER}:0"],
+        "another user and group": ["--user", f"{OTHER_USER}:{OTHER_USER}"],
+        # The run before has filled the volume from the image.
+        "a read-only volume": ["-v", f"{volume}:/models:ro"],
+    }
+    try:
+        engine.call("run", "--rm", *engine.run_options, "-v", f"{volume}:/models", image, "true")
+        for what, options in ways.items():
+            with running(engine, image, "model: {source: bundled}\n", *options) as container:
+                print(f"With {what} it is ready after {container.wait_until_healthy():.1f} s")
+                check_model(checks, container)
+    finally:
+        engine.call("volume", "rm", "--force", volume, check=False)
 
 
 def _json(text: str) -> dict[str, Any]:
@@ -293,6 +319,7 @@ def test_image(checks: Checks, engine: Engine, image: str) -> None:
         check_model(checks, container)
         check_examples(checks, container, "SmolLM2-135M-Instruct")
         check_end(checks, container)
+    check_unwritable_models(checks, engine, image)
 
 
 def main() -> int:

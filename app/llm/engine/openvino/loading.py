@@ -2,12 +2,14 @@
 
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from app.core.config import ModelSettings
 from app.core.logging import get_logger
 from app.core.machine import compute_threads
 from app.llm.engine.cache_size import cache_tokens
+from app.llm.engine.openvino.writable import writable
 from app.llm.models.description import (
     ModelShape,
     UnknownShapeError,
@@ -57,14 +59,15 @@ def load_openvino(
 
             shape = gguf_shape(header) if header else reader.shape()
             blocks = _cache_blocks(settings, shape, max_running)
-            pipeline = start_pipeline(
-                str(snapshot.directory / (snapshot.gguf or "")),
-                tokenizer=_vocabulary(header) if header else None,
-                max_running=max_running,
-                cache_blocks=blocks,
-                properties=_properties(settings),
-            )
-        except (ImportError, UnknownShapeError, RuntimeError) as error:
+            with _openable(snapshot, progress) as path:
+                pipeline = start_pipeline(
+                    path,
+                    tokenizer=_vocabulary(header) if header else None,
+                    max_running=max_running,
+                    cache_blocks=blocks,
+                    properties=_properties(settings),
+                )
+        except (ImportError, UnknownShapeError, RuntimeError, OSError) as error:
             raise OpenVinoUnsupportedError(_reason(error)) from error
         tokenizer = reader.tokenizer()
     info = EngineInfo(
@@ -84,6 +87,13 @@ def load_openvino(
     return OpenVinoBackend(
         pipeline, info, eos_token_ids=tokenizer.eos_token_ids, cache_blocks=blocks
     )
+
+
+def _openable(snapshot: Snapshot, progress: Progress) -> AbstractContextManager[str]:
+    """The path of the model for OpenVINO, which writes nothing into a folder."""
+    if snapshot.gguf:
+        return writable(snapshot.directory / snapshot.gguf, progress)
+    return nullcontext(str(snapshot.directory))
 
 
 def _vocabulary(header: GgufHeader) -> Any:
@@ -130,8 +140,8 @@ def _reason(error: Exception) -> str:
     """The library's message without the paths of its source files."""
     if isinstance(error, ImportError):
         return f"it is not installed ({one_line(error)})"
-    if isinstance(error, UnknownShapeError):
-        return str(error)
+    if isinstance(error, UnknownShapeError | OSError):
+        return one_line(error)
     lines = [line for line in str(error).splitlines() if line.strip()]
     messages = [line for line in lines if not line.startswith(("Exception from", "Check "))]
     return one_line(RuntimeError((messages or lines or ["it gave no reason"])[-1]))[:200]
