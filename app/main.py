@@ -52,7 +52,7 @@ from app.core.tracing import limit_tracing
 from app.core.usage import UsageLedger
 from app.llm.client.client import EngineClient
 from app.llm.generator import GenerationOptions, TextGenerator
-from app.llm.tokenizer import template_library
+from app.llm.models.chat_template import template_library
 from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
 from app.services.response_cache import ResponseCache

@@ -4,22 +4,19 @@ Weights are safetensors, GGUF or OpenVINO's own format; pickles and code from a 
 refused. Every foreseeable failure is a :class:`ModelLoadError` of one line.
 """
 
-import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from app.core.config import ModelSettings
 from app.core.logging import get_logger
 from app.llm.engine.echo import EchoBackend
 from app.llm.engine.openvino.loading import OpenVinoUnsupportedError, load_openvino
 from app.llm.engine.transformers.loading import check_device, load_transformers
-from app.llm.models import bundled, gguf_header
+from app.llm.models import bundled
 from app.llm.models.description import load_tokenizer, read_gguf
-from app.llm.models.load_errors import explaining, one_line
+from app.llm.models.files import check_files, check_folder
+from app.llm.models.load_errors import explaining
 from app.llm.models.snapshot import Progress, Snapshot, check_storage, choose_weights
 from app.llm.protocol import NEUTRAL_SAMPLING, Backend, EngineInfo, GenerationRequest
 from app.utils.errors import ModelLoadError
@@ -52,7 +49,7 @@ def load_backend(
         return echo
     check_device(settings)
     snapshot = find_model(settings, token=token, progress=fetch_progress or progress)
-    check_weights(snapshot)
+    check_files(snapshot)
     reason = _why_not_openvino(settings, snapshot)
     if reason is None:
         try:
@@ -100,7 +97,7 @@ def check_model(settings: ModelSettings, *, token: str | None) -> None:
             check_storage(bundled.bundled_model_path().parent)
         return
     snapshot = find_model(settings, token=token, progress=lambda _: None)
-    check_weights(snapshot)
+    check_files(snapshot)
     _why_not_openvino(settings, snapshot)
     if snapshot.gguf:
         read_gguf(settings, snapshot)
@@ -208,65 +205,6 @@ def _find_local(path: Path, *, openvino: bool) -> Snapshot:
         raise ModelLoadError(
             f"{path} cannot be read ({error.strerror}): let this service's user read it"
         ) from None
-    return Snapshot(path, choose_weights(names, str(path), openvino=openvino))
-
-
-def check_weights(snapshot: Snapshot) -> None:
-    """Reject truncated weights, and files that are not what their name says, before loading them.
-
-    Raises:
-        ModelLoadError: It names the file.
-    """
-    if snapshot.gguf:
-        path = snapshot.directory / snapshot.gguf
-        with path.open("rb") as file:
-            if file.read(4) != gguf_header.MAGIC:
-                raise ModelLoadError(f"{path} is not a GGUF file: download it again")
-        return
-    if snapshot.weights:
-        # OpenVINO loads the .xml file even where its weights are missing.
-        path = (snapshot.directory / snapshot.weights).with_suffix(".bin")
-        if not path.is_file() or not path.stat().st_size:
-            raise ModelLoadError(f"{path} is missing or empty: download the model again")
-    config = snapshot.directory / "config.json"
-    if not config.is_file():
-        raise ModelLoadError(
-            f"{snapshot.directory} has no config.json: set MODEL__NAME to a model's whole folder"
-        )
-    _read_object(config)
-    if snapshot.weights:
-        return
-    _check_shards(snapshot.directory)
-    for path in sorted(snapshot.directory.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="numpy"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ModelLoadError(
-                f"{path} is corrupt or truncated ({one_line(error)}): "
-                "delete it and download it again"
-            ) from None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{path} is corrupt: delete it and download it again")
-    return value
-
-
-def _check_shards(directory: Path) -> None:
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    weight_map = _read_object(index).get("weight_map")
-    shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
-    missing = sorted(name for name in shards if not (directory / name).is_file())
-    if missing:
-        raise ModelLoadError(
-            f"{directory} lacks {missing[0]}, one of {len(shards)} files that its index names "
-            f"({len(missing)} missing): download it again"
-        )
+    weights = choose_weights(names, str(path), openvino=openvino)
+    check_folder(path)
+    return Snapshot(path, weights)

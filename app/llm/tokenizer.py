@@ -14,17 +14,16 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
-from types import ModuleType
 from typing import Any, TypeVar
 
-import jinja2
 from tokenizers import AddedToken, Tokenizer
 
 from app.llm.models.byte_level import BYTE_OF
+from app.llm.models.chat_template import LOOK_SECONDS, RENDER_SECONDS, ChatTemplate
+from app.llm.models.load_errors import is_failure
 from app.llm.protocol import EngineInfo
 from app.llm.tools import Tool, tool_format
-from app.utils.errors import ChatTemplateError
+from app.utils.errors import ChatTemplateError, ValidationFailedError
 
 T = TypeVar("T")
 
@@ -38,19 +37,12 @@ _DEFAULT_CHAT_TEMPLATE = (
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
-def template_library() -> ModuleType:
-    """Import the part of transformers that renders chat templates.
-
-    The first import takes most of a second: call this while the model loads.
-    """
-    return import_module("transformers.utils.chat_template_utils")
-
-
 class PromptTokenizer:
     """Renders and encodes prompts for one model.
 
     ``decoder`` is the copy of the tokenizer for the event loop. ``template_tokens`` are the
-    spellings of the special tokens that frame turns in the chat template.
+    spellings of the special tokens that frame turns in the chat template. ``frames_turns`` is false
+    where plain text does, which a message can imitate.
     """
 
     def __init__(self, info: EngineInfo) -> None:
@@ -58,20 +50,20 @@ class PromptTokenizer:
         self._encoder.no_truncation()
         self._encoder.no_padding()
         self.decoder = Tokenizer.from_str(info.tokenizer_json)
-        self._template = info.chat_template or _DEFAULT_CHAT_TEMPLATE
-        self.tool_format = tool_format(self._template)
-        self._template_variables = dict(info.special_tokens)
+        template = info.chat_template or _DEFAULT_CHAT_TEMPLATE
+        self._template = ChatTemplate(template, info.special_tokens)
+        self.tool_format = tool_format(template)
         added = self._encoder.get_added_tokens_decoder()
         special = {token.content: i for i, token in added.items() if token.special}
         # The other special tokens, such as <s>, may be meant in an answer.
-        self.template_tokens = tuple(t for t in special if t in self._template)
+        self.template_tokens = tuple(t for t in special if t in template)
         self.special_token_ids = frozenset(special.values())
         # White space and signs are no frame of a turn: Gemma has tokens for runs of line breaks.
         plain = {
             token.content: token_id
             for token_id, token in added.items()
             if not token.special
-            and token.content in self._template
+            and token.content in template
             and any(map(str.isalnum, token.content))
         }
         # The encoder tells special tokens from text that spells them, and no others.
@@ -89,11 +81,31 @@ class PromptTokenizer:
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._is_byte_level = b'"ByteLevel"' in self.decoder.decoder.__getstate__()
         self._takes_system = self._probe_system_role()
+        self.frames_turns = self._probe_frames()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
-        """Call one of the methods below on the encoder's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+        """Call one of the methods below on the encoder's thread.
+
+        Raises:
+            ChatTemplateError: The model's template does not end, so that others can be served.
+            ValidationFailedError: The model's tokenizer fails.
+        """
+        loop = asyncio.get_running_loop()
+        work = self._thread.submit(function, *args)
+
+        def watch() -> None:
+            # The work goes on where its caller has left, so this does not end with the caller.
+            if not work.done():
+                self._template.end_overdue()
+                loop.call_later(LOOK_SECONDS, watch)
+
+        watching = loop.call_later(RENDER_SECONDS, watch)
+        try:
+            return await asyncio.wrap_future(work)
+        finally:
+            if work.done():
+                watching.cancel()
 
     def close(self) -> None:
         """End the encoder's thread."""
@@ -125,7 +137,7 @@ class PromptTokenizer:
             Text for :meth:`encode_rendered`, with placeholders for spellings of special tokens.
 
         Raises:
-            ChatTemplateError: The model's template rejects the messages.
+            ChatTemplateError: The model's template rejects the messages, or fails on them.
         """
         messages = self.tool_format.for_template(messages, tools)
         if not self._takes_system:
@@ -153,12 +165,12 @@ class PromptTokenizer:
         unchanged = self._exact.sub(lambda match: texts[match.group()], with_tokens) == rendered
         return with_tokens if unchanged else rendered
 
-    @property
-    def frames_turns(self) -> bool:
+    def _probe_frames(self) -> bool:
         """Whether a turn begins with a token that no text of a caller can become."""
         turns = [{"role": role} for role in ("user", "assistant", "user")]
         try:
-            rendered = self._render(turns, ["\ue000", "\ue001", "\ue000"])
+            with self._template.watched():
+                rendered = self._render(turns, ["\ue000", "\ue001", "\ue000"])
         except ChatTemplateError:
             return True
         answer = rendered.partition("\ue000")[2].partition("\ue000")[0].split("\ue001")
@@ -168,7 +180,8 @@ class PromptTokenizer:
         """Whether the template accepts a system message; those of Gemma 1 and 2 do not."""
         turns = [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]
         try:
-            self._render(turns, ["x", "x"])
+            with self._template.watched():
+                self._render(turns, ["x", "x"])
         except ChatTemplateError:
             return False
         return True
@@ -181,21 +194,7 @@ class PromptTokenizer:
     ) -> str:
         pairs = zip(messages, contents, strict=True)
         chat = [{"role": m["role"], "content": content} for m, content in pairs]
-        try:
-            rendered, _ = template_library().render_jinja_template(
-                [chat],
-                tools=list(tools) or None,
-                chat_template=self._template,
-                add_generation_prompt=True,
-                **self._template_variables,
-            )
-        except jinja2.TemplateError as error:
-            # The template's author wrote the text for callers; what is longer is something else.
-            reason = " ".join(str(error).split())[:200]
-            raise ChatTemplateError(
-                f"The model's chat template refuses these messages: {reason}", param="messages"
-            ) from error
-        return str(rendered[0])
+        return self._template.render(chat, tools)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; none for an id that only pads the embeddings."""
@@ -236,7 +235,14 @@ class PromptTokenizer:
         self, text: str, *, specials_are_text: bool = False, add_special_tokens: bool = False
     ) -> list[int]:
         self._encoder.encode_special_tokens = specials_are_text
-        ids: list[int] = self._encoder.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            ids: list[int] = self._encoder.encode(text, add_special_tokens=add_special_tokens).ids
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise ValidationFailedError(
+                "The model's tokenizer fails on this prompt; another text may succeed."
+            ) from error
         return ids
 
     def _write_exact(self, token_ids: Sequence[int]) -> str:

@@ -24,12 +24,15 @@ _TENSORS = {
 }
 
 
-def make_tiny_gguf(path: Path, *, half: bool = True) -> Path:
+def make_tiny_gguf(
+    path: Path, *, half: bool = True, template: str = tiny_model.CHAT_TEMPLATE
+) -> Path:
     """Write the tiny model as one GGUF file.
 
     Args:
         path: Where to.
         half: Matrices of 16-bit floats, else of 32 bits.
+        template: The chat template.
 
     Returns:
         ``path``; its folder is created.
@@ -49,6 +52,7 @@ def make_tiny_gguf(path: Path, *, half: bool = True) -> Path:
     writer.add_rope_dimension_count(tiny_model.HIDDEN // tiny_model.HEADS)
     writer.add_vocab_size(tiny_model.VOCABULARY)
     _add_tokenizer(writer)
+    writer.add_chat_template(template)
     for name, weight in tiny_model.tiny_weights().items():
         ordered = _in_gguf_order(name, weight)
         # These weights are exact in 16 bits; vectors stay at 32, as in llama.cpp.
@@ -75,7 +79,6 @@ def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
     writer.add_add_bos_token(False)
-    writer.add_chat_template(tiny_model.CHAT_TEMPLATE)
 
 
 def _gguf_name(name: str) -> str:

@@ -1,5 +1,6 @@
 """The header of a GGUF file is read correctly, and never beyond the end of the file."""
 
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,29 @@ def test_a_truncated_file_is_rejected(path: Path, tmp_path: Path) -> None:
         for arrays in ((), ("tokenizer.",)):
             with pytest.raises(ValueError, match=r"^it"):
                 read_header(cut, arrays)
+
+
+_COUNTS = {
+    "keys": struct.pack("<QQ", 0, 2**60),
+    "tensors": struct.pack("<QQ", 2**60, 0),
+    "string": struct.pack("<QQQ", 0, 1, 2**60),
+    "strings": struct.pack("<QQQ1sIIQ", 0, 1, 1, b"a", 9, 8, 2**60),
+    "numbers": struct.pack("<QQQ1sIIQ", 0, 1, 1, b"a", 9, 4, 2**60),
+    "arrays": struct.pack("<QQQ1sIIQ", 0, 1, 1, b"a", 9, 9, 2**60),
+    "dimensions": struct.pack("<QQQ1sI", 1, 0, 1, b"a", 2**31),
+}
+
+
+@pytest.mark.parametrize("header", _COUNTS.values(), ids=_COUNTS)
+def test_absurd_counts_are_refused_before_anything_is_read(tmp_path: Path, header: bytes) -> None:
+    """A count that no model has is refused, also in a file that is long enough to read for ever."""
+    path = tmp_path / "absurd.gguf"
+    with path.open("wb") as file:
+        file.write(b"GGUF\x03\0\0\0" + header)
+        # A sparse file of zeros, which are empty strings and empty arrays.
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match=r"^its header counts \d+ elements, and at most \d+ are"):
+        read_header(path, ("a",))
 
 
 @given(st.binary(min_size=1, max_size=300))

@@ -13,6 +13,7 @@ import msgspec
 
 from app.core.config import ModelSettings
 from app.llm.models.byte_level import BYTE_OF
+from app.llm.models.files import MAX_SIZE
 from app.llm.models.gguf_header import GgufHeader, read_header
 from app.llm.models.load_errors import explaining
 from app.llm.models.snapshot import OPENVINO_MODEL, Snapshot
@@ -57,9 +58,17 @@ class Vocabulary(msgspec.Struct, frozen=True):
 
 
 def read_gguf(settings: ModelSettings, snapshot: Snapshot) -> GgufHeader:
-    """Read the header of a GGUF file."""
+    """Read the header of a GGUF file, and refuse sizes that its tensors cannot have."""
     with explaining("file", settings, snapshot):
-        return read_header(snapshot.directory / str(snapshot.gguf), (_GGUF_TOKENS,))
+        header = read_header(snapshot.directory / str(snapshot.gguf), (_GGUF_TOKENS,))
+        architecture = f"{header.metadata.get('general.architecture')}."
+        for key, value in header.metadata.items():
+            # Each layer has a tensor. The context is compared with the memory later.
+            most = len(header.shapes) if key.endswith(".block_count") else MAX_SIZE
+            is_size = key.startswith(architecture) and not key.endswith("context_length")
+            if is_size and type(value) is int and value > most:
+                raise ValueError(f"its {key} is {value}, and at most {most} is possible")
+        return header
 
 
 def read_shape(settings: ModelSettings, snapshot: Snapshot) -> ModelShape:
@@ -158,7 +167,7 @@ def pretrained_source(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def load_tokenizer(settings: ModelSettings, snapshot: Snapshot) -> Any:
-    """Load the model's tokenizer as an object of transformers."""
+    """Load the model's tokenizer as an object of transformers, and try its chat template."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # AutoTokenizer makes the same of a GGUF file, but parses the whole file twice.
@@ -167,7 +176,11 @@ def load_tokenizer(settings: ModelSettings, snapshot: Snapshot) -> Any:
         tokenizer = kind.from_pretrained(snapshot.directory, **pretrained_source(snapshot))
         if not isinstance(tokenizer, PreTrainedTokenizerFast) or not len(tokenizer):
             raise ValueError("it is none that the tokenizers library can run")
-        return tokenizer
+    from app.llm.models.chat_template import check_chat_template
+
+    if (template := chat_template(tokenizer)) is not None:
+        check_chat_template(template, special_tokens(tokenizer), settings.label)
+    return tokenizer
 
 
 def chat_template(tokenizer: Any) -> str | None:

@@ -19,6 +19,8 @@ _STRING, _ARRAY = 8, 9
 # The specification's numbers of the fixed-size types, and struct's letters for them.
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _DEFAULT_ALIGNMENT = 32
+# Far above what models have: 300,000 tokens in a vocabulary, and four dimensions of a tensor.
+_MAX_COUNT, _MAX_STRING, _MAX_DIMENSIONS = 2**24, 2**24, 8
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,15 @@ class _Reader:
         if version not in _VERSIONS:
             raise ValueError(f"its version is {version}, and those that can be read are 2 and 3")
         metadata: dict[str, Any] = {}
-        for _ in range(keys):
+        for _ in range(self._count(keys)):
             key = self._string()
             metadata[key] = self._value(self._numbers("I")[0], wanted=key.startswith(self._arrays))
         shapes: dict[str, tuple[int, ...]] = {}
         end = 0
-        for _ in range(tensors):
+        for _ in range(self._count(tensors)):
             name = self._string()
-            dimensions = self._numbers(f"{self._numbers('I')[0]}Q")
+            rank = self._count(self._numbers("I")[0], _MAX_DIMENSIONS)
+            dimensions = self._numbers(f"{rank}Q")
             kind, offset = self._numbers("IQ")
             shapes[name] = tuple(reversed(dimensions))
             block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
@@ -99,8 +102,14 @@ class _Reader:
         self._at += layout.size
         return values
 
+    def _count(self, count: int, most: int = _MAX_COUNT) -> int:
+        """A count of the file, which is not believed before it is compared."""
+        if count > most:
+            raise ValueError(f"its header counts {count} elements, and at most {most} are read")
+        return count
+
     def _string(self) -> str:
-        (length,) = self._numbers("Q")
+        length = self._count(self._numbers("Q")[0], _MAX_STRING)
         self._skip(length)
         return self._data[self._at - length : self._at].decode()
 
@@ -115,6 +124,7 @@ class _Reader:
         if kind != _ARRAY:
             return self._numbers(_SCALARS[kind])[0]
         element, count = self._numbers("IQ")
+        self._count(count)
         if letter := _SCALARS.get(element):
             at = self._at
             self._skip(struct.calcsize(f"<{letter}") * count)

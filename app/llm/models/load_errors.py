@@ -16,8 +16,20 @@ def explaining(part: str, settings: ModelSettings, snapshot: Snapshot) -> Iterat
     """
     try:
         yield
-    except Exception as error:  # tokenizers raises the bare Exception.
+    except ModelLoadError:
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise ModelLoadError(_explain(error, part, settings, snapshot)) from error
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether an error is a failure of a library; tokenizers raises the bare Exception.
+
+    A panic of Rust code is a ``PanicException``, which is no Exception and cannot be imported.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 # Parts of transformers' errors about a kind of model that it cannot run.
@@ -29,7 +41,7 @@ _UNSUPPORTED = (
 )
 
 
-def _explain(error: Exception, part: str, settings: ModelSettings, snapshot: Snapshot) -> str:
+def _explain(error: BaseException, part: str, settings: ModelSettings, snapshot: Snapshot) -> str:
     text = one_line(error)
     name = settings.label
     if "trust_remote_code" in text:
@@ -60,6 +72,6 @@ def _explain(error: Exception, part: str, settings: ModelSettings, snapshot: Sna
     )
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The message of an error, on one line."""
     return " ".join(str(error).split()) or repr(error)

@@ -11,6 +11,7 @@ from app.llm.models.description import (
     context_length,
     load_tokenizer,
     pretrained_source,
+    read_gguf,
     special_tokens,
 )
 from app.llm.models.load_errors import explaining
@@ -44,6 +45,8 @@ def load_transformers(
         ModelLoadError: Its files are incomplete, or transformers cannot run such a model.
     """
     progress(f"loading {settings.label} with transformers")
+    if snapshot.gguf:
+        read_gguf(settings, snapshot)
     pipe = load_pipeline(settings, snapshot)
     progress("starting continuous batching")
     import torch
@@ -72,9 +75,10 @@ def load_transformers(
         chat_template=chat_template(tokenizer),
         special_tokens=special_tokens(tokenizer),
     )
-    return TransformersBackend(
-        pipe, info, max_running=max_running, cuda_memory_share=settings.cuda_memory_share
-    )
+    with explaining("model", settings, snapshot):
+        return TransformersBackend(
+            pipe, info, max_running=max_running, cuda_memory_share=settings.cuda_memory_share
+        )
 
 
 def check_device(settings: ModelSettings) -> None:
