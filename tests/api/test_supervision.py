@@ -16,6 +16,7 @@ import pytest
 from tests.support.live import LONG, STEP, ask, background, generate, open_stream, rest_of
 from tests.support.programs import BUSY, PINNED, running
 from tests.support.service import Service, running_service
+from tests.support.tiny_gguf import make_tiny_gguf
 from tests.support.tiny_model import make_tiny_model
 
 linux_only = pytest.mark.skipif(
@@ -156,6 +157,25 @@ def test_a_load_that_hangs_is_started_again(tmp_path: Path) -> None:
         shutil.move(tmp_path / "whole", weights)
         service.wait_until_ready()
         assert ask(service, generate("a", max_tokens=2)).status_code == 200
+
+
+@linux_only
+def test_a_load_that_computes_for_ever_ends_the_service(tmp_path: Path) -> None:
+    """Past engine.load_timeout_seconds the service ends with one line, and nothing computes on."""
+    # One instruction that takes hours and holds the interpreter, so nothing in the process ends it.
+    model = make_tiny_gguf(tmp_path / "tiny.gguf", template="{{ 9 ** (9 ** 9) }}")
+    with running_service(
+        until="listening",
+        ENGINE__LOAD_TIMEOUT_SECONDS="10",
+        MODEL__ENGINE="openvino",
+        MODEL__SOURCE="local",
+        MODEL__NAME=str(model),
+    ) as service:
+        assert service.wait() == 3
+        (line,) = logged(service, "CRITICAL")
+    assert f"loading {model} with OpenVINO took more than 10 s: " in line["message"]
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
+    assert [one for one in commands if str(model).encode() in one] == []
 
 
 def test_a_crash_loop_ends_the_service() -> None:

@@ -28,8 +28,13 @@ class EngineSettings(Section):
         300.0,
         gt=0,
         le=86_400,
-        description="Longest that one step may take; past that, the engine process is hung and "
-        "is started again.",
+        description="Longest that a step may take; past that, the engine process starts again.",
+    )
+    load_timeout_seconds: float = Field(
+        1800.0,
+        gt=0,
+        le=86_400,
+        description="Longest that loading may take, downloads aside; past that, the service ends.",
     )
     stall_timeout_seconds: float = Field(
         15.0,

@@ -218,8 +218,18 @@ class EngineClient:
 
     async def _watch(self, process: EngineProcess, watchdog: Watchdog) -> None:
         """Kill an engine process that makes no progress; :meth:`_run_once` notices its end."""
+        limit = self._limits.load_timeout_seconds
+        loading = 0.0
         while True:
             await asyncio.sleep(LOOK_SECONDS)
+            # Counted in looks, as the watchdog does.
+            loading = loading + LOOK_SECONDS if self._phase is Duty.LOADING else 0.0
+            if loading > limit:
+                await self._give_up(
+                    f"{self.loading_message} took more than {limit:g} s: choose a smaller or "
+                    "another model, or raise ENGINE__LOAD_TIMEOUT_SECONDS"
+                )
+                return
             activity = await asyncio.to_thread(observe, process.pid)
             if fault := watchdog.look(self._duty, activity):
                 process.kill(f"killed, since {fault}")

@@ -8,14 +8,11 @@ next step, and so that this process ends with its parent.
 
 import argparse
 import contextlib
-import ctypes
 import gc
 import logging
 import os
 import queue
-import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -49,12 +46,12 @@ from app.llm.protocol import (
 )
 from app.utils.errors import ModelLoadError
 from app.utils.garbage import no_collections, spare_what_stays
+from app.utils.parent import end_with_parent
 
 log = get_logger("engine")
 
 # A long prompt takes many steps without events. The service hears this often that they go on.
 _REPORT_SECONDS = 1.0
-_PR_SET_PDEATHSIG = 1
 # Characters of an exception's message in the log.
 _MAX_MESSAGE = 300
 
@@ -235,8 +232,7 @@ def _end_with_the_service() -> None:
     When the service is killed, the thread that reads the socket ends this process; the kernel does
     it where this process is stopped or stuck.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
 
 
 def main() -> int:

@@ -21,6 +21,7 @@ from app.llm.models.description import ModelShape, ModelTokenizer, read_shape, r
 from app.llm.models.gguf_header import read_header
 from app.llm.models.snapshot import Snapshot
 from app.utils.errors import ModelLoadError
+from app.utils.parent import end_with_parent
 
 
 class _Failure(msgspec.Struct, frozen=True, tag=True):
@@ -108,6 +109,8 @@ def main(arguments: list[str]) -> int:
         arguments: The ``model`` section as JSON, and the snapshot's directory and weights.
     """
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    # A chat template is tried here, and may hold the interpreter for ever.
+    end_with_parent()
     # Imports and a vocabulary make many objects, and the process exits before they are garbage.
     gc.disable()
     _keep_torch_out()
