@@ -226,18 +226,11 @@ def _load(channel: Channel, configure: Configure) -> Backend | None:
     return None
 
 
-def _end_with_the_service() -> None:
-    """Let the kernel end this process with its parent.
-
-    When the service is killed, the thread that reads the socket ends this process; the kernel does
-    it where this process is stopped or stuck.
-    """
-    end_with_parent()
-
-
 def main() -> int:
     """Entry point: ``python -m app.llm.engine.worker FD LOG``; the parent holds the other end."""
-    _end_with_the_service()
+    # When the service is killed, the thread that reads the socket ends this process; where this
+    # process is stopped or stuck, the kernel does it.
+    end_with_parent()
     parser = argparse.ArgumentParser(description="The engine process; started by the service.")
     parser.add_argument("fd", type=int, help="file descriptor of the socket to the service")
     parser.add_argument("log", type=int, help="file descriptor of the log")
