@@ -44,7 +44,7 @@ class ErrorBody(BaseModel):
     type: str
     param: str | None
     code: str
-    request_id: str | None
+    request_id: str
 
 
 class ErrorResponse(BaseModel):

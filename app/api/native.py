@@ -1,4 +1,7 @@
-"""How /v1/generate and /v1/chat write their answers; docs/api.md shows them."""
+"""How /v1/generate and /v1/chat write their answers; docs/api.md shows them.
+
+The text comes first in an answer and in each event, then the model, then what clients read seldom.
+"""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -20,11 +23,11 @@ class NativeShape(Shape):
     def first(self, answers: Sequence[Answer]) -> Iterable[Event]:
         """Tell the id, the model and who speaks."""
         (answer,) = answers
-        yield {"id": answer.id, "model": answer.model, "delta": {"role": "assistant"}}
+        yield {"delta": {"role": "assistant"}, "model": answer.model, "id": answer.id}
 
     def piece(self, answer: Answer, piece: Piece) -> Event:
         """Bring a piece of text."""
-        return {"id": answer.id, "delta": self.delta(piece)}
+        return {"delta": self.delta(piece), "id": answer.id}
 
     def last(self, answer: Answer) -> Event:
         """Tell how the answer ended and what it took."""
@@ -75,13 +78,13 @@ class ChatShape(NativeShape):
 
 
 def answer_fields(answer: Answer) -> dict[str, Any]:
-    """The members of :class:`AnswerFields` for a complete answer."""
+    """What every complete answer tells beside its text."""
     report = answer.report
     return {
-        "id": answer.id,
         "model": answer.model,
         "tokens_generated": report.completion_tokens,
         "cached": answer.cached,
+        "id": answer.id,
         "finish_reason": report.finish_reason,
         "usage": usage(answer),
     }

@@ -10,7 +10,8 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.errors import error_response
-from app.core.logging import get_logger
+from app.api.middleware import new_request_id
+from app.core.logging import get_logger, request_id_var
 from app.utils.errors import EngineUnavailableError, StartupError
 
 log = get_logger()
@@ -64,7 +65,10 @@ class ReloadedApplication:
         elif self._failure is None:
             await self._app(scope, receive, send)
         else:
-            await error_response(EngineUnavailableError(self._failure))(scope, receive, send)
+            token = request_id_var.set(new_request_id())
+            response = error_response(EngineUnavailableError(self._failure))
+            request_id_var.reset(token)
+            await response(scope, receive, send)
 
     async def _watch(self) -> None:
         while True:

@@ -36,38 +36,33 @@ StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class RequestModel(BaseModel):
-    """Base of all request bodies."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _count_faults(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
-        """Make one fault of very many: a body has room for 100,000, whose list takes half a second.
-
-        Nobody is answered meanwhile, so the list must not be asked for, not even for its beginning.
-        """
-        try:
-            return validate(data)
-        except ValidationError as error:
-            if error.error_count() > MAX_FAULTS:
-                raise ValueError(f"more than {MAX_FAULTS} faults") from None
-            raise
-
-
-class NeutralFields(RequestModel):
-    """Drops fields that ask for nothing, so that those left are known or refused.
+    """Base of all request bodies and their parts.
 
     Attributes:
         neutral: Fields that this service does not have, and their values that ask for nothing;
             ``null`` asks for nothing in any known field.
     """
 
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _drop_neutral(cls, data: Any) -> Any:
+    def _validate(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Drop what asks for nothing, and make one fault of very many.
+
+        A body has room for 100,000 faults. To list them, or only the first, takes half a second, in
+        which nobody is answered.
+        """
+        try:
+            return validate(cls._without_neutral(data))
+        except ValidationError as error:
+            if error.error_count() > MAX_FAULTS:
+                raise ValueError(f"more than {MAX_FAULTS} faults") from None
+            raise
+
+    @classmethod
+    def _without_neutral(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         names = {field.alias or name for name, field in cls.model_fields.items()}
@@ -108,7 +103,7 @@ def _is_one_of(value: Any, neutral: tuple[Any, ...] | None) -> bool:
     return any(value == n and type(value) is type(n) for n in neutral or ())
 
 
-class JsonSchemaFormat(NeutralFields):
+class JsonSchemaFormat(RequestModel):
     """A JSON schema, as OpenAI's clients send it."""
 
     name: str = Field("", max_length=64)
@@ -117,7 +112,7 @@ class JsonSchemaFormat(NeutralFields):
     strict: bool = Field(False, description="The answer follows the schema either way.")
 
 
-class ResponseFormat(NeutralFields):
+class ResponseFormat(RequestModel):
     """What the answer must look like; see docs/api.md, Structured output."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "choice"]

@@ -21,27 +21,22 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-    dropped_messages: int | None = Field(
-        None, description="Messages of the history that did not fit the context."
+    dropped_messages: int = Field(
+        0, description="Messages of the history that did not fit; left out where none."
     )
 
 
-class AnswerFields(BaseModel):
-    """What every complete answer tells beside its text."""
-
-    id: str
-    model: str
-    tokens_generated: int
-    cached: bool
-    finish_reason: FinishReason
-    usage: Usage
-
-
-class GenerateResponse(AnswerFields):
+class GenerateResponse(BaseModel):
     """Answer of POST /v1/generate."""
 
     generated_text: str
     prompt: str
+    model: str
+    tokens_generated: int
+    cached: bool
+    id: str
+    finish_reason: FinishReason
+    usage: Usage
 
 
 class AssistantMessage(BaseModel):
@@ -51,11 +46,17 @@ class AssistantMessage(BaseModel):
     content: str
 
 
-class ChatResponse(AnswerFields):
+class ChatResponse(BaseModel):
     """Answer of POST /v1/chat."""
 
     message: AssistantMessage
-    session_id: str | None = None
+    model: str
+    tokens_generated: int
+    cached: bool
+    id: str
+    session_id: str = Field(default_factory=str, description="Only where one was sent.")
+    finish_reason: FinishReason
+    usage: Usage
 
 
 class AnyMessage(BaseModel):

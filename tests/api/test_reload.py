@@ -93,6 +93,8 @@ def test_a_failed_start_answers_503_until_it_is_mended(reloader: Reloader) -> No
     reloader.wait_for(200, '"healthy"')
     reloader.edit("CACHE__SIZE=many\n")
     response = reloader.wait_for(503, "cache.size = 'many'")
-    assert response.json()["error"]["message"] in reloader.log
+    error = response.json()["error"]
+    assert error["message"] in reloader.log
+    assert error["request_id"].startswith("req-")
     reloader.edit(WORKS)
     reloader.wait_for(200, '"healthy"')

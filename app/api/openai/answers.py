@@ -89,7 +89,7 @@ class OpenAIAnswer(BaseModel):
     object: str
     created: int = Field(description="Unix time.")
     model: str
-    system_fingerprint: str | None = Field(
+    system_fingerprint: str = Field(
         description="Changes whenever the same seed may give another answer."
     )
     usage: Usage

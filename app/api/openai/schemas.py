@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from app.api.requests import NeutralFields, RequestModel, SamplingFields
+from app.api.requests import RequestModel, SamplingFields
 from app.llm.tools import ChatMessage, Tool, ToolCall, ToolUse
 
 MAX_CHOICES = 16
@@ -66,7 +66,7 @@ class ToolCallField(RequestModel):
     function: CalledFunctionField
 
 
-class OpenAIMessage(NeutralFields):
+class OpenAIMessage(RequestModel):
     """One message of a chat."""
 
     neutral: ClassVar = {
@@ -108,7 +108,7 @@ class OpenAIMessage(NeutralFields):
         return {"role": role, "content": self.content, "tool_calls": calls}
 
 
-class FunctionField(NeutralFields):
+class FunctionField(RequestModel):
     """A function that the model may call."""
 
     name: FunctionName
@@ -139,7 +139,7 @@ class NamedToolChoice(RequestModel):
     function: FunctionReference
 
 
-class StreamOptions(NeutralFields):
+class StreamOptions(RequestModel):
     """What a stream tells beside the answer."""
 
     neutral: ClassVar = {"include_obfuscation": (False,)}
@@ -147,7 +147,7 @@ class StreamOptions(NeutralFields):
     include_usage: bool = Field(False, description="Tell the usage in a last chunk.")
 
 
-class OpenAIFields(NeutralFields, SamplingFields):
+class OpenAIFields(SamplingFields):
     """Fields that chat completions and completions share."""
 
     model: str = Field(min_length=1, max_length=256, description="GET /v1/models tells which.")

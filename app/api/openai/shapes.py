@@ -210,12 +210,10 @@ def finish_reason(answer: Answer) -> str:
     return "tool_calls" if reason == "stop" and answer.calls else reason
 
 
-def fingerprint(info: EngineInfo | None) -> str | None:
+def fingerprint(info: EngineInfo | None) -> str:
     """Changes whenever the same seed may give another answer."""
-    if info is None:
-        return None
-    parts = json.dumps([info.model, info.revision, info.backend, info.device, info.dtype])
-    return "fp_" + hashlib.sha256(parts.encode()).hexdigest()[:10]
+    parts = [info.model, info.revision, info.backend, info.device, info.dtype] if info else []
+    return "fp_" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
 
 
 def _token(token: bytes, logprob: float) -> Event:
