@@ -20,6 +20,12 @@ TOOLS := .tools/poetry
 TOOLS_STAMP := $(TOOLS)/.poetry-$(POETRY_VERSION)-mirror-$(MIRROR_PLUGIN_VERSION)
 INSTALL_STAMP := .venv/.installed-by-make
 
+# torch's build: cuda, as poetry.lock has it, or cpu, which is 3.6 GB less. The stamp keeps the choice.
+INSTALLED_TORCH := $(or $(shell cat $(INSTALL_STAMP) 2>/dev/null),cuda)
+TORCH = $(INSTALLED_TORCH)
+# Where the CPU build comes from; empty: pip's own sources.
+TORCH_INDEX_URL = https://download.pytorch.org/whl/cpu
+
 # Prints the first suitable Python's own path, so that a version manager's shim or an activated
 # environment does not end up inside .venv/. ensurepip is asked for because some distributions
 # ship venv without it.
@@ -60,7 +66,8 @@ export POETRY_KEYRING_ENABLED ?= false
 export POETRY_VIRTUALENVS_IN_PROJECT := true
 export POETRY_NO_INTERACTION := 1
 POETRY := $(TOOLS)/bin/poetry
-RUN := $(POETRY) run
+# What `poetry run` does, without half a second of Poetry.
+RUN := env PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 ##@ Start here
 
@@ -75,7 +82,7 @@ demo: model ## Install, fetch a small real model, start the service and ask it a
 	@$(RUN) python -m scripts.demo
 
 .PHONY: install
-install: $(INSTALL_STAMP) ## Install the locked dependencies into .venv/
+install: $(INSTALL_STAMP) ## Install the locked dependencies into .venv/ (TORCH=cpu: without CUDA)
 
 .PHONY: model
 model: install ## Fetch the bundled model (98 MB, once)
@@ -230,14 +237,40 @@ $(TOOLS_STAMP):
 		"poetry==$(POETRY_VERSION)" "poetry-plugin-pypi-mirror==$(MIRROR_PLUGIN_VERSION)"; \
 	touch $@
 
+# Poetry cannot leave out what torch of the lock file needs. So pip installs what is locked, but for
+# torch with CUDA, as it does in the image; the order leaves an environment with CUDA whole where
+# there is no CPU build to be had.
+define INSTALL_WITHOUT_CUDA
+	lists="$$(mktemp -d)"; trap 'rm -rf "$$lists"' EXIT; \
+	pip() { $(TOOLS)/bin/python -m pip --python .venv/bin/python "$$@"; }; \
+	$(TOOLS)/bin/python deploy/docker/lock_requirements.py --variant cpu --dev poetry.lock "$$lists"; \
+	if ! said="$$(pip install --no-deps --retries 1 $(addprefix --index-url ,$(TORCH_INDEX_URL)) \
+		--requirement "$$lists/torch.txt" 2>&1)"; then \
+		echo "error: no CPU build of torch at $(or $(TORCH_INDEX_URL),pip's own sources); name an index with" \
+			"TORCH_INDEX_URL=, or a folder with PIP_FIND_LINKS= ($$(echo "$$said" | tail -n 1))" >&2; \
+		exit 1; \
+	fi; \
+	pip install --no-deps --require-hashes --requirement "$$lists/requirements.txt"; \
+	pip uninstall --yes --quiet --quiet --requirement "$$lists/gpu.txt"; \
+	$(POETRY) install --only-root
+endef
+
+.PHONY: other-torch
+other-torch:
+
 # An existing .venv/ is kept: choosing a Python for it again could make Poetry build it anew.
-$(INSTALL_STAMP): $(TOOLS_STAMP) poetry.lock pyproject.toml
+$(INSTALL_STAMP): $(TOOLS_STAMP) poetry.lock pyproject.toml $(if $(filter $(TORCH),$(INSTALLED_TORCH)),,other-torch)
 	@set -eu; settings="$$($(TOOLS)/bin/python -c "$$ASK_PIP")"; eval "$$settings"; \
 	if ! .venv/bin/python -c '' 2>/dev/null; then \
 		python="$$($(FIND_PYTHON))"; \
 		echo "Creating .venv with $$python"; \
 		$(POETRY) env use --quiet "$$python"; \
 	fi; \
-	echo "Installing the locked dependencies into .venv (about 5 GB the first time)"; \
-	$(POETRY) install; \
-	touch $@
+	case "$(TORCH)" in \
+		cuda) echo "Installing the locked dependencies into .venv (about 5 GB the first time)"; \
+			$(POETRY) install;; \
+		cpu) echo "Installing the locked dependencies into .venv, without CUDA (about 2 GB the first time)"; \
+			$(INSTALL_WITHOUT_CUDA);; \
+		*) echo "error: TORCH is cpu or cuda" >&2; exit 2;; \
+	esac; \
+	echo $(TORCH) > $@
