@@ -99,14 +99,15 @@ run: install ## Start the service (HOST=0.0.0.0 PORT=8000)
 
 ##@ Checks
 
+IN_PROCESSES = --numprocesses $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+
 .PHONY: test
 test: model ## Run the tests in two processes (JOBS=2); the coverage report is htmlcov/index.html
-	$(RUN) pytest tests/ -v --cov=app --cov-report=term-missing --cov-report=html \
-		--numprocesses $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+	$(RUN) pytest tests/ -v --cov=app --cov-report=term-missing --cov-report=html $(IN_PROCESSES)
 
 .PHONY: test-fast
 test-fast: install ## Run the unit and architecture tests, in less than a minute
-	$(RUN) pytest tests/unit tests/architecture --quiet
+	$(RUN) pytest tests/unit tests/architecture --quiet $(IN_PROCESSES)
 
 .PHONY: test-isolation
 test-isolation: install ## Two keys, 100,000 random operations: neither may notice the other (OPERATIONS=, SEED=)

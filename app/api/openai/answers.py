@@ -3,7 +3,7 @@
 Beside OpenAI's members, ``cached`` tells whether an answer came from the response cache.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -89,10 +89,11 @@ class OpenAIAnswer(BaseModel):
     object: str
     created: int = Field(description="Unix time.")
     model: str
+    choices: list[Any]
+    usage: Usage
     system_fingerprint: str = Field(
         description="Changes whenever the same seed may give another answer."
     )
-    usage: Usage
     cached: bool = Field(description="Whether every answer came from the response cache.")
 
 
