@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -149,14 +150,16 @@ def test_check_may_run_beside_the_service(check: Check) -> None:
 
 
 def test_check_warns_as_the_start_does(
-    check: Check, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    check: Check, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """What a start warns of is in the output of `check`, which stays valid."""
     monkeypatch.setenv("MODEL_NAME", "a/b")
     for name, value in isolated_environment({}).items():
         monkeypatch.setenv(name, value)
     assert main(["check"]) == 0
-    (line,) = capsys.readouterr().err.splitlines()
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    (line,) = capfd.readouterr().err.splitlines()
     assert "MODEL_NAME" in json.loads(line)["message"]
 
 
