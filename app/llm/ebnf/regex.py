@@ -1,4 +1,4 @@
-"""Parses regular expressions and writes them as EBNF.
+"""Parses regular expressions.
 
 Supported is the subset of ECMA-262 that JSON Schema recommends, and more: alternatives, groups,
 classes, the usual escapes and quantifiers. Lookarounds and backreferences are rejected.
@@ -6,19 +6,16 @@ classes, the usual escapes and quantifiers. Lookarounds and backreferences are r
 
 import math
 import string
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from app.llm.ebnf import writer
 from app.llm.ebnf.errors import GrammarError
-from app.llm.ebnf.writer import EMPTY, Range
+from app.llm.ebnf.writer import Range, Ranges
 
 _MAX_LENGTH = 10_000
 _MAX_DEPTH = 32
 # xgrammar counts more repetitions at run time, which takes a second for each token.
 _MAX_COUNT = 128
-# Characters of the expression with its repetitions written out: the cost of compiling it.
-_MAX_POSITIONS = 10_000
 
 # The characters that a letter after a backslash stands for.
 _ESCAPES: dict[str, list[Range]] = {
@@ -38,7 +35,7 @@ _ESCAPES |= {name: [(code, code)] for name, code in zip("nrtfv0", b"\n\r\t\f\v\0
 class Characters:
     """One character of these ranges."""
 
-    ranges: tuple[Range, ...]
+    ranges: Ranges
 
 
 @dataclass(frozen=True)
@@ -87,10 +84,7 @@ def parse(pattern: str, *, whole: bool) -> Node:
     """
     if len(pattern) > _MAX_LENGTH:
         raise GrammarError(f"a regular expression has more than {_MAX_LENGTH} characters")
-    node = _anchored(_Parser(pattern).parse(), whole=whole)
-    if cost(node, lambda _: 1.0) > _MAX_POSITIONS:
-        raise GrammarError("a regular expression repeats too much")
-    return node
+    return _anchored(_Parser(pattern).parse(), whole=whole)
 
 
 class _Parser:
@@ -263,35 +257,6 @@ def lengths(node: Node) -> tuple[int, float]:
             return shortest * least, math.inf if most is None else longest * most
         case _:
             return 1, 1
-
-
-def cost(node: Node, of: Callable[[tuple[Range, ...]], float] = writer.cost_of) -> float:
-    """Cost of compiling a tree, given the cost ``of`` one character of some ranges."""
-    match node:
-        case Sequence(parts) | Alternatives(parts):
-            return sum(cost(part, of) for part in parts)
-        case Repeat(part, least, most):
-            # Without a limit, the part is written once more for the further repetitions.
-            return cost(part, of) * (least + 1 if most is None else most)
-        case Characters(ranges):
-            return of(ranges)
-        case _:
-            raise GrammarError("a regular expression has an anchor inside")
-
-
-def expression(node: Node, characters: Callable[[tuple[Range, ...]], str]) -> str:
-    """A tree as EBNF; ``characters`` writes one character of some ranges."""
-    match node:
-        case Sequence(parts):
-            return writer.sequence(expression(part, characters) for part in parts)
-        case Alternatives(options):
-            return writer.alternatives(expression(option, characters) for option in options)
-        case Repeat(part, least, most):
-            return writer.repeat(expression(part, characters), least, most)
-        case Characters(ranges):
-            return characters(ranges)
-        case _:
-            return EMPTY
 
 
 def canonical(node: Node) -> str:

@@ -8,7 +8,7 @@ translated in full raises :class:`GrammarError`.
 from dataclasses import dataclass
 from typing import Any
 
-from app.llm.ebnf import keywords, numbers, regex, strings
+from app.llm.ebnf import automaton, keywords, numbers, regex, strings
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.keywords import Schema
 from app.llm.ebnf.writer import EMPTY, Rules, alternatives, literal, optional, repeat, sequence
@@ -97,7 +97,8 @@ class SchemaCompiler:
         if not values:
             raise GrammarError("enum or const has no value of its type")
         self._count(len(values))
-        return self._rules.shared(alternatives(map(strings.as_written, values)))
+        states = automaton.of_texts(map(strings.as_written, values))
+        return self._rules.shared(automaton.as_rules(states, self._rules))
 
     def _reference(self, reference: Any, path: _Path) -> str:
         target = keywords.resolve(self._root, reference)
@@ -185,7 +186,7 @@ class SchemaCompiler:
 
     def _member(self, name: str, schema: Any, path: _Path) -> str:
         value = self._value(schema, path)
-        return self._rules.name(sequence([strings.as_written(name), self._colon, value]))
+        return self._rules.name(sequence([literal(strings.as_written(name)), self._colon, value]))
 
     def _members(self, members: list[tuple[str, bool]]) -> str:
         """Members in order with commas between them; each is paired with whether it is required."""
@@ -241,7 +242,8 @@ class SchemaCompiler:
             most = len(leading)
         if most is not None and least > most:
             raise GrammarError("minItems is above the number of items that are allowed")
-        return self._rules.name(self._items(leading, others, least, most, path))
+        body = self._items(leading, others, least, most, path)
+        return self._rules.name(body, least if most is None else most)
 
     def _items(
         self, leading: list[Any], others: Any, least: int, most: int | None, path: _Path

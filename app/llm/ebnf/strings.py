@@ -5,11 +5,14 @@ A length or a pattern that cannot be enforced raises :class:`GrammarError`.
 
 import json
 import math
+from collections.abc import Callable
 from typing import Final
 
-from app.llm.ebnf import regex, writer
+from app.llm.ebnf import automaton, regex, writer
+from app.llm.ebnf.automaton import State
 from app.llm.ebnf.errors import GrammarError
-from app.llm.ebnf.writer import Range, Rules, alternatives, literal, one_of, repeat, sequence
+from app.llm.ebnf.regex import Alternatives, Characters, Node, Repeat, Sequence
+from app.llm.ebnf.writer import Range, Ranges, Rules, alternatives, literal, one_of, sequence
 
 # Limit for minLength and maxLength; no answer is longer.
 _MAX_LENGTH = 10_000
@@ -18,10 +21,13 @@ _MAX_COMPILED_LENGTH = 128
 
 _QUOTE = literal('"')
 _MUST_BE_ESCAPED: list[Range] = [(0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C)]
-_PLAIN: list[Range] = writer.complement(_MUST_BE_ESCAPED)
+_PLAIN = Characters(tuple(writer.complement(_MUST_BE_ESCAPED)))
 _SHORT_ESCAPES = {'"': '"', "\\": "\\", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
 # \uXXXX is left out: a small model writes half characters with it, and nothing else needs it.
-_ESCAPE = sequence([literal("\\"), one_of(writer.union((ord(c), ord(c)) for c in '"\\/bfnrt'))])
+_ESCAPE = Sequence(
+    (Characters(((0x5C, 0x5C),)), Characters(tuple((ord(c), ord(c)) for c in sorted('"\\/bfnrt'))))
+)
+_OPEN_END = Repeat(Alternatives((_PLAIN, _ESCAPE)), 0, None)
 
 _YEAR = "(000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
 _DATE = "|".join(
@@ -58,19 +64,15 @@ def plain(rules: Rules, least: int, most: int | None) -> str:
         raise GrammarError(f"minLength or maxLength is above {longest}")
     if most is not None and least > most:
         raise GrammarError("minLength is above maxLength")
-    count = least if most is None else most
-    counted = repeat(one_of(_PLAIN), least, count)
-    end = _QUOTE if most is not None else rules.recursive(_open_end)
-    return rules.shared(sequence([_QUOTE, counted, end]), writer.cost_of(_PLAIN) * count)
+    counted = Repeat(_PLAIN, least, least if most is None else most)
+    node = counted if most is not None else Sequence((counted, _OPEN_END))
+    if not rules.is_compiled:
+        # Nobody reads the text, and thousands of characters would take seconds.
+        return _QUOTE
+    return rules.once(node, lambda: _written(rules, automaton.of_expression(node), one_of))
 
 
-def _open_end(name: str) -> str:
-    """The rest of a string without an end, as the rule ``name``: the fastest form at run time."""
-    going_on = [sequence([one_of(_PLAIN), name]), sequence([_ESCAPE, name])]
-    return alternatives([_QUOTE, *going_on])
-
-
-def matching(rules: Rules, node: regex.Node, least: int, most: int | None) -> str:
+def matching(rules: Rules, node: Node, least: int, most: int | None) -> str:
     """A string that matches a parsed regular expression, of ``least`` to ``most`` characters."""
     shortest, longest = regex.lengths(node)
     if shortest < least or longest > (math.inf if most is None else most):
@@ -78,31 +80,49 @@ def matching(rules: Rules, node: regex.Node, least: int, most: int | None) -> st
             "minLength and maxLength beside pattern or format are only supported where every "
             "match has such a length"
         )
-    text = sequence([_QUOTE, regex.expression(node, _in_string), _QUOTE])
-    return rules.shared(text, regex.cost(node))
+    return rules.once(
+        node, lambda: _written(rules, automaton.of_expression(node, _spelled), _in_string)
+    )
 
 
-def _in_string(ranges: tuple[Range, ...]) -> str:
-    """One character of these ranges as a JSON string spells it.
+def _written(rules: Rules, states: list[State], characters: Callable[[Ranges], str]) -> str:
+    rules.pay(automaton.cost(states))
+    text = automaton.as_rules(states, rules, characters=characters, end=_QUOTE)
+    return rules.shared(sequence([_QUOTE, text]))
 
-    Characters that need an escape are left out if more than 128 characters are allowed.
+
+def _spelled(ranges: Ranges) -> Ranges:
+    """The characters of these ranges that a string can contain.
+
+    Those that need an escape are left out if more than 128 characters are allowed.
     """
-    plain_ranges = writer.complement([*writer.complement(ranges), *_MUST_BE_ESCAPED])
-    found = [one_of(plain_ranges)] if plain_ranges else []
-    if sum(last - first + 1 for first, last in ranges) <= 128:
-        for character, escape in _SHORT_ESCAPES.items():
-            if any(first <= ord(character) <= last for first, last in ranges):
-                found.append(literal(f"\\{escape}"))
+    left_out = writer.complement(ranges)
+    if sum(last - first + 1 for first, last in ranges) > 128:
+        left_out += _MUST_BE_ESCAPED
+    else:
+        escapes = [(ord(c), ord(c)) for c in _SHORT_ESCAPES]
+        left_out += writer.complement([*_PLAIN.ranges, *escapes])
+    found = tuple(writer.complement(left_out))
     if not found:
         raise GrammarError("a regular expression wants a control character")
+    return found
+
+
+def _in_string(ranges: Ranges) -> str:
+    """One character of these ranges as a JSON string spells it."""
+    plain_ranges = writer.complement([*writer.complement(ranges), *_MUST_BE_ESCAPED])
+    found = [one_of(plain_ranges)] if plain_ranges else []
+    for character, escape in _SHORT_ESCAPES.items():
+        if any(first <= ord(character) <= last for first, last in ranges):
+            found.append(literal(f"\\{escape}"))
     return alternatives(found)
 
 
 def as_written(value: object) -> str:
-    """The JSON text of a value, as an expression."""
+    """The JSON text of a value."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
     except ValueError as error:
         raise GrammarError("a value in it is not JSON") from error
-    return literal(text)
+    return text

@@ -6,7 +6,8 @@ A grammar that is too large or too costly raises :class:`GrammarError`.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+import string
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Final
 
 from app.llm.ebnf.errors import GrammarError
@@ -17,13 +18,21 @@ EMPTY: Final = '""'
 MAX_TEXT: Final = 100_000
 """Limit for the characters of all rules; a schema needs about as many as it has itself."""
 
+# Limit for the counted items of all different arrays. The library makes a rule of each item, or of
+# the first of them where there are more, and then takes half a second and nine megabytes.
+_MAX_ITEMS = 6_000
+_MOST_WRITTEN_OUT = 256
+
 Range = tuple[int, int]
 """Code points, both ends included."""
+
+Ranges = tuple[Range, ...]
 
 # xgrammar prints a grammar before it compiles it, and prints these as \xN. It would read a
 # hexadecimal digit that follows in the string as part of N, so each of them is a string by itself.
 _PRINTED_AS_HEX = frozenset((*range(0x20), *range(0x7F, 0x100)))
 _CARET = ord("^")
+_LETTERS = f"{string.ascii_letters} "
 _ESCAPED = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -133,7 +142,9 @@ class Rules:
         self.is_compiled = math.isfinite(budget)
         self._bodies: dict[str, str] = {}
         self._names: dict[str, str] = {}
+        self._written: dict[Hashable, str] = {}
         self._size = 0
+        self._items = 0
         self._budget = budget
 
     def reserve(self) -> str:
@@ -149,32 +160,39 @@ class Rules:
             raise GrammarError("it is too large")
         self._bodies[name] = body
 
-    def name(self, body: str, cost: float = 0.0) -> str:
-        """The name of a rule with this body; equal bodies share one, and are compiled once."""
+    def name(self, body: str, items: int = 0) -> str:
+        """The name of a rule with this body; equal bodies share one, and are compiled once.
+
+        ``items`` is how many items of an array it counts.
+        """
         if body not in self._names:
-            self._budget -= cost
-            if self._budget < 0:
-                raise GrammarError(
-                    "its strings have too many counted characters (minLength, maxLength, {m,n})"
-                )
+            self._items += min(items, _MOST_WRITTEN_OUT)
+            if self._items > _MAX_ITEMS:
+                raise GrammarError("its arrays have too many items (minItems, maxItems)")
             self._names[body] = name = self.reserve()
             self.define(name, body)
         return self._names[body]
 
-    def shared(self, body: str, cost: float = 0.0) -> str:
+    def shared(self, body: str) -> str:
         """The name of a rule that refers to the rule with this body.
 
         The library copies a rule that refers to no other to each reference, and compiles each copy.
         """
-        return self.name(self.name(body, cost))
+        return self.name(self.name(body))
 
-    def recursive(self, body: Callable[[str], str]) -> str:
-        """The name of a rule that refers to itself; ``body`` writes it, given the name."""
-        key = body("itself")
-        if key not in self._names:
-            self._names[key] = name = self.reserve()
-            self.define(name, body(name))
-        return self._names[key]
+    def once(self, key: Hashable, write: Callable[[], str]) -> str:
+        """What ``write`` returns; it is called once for each key, and may add rules."""
+        if key not in self._written:
+            self._written[key] = write()
+        return self._written[key]
+
+    def pay(self, cost: float) -> None:
+        """Take the cost of counted characters from the budget."""
+        self._budget -= cost
+        if self._budget < 0:
+            raise GrammarError(
+                "its strings have too many counted characters (minLength, maxLength, {m,n})"
+            )
 
     def text(self, root: str) -> str:
         """The text of the grammar whose answers match the expression ``root``."""
@@ -185,12 +203,12 @@ class Rules:
 def cost_of(ranges: Sequence[Range]) -> float:
     """Cost of compiling one counted character of ``ranges``; almost any character costs 1.
 
-    Measured: the library looks up every token that fits, and goes on with what may follow it. A
-    letter costs a quarter of any character; a digit or a single character costs next to nothing.
+    Measured: the library looks up every token that fits, and goes on with what may follow it. All
+    small letters cost a quarter of any character, twelve frequent ones an eighth; digits or a
+    single character cost next to nothing.
     """
     characters = sum(last - first + 1 for first, last in ranges)
-    if characters > 128:
-        return 1.0
-    if characters > 12:
-        return characters / 104
-    return 0.02 if characters > 1 else 0.002
+    if characters == 1:
+        return 0.002
+    letters = sum(first <= ord(c) <= last for c in _LETTERS for first, last in ranges)
+    return min(1.0, max(0.02, (characters if characters > 12 else letters) / 104))
