@@ -239,7 +239,7 @@ def test_penalties_and_filters_under_a_grammar(backend: Backend) -> None:
 
 def test_more_grammars_than_are_kept(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dropped grammar is compiled again, and running requests keep theirs."""
-    monkeypatch.setattr("app.llm.engine.openvino.grammars.KEPT_GRAMMARS", 2)
+    monkeypatch.setattr("app.llm.engine.openvino.grammars.KEPT_BYTES", 600_000)
     backend.add(with_grammar("first", RegexGrammar("[ab]{30}")))
     events = backend.step()
     for i in range(6):

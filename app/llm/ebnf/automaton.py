@@ -10,7 +10,7 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Final
 
@@ -30,11 +30,16 @@ _MAX_PARTS = 10_000
 # Pairs of a position and a class of characters that may come there, over all states. The largest
 # automaton takes a tenth of a second; `.*a.{20}` would have a million states.
 _MAX_WORK = 100_000
-# The same limit where several ways are followed, with the least cost of a position and the length
-# of a token that are assumed.
+# Cost of a deterministic automaton that need not be compared with another one.
+_CHEAP = 5.0
+# Limits where several ways are followed. Assumed are the least cost of a position, the length of a
+# token, and which share of characters are of a class of few; rarer ways are left out.
 _MAX_POSITIONS = 150
+_MAX_COST = 150.0
 _LEAST = 0.2
-_TOKEN_LENGTH = 6
+_TOKEN_LENGTH = 10
+_NARROW = 0.1
+_RARE = 0.01
 # A set of positions is a whole number with their bits; this bit is the end of the text.
 _END = 1
 
@@ -62,7 +67,10 @@ def of_expression(node: Node, spelled: Callable[[Ranges], Ranges] = lambda r: r)
     """
     positions = _Positions(spelled)
     start = positions.closed(positions.before(node, _END))
-    found = [states for make in (_one_way, _few_ways) if (states := make(positions, start))]
+    one_way = _one_way(positions, start)
+    if one_way is not None and cost(one_way) < _CHEAP:
+        return one_way
+    found = [states for states in (one_way, _few_ways(positions, start)) if states is not None]
     if not found:
         raise GrammarError("a regular expression matches in too many ways")
     return min(found, key=cost)
@@ -74,7 +82,7 @@ def cost(states: list[State]) -> float:
 
 
 def _cost_of(edges: Iterable[tuple[Ranges, int]]) -> float:
-    ranges = writer.union(r for ranges, _ in edges for r in ranges)
+    ranges = tuple(writer.union(r for ranges, _ in edges for r in ranges))
     return writer.cost_of(ranges) if ranges else 0.0
 
 
@@ -86,7 +94,7 @@ def _one_way(positions: "_Positions", start: int) -> list[State] | None:
     anything = sum(
         1 << p
         for p, follow in enumerate(positions.follow)
-        if every == set(classes.of(positions.ranges[p]))
+        if len(every) == len(classes.of(positions.ranges[p]))
         and positions.closed(follow) & (1 << p | _END) == 1 << p | _END
     )
     work = 0
@@ -101,7 +109,7 @@ def _one_way(positions: "_Positions", start: int) -> list[State] | None:
                 work += 1
             if work > _MAX_WORK:
                 return None
-        edges: dict[int, list[Range]] = {}
+        ways = []
         for c, follow in targets.items():
             target = positions.closed(follow)
             if target & _END and target & anything:
@@ -109,58 +117,77 @@ def _one_way(positions: "_Positions", start: int) -> list[State] | None:
             if target not in indices:
                 indices[target] = len(indices)
                 pending.append(target)
-            edges.setdefault(indices[target], []).append(classes.ranges[c])
-        labelled = tuple((tuple(writer.union(rs)), target) for target, rs in edges.items())
-        states.append(State(bool(state & _END), labelled, _cost_of(labelled)))
-    return states
+            ways.append(((classes.ranges[c],), indices[target]))
+        edges = _by_target(tuple(ways))
+        states.append(State(bool(state & _END), edges, _cost_of(edges)))
+    return _merged(states)
 
 
 def _few_ways(positions: "_Positions", start: int) -> list[State] | None:
-    """The automaton whose states are positions; ``None``: too large."""
+    """The automaton whose states are positions; ``None``: too large, or the ways are too many."""
     if len(positions.follow) > _MAX_POSITIONS:
         return None
-    follow = [positions.closed(f) for f in positions.follow]
-    wide = sum(1 << p for p, rs in enumerate(positions.ranges) if rs and writer.cost_of(rs) > 0.1)
+    followers = [_bits(positions.closed(f)) for f in positions.follow]
+    weights = [1.0 if rs and writer.cost_of(rs) > 0.1 else _NARROW for rs in positions.ranges]
 
-    def ways(reached: int) -> float:
-        """How many ways a token is followed; few characters of it are not of a wide class."""
-        lengths = []
+    def ways(first: list[int]) -> float:
+        """How many ways are followed at once, on average over the characters of a token."""
+        total = 0.0
+        live = dict.fromkeys(first, 1.0)
         for _ in range(_TOKEN_LENGTH):
-            lengths.append(len(live := _bits(reached & wide)))
-            reached = functools.reduce(lambda some, p: some | follow[p], live, 0)
-        return max(1.0, sum(lengths) / len(lengths))
+            total += sum(live.values())
+            after: dict[int, float] = {}
+            for position, share in live.items():
+                if (reached := share * weights[position]) > _RARE:
+                    for p in followers[position]:
+                        after[p] = min(1.0, after.get(p, 0.0) + reached)
+            live = after
+        return max(1.0, total / _TOKEN_LENGTH)
 
-    def state(next_: int) -> State:
-        edges = tuple((positions.ranges[p], p) for p in _bits(next_ & ~_END))
-        return State(bool(next_ & _END), edges, max(_LEAST, _cost_of(edges)) * ways(next_))
-
+    states = []
+    spent = 0.0
     # The end of the text is no position, and its place is that of the start.
-    return [state(start), *map(state, follow[1:])]
+    for next_ in [_bits(positions.closed(start)), *followers[1:]]:
+        edges = tuple((positions.ranges[p], p) for p in next_ if p)
+        states.append(State(0 in next_, edges, max(_LEAST, _cost_of(edges)) * ways(next_)))
+        spent += states[-1].cost
+        if spent > _MAX_COST:
+            return None
+    return states
 
 
-def of_texts(texts: Iterable[str]) -> list[State]:
-    """The states of the automaton of some texts; the first is the start."""
-    children: list[dict[str, int]] = [{}]
-    ends = set()
-    for text in texts:
-        at = 0
-        for character in text:
-            if character not in children[at]:
-                children[at][character] = len(children)
-                children.append({})
-            at = children[at][character]
-        ends.add(at)
-    # Equal endings share their states. Those of a node come before it, and the start comes last.
-    same: dict[State, int] = {}
-    index = [0] * len(children)
-    for at in reversed(range(len(children))):
-        edges = (((((ord(c), ord(c)),), index[to])) for c, to in children[at].items())
-        index[at] = same.setdefault(State(at in ends, tuple(edges)), len(same))
-    last = len(same) - 1
-    return [
-        State(state.accepts, tuple((ranges, last - to) for ranges, to in state.edges))
-        for state in reversed(same)
-    ]
+def _merged(states: list[State]) -> list[State]:
+    """The automaton without states from which the same texts follow, as far as that is simple."""
+    while True:
+        same: dict[tuple[bool, frozenset[tuple[Ranges, int]]], int] = {}
+        merged = [0] * len(states)
+        for at in reversed(range(len(states))):
+            # Most ways lead to later states, which are merged already. Others keep their number.
+            ways = [
+                (rs, merged[to] if to > at else -1 if to == at else -2 - to)
+                for rs, to in states[at].edges
+            ]
+            key = (states[at].accepts, frozenset(_by_target(tuple(ways))))
+            merged[at] = same.setdefault(key, len(same))
+        if len(same) == len(states):
+            return states
+        order: dict[int, int] = {}
+        kept = [s for at, s in enumerate(states) if order.setdefault(merged[at], at) == at]
+        number = {c: i for i, c in enumerate(order)}
+        states = [
+            replace(s, edges=_by_target(tuple((rs, number[merged[to]]) for rs, to in s.edges)))
+            for s in kept
+        ]
+
+
+def _by_target(edges: tuple[tuple[Ranges, int], ...]) -> tuple[tuple[Ranges, int], ...]:
+    """The edges, one for each target."""
+    if len({target for _, target in edges}) == len(edges):
+        return edges
+    found: dict[int, list[Range]] = {}
+    for ranges, target in edges:
+        found.setdefault(target, []).extend(ranges)
+    return tuple((tuple(writer.union(ranges)), target) for target, ranges in found.items())
 
 
 class _Positions:

@@ -32,10 +32,16 @@ def to_ebnf(grammar: Grammar, vocabulary_size: int | None) -> str:
     if isinstance(grammar, JsonSchemaGrammar):
         return rules.text(SchemaCompiler(parse_schema(grammar.schema), rules).compile())
     if isinstance(grammar, RegexGrammar):
-        states = automaton.of_expression(regex.parse(grammar.pattern, whole=True))
-        rules.pay(automaton.cost(states))
-        return rules.text(automaton.as_rules(states, rules, lookahead=automaton.NOTHING_FOLLOWS))
+        return rules.text(_regex(regex.parse(grammar.pattern, whole=True), rules))
     return _tags(grammar, rules)
+
+
+def _regex(node: regex.Node, rules: Rules) -> str:
+    if (texts := regex.texts(node)) is not None:
+        return rules.texts(texts)
+    states = automaton.of_expression(node)
+    rules.pay(automaton.cost(states))
+    return automaton.as_rules(states, rules, lookahead=automaton.NOTHING_FOLLOWS)
 
 
 def parse_schema(text: str) -> Any:

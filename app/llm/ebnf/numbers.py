@@ -1,4 +1,4 @@
-"""Writes numbers between bounds as expressions over their decimal digits.
+"""Writes numbers between bounds as regular expressions of their decimal digits.
 
 Bounds without a number between them, or with too many digits, raise :class:`GrammarError`.
 """
@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
 from app.llm.ebnf.errors import GrammarError
-from app.llm.ebnf.writer import EMPTY, alternatives, literal, one_of, optional, repeat, sequence
+from app.llm.ebnf.regex import Alternatives, Characters, Node, Repeat, Sequence
 
 # Digits of a number without a bound: a small model would not stop by itself. A 64-bit float holds
 # the whole digits exactly.
@@ -16,6 +16,11 @@ _DECIMALS = 6
 # Maximum number of digits of a bound, on either side of the point.
 _MOST_DIGITS = 20
 _NONE = "there is no number between the bounds"
+
+
+_EMPTY = Sequence(())
+_MINUS = Characters(((ord("-"), ord("-")),))
+_POINT = Characters(((ord("."), ord(".")),))
 
 
 @dataclass(frozen=True)
@@ -59,16 +64,16 @@ def _scale(bound: Decimal, decimals: int, rounding: str) -> int:
     return int(bound.scaleb(decimals).to_integral_value(rounding))
 
 
-def integer(bounds: Bounds) -> str:
+def integer(bounds: Bounds) -> Node:
     """The expression of a whole number."""
     return _in_range(*bounds.scaled(0), decimals=0)
 
 
-def number(bounds: Bounds) -> str:
+def number(bounds: Bounds) -> Node:
     """The expression of a whole number or one with decimals, without an exponent."""
     if not bounds.given:
         largest = 10 ** (_WHOLE_DIGITS + _DECIMALS) - 1
-        return sequence([optional(literal("-")), _digits(0, largest, _DECIMALS)])
+        return Sequence((Repeat(_MINUS, 0, 1), _digits(0, largest, _DECIMALS)))
     places = [-int(bound.as_tuple().exponent) for bound in bounds.given]
     # With one decimal more than the bounds have, there is a number between any two of them.
     decimals = max(1, *places) + 1
@@ -76,26 +81,27 @@ def number(bounds: Bounds) -> str:
     ranges = [(r, n) for r, n in ((whole, 0), (fine, decimals)) if r[0] <= r[1]]
     if not ranges:
         raise GrammarError(_NONE)
-    return alternatives(_in_range(*r, decimals=n) for r, n in ranges)
+    return Alternatives(tuple(_in_range(*r, decimals=n) for r, n in ranges))
 
 
-def _in_range(first: int, last: int, *, decimals: int) -> str:
+def _in_range(first: int, last: int, *, decimals: int) -> Node:
     """Numbers from ``first`` to ``last``, in units of the last of this many decimals."""
     if first > last:
         raise GrammarError(_NONE)
-    parts = []
+    parts: list[Node] = []
     if first < 0:
-        parts.append(sequence([literal("-"), _digits(max(1, -last), -first, decimals)]))
+        parts.append(Sequence((_MINUS, _digits(max(1, -last), -first, decimals))))
     if last >= 0:
         parts.append(_digits(max(0, first), last, decimals))
-    return alternatives(parts)
+    return Alternatives(tuple(parts))
 
 
-def _digits(first: int, last: int, decimals: int) -> str:
+def _digits(first: int, last: int, decimals: int) -> Node:
     """Numbers from 0 up, one alternative per length; each has a digit before the point."""
     shortest = max(len(str(first)), decimals + 1)
     longest = max(len(str(last)), shortest)
-    parts, whole_lengths = [], []
+    parts: list[Node] = []
+    whole_lengths = []
     for length in range(shortest, longest + 1):
         low = max(first, 10 ** (length - 1) if length > decimals + 1 else 0)
         high = min(last, 10**length - 1)
@@ -105,49 +111,51 @@ def _digits(first: int, last: int, decimals: int) -> str:
             parts.append(_between(str(low).zfill(length), str(high).zfill(length), decimals))
     if whole_lengths:
         fewest, most = whole_lengths[0] - 1, whole_lengths[-1] - 1
-        more = repeat(_digit("0", "9"), fewest, most)
-        parts.append(sequence([_digit("1", "9"), more, _fraction(decimals)]))
-    return alternatives(parts)
+        more = Repeat(_digit("0", "9"), fewest, most)
+        parts.append(Sequence((_digit("1", "9"), more, _fraction(decimals))))
+    return Alternatives(tuple(parts))
 
 
-def _between(low: str, high: str, decimals: int) -> str:
+def _between(low: str, high: str, decimals: int) -> Node:
     """Digits between two of the same length, with a point before the last ``decimals``."""
     if not low:
-        return EMPTY
+        return _EMPTY
     if set(low) == {"0"} and set(high) == {"9"}:
         return _any_digits(len(low), decimals)
-    point = literal(".") if len(low) == decimals else EMPTY
+    point = _POINT if len(low) == decimals else _EMPTY
     first, last = low[0], high[0]
     rest = len(low) - 1
     if first == last:
         tail = _between(low[1:], high[1:], decimals)
-        return sequence([point, literal(first), tail])
-    parts = []
+        return Sequence((point, _digit(first, first), tail))
+    parts: list[Node] = []
     if low[1:].strip("0"):
-        parts.append(sequence([literal(first), _between(low[1:], "9" * rest, decimals)]))
+        tail = _between(low[1:], "9" * rest, decimals)
+        parts.append(Sequence((_digit(first, first), tail)))
         first = chr(ord(first) + 1)
     if high[1:].strip("9"):
-        parts.append(sequence([literal(last), _between("0" * rest, high[1:], decimals)]))
+        tail = _between("0" * rest, high[1:], decimals)
+        parts.append(Sequence((_digit(last, last), tail)))
         last = chr(ord(last) - 1)
     if first <= last:
-        parts.append(sequence([_digit(first, last), _any_digits(rest, decimals)]))
-    return sequence([point, alternatives(parts)])
+        parts.append(Sequence((_digit(first, last), _any_digits(rest, decimals))))
+    return Sequence((point, Alternatives(tuple(parts))))
 
 
-def _any_digits(count: int, decimals: int) -> str:
+def _any_digits(count: int, decimals: int) -> Node:
     """This many digits; zeros at the end of the decimals may be left out."""
     if count < decimals:
-        return repeat(_digit("0", "9"), 0, count)
+        return Repeat(_digit("0", "9"), 0, count)
     whole = count - decimals
-    return sequence([repeat(_digit("0", "9"), whole, whole), _fraction(decimals)])
+    return Sequence((Repeat(_digit("0", "9"), whole, whole), _fraction(decimals)))
 
 
-def _fraction(decimals: int) -> str:
+def _fraction(decimals: int) -> Node:
     """The point and at most this many digits, or nothing."""
     if decimals == 0:
-        return EMPTY
-    return optional(sequence([literal("."), repeat(_digit("0", "9"), 1, decimals)]))
+        return _EMPTY
+    return Repeat(Sequence((_POINT, Repeat(_digit("0", "9"), 1, decimals))), 0, 1)
 
 
-def _digit(first: str, last: str) -> str:
-    return one_of([(ord(first), ord(last))])
+def _digit(first: str, last: str) -> Node:
+    return Characters(((ord(first), ord(last)),))

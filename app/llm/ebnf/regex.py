@@ -259,6 +259,19 @@ def lengths(node: Node) -> tuple[int, float]:
             return 1, 1
 
 
+def texts(node: Node) -> list[str] | None:
+    """The texts that a tree matches, if it is a choice of texts."""
+    options = node.options if isinstance(node, Alternatives) else (node,)
+    found = []
+    for option in options:
+        parts = option.parts if isinstance(option, Sequence) else (option,)
+        ranges = [part.ranges for part in parts if isinstance(part, Characters)]
+        if len(ranges) < len(parts) or any(len(r) > 1 or r[0][0] < r[0][1] for r in ranges):
+            return None
+        found.append("".join(chr(r[0][0]) for r in ranges))
+    return found
+
+
 def canonical(node: Node) -> str:
     """A tree as a regular expression that every engine reads in the same way."""
     match node:

@@ -11,6 +11,7 @@ from typing import Any
 from app.llm.ebnf import automaton, keywords, numbers, regex, strings
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.keywords import Schema
+from app.llm.ebnf.regex import Node
 from app.llm.ebnf.writer import EMPTY, Rules, alternatives, literal, optional, repeat, sequence
 
 # Limit for minItems and maxItems.
@@ -21,6 +22,10 @@ _MAX_PARTS = 1_000
 _MAX_OPTIONAL = 100
 # Limit for nested objects, arrays and alternatives.
 _MAX_DEPTH = 32
+# Limits for the schemas of all anyOf and oneOf, except lists of values. A token costs a tenth of a
+# millisecond for each that may still be the one; inside each other they multiply.
+_MAX_BRANCHES = 200
+_MAX_RECURSIVE_BRANCHES = 50
 # Limit for pairs of schemas that oneOf compares; each pair takes microseconds.
 _MAX_PAIRS = 3_000
 _BOOLEAN = alternatives([literal("true"), literal("false")])
@@ -69,10 +74,20 @@ class SchemaCompiler:
         self._json: str | None = None
         self._pairs = 0
         self._parts = 0
+        self._branches = 0
+        self._open: set[str] = set()
+        self._is_recursive = False
 
     def compile(self) -> str:
         """The expression of the values that match the schema."""
-        return self._value(self._root, _Path())
+        value = self._reference("#", _Path())
+        limit = _MAX_RECURSIVE_BRANCHES if self._is_recursive else _MAX_BRANCHES
+        if self._branches > limit:
+            raise GrammarError(
+                f"anyOf and oneOf have more than {_MAX_BRANCHES} schemas, or more than "
+                f"{_MAX_RECURSIVE_BRANCHES} where a $ref leads back"
+            )
+        return value
 
     def _value(self, schema: Any, path: _Path) -> str:
         if schema is True:
@@ -97,15 +112,17 @@ class SchemaCompiler:
         if not values:
             raise GrammarError("enum or const has no value of its type")
         self._count(len(values))
-        states = automaton.of_texts(map(strings.as_written, values))
-        return self._rules.shared(automaton.as_rules(states, self._rules))
+        return self._rules.shared(self._rules.texts(map(strings.as_written, values)))
 
     def _reference(self, reference: Any, path: _Path) -> str:
         target = keywords.resolve(self._root, reference)
         inner = path.follow(reference)
         if reference not in self._references:
             self._references[reference] = self._rules.reserve()
+            self._open.add(reference)
             self._rules.define(self._references[reference], self._value(target, inner))
+            self._open.remove(reference)
+        self._is_recursive |= reference in self._open
         return self._references[reference]
 
     def _combined(self, keyword: str, schema: Schema, path: _Path) -> str:
@@ -119,6 +136,7 @@ class SchemaCompiler:
             raise GrammarError("allOf of more than one schema is not supported")
         if keyword == "oneOf":
             self._check_apart(parts)
+        self._branches += sum(not _lists(part) for part in parts)
         return self._rules.name(alternatives(self._value(p, path.option()) for p in parts))
 
     def _check_apart(self, parts: list[Any]) -> None:
@@ -157,8 +175,12 @@ class SchemaCompiler:
         if name in {"integer", "number"}:
             write = numbers.integer if name == "integer" else numbers.number
             bounds = [keywords.bound(schema, keyword) for keyword in keywords.BOUNDS]
-            return self._rules.shared(write(numbers.Bounds(*bounds)))
+            node = write(numbers.Bounds(*bounds))
+            return self._rules.once(node, lambda: self._numbers(node))
         return _BOOLEAN if name == "boolean" else literal("null")
+
+    def _numbers(self, node: Node) -> str:
+        return self._rules.shared(automaton.as_rules(automaton.of_expression(node), self._rules))
 
     def _object(self, schema: Schema, path: _Path) -> str:
         properties, required = keywords.members(schema)
@@ -266,6 +288,10 @@ class SchemaCompiler:
             kinds = [self._of_type(name, {}, _Path()) for name in names]
             self._rules.define(self._json, alternatives(kinds))
         return self._json
+
+
+def _lists(schema: Any) -> bool:
+    return isinstance(schema, dict) and bool(schema.keys() & {"enum", "const"})
 
 
 def _string(rules: Rules, schema: Schema) -> str:

@@ -4,10 +4,11 @@ An expression is a string. Every function here returns one that needs no bracket
 A grammar that is too large or too costly raises :class:`GrammarError`.
 """
 
+import functools
 import math
 import re
-import string
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import groupby
 from typing import Final
 
 from app.llm.ebnf.errors import GrammarError
@@ -15,13 +16,14 @@ from app.llm.ebnf.errors import GrammarError
 EMPTY: Final = '""'
 """The expression of the empty text."""
 
-MAX_TEXT: Final = 100_000
+MAX_TEXT: Final = 150_000
 """Limit for the characters of all rules; a schema needs about as many as it has itself."""
 
-# Limit for the counted items of all different arrays. The library makes a rule of each item, or of
-# the first of them where there are more, and then takes half a second and nine megabytes.
+MOST_WRITTEN_OUT: Final = 256
+"""Items of an array that the library makes rules of, where more are counted."""
+
+# Limit for the counted items of all different arrays: to compile them takes half a second.
 _MAX_ITEMS = 6_000
-_MOST_WRITTEN_OUT = 256
 
 Range = tuple[int, int]
 """Code points, both ends included."""
@@ -32,7 +34,7 @@ Ranges = tuple[Range, ...]
 # hexadecimal digit that follows in the string as part of N, so each of them is a string by itself.
 _PRINTED_AS_HEX = frozenset((*range(0x20), *range(0x7F, 0x100)))
 _CARET = ord("^")
-_LETTERS = f"{string.ascii_letters} "
+_LETTERS = [(ord(first), ord(last)) for first, last in ("az", "AZ", "  ")]
 _ESCAPED = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -166,7 +168,7 @@ class Rules:
         ``items`` is how many items of an array it counts.
         """
         if body not in self._names:
-            self._items += min(items, _MOST_WRITTEN_OUT)
+            self._items += min(items, MOST_WRITTEN_OUT)
             if self._items > _MAX_ITEMS:
                 raise GrammarError("its arrays have too many items (minItems, maxItems)")
             self._names[body] = name = self.reserve()
@@ -186,6 +188,18 @@ class Rules:
             self._written[key] = write()
         return self._written[key]
 
+    def texts(self, texts: Iterable[str]) -> str:
+        """The expression of one of the texts; a rule has those with a common beginning."""
+        ways = []
+        for _, group in groupby(sorted(set(texts)), lambda text: text[:1]):
+            alike = list(group)
+            # The texts are sorted, so that all begin with what the first and the last begin with.
+            pairs = zip(alike[0], alike[-1], strict=False)
+            same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(alike[0]))
+            rest = EMPTY if len(alike) == 1 else self.texts(text[same:] for text in alike)
+            ways.append(sequence([literal(alike[0][:same]), rest]))
+        return self.name(alternatives(ways)) if len(ways) > 1 else ways[0]
+
     def pay(self, cost: float) -> None:
         """Take the cost of counted characters from the budget."""
         self._budget -= cost
@@ -200,7 +214,8 @@ class Rules:
         return "\n".join([f"root ::= {root}", *lines, ""])
 
 
-def cost_of(ranges: Sequence[Range]) -> float:
+@functools.lru_cache(maxsize=1_000)
+def cost_of(ranges: Ranges) -> float:
     """Cost of compiling one counted character of ``ranges``; almost any character costs 1.
 
     Measured: the library looks up every token that fits, and goes on with what may follow it. All
@@ -210,5 +225,7 @@ def cost_of(ranges: Sequence[Range]) -> float:
     characters = sum(last - first + 1 for first, last in ranges)
     if characters == 1:
         return 0.002
-    letters = sum(first <= ord(c) <= last for c in _LETTERS for first, last in ranges)
+    letters = sum(
+        max(0, min(last, z) - max(first, a) + 1) for first, last in ranges for a, z in _LETTERS
+    )
     return min(1.0, max(0.02, (characters if characters > 12 else letters) / 104))

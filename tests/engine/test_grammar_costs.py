@@ -1,0 +1,133 @@
+"""Hostile grammars and a real model: what they cost in processor time and memory."""
+
+import json
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from app.llm.ebnf.errors import GrammarError
+from app.llm.ebnf.grammars import to_ebnf
+from app.llm.engine.openvino.grammars import KEPT_BYTES
+from app.llm.models import bundled
+from app.llm.protocol import Backend, Grammar, JsonSchemaGrammar, RegexGrammar, SamplingParams
+from tests.support.backends import load_bundled, request
+
+pytestmark = pytest.mark.model
+
+_TOKENS = 16
+# Processor seconds. The costliest that are accepted take 1 to compile, and 2 on a busy machine.
+_MOST_TO_COMPILE = 15
+
+
+def of_schema(schema: Any) -> JsonSchemaGrammar:
+    """The grammar of a schema."""
+    return JsonSchemaGrammar(schema=json.dumps(schema))
+
+
+def strings_of(pattern: str) -> JsonSchemaGrammar:
+    """The grammar of a JSON string with a pattern."""
+    return of_schema({"type": "string", "pattern": pattern})
+
+
+_BACK = {"$ref": "#"}
+_AMBIGUOUS = ("(([a-z]{0,20}){0,20})0", "(.{0,5}x?){0,10}", "(([a-z]+ ?)+,?)+0", ".*a.{20}")
+_GRAMMARS: dict[str, Grammar] = {
+    **{pattern: RegexGrammar(pattern) for pattern in _AMBIGUOUS},
+    **{f"a string of {pattern}": strings_of(f"^({pattern})$") for pattern in _AMBIGUOUS},
+    "[a-z]{0,128}": RegexGrammar("[a-z]{0,128}"),
+    "13 lengths": of_schema({"anyOf": [{"type": "string", "maxLength": i} for i in range(1, 14)]}),
+    "100 arrays": of_schema(
+        {"anyOf": [{"items": {"items": {"type": "string"}}, "maxItems": i} for i in range(2, 102)]}
+    ),
+    "arrays in arrays": of_schema(
+        {"items": {"items": {"items": {}, "maxItems": 100}, "maxItems": 100}, "maxItems": 100}
+    ),
+    "48 arrays of all": of_schema(
+        {"anyOf": [*({"items": _BACK, "maxItems": i} for i in range(2, 50)), {"type": "null"}]}
+    ),
+    "999 values": of_schema({"enum": ["common beginning " * 3 + str(i) for i in range(999)]}),
+    "100 optional": of_schema({"properties": {f"p{i}": {"type": "integer"} for i in range(100)}}),
+}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Callable[[str], Backend]:
+    """Loads each backend once for all tests."""
+    if not bundled.is_fetched():
+        pytest.skip("the bundled model is not here; `make model` fetches it")
+    return cache(load_bundled)
+
+
+@pytest.fixture(params=["openvino", "transformers"])
+def backend(request: pytest.FixtureRequest, loaded: Callable[[str], Backend]) -> Backend:
+    """Each backend with the bundled model."""
+    return loaded(request.param)
+
+
+def steps(backend: Backend, grammar: Grammar | None, seed: int) -> tuple[float, list[float]]:
+    """The processor seconds of adding an answer, and of each of its steps."""
+    sampling = SamplingParams(temperature=1.5, seed=seed)
+    asked = request("r", max_tokens=_TOKENS, sampling=sampling)
+    start = time.process_time()
+    backend.add(msgspec.structs.replace(asked, grammar=grammar))
+    added = time.process_time() - start
+    taken = []
+    while backend.has_work():
+        start = time.process_time()
+        backend.step()
+        taken.append(time.process_time() - start)
+    return added, taken
+
+
+@pytest.mark.parametrize("name", _GRAMMARS)
+def test_a_hostile_grammar_costs_a_token_no_more_than_the_model(
+    backend: Backend, name: str
+) -> None:
+    """On average a token costs less than ten plain ones, and compiling is bounded."""
+    _, plain = steps(backend, None, seed=1)
+    added, taken = steps(backend, _GRAMMARS[name], seed=1)
+    assert added < _MOST_TO_COMPILE
+    assert sum(taken) / len(taken) < 10 * sum(plain) / len(plain)
+
+
+def test_what_would_cost_more_is_refused() -> None:
+    """Neither engine sees grammars whose answers can go on in very many ways."""
+    like: list[Any] = [{"items": {"const": i}, "maxItems": i} for i in range(1, 190)]
+    for grammar in (
+        RegexGrammar("((a?){50}){50}"),
+        strings_of("^([a-z]*a[a-z]{20}|[a-z]{3}){1,6}$"),
+        of_schema({"anyOf": like}),
+        of_schema({"anyOf": [{"items": _BACK, "title": str(i)} for i in range(60)]}),
+        of_schema({"anyOf": [{"pattern": f"^=*{i}$"} for i in range(300)]}),
+    ):
+        start = time.process_time()
+        with pytest.raises(GrammarError):
+            to_ebnf(grammar, None)
+        assert time.process_time() - start < 2
+
+
+def _memory() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells memory there")
+def test_kept_grammars_are_bounded_by_bytes(loaded: Callable[[str], Backend]) -> None:
+    """The estimate of a grammar's size holds, and where it does not fit, others are dropped."""
+    backend = loaded("openvino")
+    before = _memory()
+    sizes = []
+    for i in range(24):
+        # Ten megabytes each.
+        parts = {f"p{j}": {"items": {"const": 100 * i + j}, "maxItems": 1000} for j in range(20)}
+        grammar = of_schema({"type": "object", "properties": parts})
+        backend.add(msgspec.structs.replace(request("r"), grammar=grammar))
+        backend.cancel("r")
+        while backend.has_work():
+            backend.step()
+        sizes.append(_memory() - before)
+    assert max(sizes) < 2 * KEPT_BYTES
