@@ -31,8 +31,8 @@ from tests.support.settings import Load
 # the cores from the service under test (docs/adr/0010). torch reads it once, when it is imported.
 os.environ["GOMP_SPINCOUNT"] = engine_environment(os.environ)["GOMP_SPINCOUNT"]
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # There is a test process for each core already; more threads would wait for each other. OpenVINO
-    # does not read this variable: with one thread it crashes on a tiny model.
+    # There is a test process for each core already; more threads would wait for each other.
+    # OpenVINO does not read this variable: with one thread it crashes on a tiny model.
     os.environ["MKL_NUM_THREADS"] = "1"
 
 # An example may be slow on a slow machine. pytest's time limit still holds.
