@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import openvino
 import openvino_genai
@@ -49,7 +50,8 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._vocabulary_size = vocabulary_size
         self._eos = eos
-        self._compiled: set[str] = set()
+        # The text of each grammar in the library's cache, by the grammar's encoding.
+        self._compiled: dict[bytes, str] = {}
         self._bytes = 0
         self._stand_in: openvino_genai.LLMPipeline | None = None
 
@@ -60,17 +62,19 @@ class GrammarCompiler:
             GrammarError: It cannot be translated.
             RuntimeError: The library rejects it.
         """
+        key = msgspec.msgpack.encode(grammar)
+        if (known := self._compiled.get(key)) is not None:
+            return StructuredOutputConfig(grammar=known)
         text = to_ebnf(grammar, self._vocabulary_size)
         config = StructuredOutputConfig(grammar=text)
-        if text not in self._compiled:
-            size = kept_bytes(text, self._vocabulary_size)
-            if self._compiled and self._bytes + size > KEPT_BYTES:
-                self._forget()
-            if self._stand_in is None:
-                self._stand_in = _stand_in(self._tokenizer, self._vocabulary_size)
-            self._generate(self._stand_in, config)
-            self._compiled.add(text)
-            self._bytes += size
+        size = kept_bytes(text, self._vocabulary_size)
+        if self._compiled and self._bytes + size > KEPT_BYTES:
+            self._forget()
+        if self._stand_in is None:
+            self._stand_in = _stand_in(self._tokenizer, self._vocabulary_size)
+        self._generate(self._stand_in, config)
+        self._compiled[key] = text
+        self._bytes += size
         return config
 
     def _forget(self) -> None:
