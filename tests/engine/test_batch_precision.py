@@ -35,7 +35,7 @@ def test_a_batch_changes_log_probabilities_little(engine: str) -> None:
         for i in range(MAX_RUNNING)
     }
     asked = {
-        name: request(name, prompt, max_tokens=16, logprobs=True)
+        name: request(name, prompt, max_tokens=10, logprobs=True)
         for name, prompt in prompts.items()
     }
     alone = {name: run(backend, asked[name])[name] for name in list(asked)[:4]}

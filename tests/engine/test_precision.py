@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 SETTINGS = ModelSettings(source="bundled", engine="transformers", dtype="bfloat16")
-ANSWER_TOKENS = 24
+ANSWER_TOKENS = 16
 TOPICS = (
     "the capital of France", "how bread is baked", "why the sky is blue", "a poem about the sea",
     "Python lists", "the water cycle", "a letter to a landlord", "prime numbers", "photosynthesis",
