@@ -23,14 +23,14 @@ Check = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Check]:
+def check(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Check]:
     """Runs `check` with settings of the environment; returns its status and its last line."""
 
     def run(**settings: str) -> tuple[int, str]:
         for name, value in isolated_environment({"MODEL__ENGINE": "auto", **settings}).items():
             monkeypatch.setenv(name, value)
         status = main(["check"])
-        said = capsys.readouterr()
+        said = capfd.readouterr()
         (line,) = (said.out if status == 0 else said.err).splitlines()
         return status, line
 

@@ -12,7 +12,6 @@ import pytest
 
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.grammars import to_ebnf
-from app.llm.engine.openvino.grammars import KEPT_BYTES
 from app.llm.models import bundled
 from app.llm.protocol import Backend, Grammar, JsonSchemaGrammar, RegexGrammar, SamplingParams
 from tests.support.backends import load_bundled, request
@@ -129,6 +128,9 @@ def _memory() -> int:
 def test_kept_grammars_are_bounded_by_bytes(loaded: Callable[[str], Backend]) -> None:
     """The estimate of a grammar's size holds, and where it does not fit, others are dropped."""
     backend = loaded("openvino")
+    # Not before: loading keeps OpenVINO's telemetry out of this process.
+    from app.llm.engine.openvino.grammars import KEPT_BYTES
+
     before = _memory()
     sizes = []
     for i in range(14):
