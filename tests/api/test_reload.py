@@ -47,6 +47,7 @@ class Reloader:
                 if response.status_code == status and part in response.text:
                     return response
             except httpx.TransportError:
+                # Between two children nothing answers; the deadline ends that.
                 pass
             time.sleep(0.1)
         raise AssertionError(f"no {status} with {part!r}:\n{self.log}")

@@ -133,7 +133,7 @@ def test_kept_grammars_are_bounded_by_bytes(loaded: Callable[[str], Backend]) ->
 
     before = _memory()
     sizes = []
-    for i in range(14):
+    for i in range(24):
         # Ten megabytes each.
         parts = {f"p{j}": {"items": {"const": 100 * i + j}, "maxItems": 1000} for j in range(20)}
         grammar = of_schema({"type": "object", "properties": parts})
