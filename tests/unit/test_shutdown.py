@@ -32,25 +32,33 @@ class Work:
 
 
 # The second has work that takes longer than its grace.
-@pytest.mark.parametrize(("is_idle", "grace"), [(True, 30.25), (False, 0.25)])
-async def test_connections_have_a_second_after_the_grace(is_idle: bool, grace: float) -> None:
-    """The server is told to leave, with what is left of the grace and a second, not rounded up."""
+async def terminated(work: Work, *, grace: float) -> uvicorn.Server:
+    """A server that has been told to stop by SIGTERM's handler, in the present context.
+
+    Not by a real signal, as tests/api/test_shutdown.py sends it: whatever went wrong with that
+    would end the process of all these tests.
+    """
     server = uvicorn.Server(uvicorn.Config(lambda: None, log_config=None))
-    work = Work(is_idle=is_idle)
     settings = AppSettings(shutdown_grace_seconds=grace, shutdown_notice_seconds=0)
     previous = signal.signal(signal.SIGTERM, server.handle_exit)
     try:
         with GracefulShutdown(work, settings):
             handler = signal.getsignal(signal.SIGTERM)
             assert callable(handler)
-            # Not by a real signal, as tests/api/test_shutdown.py sends it: whatever went wrong with
-            # that would end the process of all these tests.
             handler(signal.SIGTERM, None)
             async with asyncio.timeout(20):
                 while not server.should_exit:  # noqa: ASYNC110 - set by a signal
                     await asyncio.sleep(0.01)
     finally:
         signal.signal(signal.SIGTERM, previous)
+    return server
+
+
+@pytest.mark.parametrize(("is_idle", "grace"), [(True, 30.25), (False, 0.25)])
+async def test_connections_have_a_second_after_the_grace(is_idle: bool, grace: float) -> None:
+    """The server is told to leave, with what is left of the grace and a second, not rounded up."""
+    work = Work(is_idle=is_idle)
+    server = await terminated(work, grace=grace)
     assert work.aborted
     seconds = server.config.timeout_graceful_shutdown
     assert seconds is not None
@@ -64,20 +72,10 @@ async def test_what_a_signal_logs_belongs_to_no_request(caplog: pytest.LogCaptur
     """A signal that interrupts a request's task begins a shutdown without that request's id."""
     caplog.handler.setFormatter(TextFormatter())
     caplog.set_level(logging.INFO, logger=LOGGER_NAME)
-    settings = AppSettings(shutdown_grace_seconds=0, shutdown_notice_seconds=0)
-    server = uvicorn.Server(uvicorn.Config(lambda: None, log_config=None))
-    before = signal.signal(signal.SIGTERM, server.handle_exit)
     token = request_id_var.set("req-interrupted")
     try:
-        with GracefulShutdown(Work(is_idle=True), settings):
-            handler = signal.getsignal(signal.SIGTERM)
-            assert callable(handler)
-            handler(signal.SIGTERM, None)
-            async with asyncio.timeout(20):
-                while not server.should_exit:  # noqa: ASYNC110 - set by a signal
-                    await asyncio.sleep(0.01)
+        await terminated(Work(is_idle=True), grace=0)
     finally:
         request_id_var.reset(token)
-        signal.signal(signal.SIGTERM, before)
     assert "draining: no new requests" in caplog.text
     assert "req-interrupted" not in caplog.text
