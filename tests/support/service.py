@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, SecretStr
 
 from app.core.config import PROJECT_ROOT, Settings
+from tests.support.forked import ForkedProcess
 
 API_KEY = "test-key-of-the-first-caller-0123456789"
 OTHER_KEY = "test-key-of-the-other-caller-9876543210"
@@ -115,7 +116,7 @@ class Service:
     """
 
     base_url: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedProcess
     log_path: Path
     log_is_read: threading.Event = dataclasses.field(default_factory=threading.Event)
 
@@ -259,6 +260,7 @@ def running_service(
     *,
     until: str = "ready",
     command: Sequence[str] = UVICORN,
+    fresh: bool = False,
     log_to: str = "file",
     **settings: str | None,
 ) -> Iterator[Service]:
@@ -267,7 +269,10 @@ def running_service(
     Args:
         until: Wait until it is ``ready``, or ``listening``, or only ``started``.
         command: The module that starts it, and its arguments.
-        log_to: Where it writes its log: a ``file``, or a ``pipe`` that is copied to the file.
+        fresh: Whether a new interpreter runs it, as in production. Otherwise it is forked from a
+            process that has imported FastAPI and LangChain, which most of a start is.
+        log_to: Where it writes its log: a ``file``, or a ``pipe`` of a new interpreter, which is
+            copied to the file.
         settings: Environment variables, such as ``ENGINE__MAX_RUNNING="1"``.
 
     At its end the block sends SIGTERM, unless the test has ended the service. It asserts the exit
@@ -275,16 +280,21 @@ def running_service(
     """
     with tempfile.TemporaryDirectory() as folder:
         log_path = Path(folder) / "service.log"
+        environment = isolated_environment({"APP__PORT": "0", **settings})
+        process: subprocess.Popen[bytes] | ForkedProcess
         with log_path.open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", *command],
-                cwd=PROJECT_ROOT,
-                env=isolated_environment({"APP__PORT": "0", **settings}),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if log_to == "pipe" else log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            if fresh or log_to == "pipe":
+                process = subprocess.Popen(
+                    [sys.executable, "-m", *command],
+                    cwd=PROJECT_ROOT,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE if log_to == "pipe" else log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            else:
+                process = ForkedProcess(command, environment, log_path)
         service = Service("", process, log_path)
         service.log_is_read.set()
         if log_to == "pipe":
