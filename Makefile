@@ -114,6 +114,10 @@ test-isolation: install ## Two keys, 100,000 random operations: neither may noti
 	ISOLATION_OPERATIONS=$(or $(OPERATIONS),100000) ISOLATION_SEED=$(or $(SEED),7) \
 		$(RUN) pytest tests/api/test_isolation.py -v --timeout=3600
 
+.PHONY: exactness
+exactness: model ## Rounding of packed, 8-bit and batched layers, and costs of grammars, at full size
+	FULL_SIZE=1 $(RUN) pytest tests/engine -k "precision or grammar_costs" -rP --timeout 3600
+
 .PHONY: schemas
 schemas: model ## Ask the bundled model for JSON of 200 random schemas, on both engines
 	SCHEMAS=200 $(RUN) pytest tests/engine/test_random_schemas.py -rP --timeout 3600

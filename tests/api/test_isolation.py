@@ -161,6 +161,7 @@ def callers(client: Client) -> tuple[Caller, Caller]:
     )
 
 
+@pytest.mark.no_cover
 async def test_two_keys_never_see_each_others_anything() -> None:
     """Each of two keys that use the same names at the same time sees what it would see alone."""
     chance = random.Random(SEED)

@@ -92,6 +92,7 @@ def client() -> Iterator[TestClient]:
         yield running
 
 
+@pytest.mark.no_cover
 def test_sessions_follow_their_model(client: TestClient) -> None:
     """Sequences of turns, refusals and deletions by two callers, checked after every step."""
     machine = type("Machine", (Sessions,), {"client": client})

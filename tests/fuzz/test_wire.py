@@ -10,6 +10,7 @@ from tests.support.service import running_service
 CASES = 4000
 
 
+@pytest.mark.no_cover
 async def test_no_bytes_break_the_service() -> None:
     """No bytes cause a 500, a connection that hangs, an error in the log or a leak."""
     with running_service(**wire.SETTINGS) as service:

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -138,6 +139,7 @@ async def happen(engine: ManualEngine, what: str, which: int) -> None:
         await engine.fail(name, DeadlineExceededError())
 
 
+@pytest.mark.no_cover
 @settings(max_examples=200)
 @given(max_running=st.integers(1, 3), events=EVENTS)
 def test_in_any_order_of_events_no_caller_is_starved_and_nothing_is_left(

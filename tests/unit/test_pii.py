@@ -214,6 +214,7 @@ def test_surrogates_do_no_harm() -> None:
     assert SCANNER.redact("\ud83d a@b.co")[0] == "\ufffd [EMAIL]"
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("scanner", "texts", "seed"),
     [
@@ -238,6 +239,7 @@ def test_a_stream_equals_the_whole(scanner: PiiScanner, texts: int, seed: int) -
             assert redactor.counts == counts
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("scanner", [SCANNER, CUSTOM, OPAQUE])
 def test_a_stream_equals_the_whole_beyond_the_bound(scanner: PiiScanner) -> None:
     """The same holds for texts with runs longer than HOLD_BACK."""
@@ -250,6 +252,7 @@ def test_a_stream_equals_the_whole_beyond_the_bound(scanner: PiiScanner) -> None
             assert stream(scanner.stream(), chunks(text, rng)) == whole, text
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("detector", built_in(REGIONS), ids=lambda detector: str(detector.kind))
 def test_where_a_search_begins_does_not_matter(detector: Detector) -> None:
     """The first entity is the same whatever place before it the search begins at."""
@@ -278,6 +281,7 @@ def test_text_that_may_become_an_entity_is_held_back() -> None:
     assert redactor.flush() == "[CARD]"
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("unit", HOSTILE)
 def test_hostile_text_costs_linear_time(unit: str) -> None:
     """The time for 100,000 adversarial characters is linear in their number."""
