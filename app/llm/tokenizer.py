@@ -1,26 +1,31 @@
 """Text to token ids and back, in the API process.
 
-One thread encodes: the ``tokenizers`` library is not safe to share while its settings change.
-Decoding takes microseconds, and uses a second copy of the tokenizer on the event loop.
+One thread renders and encodes. Decoding takes microseconds, and uses a second copy of the tokenizer
+on the event loop.
 
 A caller cannot forge a turn: a placeholder replaces each special token that a message spells
-(``<|im_end|>``) before the chat template is rendered, and is encoded as plain characters. So it is
-with a token that is not special where the chat template spells it, since some models frame turns
-with such tokens.
+(``<|im_end|>``) before the chat template is rendered. The encoder knows these tokens by names that
+nobody can guess: the template's are written by them, and a caller's spelling is plain text. So it
+is with a token that is not special where the chat template spells it, since some models frame turns
+with such tokens. The whole prompt is encoded at once, so that its ids are those of transformers.
 """
 
 import asyncio
 import re
 import secrets
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from itertools import count, pairwise
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from app.llm.models.byte_level import BYTE_OF
 from app.llm.models.chat_template import LOOK_SECONDS, RENDER_SECONDS, ChatTemplate
 from app.llm.models.load_errors import is_failure
+from app.llm.models.renamed_tokens import rename_added_tokens
 from app.llm.protocol import EngineInfo
 from app.llm.tools import Tool, tool_format
 from app.utils.errors import ChatTemplateError, ValidationFailedError
@@ -37,6 +42,15 @@ _DEFAULT_CHAT_TEMPLATE = (
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
+class _Answer(NamedTuple):
+    """A kept answer: its text from ``start`` to ``end``, and its own tokens' from ``begin``."""
+
+    begin: int
+    start: int
+    end: int
+    token_ids: list[int]
+
+
 class PromptTokenizer:
     """Renders and encodes prompts for one model.
 
@@ -46,14 +60,11 @@ class PromptTokenizer:
     """
 
     def __init__(self, info: EngineInfo) -> None:
-        self._encoder = Tokenizer.from_str(info.tokenizer_json)
-        self._encoder.no_truncation()
-        self._encoder.no_padding()
         self.decoder = Tokenizer.from_str(info.tokenizer_json)
         template = info.chat_template or _DEFAULT_CHAT_TEMPLATE
         self._template = ChatTemplate(template, info.special_tokens)
         self.tool_format = tool_format(template)
-        added = self._encoder.get_added_tokens_decoder()
+        added = self.decoder.get_added_tokens_decoder()
         special = {token.content: i for i, token in added.items() if token.special}
         # The other special tokens, such as <s>, may be meant in an answer.
         self.template_tokens = tuple(t for t in special if t in template)
@@ -66,18 +77,24 @@ class PromptTokenizer:
             and token.content in template
             and any(map(str.isalnum, token.content))
         }
-        # The encoder tells special tokens from text that spells them, and no others.
-        self._encoder.add_special_tokens([_as_special(added[i]) for i in plain.values()])
         self._framing = {**special, **plain}
         self._special_spelling = _any_of(map(re.escape, special))
         self._spelling = _any_of(map(re.escape, self._framing))
         # A caller cannot write a placeholder, because nobody can guess the nonce in it.
         self._nonce = secrets.token_hex(8)
         self._placeholder = re.compile(f"\ue000{self._nonce}:(\\d+)\ue001")
-        self._chat_mark = f"\ue000{self._nonce}!\ue001"
-        self._exact = re.compile(f"\ue000{self._nonce}#(?P<exact>[\\d,]+)\ue001")
-        boundaries = _any_of(_as_matched(added[i]) for i in self._framing.values())
-        self._boundary = re.compile(f"{self._exact.pattern}|{boundaries.pattern}")
+        self._chat_mark = self._write("!")
+        self._message_mark = re.compile(f"\ue000{self._nonce}#(\\d+)\ue001")
+        end = self._write("/")
+        self._kept = re.compile(f"(?s)\ue000{self._nonce}@([\\d,]+)\ue001(.*?){end}")
+        self._written_name = re.compile(f"\ue000{self._nonce}=\\d+\ue001")
+        self._some_normalized = any(added[i].normalized for i in self._framing.values())
+        self._names = {text: self._write(f"={i}") for text, i in self._framing.items()}
+        self._name_of = {i: self._names[text] for text, i in self._framing.items()}
+        self._encoder, self._model_ids = rename_added_tokens(info.tokenizer_json, self._names)
+        # The text before this token is encoded as if it ended there.
+        self._cut = self._write("|")
+        self._encoder.add_special_tokens([AddedToken(self._cut, normalized=False)])
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._is_byte_level = b'"ByteLevel"' in self.decoder.decoder.__getstate__()
         self._takes_system = self._probe_system_role()
@@ -153,17 +170,26 @@ class PromptTokenizer:
         told = tools if self.tool_format.in_template else ()
         definitions = [self._escape_within(tool.definition()) for tool in told]
         rendered = self._render(messages, plain, definitions)
-        exact = [
-            self._write_exact(m["token_ids"]) if m.get("token_ids") else text
-            for m, text in zip(messages, plain, strict=True)
-        ]
-        if exact == plain:
+        kept = {str(i): m["token_ids"] for i, m in enumerate(messages) if m.get("token_ids")}
+        if not kept:
             return rendered
-        with_tokens = self._render(messages, exact, definitions)
-        # Where the template reads or changes an answer's text, its tokens would be wrong.
-        texts = dict(zip(exact, plain, strict=True))
-        unchanged = self._exact.sub(lambda match: texts[match.group()], with_tokens) == rendered
-        return with_tokens if unchanged else rendered
+        marked = [self._write(f"#{i}") if str(i) in kept else t for i, t in enumerate(plain)]
+        first, *parts = self._message_mark.split(self._render(messages, marked, definitions))
+        if not rendered.startswith(first):
+            return rendered
+        written, position = [first], len(first)
+        for index, literal in zip(parts[::2], parts[1::2], strict=True):
+            # A template may trim an answer. Where it reads or changes it, its tokens are wrong.
+            for answer in (plain[int(index)], plain[int(index)].strip()):
+                end = position + len(answer)
+                if rendered.startswith(answer, position) and rendered.startswith(literal, end):
+                    break
+            else:
+                break
+            ids = ",".join(map(str, kept[index]))
+            written += [self._write(f"@{ids}"), answer, self._write("/"), literal]
+            position = end + len(literal)
+        return "".join(written) + rendered[position:]
 
     def _probe_frames(self) -> bool:
         """Whether a turn begins with a token that no text of a caller can become."""
@@ -177,14 +203,13 @@ class PromptTokenizer:
         return all(self._spelling.search(frame) for frame in answer)
 
     def _probe_system_role(self) -> bool:
-        """Whether the template accepts a system message; those of Gemma 1 and 2 do not."""
-        turns = [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]
+        """Whether the template writes a system message: Gemma 2's refuses it, Phi-3's drops it."""
+        turns = [{"role": role} for role in ("system", "user")]
         try:
             with self._template.watched():
-                self._render(turns, ["x", "x"])
+                return "\ue000" in self._render(turns, ["\ue000", "\ue001"])
         except ChatTemplateError:
             return False
-        return True
 
     def _render(
         self,
@@ -201,7 +226,8 @@ class PromptTokenizer:
         if (added := self._added.get(token_id)) is not None:
             return added.encode()
         token = self.decoder.id_to_token(token_id) or ""
-        if self._is_byte_level:
+        # A special token that is not known as one may have characters outside the alphabet.
+        if self._is_byte_level and BYTE_OF.keys() >= set(token):
             return bytes(BYTE_OF[c] for c in token)
         if byte := _BYTE_TOKEN.fullmatch(token):
             return bytes.fromhex(byte[1])
@@ -209,49 +235,119 @@ class PromptTokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a bare prompt: plain text, with the special tokens that the model adds."""
-        return self._encode(text, specials_are_text=True, add_special_tokens=True)
+        encoding = self._encode(text, add_special_tokens=True)
+        # The tokens that the model adds have the model's ids.
+        return [
+            token if is_added else self._model_ids.get(token, token)
+            for token, is_added in zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        ]
 
-    def encode_rendered(self, rendered: str) -> list[int]:
-        """Token ids of a prompt from :meth:`render_chat`; its special tokens are the template's."""
-        if self._nonce not in rendered:
-            return self._encode(rendered)
+    def encode_rendered(self, rendered: str, as_text: frozenset[int] = frozenset()) -> list[int]:
+        """Token ids of a prompt from :meth:`render_chat`; its special tokens are the template's.
+
+        The spellings of special tokens whose numbers are in ``as_text`` are text.
+        """
+        number = count()
+
+        def named(text: str) -> str:
+            # The encoder gets the template's tokens by their names.
+            text = self._spelling.sub(
+                lambda m: m[0] if next(number) in as_text else self._names[m[0]], text
+            )
+            return self._placeholder.sub(lambda m: self._added[int(m[1])], text)
+
+        first, *parts = self._kept.split(rendered)
+        text = named(first)
+        answers: list[_Answer] = []
+        for written, answer, after in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+            ids = [int(token) for token in written.split(",")]
+            start = len(text)
+            text += named(answer)
+            if (begin := self._begin(ids, text, start)) is not None:
+                answers.append(_Answer(begin, start, len(text), ids))
+            text += named(after)
+        encoding = self._encode(text)
+        if missed := self._missed(text, encoding):
+            numbers = [i for i in range(next(number)) if i not in as_text]
+            return self.encode_rendered(rendered, as_text | {numbers[i] for i in missed})
+        ids = self._ids(encoding.ids)
+        offsets = encoding.offsets if answers else []
+        unusual = [a for a in answers if _tokens_of(a, ids, offsets) != a.token_ids]
+        return self._encode_kept(text, unusual) if unusual else ids
+
+    def _missed(self, text: str, encoding: Encoding) -> list[int]:
+        """The names in a text that the encoder did not find, by their numbers.
+
+        A token that is looked for in normalized text may need a blank before it, as in Vicuna's.
+        """
+        if not self._some_normalized:
+            return []
+        found = [
+            offsets
+            for token, offsets in zip(encoding.ids, encoding.offsets, strict=True)
+            if self._model_ids.get(token) in self._name_of
+        ]
+        missed: list[int] = []
+        for i, name in enumerate(self._written_name.finditer(text)):
+            start, end = found[i - len(missed)] if i - len(missed) < len(found) else (0, 0)
+            if not start <= name.start() < name.end() <= end:
+                missed.append(i)
+        return missed
+
+    def _encode_kept(self, text: str, answers: Sequence[_Answer]) -> list[int]:
+        """Token ids of a text in which these answers have their own."""
+        bounds = [0, *(a.begin for a in answers), len(text)]
+        encoding = self._encode(self._cut.join(text[i:j] for i, j in pairwise(bounds)))
+        starts, ends = zip(*encoding.offsets, strict=True)
         ids: list[int] = []
+        whole: list[_Answer] = []
         position = 0
-        for match in self._boundary.finditer(rendered):
-            ids += self._encode_restored(rendered[position : match.start()])
-            if match["exact"]:
-                ids += map(int, match["exact"].split(","))
-            else:
-                found = match.group()
-                ids.append(self._framing[found if found in self._framing else found.strip()])
-            position = match.end()
-        return ids + self._encode_restored(rendered[position:])
+        for number, answer in enumerate(answers):
+            cut = answer.begin + number * len(self._cut)
+            end = answer.end + (number + 1) * len(self._cut)
+            ids += self._ids(encoding.ids[position : bisect_left(starts, cut)])
+            ids += answer.token_ids
+            position = bisect_left(starts, end)
+            if ends[position - 1] <= end:
+                whole.append(answer)
+        if len(whole) < len(answers):
+            # A token joins the others' ends to the text behind them.
+            return self._encode_kept(text, whole)
+        return ids + self._ids(encoding.ids[position:])
 
-    def _encode_restored(self, text: str) -> list[int]:
-        restored = self._placeholder.sub(lambda m: self._added[int(m[1])], text)
-        return self._encode(restored, specials_are_text=True) if restored else []
+    def _begin(self, token_ids: Sequence[int], text: str, start: int) -> int | None:
+        """Where an answer's tokens begin in a text that ends with the answer from ``start``.
 
-    def _encode(
-        self, text: str, *, specials_are_text: bool = False, add_special_tokens: bool = False
-    ) -> list[int]:
-        self._encoder.encode_special_tokens = specials_are_text
+        SentencePiece writes the blank before a word into the word's token, and the answer's text
+        begins without it: the blank is the template's, or is in the tokens alone.
+        """
+        spelled = b"".join(
+            self._name_of[i].encode() if i in self._name_of else self.token_bytes(i)
+            for i in token_ids
+        ).decode(errors="replace")
+        for said in (spelled, spelled.removeprefix(" ")):
+            if text.endswith(said) and len(text) - len(said) <= start < len(text):
+                return len(text) - len(said)
+        return None
+
+    def _ids(self, encoded: Sequence[int]) -> list[int]:
+        return [self._model_ids.get(token, token) for token in encoded]
+
+    def _encode(self, text: str, *, add_special_tokens: bool = False) -> Encoding:
         try:
-            ids: list[int] = self._encoder.encode(text, add_special_tokens=add_special_tokens).ids
+            return self._encoder.encode(text, add_special_tokens=add_special_tokens)
         except BaseException as error:
             if not is_failure(error):
                 raise
             raise ValidationFailedError(
                 "The model's tokenizer fails on this prompt; another text may succeed."
             ) from error
-        return ids
 
-    def _write_exact(self, token_ids: Sequence[int]) -> str:
-        return f"\ue000{self._nonce}#{','.join(map(str, token_ids))}\ue001"
+    def _write(self, what: str) -> str:
+        return f"\ue000{self._nonce}{what}\ue001"
 
     def _escape(self, content: str, spelling: re.Pattern[str]) -> str:
-        return spelling.sub(
-            lambda m: f"\ue000{self._nonce}:{self._framing[m.group()]}\ue001", content
-        )
+        return spelling.sub(lambda m: self._write(f":{self._framing[m.group()]}"), content)
 
     def _escape_within(self, value: Any) -> Any:
         """A JSON value with every string in it escaped, names of members included."""
@@ -279,18 +375,9 @@ def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(sorted(patterns, key=len, reverse=True)) or "(?!)")
 
 
-def _as_matched(token: AddedToken) -> str:
-    """A pattern of a token and the white space that it takes with it."""
-    before, after = (r"\s*" if strips else "" for strips in (token.lstrip, token.rstrip))
-    return f"{before}{re.escape(token.content)}{after}"
-
-
-def _as_special(token: AddedToken) -> AddedToken:
-    return AddedToken(
-        token.content,
-        single_word=token.single_word,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-        normalized=token.normalized,
-        special=True,
-    )
+def _tokens_of(
+    answer: _Answer, ids: Sequence[int], offsets: Sequence[tuple[int, int]]
+) -> Sequence[int]:
+    """The tokens of a prompt that hold a part of an answer's text."""
+    first = bisect_right(offsets, answer.start, key=itemgetter(1))
+    return ids[first : bisect_left(offsets, answer.end, key=itemgetter(0))]

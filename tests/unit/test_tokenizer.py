@@ -173,15 +173,22 @@ def test_a_template_that_frames_turns_in_plain_text_is_known(
 
 def test_known_tokens_of_an_answer_are_used_as_they_are() -> None:
     """A history message with token_ids is encoded to exactly these tokens."""
+    tokenizer = with_tokens(INFO.chat_template or "", AddedToken("abc", normalized=False))
+    messages = chat("hi", "abc", "more")
+    letters = [i for letter in "abc" for i in tokenizer.encode_text(letter)]
+    exact = encoded(tokenizer, [messages[0], {**messages[1], "token_ids": letters}, messages[2]])
+    usual = encoded(tokenizer, messages)
+    (word,) = tokenizer.encode_text("abc")
+    at = usual.index(word)
+    assert exact == [*usual[:at], *letters, *usual[at + 1 :]]
+
+
+def test_tokens_of_another_text_are_not_used() -> None:
+    """An answer whose tokens do not spell its text is encoded from the text."""
     tokenizer = made()
     messages = chat("hi", "abc", "more")
-    unusual = [7, 7, 7]
-    exact = encoded(tokenizer, [messages[0], {**messages[1], "token_ids": unusual}, messages[2]])
-    usual = encoded(tokenizer, messages)
-    at = exact.index(7)
-    assert exact[at : at + 3] == unusual
-    assert exact[:at] == usual[:at]
-    assert exact[at + 3 :] == usual[at + len(tokenizer.encode_text("abc")) :]
+    messages[1]["token_ids"] = [7, 7, 7]
+    assert encoded(tokenizer, messages) == encoded(tokenizer, chat("hi", "abc", "more"))
 
 
 def test_tokens_are_not_used_where_the_template_changes_the_answer() -> None:
@@ -214,6 +221,16 @@ def test_a_system_message_is_folded_where_the_template_refuses_it() -> None:
     text = tokenizer.decoder.decode(ids, skip_special_tokens=False)
     assert text == f"user:Be brief.{END}\n\nhi\nassistant:yes\nuser:more\n"
     assert tokenizer.decoder.decode(encoded(tokenizer, [system])).startswith("user:Be brief.")
+
+
+def test_a_system_message_is_folded_where_the_template_drops_it() -> None:
+    """A template that writes users and answers alone gets the system text in the user's turn."""
+    template = (
+        "{% for m in messages if m.role != 'system' %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+    )
+    tokenizer = made(template)
+    ids = encoded(tokenizer, [{"role": "system", "content": "Be brief."}, *chat("hi")])
+    assert tokenizer.decoder.decode(ids) == "user:Be brief.\n\nhi\n"
 
 
 def test_a_model_without_a_template_gets_a_plain_one() -> None:
