@@ -300,7 +300,9 @@ def leaves(model: type[BaseModel] | BaseModel, prefix: str = "") -> dict[str, An
 
 def test_config_yml_lists_every_setting_with_its_default() -> None:
     """The repository's config.yml names each setting once, with exactly its default."""
-    content = yaml.safe_load((PROJECT_ROOT / "config.yml").read_text(encoding="utf-8"))
+    text = (PROJECT_ROOT / "config.yml").read_text(encoding="utf-8")
+    # A configured temperature wins over the model's, so its line is in a comment.
+    content = yaml.safe_load(text.replace("  # temperature:", "  temperature:"))
     listed = {
         f"{s}.{key}": value for s, section in content.items() for key, value in section.items()
     }

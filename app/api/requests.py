@@ -159,15 +159,33 @@ class SamplingFields(RequestModel):
         None,
         ge=0,
         le=2,
-        description="0 always takes the likeliest token; default: model.temperature.",
+        description="0 always takes the likeliest token; default: model.temperature if it is set, "
+        "else the model's, else 0.7.",
     )
-    top_p: float = Field(1.0, gt=0, le=1, description="Only the likeliest tokens up to this sum.")
-    top_k: int = Field(0, ge=0, le=1_000_000, description="Only the k likeliest tokens; 0: all.")
-    min_p: float = Field(
-        0.0, ge=0, le=1, description="Only tokens at least this share as likely as the likeliest."
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Only the likeliest tokens up to this sum; default: the model's, or 1.",
     )
-    repetition_penalty: float = Field(
-        1.0, gt=0, le=2, description="Above 1: tokens seen before become less likely."
+    top_k: int | None = Field(
+        None,
+        ge=0,
+        le=1_000_000,
+        description="Only the k likeliest tokens; 0: all; default: the model's, or 0.",
+    )
+    min_p: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Only tokens at least this share as likely as the likeliest; default: the "
+        "model's, or 0.",
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        gt=0,
+        le=2,
+        description="Above 1: tokens seen before become less likely; default: the model's, or 1.",
     )
     presence_penalty: float = Field(
         0.0, ge=-2, le=2, description="Above 0: tokens generated before become less likely."
@@ -256,19 +274,14 @@ def job_fields(
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return {
         "max_tokens": body.max_tokens,
-        "temperature": body.temperature,
-        "sampling": {name: getattr(body, name) for name in _SAMPLING_FIELDS},
+        "sampling": {
+            name: value
+            for name in SAMPLING_FIELDS
+            if (value := getattr(body, name, None)) is not None
+        },
         "stop": stop,
         "caller": caller.key_id,
         "cache": body.cache and not no_cache,
         "deadline": deadline,
         "grammar": body.response_format.grammar() if body.response_format else None,
     }
-
-
-# The temperature has a configured default of its own.
-_SAMPLING_FIELDS = tuple(
-    name
-    for name in SAMPLING_FIELDS
-    if name in SamplingFields.model_fields and name != "temperature"
-)

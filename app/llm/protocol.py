@@ -166,6 +166,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
         tokenizer_json: The tokenizer, as the ``tokenizers`` library serialises it.
         chat_template: The model's Jinja template; ``None`` if it has none.
         special_tokens: The texts of ``bos_token``, ``eos_token`` and others, for the template.
+        sampling: What the model's authors recommend, by the names of :class:`SamplingParams`.
     """
 
     model: str
@@ -180,6 +181,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     tokenizer_json: str
     chat_template: str | None
     special_tokens: dict[str, str]
+    sampling: dict[str, float] = {}
 
 
 class EngineStats(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ class Job:
     """What a caller wants generated; either a prompt or messages.
 
     Attributes:
-        sampling: The sampling fields that the caller set, without the temperature.
+        sampling: The sampling fields that the caller set.
         caller: Id of the caller's key.
         cache: Whether a kept answer may be served, and this one kept.
         deadline: When the answer must be complete, on the event loop's clock.
@@ -29,7 +29,6 @@ class Job:
     prompt: str | None = None
     messages: Sequence[ChatMessage] = ()
     max_tokens: int | None = None
-    temperature: float | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     caller: str = ""

@@ -13,6 +13,7 @@ from app.core.usage import UsageLedger
 from app.llm.client.admission import Place
 from app.llm.client.client import EngineClient
 from app.llm.generator import GenerationOptions, TextGenerator, TextPiece
+from app.llm.models.recommended_sampling import DEFAULT_SAMPLING
 from app.llm.protocol import Grammar, SamplingParams
 from app.llm.report import GenerationReport
 from app.llm.system_prompt import SYSTEM_PROMPT
@@ -58,6 +59,7 @@ class GenerationService:
         self._cache = cache
         self._screening = screening
         self._model = model
+        self._has_own_temperature = "temperature" in model.model_fields_set
         self._usage = usage
         self._max_prompt_chars = security.max_prompt_chars
 
@@ -162,6 +164,17 @@ class GenerationService:
             return chains.stream_text(job.prompt, options)
         return chains.stream_chat(job.messages, options, _tools_of(job))
 
+    def default_sampling(self) -> dict[str, float]:
+        """How a request is sampled that names nothing, by the names of :class:`SamplingParams`.
+
+        The model's authors recommend it; a configured temperature wins over theirs.
+        """
+        recommended = self._engine.info.sampling if self._engine.info else {}
+        temperature = {"temperature": self._model.temperature}
+        if self._has_own_temperature:
+            return {**DEFAULT_SAMPLING, **recommended, **temperature}
+        return {**DEFAULT_SAMPLING, **temperature, **recommended}
+
     def cache_statistics(self) -> dict[str, int]:
         """How the response cache is doing."""
         return self._cache.statistics()
@@ -196,11 +209,10 @@ class GenerationService:
                 f"max_tokens: at most {self._model.max_tokens} (model.max_tokens).",
                 param="max_tokens",
             )
-        temperature = self._model.temperature if job.temperature is None else job.temperature
         return GenerationOptions(
             max_tokens=job.max_tokens,
             default_max_tokens=self._model.max_tokens,
-            sampling=SamplingParams(temperature=temperature, **job.sampling),
+            sampling=SamplingParams(**{**self.default_sampling(), **job.sampling}),
             stop=job.stop,
             logprobs=job.logprobs,
             grammar=job.grammar or self._tool_grammar(job.tools),

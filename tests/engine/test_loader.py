@@ -63,6 +63,14 @@ def test_a_local_folder_is_served(tiny_model_dir: Path) -> None:
     assert answer == generate(load(tiny_model_dir))
 
 
+def test_a_models_recommendation_is_told(model: Path) -> None:
+    """The sampling that generation_config.json recommends is in the description of the model."""
+    path = model / "generation_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "do_sample": True, "top_k": 20, "temperature": 0.5}))
+    assert load(model).info.sampling == {"top_k": 20, "temperature": 0.5}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_dtype_is_honoured(tiny_model_dir: Path, dtype: str) -> None:
     """The weights have the configured precision."""

@@ -35,6 +35,7 @@ async def status(services: AppServices) -> StatusResponse:
             name=services.engine.model_label,
             source=settings.model.source,
             revision=services.engine.info.revision if services.engine.info else None,
+            sampling=services.generation.default_sampling(),
         ),
         engine=_engine(services),
         cache=CacheStatus(

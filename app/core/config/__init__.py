@@ -99,7 +99,11 @@ class ModelSettings(Section):
         512, ge=1, le=1_000_000, description="Most tokens a request may ask for, and the default."
     )
     temperature: float = Field(
-        0.7, ge=0, le=2, description="Sampling temperature of a request that names none."
+        0.7,
+        ge=0,
+        le=2,
+        description="Sampling temperature of a request that names none; unset: the model's own, "
+        "else the default.",
     )
 
     @property

@@ -19,6 +19,7 @@ from app.llm.models.description import (
 )
 from app.llm.models.gguf_header import GgufHeader
 from app.llm.models.load_errors import one_line
+from app.llm.models.recommended_sampling import recommended_sampling
 from app.llm.models.snapshot import Progress, Snapshot
 from app.llm.models.tokenizer_process import TokenizerProcess
 from app.llm.prefix_index import BLOCK_SIZE
@@ -83,6 +84,7 @@ def load_openvino(
         tokenizer_json=tokenizer.tokenizer_json,
         chat_template=tokenizer.chat_template,
         special_tokens=tokenizer.special_tokens,
+        sampling=recommended_sampling(snapshot, header, SUPPORTED),
     )
     return OpenVinoBackend(
         pipeline, info, eos_token_ids=tokenizer.eos_token_ids, cache_blocks=blocks

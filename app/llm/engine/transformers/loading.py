@@ -15,6 +15,7 @@ from app.llm.models.description import (
     special_tokens,
 )
 from app.llm.models.load_errors import explaining
+from app.llm.models.recommended_sampling import recommended_sampling
 from app.llm.models.snapshot import Progress, Snapshot
 from app.llm.protocol import REQUEST_FEATURES, SAMPLING_FIELDS, Backend, EngineInfo
 from app.utils.errors import ModelLoadError
@@ -45,8 +46,7 @@ def load_transformers(
         ModelLoadError: Its files are incomplete, or transformers cannot run such a model.
     """
     progress(f"loading {settings.label} with transformers")
-    if snapshot.gguf:
-        read_gguf(settings, snapshot)
+    header = read_gguf(settings, snapshot) if snapshot.gguf else None
     pipe = load_pipeline(settings, snapshot)
     progress("starting continuous batching")
     import torch
@@ -61,6 +61,7 @@ def load_transformers(
         raise ModelLoadError(refusal)
     if not on_cuda:
         cpu_linear.replace_linears(model, settings.quantization, model.dtype)
+    supported = frozenset((*SAMPLING_FIELDS, *REQUEST_FEATURES))
     info = EngineInfo(
         model=settings.label,
         revision=snapshot.revision,
@@ -70,10 +71,11 @@ def load_transformers(
         dtype="int8" if int8 else str(model.dtype).removeprefix("torch."),
         context_length=context_length(model.config),
         vocabulary_size=int(model.config.get_text_config().vocab_size),
-        supported=frozenset((*SAMPLING_FIELDS, *REQUEST_FEATURES)),
+        supported=supported,
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         chat_template=chat_template(tokenizer),
         special_tokens=special_tokens(tokenizer),
+        sampling=recommended_sampling(snapshot, header, supported),
     )
     with explaining("model", settings, snapshot):
         return TransformersBackend(
