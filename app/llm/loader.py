@@ -4,6 +4,7 @@ Weights are safetensors, GGUF or OpenVINO's own format; pickles and code from a 
 refused. Every foreseeable failure is a :class:`ModelLoadError` of one line.
 """
 
+import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ from app.llm.models.description import load_tokenizer, read_gguf
 from app.llm.models.files import check_files, check_folder
 from app.llm.models.load_errors import explaining
 from app.llm.models.snapshot import Progress, Snapshot, check_storage, choose_weights
-from app.llm.protocol import NEUTRAL_SAMPLING, Backend, EngineInfo, GenerationRequest
+from app.llm.protocol import Backend, EngineInfo, GenerationRequest, SamplingParams
 from app.utils.errors import ModelLoadError
 
 log = get_logger("engine")
@@ -57,7 +58,8 @@ def load_backend(
         except OpenVinoUnsupportedError as error:
             reason = f"OpenVINO cannot run {settings.label}: {error}"
         else:
-            return _try_out(backend, loaded)
+            with explaining("model", settings, snapshot):
+                return _try_out(backend, loaded)
         if snapshot.is_openvino:
             raise ModelLoadError(f"{reason}; choose another model")
         if settings.engine == "openvino":
@@ -106,16 +108,41 @@ def check_model(settings: ModelSettings, *, token: str | None) -> None:
 
 
 def _try_out(backend: Backend, loaded: Callable[[EngineInfo], None]) -> Backend:
-    """Warm up with a short generation, so that the first caller waits for no kernel to compile."""
+    """Warm up with a short generation, so that the first caller waits for no kernel to compile.
+
+    It is greedy, because OpenVINO's sampling takes NaN for equal chances.
+
+    Raises:
+        ModelLoadError: The model computes NaN.
+    """
     loaded(backend.info)
-    backend.add(
-        GenerationRequest(
-            id="warm-up", prompt_token_ids=[0] * 64, max_tokens=2, sampling=NEUTRAL_SAMPLING
-        )
+    request = GenerationRequest(
+        id="warm-up",
+        prompt_token_ids=[0] * 64,
+        max_tokens=2,
+        sampling=SamplingParams(temperature=0),
+        logprobs=True,
     )
-    while backend.has_work():
-        backend.step()
+    backend.add(request)
+    if _computes_nan(backend):
+        raise ModelLoadError(
+            f"{backend.info.model} computes NaN, which is no number: download it again, set "
+            "MODEL__DTYPE=float32, or choose another model"
+        )
     return backend
+
+
+def _computes_nan(backend: Backend) -> bool:
+    try:
+        while backend.has_work():
+            if any(math.isnan(value) for event in backend.step() for value in event.logprobs):
+                return True
+    except RuntimeError as error:
+        # OpenVINO names the function that found it.
+        if "isnan" not in str(error):
+            raise
+        return True
+    return False
 
 
 def _why_not_openvino(settings: ModelSettings, snapshot: Snapshot | None) -> str | None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 
-from app.llm.models.byte_level import BYTE_OF
+from app.llm.models.byte_level import BYTE_OF, spell_piece
 from app.llm.models.chat_template import LOOK_SECONDS, RENDER_SECONDS, ChatTemplate
 from app.llm.models.load_errors import is_failure
 from app.llm.models.renamed_tokens import rename_added_tokens
@@ -37,9 +37,6 @@ _DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
-
-# SentencePiece vocabularies have such a token for each byte, for characters that they lack.
-_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 class _Answer(NamedTuple):
@@ -229,9 +226,7 @@ class PromptTokenizer:
         # A special token that is not known as one may have characters outside the alphabet.
         if self._is_byte_level and BYTE_OF.keys() >= set(token):
             return bytes(BYTE_OF[c] for c in token)
-        if byte := _BYTE_TOKEN.fullmatch(token):
-            return bytes.fromhex(byte[1])
-        return token.replace("\u2581", " ").encode()
+        return spell_piece(token)
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a bare prompt: plain text, with the special tokens that the model adds."""

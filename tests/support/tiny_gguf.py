@@ -1,6 +1,8 @@
 """The tiny model of tests.support.tiny_model as a GGUF file, with the same weights."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -25,7 +27,13 @@ _TENSORS = {
 
 
 def make_tiny_gguf(
-    path: Path, *, half: bool = True, template: str = tiny_model.CHAT_TEMPLATE
+    path: Path,
+    *,
+    half: bool = True,
+    template: str = tiny_model.CHAT_TEMPLATE,
+    keys: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None,
+    sentencepiece: bool = False,
 ) -> Path:
     """Write the tiny model as one GGUF file.
 
@@ -33,6 +41,9 @@ def make_tiny_gguf(
         path: Where to.
         half: Matrices of 16-bit floats, else of 32 bits.
         template: The chat template.
+        keys: More metadata: whole numbers, floats, texts or lists of them.
+        tensors: More tensors, or others, by their names in the file.
+        sentencepiece: The vocabulary has pieces with scores, and no merges.
 
     Returns:
         ``path``; its folder is created.
@@ -51,18 +62,28 @@ def make_tiny_gguf(
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(tiny_model.HIDDEN // tiny_model.HEADS)
     writer.add_vocab_size(tiny_model.VOCABULARY)
-    _add_tokenizer(writer)
+    (_add_pieces if sentencepiece else _add_tokenizer)(writer)
+    for key, value in (keys or {}).items():
+        _ADD[type(value)](writer, key, value)
     writer.add_chat_template(template)
-    for name, weight in tiny_model.tiny_weights().items():
-        ordered = _in_gguf_order(name, weight)
+    weights = {_gguf_name(n): in_gguf_order(n, w) for n, w in tiny_model.tiny_weights().items()}
+    for name, weight in (weights | dict(tensors or {})).items():
         # These weights are exact in 16 bits; vectors stay at 32, as in llama.cpp.
         narrow = half and weight.ndim > 1
-        writer.add_tensor(_gguf_name(name), ordered.astype(np.float16) if narrow else ordered)
+        writer.add_tensor(name, weight.astype(np.float16 if narrow else np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+_ADD = {
+    int: gguf.GGUFWriter.add_uint32,
+    float: gguf.GGUFWriter.add_float32,
+    str: gguf.GGUFWriter.add_string,
+    list: gguf.GGUFWriter.add_array,
+}
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
@@ -81,6 +102,20 @@ def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_add_bos_token(False)
 
 
+def _add_pieces(writer: gguf.GGUFWriter) -> None:
+    kinds = gguf.TokenType
+    pieces = [("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)]
+    pieces += [(f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)]
+    pieces += [(piece, kinds.NORMAL) for piece in ("\u2581", "t", "h", "e", "th", "the", "\u2581the")]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([piece for piece, _ in pieces])
+    writer.add_token_scores([-float(i) for i in range(len(pieces))])
+    writer.add_token_types([kind for _, kind in pieces])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+
+
 def _gguf_name(name: str) -> str:
     stem = name.removesuffix(".weight")
     if stem.startswith("model.layers."):
@@ -89,7 +124,7 @@ def _gguf_name(name: str) -> str:
     return f"{_TENSORS[stem]}.weight"
 
 
-def _in_gguf_order(name: str, weight: np.ndarray) -> np.ndarray:
+def in_gguf_order(name: str, weight: np.ndarray) -> np.ndarray:
     """Reorder rows for rotary positions: GGUF pairs neighbours, transformers pairs two halves."""
     heads = {"q_proj": tiny_model.HEADS, "k_proj": tiny_model.KEY_VALUE_HEADS}
     for projection, count in heads.items():

@@ -1,10 +1,14 @@
-"""The alphabet of byte-level BPE vocabularies: one character for each byte.
+"""How vocabularies spell the bytes of their tokens.
 
-A printable byte of Latin-1 is written as its own character, the others as U+0100 and onwards, in
+Byte-level BPE has an alphabet of one character for each byte. A printable byte of Latin-1 is written as its own character, the others as U+0100 and onwards, in
 order (GPT-2's encoder; Radford et al., 2019).
 """
 
+import re
 from typing import Final
+
+# SentencePiece vocabularies have such a token for each byte, for characters that they lack.
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 def _alphabet() -> dict[str, int]:
@@ -15,3 +19,10 @@ def _alphabet() -> dict[str, int]:
 
 BYTE_OF: Final = _alphabet()
 """The byte that each character stands for."""
+
+
+def spell_piece(token: str) -> bytes:
+    """The bytes of a token of a SentencePiece vocabulary."""
+    if byte := _BYTE_TOKEN.fullmatch(token):
+        return bytes.fromhex(byte[1])
+    return token.replace("\u2581", " ").encode()

@@ -12,13 +12,12 @@ from typing import Any
 import msgspec
 
 from app.core.config import ModelSettings
-from app.llm.models.byte_level import BYTE_OF
+from app.llm.models.byte_level import BYTE_OF, spell_piece
 from app.llm.models.files import MAX_SIZE
 from app.llm.models.gguf_header import GgufHeader, read_header
+from app.llm.models.gguf_tokenizer import TOKENS, end_token_ids, load_gguf_tokenizer
 from app.llm.models.load_errors import explaining
 from app.llm.models.snapshot import OPENVINO_MODEL, Snapshot
-
-_GGUF_TOKENS = "tokenizer.ggml.tokens"
 
 
 class UnknownShapeError(Exception):
@@ -57,10 +56,15 @@ class Vocabulary(msgspec.Struct, frozen=True):
     eos: int | None
 
 
-def read_gguf(settings: ModelSettings, snapshot: Snapshot) -> GgufHeader:
-    """Read the header of a GGUF file, and refuse sizes that its tensors cannot have."""
+def read_gguf(
+    settings: ModelSettings, snapshot: Snapshot, arrays: tuple[str, ...] = ("",)
+) -> GgufHeader:
+    """Read the header of a GGUF file, and refuse sizes that its tensors cannot have.
+
+    ``arrays`` are prefixes of the keys whose arrays are read; by default all.
+    """
     with explaining("file", settings, snapshot):
-        header = read_header(snapshot.directory / str(snapshot.gguf), (_GGUF_TOKENS,))
+        header = read_header(snapshot.directory / str(snapshot.gguf), arrays)
         architecture = f"{header.metadata.get('general.architecture')}."
         for key, value in header.metadata.items():
             # Each layer has a tensor. The context is compared with the memory later.
@@ -120,16 +124,20 @@ def gguf_shape(header: GgufHeader) -> ModelShape:
 
 
 def gguf_vocabulary(header: GgufHeader) -> Vocabulary | None:
-    """The vocabulary of a GGUF file; ``None`` if it is not byte-level BPE."""
-    tokens = header.metadata.get(_GGUF_TOKENS)
-    if header.metadata.get("tokenizer.ggml.model") != "gpt2" or not isinstance(tokens, list):
+    """The vocabulary of a GGUF file; ``None`` if it is neither byte-level BPE nor SentencePiece."""
+    tokens = header.metadata.get(TOKENS)
+    spell = _SPELL.get(header.metadata.get("tokenizer.ggml.model"))
+    if spell is None or not isinstance(tokens, list):
         return None
+    return Vocabulary(list(map(spell, tokens)), header.metadata.get("tokenizer.ggml.eos_token_id"))
+
+
+def _spell_byte_level(token: str) -> bytes:
     # A special token may contain characters outside the alphabet: it stands for its own text.
-    spelled = [
-        bytes(BYTE_OF[c] for c in token) if BYTE_OF.keys() >= set(token) else token.encode()
-        for token in tokens
-    ]
-    return Vocabulary(spelled, header.metadata.get("tokenizer.ggml.eos_token_id"))
+    return bytes(BYTE_OF[c] for c in token) if BYTE_OF.keys() >= set(token) else token.encode()
+
+
+_SPELL = {"gpt2": _spell_byte_level, "llama": spell_piece}
 
 
 def _gguf_weights(kind: Any) -> str:
@@ -145,19 +153,29 @@ def _gguf_weights(kind: Any) -> str:
 
 def read_tokenizer(settings: ModelSettings, snapshot: Snapshot) -> ModelTokenizer:
     """Read a model's tokenizer and the ids of the tokens that end an answer."""
-    from transformers import GenerationConfig
-
-    tokenizer = load_tokenizer(settings, snapshot)
-    generation = GenerationConfig()
-    if (snapshot.directory / "generation_config.json").is_file() and not snapshot.gguf:
+    if snapshot.gguf:
+        header = read_gguf(settings, snapshot)
+        tokenizer, ends = load_tokenizer(settings, snapshot, header), end_token_ids(header)
+    else:
+        tokenizer = load_tokenizer(settings, snapshot)
         with explaining("configuration", settings, snapshot):
-            generation = GenerationConfig.from_pretrained(snapshot.directory)  # nosec B615
+            ends = eos_token_ids(_generation_config(snapshot), tokenizer)
     return ModelTokenizer(
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         chat_template=chat_template(tokenizer),
         special_tokens=special_tokens(tokenizer),
-        eos_token_ids=eos_token_ids(generation, tokenizer),
+        eos_token_ids=ends,
     )
+
+
+def _generation_config(snapshot: Snapshot) -> Any:
+    """As transformers takes it for a model: from its own file, else from the configuration."""
+    from transformers import AutoConfig, GenerationConfig
+
+    if (snapshot.directory / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(snapshot.directory)  # nosec B615
+    config = AutoConfig.from_pretrained(snapshot.directory, **pretrained_source(snapshot))  # nosec B615
+    return GenerationConfig.from_model_config(config)
 
 
 def pretrained_source(snapshot: Snapshot) -> dict[str, Any]:
@@ -166,14 +184,22 @@ def pretrained_source(snapshot: Snapshot) -> dict[str, Any]:
     return source | ({"gguf_file": snapshot.gguf} if snapshot.gguf else {})
 
 
-def load_tokenizer(settings: ModelSettings, snapshot: Snapshot) -> Any:
-    """Load the model's tokenizer as an object of transformers, and try its chat template."""
+def load_tokenizer(
+    settings: ModelSettings, snapshot: Snapshot, header: GgufHeader | None = None
+) -> Any:
+    """Load the model's tokenizer as an object of transformers, and try its chat template.
+
+    ``header`` is that of a GGUF file, with its arrays.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # AutoTokenizer makes the same of a GGUF file, but parses the whole file twice.
-    kind = PreTrainedTokenizerFast if snapshot.gguf else AutoTokenizer
     with explaining("tokenizer", settings, snapshot):
-        tokenizer = kind.from_pretrained(snapshot.directory, **pretrained_source(snapshot))
+        if header is not None:
+            tokenizer = load_gguf_tokenizer(header)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                snapshot.directory, **pretrained_source(snapshot)
+            )
         if not isinstance(tokenizer, PreTrainedTokenizerFast) or not len(tokenizer):
             raise ValueError("it is none that the tokenizers library can run")
     from app.llm.models.chat_template import check_chat_template

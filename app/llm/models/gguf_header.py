@@ -5,11 +5,12 @@ seconds (``gguf``) or import torch (transformers). The format is specified in
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
+import hashlib
 import math
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,8 +20,8 @@ _STRING, _ARRAY = 8, 9
 # The specification's numbers of the fixed-size types, and struct's letters for them.
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _DEFAULT_ALIGNMENT = 32
-# Far above what models have: 300,000 tokens in a vocabulary, and four dimensions of a tensor.
-_MAX_COUNT, _MAX_STRING, _MAX_DIMENSIONS = 2**24, 2**24, 8
+# Far above what models have, 300,000 tokens in a vocabulary; GGML's tensors have four dimensions.
+_MAX_COUNT, _MAX_STRING, _MAX_DIMENSIONS = 2**24, 2**24, 4
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,15 @@ class GgufHeader:
     """The header of a GGUF file.
 
     A tensor's shape has the slowest dimension first; ``end`` is the size of a whole file in bytes.
+    ``places`` has each tensor's type, as a number of ``GGMLQuantizationType``, and its position in
+    the file in bytes. ``tokenizer_digest`` is that of all that the file says of its tokenizer.
     """
 
     metadata: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     end: int
+    places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    tokenizer_digest: str = ""
 
 
 def read_header(path: Path, arrays: tuple[str, ...] = ()) -> GgufHeader:
@@ -79,10 +84,15 @@ class _Reader:
         if version not in _VERSIONS:
             raise ValueError(f"its version is {version}, and those that can be read are 2 and 3")
         metadata: dict[str, Any] = {}
+        digest = hashlib.sha256()
         for _ in range(self._count(keys)):
+            begin = self._at
             key = self._string()
             metadata[key] = self._value(self._numbers("I")[0], wanted=key.startswith(self._arrays))
+            if key.startswith("tokenizer."):
+                digest.update(self._data[begin : self._at])
         shapes: dict[str, tuple[int, ...]] = {}
+        places: dict[str, tuple[int, int]] = {}
         end = 0
         for _ in range(self._count(tensors)):
             name = self._string()
@@ -90,11 +100,18 @@ class _Reader:
             dimensions = self._numbers(f"{rank}Q")
             kind, offset = self._numbers("IQ")
             shapes[name] = tuple(reversed(dimensions))
+            places[name] = kind, offset
             block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
             end = max(end, offset + math.prod(dimensions) // block * size)
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         start = -(-self._at // alignment) * alignment
-        return GgufHeader(metadata, shapes, start + end)
+        return GgufHeader(
+            metadata,
+            shapes,
+            start + end,
+            {name: (kind, start + offset) for name, (kind, offset) in places.items()},
+            digest.hexdigest(),
+        )
 
     def _numbers(self, letters: str) -> tuple[Any, ...]:
         layout = struct.Struct(f"<{letters}")

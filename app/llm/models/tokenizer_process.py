@@ -18,7 +18,6 @@ import msgspec
 
 from app.core.config import ModelSettings
 from app.llm.models.description import ModelShape, ModelTokenizer, read_shape, read_tokenizer
-from app.llm.models.gguf_header import read_header
 from app.llm.models.snapshot import Snapshot
 from app.utils.errors import ModelLoadError
 from app.utils.parent import end_with_parent
@@ -82,19 +81,11 @@ def _keep_torch_out() -> None:
     """Hide torch from transformers, because its import takes another 1.5 seconds and 200 MB.
 
     transformers warns once that models cannot run without torch; the warning is switched off. Its
-    GGUF reader imports torch for weights alone, so a module that reads headers stands in for it.
+    GGUF reader imports torch for weights alone, so an empty module stands in for it.
     """
     sys.modules["torch"] = None  # type: ignore[assignment]
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
-    reader = ModuleType("reader")
-    reader.__dict__["read_gguf_metadata"] = _gguf_metadata
-    sys.modules["transformers.integrations.gguf.reader"] = reader
-
-
-def _gguf_metadata(path: str, _: object = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Metadata and names of tensors, as transformers' ``read_gguf_metadata`` returns them."""
-    header = read_header(Path(path), ("tokenizer.",))
-    return dict(header.metadata), tuple(header.shapes)
+    sys.modules["transformers.integrations.gguf.reader"] = ModuleType("reader")
 
 
 def _exit_with_parent() -> None:

@@ -9,6 +9,7 @@ from app.core.config import ModelSettings
 from app.core.logging import get_logger
 from app.core.machine import compute_threads
 from app.llm.engine.cache_size import cache_tokens
+from app.llm.engine.openvino.gguf import why_not_read
 from app.llm.engine.openvino.writable import writable
 from app.llm.models.description import (
     ModelShape,
@@ -18,12 +19,14 @@ from app.llm.models.description import (
     read_gguf,
 )
 from app.llm.models.gguf_header import GgufHeader
+from app.llm.models.gguf_tokenizer import TOKENS
 from app.llm.models.load_errors import one_line
 from app.llm.models.recommended_sampling import recommended_sampling
 from app.llm.models.snapshot import Progress, Snapshot
 from app.llm.models.tokenizer_process import TokenizerProcess
 from app.llm.prefix_index import BLOCK_SIZE
 from app.llm.protocol import Backend, EngineInfo
+from app.utils.errors import ModelLoadError
 
 log = get_logger("engine")
 
@@ -52,13 +55,14 @@ def load_openvino(
     """
     progress(f"loading {settings.label} with OpenVINO")
     with TokenizerProcess(settings, snapshot) as reader:
-        header = read_gguf(settings, snapshot) if snapshot.gguf else None
+        header = read_gguf(settings, snapshot, (TOKENS,)) if snapshot.gguf else None
         keep_telemetry_out()
         try:
+            shape = _gguf_shape(header) if header else None
             # This import takes time, and the other process reads the tokenizer meanwhile.
             from app.llm.engine.openvino.backend import SUPPORTED, OpenVinoBackend, start_pipeline
 
-            shape = gguf_shape(header) if header else reader.shape()
+            shape = shape or reader.shape()
             blocks = _cache_blocks(settings, shape, max_running)
             with _openable(snapshot, progress) as path:
                 pipeline = start_pipeline(
@@ -68,7 +72,10 @@ def load_openvino(
                     cache_blocks=blocks,
                     properties=_properties(settings),
                 )
-        except (ImportError, UnknownShapeError, RuntimeError, OSError) as error:
+        except (ModelLoadError, OpenVinoUnsupportedError):
+            raise
+        except Exception as error:
+            # The library raises errors of many kinds, IndexError for one.
             raise OpenVinoUnsupportedError(_reason(error)) from error
         tokenizer = reader.tokenizer()
     info = EngineInfo(
@@ -89,6 +96,13 @@ def load_openvino(
     return OpenVinoBackend(
         pipeline, info, eos_token_ids=tokenizer.eos_token_ids, cache_blocks=blocks
     )
+
+
+def _gguf_shape(header: GgufHeader) -> ModelShape:
+    shape = gguf_shape(header)
+    if reason := why_not_read(header):
+        raise OpenVinoUnsupportedError(reason)
+    return shape
 
 
 def _openable(snapshot: Snapshot, progress: Progress) -> AbstractContextManager[str]:

@@ -1,8 +1,6 @@
 """Loading a model with transformers: its pipeline, and the backend that batches it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from app.core.config import ModelSettings
@@ -14,6 +12,8 @@ from app.llm.models.description import (
     read_gguf,
     special_tokens,
 )
+from app.llm.models.gguf_header import GgufHeader
+from app.llm.models.gguf_tokenizer import end_token_ids
 from app.llm.models.load_errors import explaining
 from app.llm.models.recommended_sampling import recommended_sampling
 from app.llm.models.snapshot import Progress, Snapshot
@@ -47,7 +47,7 @@ def load_transformers(
     """
     progress(f"loading {settings.label} with transformers")
     header = read_gguf(settings, snapshot) if snapshot.gguf else None
-    pipe = load_pipeline(settings, snapshot)
+    pipe = load_pipeline(settings, snapshot, header)
     progress("starting continuous batching")
     import torch
 
@@ -104,13 +104,15 @@ def check_device(settings: ModelSettings) -> None:
         )
 
 
-def load_pipeline(settings: ModelSettings, snapshot: Snapshot) -> "Pipeline":
-    """Read a model's weights and tokenizer.
+def load_pipeline(
+    settings: ModelSettings, snapshot: Snapshot, header: GgufHeader | None
+) -> "Pipeline":
+    """Read a model's weights and tokenizer; ``header`` is its GGUF file's.
 
     Raises:
         ModelLoadError: They cannot be read, or this kind of model cannot be served.
     """
-    from transformers import GgufConfig
+    from transformers import AutoConfig, GgufConfig
     from transformers.utils import logging as transformers_logging
 
     # The library's messages go to our log; by default it writes to standard error.
@@ -118,20 +120,37 @@ def load_pipeline(settings: ModelSettings, snapshot: Snapshot) -> "Pipeline":
     transformers_logging.enable_propagation()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    weights: dict[str, Any] = {"use_safetensors": True}
-    if snapshot.gguf:
-        # Otherwise each forward pass on a CPU would dequantize the weights again.
-        weights = {"quantization_config": GgufConfig(dequantize=True)}
-    with _reading_gguf_once() if snapshot.gguf else nullcontext():
-        return _from_pretrained(settings, snapshot, weights)
+    if header is None or snapshot.gguf is None:
+        return _from_pretrained(settings, snapshot, {"use_safetensors": True})
+    from app.llm.engine.transformers.gguf import GgufModel
+
+    file = GgufModel(snapshot.directory / snapshot.gguf, header)
+    with file.read_once():
+        with explaining("configuration", settings, snapshot):
+            config = AutoConfig.from_pretrained(snapshot.directory, **pretrained_source(snapshot))  # nosec B615
+            file.complete(config)
+        weights = {
+            "config": config,
+            # Otherwise each forward pass on a CPU would dequantize the weights again.
+            "quantization_config": GgufConfig(dequantize=True),
+            # They are reported, and refused below.
+            "ignore_mismatched_sizes": True,
+        }
+        pipe = _from_pretrained(settings, snapshot, weights, header, file.check_tensors)
+    pipe.model.generation_config.eos_token_id = sorted(end_token_ids(header)) or None
+    return pipe
 
 
 def _from_pretrained(
-    settings: ModelSettings, snapshot: Snapshot, weights: dict[str, Any]
+    settings: ModelSettings,
+    snapshot: Snapshot,
+    weights: dict[str, Any],
+    header: GgufHeader | None = None,
+    check: Callable[[Any, dict[str, Any]], None] = lambda *_: None,
 ) -> "Pipeline":
     from transformers import AutoModelForCausalLM, pipeline
 
-    tokenizer = load_tokenizer(settings, snapshot)
+    tokenizer = load_tokenizer(settings, snapshot, header)
     with explaining("model", settings, snapshot):
         # The folder is local, see pretrained_source.
         model, report = AutoModelForCausalLM.from_pretrained(  # nosec B615
@@ -141,6 +160,7 @@ def _from_pretrained(
             **weights,
             **pretrained_source(snapshot),
         )
+        check(model, report)
         # Without sdpa only models with capped scores are supported, by paged_attention.py.
         capped = getattr(model.config, "attn_logit_softcapping", None)
         if not (model.is_backend_compatible() and (model._supports_sdpa or capped)):
@@ -149,24 +169,6 @@ def _from_pretrained(
             # transformers would fill them with random numbers.
             raise ValueError(f"{len(missing)} of its tensors are missing, {missing[0]} for one")
         return pipeline("text-generation", model=model, tokenizer=tokenizer, device=settings.device)
-
-
-@contextmanager
-def _reading_gguf_once() -> Iterator[None]:
-    """Parse a GGUF file once, which halves the loading time of a small model.
-
-    transformers parses the file for the configuration and again for the weights, and builds the map
-    of tensor names for each module of the model.
-    """
-    import gguf
-
-    originals = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader = lru_cache(maxsize=1)(gguf.GGUFReader)
-    gguf.get_tensor_name_map = lru_cache(maxsize=1)(gguf.get_tensor_name_map)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = originals
 
 
 def weight_dtype(settings: ModelSettings, snapshot: Snapshot) -> "torch.dtype | str":

@@ -1,0 +1,204 @@
+"""Loading a GGUF file with transformers, which ignores parts of its header.
+
+What the header says of positions, attention and biases is written into the configuration before the
+weights are loaded. What cannot be honoured is refused: the answers would be wrong.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+import gguf
+import numpy as np
+
+from app.core.logging import get_logger
+from app.llm.models.gguf_header import GgufHeader
+
+log = get_logger("engine")
+
+_FREQUENCIES: Final = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+# Keys below rope.scaling that are read, and those that say nothing with a value of their own.
+_SCALING = {"type", "factor", "original_context_length", "yarn_beta_fast", "yarn_beta_slow"}
+_NEUTRAL = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0}
+# Keys of the tokenizer that are large, and that transformers does not need for the model.
+_VOCABULARY = re.compile(r"tokenizer\.ggml\.(?:tokens|token_type|scores|merges)")
+_NUMBERS: dict[type, int] = {int: 5, float: 6, bool: 7}
+
+
+class GgufModel:
+    """A GGUF file of which the header was read, with its arrays."""
+
+    def __init__(self, path: Path, header: GgufHeader) -> None:
+        self._path = path
+        self._header = header
+        self._architecture = str(header.metadata.get("general.architecture"))
+
+    @contextmanager
+    def read_once(self) -> Iterator[None]:
+        """Let transformers take the file from the header that was read.
+
+        It parses the file for the configuration and again for the weights, string by string, and
+        builds the map of tensor names for each module of the model.
+        """
+        originals = gguf.GGUFReader, gguf.get_tensor_name_map
+        gguf.GGUFReader = lru_cache(maxsize=1)(lambda *_: self._reader())
+        gguf.get_tensor_name_map = lru_cache(maxsize=1)(gguf.get_tensor_name_map)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = originals
+
+    def _reader(self) -> SimpleNamespace:
+        """What transformers uses of ``gguf.GGUFReader``."""
+        metadata = {
+            key: value
+            for key, value in self._header.metadata.items()
+            if not _VOCABULARY.fullmatch(key)
+        }
+        # transformers would count the vocabulary.
+        metadata.setdefault(
+            f"{self._architecture}.vocab_size", self._header.shapes["token_embd.weight"][0]
+        )
+        tensors = [self._tensor(name) for name in self._header.shapes]
+        return SimpleNamespace(
+            fields={key: _field(value) for key, value in metadata.items()}, tensors=tensors
+        )
+
+    def _tensor(self, name: str) -> SimpleNamespace:
+        number, place = self._header.places[name]
+        kind = gguf.GGMLQuantizationType(number)
+        shape = gguf.quant_shape_to_byte_shape(self._header.shapes[name], kind)
+        data = np.memmap(self._path, np.uint8, "r", place, shape)
+        return SimpleNamespace(name=name, tensor_type=kind, data=data)
+
+    def _key(self, name: str) -> str:
+        return f"{self._architecture}.{name}"
+
+    def _value(self, name: str) -> Any:
+        return self._header.metadata.get(self._key(name))
+
+    # --- The configuration ------------------------------------------------------------------------
+
+    def complete(self, config: Any) -> None:
+        """Write into a configuration what the header says and transformers ignores.
+
+        Raises:
+            ValueError: It cannot be honoured.
+        """
+        for name, part in (("attention_bias", r"attn_\w+"), ("mlp_bias", r"ffn_\w+")):
+            if hasattr(config, name):
+                pattern = re.compile(rf"blk\.\d+\.{part}\.bias")
+                setattr(config, name, any(map(pattern.fullmatch, self._header.shapes)))
+        if scaling := self._frequencies() or self._scaling():
+            parameters = config.rope_parameters
+            # Gemma 3 scales the layers with full attention only.
+            target = parameters.get("full_attention", parameters)
+            target.update(scaling)
+            if scaling.get("short_factor") != scaling.get("long_factor"):
+                # Requests of one batch would be given the factors of the longest one.
+                self._shorten(config, scaling["original_max_position_embeddings"], "rope_factors")
+        window = self._value("attention.sliding_window")
+        if window and window < config.max_position_embeddings:
+            if hasattr(config, "sliding_window") and not hasattr(config, "layer_types"):
+                config.sliding_window = window
+            elif getattr(config, "sliding_window", None) != window:
+                # Within the window, attention to all tokens is the same.
+                self._shorten(config, window, self._key("attention.sliding_window"))
+
+    def _shorten(self, config: Any, length: int, key: str) -> None:
+        log.warning("%s: the context is %d tokens, by %s", self._path, length, key)
+        config.max_position_embeddings = length
+
+    def _frequencies(self) -> dict[str, Any] | None:
+        """Divisors of each frequency that the file holds as tensors (Llama 3.1, Phi 3)."""
+        both, *short_long = (self._divisors(name) for name in _FREQUENCIES)
+        short, long = (both, both) if both else short_long
+        if not short or not long:
+            return None
+        original = self._value("rope.scaling.original_context_length")
+        return {
+            "rope_type": "longrope",
+            "short_factor": short,
+            "long_factor": long,
+            "attention_factor": self._value("rope.scaling.attn_factor") or 1.0,
+            "original_max_position_embeddings": original or self._value("context_length"),
+        }
+
+    def _divisors(self, name: str) -> list[float] | None:
+        if name not in self._header.shapes:
+            return None
+        tensor = self._tensor(name)
+        values: list[float] = gguf.dequantize(tensor.data, tensor.tensor_type).ravel().tolist()
+        return values
+
+    def _scaling(self) -> dict[str, Any] | None:
+        kind, factor = self._value("rope.scaling.type"), self._value("rope.scaling.factor")
+        if kind == "none" or not factor:
+            return None
+        prefix = self._key("rope.scaling.")
+        for key, value in self._header.metadata.items():
+            name = key.removeprefix(prefix)
+            known = name in _SCALING or name == "finetuned" or value == _NEUTRAL.get(name)
+            if key.startswith(prefix) and not known:
+                raise ValueError(f"its {key} is {value}, which no engine honours")
+        if kind in (None, "linear"):
+            return {"rope_type": "linear", "factor": factor}
+        original = self._value("rope.scaling.original_context_length")
+        if kind != "yarn" or not original:
+            raise ValueError(f"its {prefix}type is {kind}, which no engine honours")
+        betas = {
+            f"beta_{speed}": value
+            for speed in ("fast", "slow")
+            if (value := self._value(f"rope.scaling.yarn_beta_{speed}"))
+        }
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+            **betas,
+        }
+
+    # --- The weights ------------------------------------------------------------------------------
+
+    def check_tensors(self, model: Any, report: dict[str, Any]) -> None:
+        """Refuse tensors of other shapes than the model's, and those that the model does not use.
+
+        Raises:
+            ValueError: It names the tensor.
+        """
+        for name, found, wanted in sorted(report["mismatched_keys"]):
+            raise ValueError(f"{name} has the shape {tuple(found)}, and not {tuple(wanted)}")
+        unused = sorted(set(report["unexpected_keys"]) or self._unused(model))
+        if unused:
+            raise ValueError(f"transformers ignores {len(unused)} of its tensors, {unused[0]} for one")
+
+    def _unused(self, model: Any) -> set[str]:
+        from transformers import modeling_gguf_pytorch_utils as legacy
+        from transformers.integrations.gguf import GGUF_ARCHS
+
+        if self._architecture in GGUF_ARCHS:
+            return set()
+        make: Callable[..., Any] = legacy.TENSOR_PROCESSORS.get(
+            self._architecture, legacy.TensorProcessor
+        )
+        used = set(legacy.get_gguf_hf_weights_map(model, make(config=model.config.to_dict())))
+        used |= {f"{name}.weight" for name in used} | set(_FREQUENCIES)
+        if model.config.tie_word_embeddings:
+            used.add("output.weight")
+        return set(self._header.shapes) - used
+
+
+def _field(value: Any) -> SimpleNamespace:
+    """What transformers uses of ``gguf.ReaderField``."""
+    values = value if isinstance(value, list) else [value]
+    strings = bool(values) and isinstance(values[0], str)
+    kind = 8 if strings else _NUMBERS[type(values[0])] if values else 5
+    return SimpleNamespace(
+        parts=[v.encode() if strings else [v] for v in values],
+        types=[9, kind] if isinstance(value, list) else [kind],
+        data=range(len(values)),
+    )
