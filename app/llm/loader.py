@@ -217,12 +217,10 @@ def _fetch_bundled(progress: Progress) -> Snapshot:
 
 def _find_local(path: Path, *, openvino: bool) -> Snapshot:
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelLoadError(
-                f"{path} is not a GGUF file: for safetensors set MODEL__NAME to their folder"
-            )
+        choose_weights([path.name], str(path.parent), path.name)
         return Snapshot(path.parent, path.name)
     try:
+        path = _snapshot_in(path)
         names = [entry.name for entry in path.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         raise ModelLoadError(
@@ -235,3 +233,19 @@ def _find_local(path: Path, *, openvino: bool) -> Snapshot:
     weights = choose_weights(names, str(path), openvino=openvino)
     check_folder(path)
     return Snapshot(path, weights)
+
+
+def _snapshot_in(path: Path) -> Path:
+    """The snapshot of the main branch, or the only one, in a model's folder in the hub's cache."""
+    snapshots = path / "snapshots"
+    if not snapshots.is_dir():
+        return path
+    folders = list(snapshots.iterdir())
+    if (main := path / "refs" / "main").is_file():
+        folders = [snapshots / main.read_text(encoding="utf-8").strip()]
+    if len(folders) != 1:
+        raise ModelLoadError(
+            f"{path} is a folder of the hub's cache with {len(folders)} versions of a model: set "
+            f"MODEL__NAME to a folder in {snapshots}"
+        )
+    return folders[0]

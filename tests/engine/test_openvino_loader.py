@@ -107,14 +107,14 @@ def test_special_tokens_may_have_any_characters() -> None:
 @pytest.mark.parametrize(
     "metadata",
     [
-        {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["a"]},
+        {"tokenizer.ggml.model": "t5", "tokenizer.ggml.tokens": ["a"]},
         {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": GgufArray(3)},
         {"tokenizer.ggml.tokens": ["a"]},
         {"tokenizer.ggml.model": "gpt2"},
     ],
 )
 def test_vocabularies_of_other_kinds_are_left_to_the_library(metadata: dict[str, Any]) -> None:
-    """Only byte-level BPE vocabularies are read here."""
+    """Only byte-level BPE and SentencePiece vocabularies are read here."""
     assert gguf_vocabulary(GgufHeader(metadata, {}, 0)) is None
 
 

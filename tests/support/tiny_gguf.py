@@ -66,7 +66,7 @@ def make_tiny_gguf(
     for key, value in (keys or {}).items():
         _ADD[type(value)](writer, key, value)
     writer.add_chat_template(template)
-    weights = {_gguf_name(n): in_gguf_order(n, w) for n, w in tiny_model.tiny_weights().items()}
+    weights = {gguf_name(n): in_gguf_order(n, w) for n, w in tiny_model.tiny_weights().items()}
     for name, weight in (weights | dict(tensors or {})).items():
         # These weights are exact in 16 bits; vectors stay at 32, as in llama.cpp.
         narrow = half and weight.ndim > 1
@@ -106,7 +106,9 @@ def _add_pieces(writer: gguf.GGUFWriter) -> None:
     kinds = gguf.TokenType
     pieces = [("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)]
     pieces += [(f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)]
-    pieces += [(piece, kinds.NORMAL) for piece in ("\u2581", "t", "h", "e", "th", "the", "\u2581the")]
+    pieces += [
+        (piece, kinds.NORMAL) for piece in ("\u2581", "t", "h", "e", "th", "the", "\u2581the")
+    ]
     writer.add_tokenizer_model("llama")
     writer.add_token_list([piece for piece, _ in pieces])
     writer.add_token_scores([-float(i) for i in range(len(pieces))])
@@ -116,12 +118,13 @@ def _add_pieces(writer: gguf.GGUFWriter) -> None:
     writer.add_add_bos_token(False)
 
 
-def _gguf_name(name: str) -> str:
-    stem = name.removesuffix(".weight")
+def gguf_name(name: str) -> str:
+    """A tensor's name in a GGUF file, by its name in transformers."""
+    stem, _, kind = name.rpartition(".")
     if stem.startswith("model.layers."):
         _, _, layer, part = stem.split(".", 3)
-        return f"blk.{layer}.{_TENSORS[part]}.weight"
-    return f"{_TENSORS[stem]}.weight"
+        return f"blk.{layer}.{_TENSORS[part]}.{kind}"
+    return f"{_TENSORS[stem]}.{kind}"
 
 
 def in_gguf_order(name: str, weight: np.ndarray) -> np.ndarray:
@@ -129,7 +132,6 @@ def in_gguf_order(name: str, weight: np.ndarray) -> np.ndarray:
     heads = {"q_proj": tiny_model.HEADS, "k_proj": tiny_model.KEY_VALUE_HEADS}
     for projection, count in heads.items():
         if f".{projection}." in name:
-            rows, columns = weight.shape
-            halves = weight.reshape(count, 2, rows // count // 2, columns)
-            return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, columns))
+            halves = weight.reshape(count, 2, -1, *weight.shape[1:])
+            return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
     return weight

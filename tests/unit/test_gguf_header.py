@@ -63,6 +63,7 @@ _COUNTS = {
     "numbers": struct.pack("<QQQ1sIIQ", 0, 1, 1, b"a", 9, 4, 2**60),
     "arrays": struct.pack("<QQQ1sIIQ", 0, 1, 1, b"a", 9, 9, 2**60),
     "dimensions": struct.pack("<QQQ1sI", 1, 0, 1, b"a", 2**31),
+    "five dimensions": struct.pack("<QQQ1sI", 1, 0, 1, b"a", 5),
 }
 
 

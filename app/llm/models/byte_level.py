@@ -1,7 +1,8 @@
 """How vocabularies spell the bytes of their tokens.
 
-Byte-level BPE has an alphabet of one character for each byte. A printable byte of Latin-1 is written as its own character, the others as U+0100 and onwards, in
-order (GPT-2's encoder; Radford et al., 2019).
+Byte-level BPE has an alphabet of one character for each byte: a printable byte of Latin-1 is
+written as its own character, the others as U+0100 and onwards, in order (GPT-2's encoder; Radford
+et al., 2019). SentencePiece writes text, with U+2581 for a space.
 """
 
 import re

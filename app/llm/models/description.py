@@ -65,6 +65,8 @@ def read_gguf(
     """
     with explaining("file", settings, snapshot):
         header = read_header(snapshot.directory / str(snapshot.gguf), arrays)
+        if (parts := header.metadata.get("split.count", 1)) != 1:
+            raise ValueError(f"it is one of {parts} parts, which llama-gguf-split --merge joins")
         architecture = f"{header.metadata.get('general.architecture')}."
         for key, value in header.metadata.items():
             # Each layer has a tensor. The context is compared with the memory later.
@@ -126,7 +128,7 @@ def gguf_shape(header: GgufHeader) -> ModelShape:
 def gguf_vocabulary(header: GgufHeader) -> Vocabulary | None:
     """The vocabulary of a GGUF file; ``None`` if it is neither byte-level BPE nor SentencePiece."""
     tokens = header.metadata.get(TOKENS)
-    spell = _SPELL.get(header.metadata.get("tokenizer.ggml.model"))
+    spell = _SPELL.get(str(header.metadata.get("tokenizer.ggml.model")))
     if spell is None or not isinstance(tokens, list):
         return None
     return Vocabulary(list(map(spell, tokens)), header.metadata.get("tokenizer.ggml.eos_token_id"))

@@ -19,6 +19,7 @@ _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 # The specification's numbers of the fixed-size types, and struct's letters for them.
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+_LENGTH = struct.Struct("<Q")
 _DEFAULT_ALIGNMENT = 32
 # Far above what models have, 300,000 tokens in a vocabulary; GGML's tensors have four dimensions.
 _MAX_COUNT, _MAX_STRING, _MAX_DIMENSIONS = 2**24, 2**24, 4
@@ -130,6 +131,18 @@ class _Reader:
         self._skip(length)
         return self._data[self._at - length : self._at].decode()
 
+    def _strings(self, count: int) -> list[str]:
+        """As so many times :meth:`_string`, in a third of the time: vocabularies are large."""
+        data, at, unpack = self._data, self._at, _LENGTH.unpack_from
+        texts: list[str] = []
+        for _ in range(count):
+            begin = at + _LENGTH.size
+            at = begin + unpack(data, at)[0]
+            texts.append(data[begin:at].decode())
+        self._at = at
+        self._skip(0)
+        return texts
+
     def _skip(self, count: int) -> None:
         self._at += count
         if self._at > len(self._data):
@@ -147,6 +160,8 @@ class _Reader:
             self._skip(struct.calcsize(f"<{letter}") * count)
             if wanted:
                 return list(struct.unpack_from(f"<{count}{letter}", self._data, at))
+        elif wanted and element == _STRING:
+            return self._strings(count)
         elif wanted:
             return [self._value(element, wanted=True) for _ in range(count)]
         else:

@@ -23,14 +23,25 @@ log = get_logger("engine")
 TOKENS: Final = "tokenizer.ggml.tokens"
 """The key of the vocabulary."""
 
-# Processor time of a conversion that is kept, in seconds. Reading a kept one takes up to a second.
-_WORTH_KEEPING = 1.0
+KEEP_FROM_SECONDS = 1.0
+"""Least processor time of a conversion that is kept. Reading a kept one takes up to a second."""
+
 _END_KEY = re.compile(r"tokenizer\.ggml\.(?:eos|eot|eom)_token_ids?")
 # Tokens that end a turn although no key names them; llama.cpp ends answers at the same spellings.
-_ENDS = frozenset(
-    "<|eot_id|> <|eom_id|> <|im_end|> <|end|> <|endoftext|> <|end_of_text|> <end_of_turn> <EOT> "
-    "<|EOT|> <|end_of_turn|> <\uff5cend\u2581of\u2581sentence\uff5c>".split()
-)
+_ENDS = {
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|end_of_turn|>",
+    "<end_of_turn>",
+    "<EOT>",
+    "<|EOT|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+}
+# The specification's number of the kind of token that is not text.
 _CONTROL = 3
 
 
@@ -38,9 +49,8 @@ def end_token_ids(header: GgufHeader) -> frozenset[int]:
     """Ids of the tokens that end an answer; the header must have its arrays."""
     tokens = header.metadata.get(TOKENS, [])
     kinds = header.metadata.get("tokenizer.ggml.token_type", [])
-    ids = {i for i, (t, k) in enumerate(zip(tokens, kinds, strict=False)) if k == _CONTROL} & {
-        i for i, token in enumerate(tokens) if token in _ENDS
-    }
+    pairs = enumerate(zip(tokens, kinds, strict=False))
+    ids = {i for i, (token, kind) in pairs if kind == _CONTROL and token in _ENDS}
     for key, value in header.metadata.items():
         if _END_KEY.fullmatch(key):
             ids |= set(value if isinstance(value, list) else [value])
@@ -68,7 +78,7 @@ def load_gguf_tokenizer(header: GgufHeader) -> Any:
             log.warning("%s is not used: %s", kept, one_line(error))
     begun = time.process_time()
     backend, _ = convert_gguf_tokenizer(architecture, vocabulary)
-    if time.process_time() - begun > _WORTH_KEEPING:
+    if time.process_time() - begun > KEEP_FROM_SECONDS:
         _keep(backend.to_str(), kept)
     return PreTrainedTokenizerFast(tokenizer_object=backend, **config)
 

@@ -25,6 +25,7 @@ from app.llm.models.snapshot import (
     Snapshot,
     check_storage,
     choose_weights,
+    is_gguf,
 )
 from app.utils.errors import ModelLoadError
 
@@ -110,7 +111,7 @@ def check(name: str, *, token: str | None) -> None:
 def _split(name: str) -> tuple[str, str | None]:
     """The repository, and the GGUF file in it if one is named."""
     parts = PurePosixPath(name).parts
-    if len(parts) > 2 and name.endswith(".gguf"):
+    if len(parts) > 2 and is_gguf(name):
         return "/".join(parts[:2]), "/".join(parts[2:])
     return name, None
 

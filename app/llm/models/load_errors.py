@@ -66,6 +66,11 @@ def _explain(error: BaseException, part: str, settings: ModelSettings, snapshot:
     needs = "config.json and safetensors files that belong together are needed"
     if part == "tokenizer":
         needs = "a whole tokenizer.json is needed"
+        if (snapshot.directory / "tokenizer.model").is_file():
+            needs += (
+                ", which save_pretrained of transformers makes of tokenizer.model where "
+                "sentencepiece is installed"
+            )
     return (
         f"the {part} in {snapshot.directory} cannot be loaded ({text[:200]}): {needs}; download it "
         "again, or choose another model"

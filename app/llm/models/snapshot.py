@@ -1,6 +1,7 @@
 """A model's files on this machine, and the choice of the file that holds its weights."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ Progress = Callable[[str], None]
 OPENVINO_MODEL = "openvino_model.xml"
 """The file that marks a folder in OpenVINO's own format; a .bin file beside it has the weights."""
 
+# The file or the index that transformers looks for.
+_SAFETENSORS = {"model.safetensors", "model.safetensors.index.json"}
+_GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -39,6 +43,11 @@ class Snapshot:
     def gguf(self) -> str | None:
         """Name of the GGUF file; ``None`` for the other formats."""
         return None if self.is_openvino else self.weights
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a file's name is that of a GGUF file."""
+    return name.lower().endswith(".gguf")
 
 
 def check_storage(folder: Path) -> None:
@@ -69,38 +78,58 @@ def choose_weights(
         ``None`` for safetensors, else the name of the GGUF file or :data:`OPENVINO_MODEL`.
 
     Raises:
-        ModelLoadError: The model has no weights, only pickled ones, or several GGUF files.
+        ModelLoadError: The model has no weights in a form that is read, or several GGUF files.
     """
-    gguf = sorted(n for n in names if n.endswith(".gguf"))
-    if wanted:
-        if wanted in names:
-            return wanted
+    gguf = sorted(filter(is_gguf, names))
+    whole = [n for n in gguf if not _GGUF_PART.search(n)]
+    if wanted and wanted not in names:
         raise ModelLoadError(
             f"{where} has no file {wanted}: correct MODEL__NAME; "
             f"it has {', '.join(gguf) or 'no GGUF file'}"
         )
+    if wanted and wanted not in gguf:
+        raise ModelLoadError(
+            f"{where}/{wanted} is not a GGUF file: for safetensors set MODEL__NAME to their folder"
+        )
+    if wanted in whole:
+        return wanted
     # Subfolders hold other formats, or parts of other kinds of models.
     top = [n for n in names if "/" not in n]
-    if openvino and OPENVINO_MODEL in top:
-        return OPENVINO_MODEL
-    if any(n.endswith(".safetensors") for n in top):
-        return None
-    if len(gguf) == 1:
-        return gguf[0]
+    if not wanted:
+        if openvino and OPENVINO_MODEL in top:
+            return OPENVINO_MODEL
+        if _SAFETENSORS & set(top):
+            return None
+        if len(gguf) == 1 and whole:
+            return gguf[0]
+    raise ModelLoadError(_explain(top, where, gguf, None if wanted else next(iter(whole), None)))
+
+
+def _explain(top: list[str], where: str, gguf: list[str], whole: str | None) -> str:
+    """Why no weights can be taken, and what to do; ``whole`` is one of several whole GGUF files."""
+    if whole:
+        return (
+            f"{where} has several GGUF files: name one of them, as in MODEL__NAME={where}/{whole}"
+        )
     if gguf:
-        raise ModelLoadError(
-            f"{where} has several GGUF files: name one of them, as in MODEL__NAME={where}/{gguf[0]}"
+        return (
+            f"{where} has a GGUF file in parts, {gguf[0]} for one, which are not read: join them "
+            "with llama.cpp (llama-gguf-split --merge PART WHOLE) and set MODEL__SOURCE=local and "
+            "MODEL__NAME to the whole file, or choose a model in one file"
         )
     if OPENVINO_MODEL in top:
-        raise ModelLoadError(
+        return (
             f"{where} has only OpenVINO weights: set MODEL__DEVICE=cpu and MODEL__ENGINE=auto, or "
             "choose a model with safetensors or GGUF weights"
         )
+    if tensors := sorted(n for n in top if n.endswith(".safetensors")):
+        return (
+            f"{where} has {tensors[0]}, but no model.safetensors: choose a model in the layout "
+            "of transformers (config.json, model.safetensors, tokenizer.json), or a GGUF file"
+        )
     if any(n.endswith(_PICKLE_SUFFIXES) for n in top):
-        raise ModelLoadError(
+        return (
             f"{where} has only pickled weights, which can run code when they are loaded and are "
             "refused: choose a model with safetensors or GGUF weights"
         )
-    raise ModelLoadError(
-        f"{where} has no weights: choose a model with safetensors or GGUF files at its top level"
-    )
+    return f"{where} has no weights: choose a model with safetensors or GGUF files at its top level"

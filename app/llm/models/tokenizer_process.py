@@ -12,7 +12,7 @@ import sys
 import threading
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any, Self, TypeVar
+from typing import IO, Self, TypeVar
 
 import msgspec
 

@@ -2,7 +2,10 @@
 
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from app.core.config import ModelSettings
@@ -105,11 +108,20 @@ def _gguf_shape(header: GgufHeader) -> ModelShape:
     return shape
 
 
-def _openable(snapshot: Snapshot, progress: Progress) -> AbstractContextManager[str]:
+@contextmanager
+def _openable(snapshot: Snapshot, progress: Progress) -> Iterator[str]:
     """The path of the model for OpenVINO, which writes nothing into a folder."""
-    if snapshot.gguf:
-        return writable(snapshot.directory / snapshot.gguf, progress)
-    return nullcontext(str(snapshot.directory))
+    if not snapshot.gguf:
+        yield str(snapshot.directory)
+        return
+    path = snapshot.directory / snapshot.gguf
+    with ExitStack() as stack:
+        if path.suffix != ".gguf":
+            # The library knows the format by the name's ending, in lower case.
+            link = Path(stack.enter_context(TemporaryDirectory()), "model.gguf")
+            link.symlink_to(path.absolute())
+            path = link
+        yield stack.enter_context(writable(path, progress))
 
 
 def _vocabulary(header: GgufHeader) -> Any:

@@ -14,6 +14,9 @@ from typing import Any, Final
 
 import gguf
 import numpy as np
+from transformers import modeling_gguf_pytorch_utils as legacy
+from transformers.integrations import gguf as integration
+from transformers.quantizers import quantizer_gguf
 
 from app.core.logging import get_logger
 from app.llm.models.gguf_header import GgufHeader
@@ -44,13 +47,30 @@ class GgufModel:
         It parses the file for the configuration and again for the weights, string by string, and
         builds the map of tensor names for each module of the model.
         """
-        originals = gguf.GGUFReader, gguf.get_tensor_name_map
-        gguf.GGUFReader = lru_cache(maxsize=1)(lambda *_: self._reader())
-        gguf.get_tensor_name_map = lru_cache(maxsize=1)(gguf.get_tensor_name_map)
+        patches: list[tuple[Any, str, Any]] = [
+            (gguf, "GGUFReader", lru_cache(maxsize=1)(lambda *_: self._reader())),
+            (gguf, "get_tensor_name_map", lru_cache(maxsize=1)(gguf.get_tensor_name_map)),
+            (integration, "read_gguf_metadata", lambda *_: self._metadata()),
+            (quantizer_gguf, "read_gguf_metadata", lambda *_: self._metadata()),
+        ]
+        originals = [getattr(module, name) for module, name, _ in patches]
+        for module, name, ours in patches:
+            setattr(module, name, ours)
         try:
             yield
         finally:
-            gguf.GGUFReader, gguf.get_tensor_name_map = originals
+            for (module, name, _), original in zip(patches, originals, strict=True):
+                setattr(module, name, original)
+
+    def _metadata(self) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """What ``read_gguf_metadata`` returns for a model: an array of strings is its length."""
+        metadata = {
+            key: len(value)
+            if isinstance(value, list) and value and isinstance(value[0], str)
+            else value
+            for key, value in self._header.metadata.items()
+        }
+        return metadata, tuple(self._header.shapes)
 
     def _reader(self) -> SimpleNamespace:
         """What transformers uses of ``gguf.GGUFReader``."""
@@ -133,6 +153,8 @@ class GgufModel:
             return None
         tensor = self._tensor(name)
         values: list[float] = gguf.dequantize(tensor.data, tensor.tensor_type).ravel().tolist()
+        if 2 * len(values) != self._value("rope.dimension_count"):
+            raise ValueError(f"{name} has {len(values)} values, which are not half of a head's")
         return values
 
     def _scaling(self) -> dict[str, Any] | None:
@@ -174,13 +196,12 @@ class GgufModel:
             raise ValueError(f"{name} has the shape {tuple(found)}, and not {tuple(wanted)}")
         unused = sorted(set(report["unexpected_keys"]) or self._unused(model))
         if unused:
-            raise ValueError(f"transformers ignores {len(unused)} of its tensors, {unused[0]} for one")
+            raise ValueError(
+                f"transformers ignores {len(unused)} of its tensors, {unused[0]} for one"
+            )
 
     def _unused(self, model: Any) -> set[str]:
-        from transformers import modeling_gguf_pytorch_utils as legacy
-        from transformers.integrations.gguf import GGUF_ARCHS
-
-        if self._architecture in GGUF_ARCHS:
+        if self._architecture in integration.GGUF_ARCHS:
             return set()
         make: Callable[..., Any] = legacy.TENSOR_PROCESSORS.get(
             self._architecture, legacy.TensorProcessor
