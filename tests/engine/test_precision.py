@@ -24,6 +24,7 @@ from app.llm.engine.transformers.cpu_linear import (
 from app.llm.engine.transformers.loading import load_pipeline
 from app.llm.loader import find_model
 from app.llm.models import bundled
+from app.llm.models.description import read_gguf
 from tests.support.backends import load, load_bundled, request, run, tokens
 
 pytestmark = [
@@ -86,7 +87,8 @@ def greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def reference() -> Reference:
     """The plain bfloat16 model's answers to the chats."""
-    pipe = load_pipeline(SETTINGS, find_model(SETTINGS, token=None, progress=lambda _: None))
+    snapshot = find_model(SETTINGS, token=None, progress=lambda _: None)
+    pipe = load_pipeline(SETTINGS, snapshot, read_gguf(SETTINGS, snapshot))
     encoded = []
     for topic in TOPICS:
         chat = [{"role": "user", "content": f"Tell me about {topic}."}]
