@@ -125,7 +125,7 @@ def run_app() -> Iterator[RunApp]:
 @pytest.fixture(scope="session")
 def echo_service() -> Iterator[Service]:
     """The service under uvicorn, with the echo engine."""
-    with running_service(fresh=True, **coverage_variables()) as service:
+    with running_service(interpreter="new", **coverage_variables()) as service:
         yield service
 
 
@@ -133,7 +133,7 @@ def echo_service() -> Iterator[Service]:
 def slow_service() -> Iterator[Service]:
     """The service under uvicorn, with an echo engine that takes 50 ms for a token."""
     with running_service(
-        fresh=True,
+        interpreter="new",
         **coverage_variables(),
         ENGINE__ECHO_STEP_SECONDS=str(STEP),
         ENGINE__MAX_RESTARTS="1000",
@@ -147,7 +147,7 @@ def bundled_service() -> Iterator[Service]:
     if not bundled.is_fetched():
         pytest.skip("the bundled model is not here; `make model` fetches it")
     with running_service(
-        fresh=True, **coverage_variables(), MODEL__SOURCE="bundled", MODEL__ENGINE="auto"
+        interpreter="new", **coverage_variables(), MODEL__SOURCE="bundled", MODEL__ENGINE="auto"
     ) as service:
         yield service
 

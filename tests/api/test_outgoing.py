@@ -74,7 +74,7 @@ def traced_service(*, allowed: bool) -> Iterator[tuple[Service, Collector]]:
     threading.Thread(target=collector.serve_forever, args=(0.01,), daemon=True).start()
     try:
         with running_service(
-            fresh=True,
+            interpreter="new",
             TRACING__LANGSMITH=str(allowed).lower(),
             LANGSMITH_TRACING="true",
             LANGCHAIN_TRACING_V2="true",
@@ -125,7 +125,7 @@ def test_no_process_asks_for_an_address(engine: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(WATCH, encoding="utf-8")
     outgoing = tmp_path / "outgoing"
     with running_service(
-        fresh=True,
+        interpreter="new",
         MODEL__SOURCE="bundled",
         MODEL__ENGINE=engine,
         PYTHONPATH=str(tmp_path),

@@ -70,7 +70,7 @@ def test_a_signal_before_the_service_exists_ends_the_start(
     moment: str, number: signal.Signals
 ) -> None:
     """The status says which signal, there is no traceback, and nothing is left."""
-    with running_service(until="started", fresh=True, command=SERVE) as service:
+    with running_service(until="started", interpreter="new", command=SERVE) as service:
         assert interrupted(service, EARLY[moment], number) == 128 + number
 
 
@@ -78,7 +78,7 @@ def test_a_signal_before_the_service_exists_ends_the_start(
 @pytest.mark.parametrize("moment", LATE)
 def test_a_signal_during_the_start_ends_the_service(moment: str, number: signal.Signals) -> None:
     """The status is 0, no second engine process is started, and nothing is left."""
-    with running_service(until="started", fresh=True) as service:
+    with running_service(until="started", interpreter="new") as service:
         assert interrupted(service, LATE[moment], number) == 0
 
 
@@ -88,7 +88,7 @@ def test_a_signal_during_a_download_ends_it(tmp_path: Path) -> None:
         socket.create_server(("127.0.0.1", 0)) as silent,
         running_service(
             until="started",
-            fresh=True,
+            interpreter="new",
             MODEL__ENGINE="auto",
             MODEL__SOURCE="bundled",
             HF_HOME=str(tmp_path),

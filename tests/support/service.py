@@ -260,7 +260,7 @@ def running_service(
     *,
     until: str = "ready",
     command: Sequence[str] = UVICORN,
-    fresh: bool = False,
+    interpreter: str = "forked",
     log_to: str = "file",
     **settings: str | None,
 ) -> Iterator[Service]:
@@ -269,8 +269,8 @@ def running_service(
     Args:
         until: Wait until it is ``ready``, or ``listening``, or only ``started``.
         command: The module that starts it, and its arguments.
-        fresh: Whether a new interpreter runs it, as in production. Otherwise it is forked from a
-            process that has imported FastAPI and LangChain, which most of a start is.
+        interpreter: A ``new`` one, as in production, or one ``forked`` from a process that has
+            imported FastAPI and LangChain, which most of a start is.
         log_to: Where it writes its log: a ``file``, or a ``pipe`` of a new interpreter, which is
             copied to the file.
         settings: Environment variables, such as ``ENGINE__MAX_RUNNING="1"``.
@@ -283,7 +283,7 @@ def running_service(
         environment = isolated_environment({"APP__PORT": "0", **settings})
         process: subprocess.Popen[bytes] | ForkedProcess
         with log_path.open("wb") as log:
-            if fresh or log_to == "pipe":
+            if interpreter == "new" or log_to == "pipe":
                 process = subprocess.Popen(
                     [sys.executable, "-m", *command],
                     cwd=PROJECT_ROOT,
