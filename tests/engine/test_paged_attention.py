@@ -3,8 +3,10 @@
 import logging
 import random
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Final
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from app.core.config import ModelSettings
 from app.llm.engine.transformers import backend as transformers_backend
-from app.llm.engine.transformers.paged_attention import NAME, attend, make_plan
+from app.llm.engine.transformers.paged_attention import NAME, PLAN, attend, make_plan
 from tests.support.backends import load, refusal, request, run, tokens
 
 HEAD = 8
@@ -208,6 +210,40 @@ def test_unsupported_features_are_an_error(feature: str) -> None:
     asked: dict[str, Any] = {feature: row}
     with pytest.raises(NotImplementedError, match=f"{feature} is not supported"):
         AttentionInterface()[NAME](torch.nn.Module(), row, row, row, None, **asked)
+
+
+@pytest.mark.parametrize(
+    ("mask", "window", "calls", "feature"),
+    [
+        (torch.zeros(1, 1, 3, 3), None, 1, "a mask of its own"),
+        (None, 2, 1, "another window"),
+        (None, None, 2, "a layer that runs twice"),
+    ],
+)
+def test_a_layer_that_does_not_fit_its_plan_is_an_error(
+    mask: Tensor | None, window: int | None, calls: int, feature: str
+) -> None:
+    """A layer that would be computed wrongly raises an error instead."""
+
+    class Cache:
+        layer_to_allocator: Final = [SimpleNamespace(layer_type="full_attention")]
+
+        def update(self, *, key_states: Tensor, value_states: Tensor, **_: Any) -> Any:
+            return key_states, value_states
+
+    row = torch.zeros(1, 4, 3, HEAD)
+    layer = torch.nn.Module()
+    layer.layer_idx = 0  # type: ignore[assignment]
+    plan = make_plan([3], [3], NOTHING_CACHED, dtype=torch.float32)
+    call = partial(
+        AttentionInterface()[NAME],
+        *(layer, row, row, row, mask),
+        **{"sliding_window": window, "cache": Cache(), PLAN: {"full_attention": plan}},
+    )
+    for _ in range(calls - 1):
+        call()
+    with pytest.raises(NotImplementedError, match=f"{feature} is not supported"):
+        call()
 
 
 def test_a_model_with_unsupported_attention_is_not_served(

@@ -11,7 +11,7 @@ layers as a keyword argument of the model's forward pass.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any, Final
 
@@ -58,10 +58,14 @@ class Plan:
         pieces: Each request is in one of them.
         read_index: Cache indices of all pieces' keys in order, including padding; empty if nothing
             is read from the cache.
+        window: Size of the sliding window; ``None`` is no limit.
+        layers: The layers that have used it.
     """
 
     pieces: list[Piece]
     read_index: Tensor
+    window: int | None = None
+    layers: set[int] = field(default_factory=set)
 
 
 def make_plan(
@@ -110,7 +114,7 @@ def make_plan(
             indices += [
                 _padded(read_index[key_starts[i] : key_starts[i + 1]], longest) for i in group
             ]
-    return Plan(pieces, torch.cat(indices) if reads else read_index)
+    return Plan(pieces, torch.cat(indices) if reads else read_index, window)
 
 
 def plan_step(inputs: dict[str, Any], allocators: Mapping[str, Any]) -> None:
@@ -209,19 +213,33 @@ def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,  # noqa: ARG001 - part of the interface
+    attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
     softcap: float | None = None,
     cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function that transformers calls, with tensors [1, heads, tokens, head size]."""
+    """The function that transformers calls, with tensors [1, heads, tokens, head size].
+
+    Raises:
+        NotImplementedError: The layer computes something else than a plan can say. The warm-up
+            finds it, before the model is ready.
+    """
     for feature in ("s_aux", "position_bias"):
         if kwargs.get(feature) is not None:
             raise NotImplementedError(f"attention with {feature} is not supported")
+    if attention_mask is not None:
+        raise NotImplementedError("attention with a mask of its own is not supported")
     layer: Any = module.layer_idx
     plan: Plan = kwargs[PLAN][cache.layer_to_allocator[layer].layer_type]
+    if kwargs.get("sliding_window") != plan.window:
+        # transformers plans with the configuration's window, which some models do not apply.
+        raise NotImplementedError("attention with another window is not supported")
+    if layer in plan.layers:
+        # The second call would replace the keys and values of the first.
+        raise NotImplementedError("attention with a layer that runs twice is not supported")
+    plan.layers.add(layer)
     key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=kwargs)
     output = attend(query[0], key[0], value[0], plan, scaling=scaling, softcap=softcap)
     return output.unsqueeze(0), None
