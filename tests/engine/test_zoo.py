@@ -1,0 +1,56 @@
+"""A dozen architectures answer as ``model.generate``; ``make models`` tries all."""
+
+from pathlib import Path
+
+import pytest
+
+from app.utils.errors import ModelLoadError
+from tests.support.backends import load_local
+from tests.zoo import check, tiny
+
+LENGTHS = (3, 300)
+"""Below and past the window and a step's chunk of a prompt."""
+
+SERVED = [
+    "cohere2",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "mixtral",
+    "opt",
+    "phi3",
+    "qwen3",
+]
+
+
+@pytest.mark.parametrize("kind", SERVED)
+def test_an_architecture_answers_as_generate(kind: str, tmp_path: Path) -> None:
+    """Greedy tokens equal ``generate``'s, alone and in a batch, with a window and in pieces."""
+    tiny.make(kind, tmp_path)
+    backend = load_local(tmp_path, engine="transformers")
+    assert check.faults(backend, check.Reference(tmp_path), LENGTHS) == []
+
+
+@pytest.mark.parametrize("kind", ["diffllama", "doge", "moshi"])
+def test_attention_that_a_plan_cannot_say(kind: str, tmp_path: Path) -> None:
+    """A mask of its own, another window, and a layer that runs twice give no wrong answer."""
+    tiny.make(kind, tmp_path)
+    try:
+        backend = load_local(tmp_path, engine="transformers")
+    except ModelLoadError as error:
+        assert "attention with " in str(error)  # noqa: PT017 - right answers would do as well
+    else:
+        assert check.faults(backend, check.Reference(tmp_path), LENGTHS) == []
+
+
+def test_a_wrong_answer_is_found(tmp_path: Path) -> None:
+    """The comparison fails for another model's answers."""
+    tiny.make("llama", tmp_path / "llama")
+    tiny.make("qwen3", tmp_path / "qwen3")
+    backend = load_local(tmp_path / "llama", engine="transformers")
+    found = check.faults(backend, check.Reference(tmp_path / "qwen3"), (3,))
+    assert found[0] == "alone: prompts of 3 tokens"

@@ -1,0 +1,165 @@
+"""``make models``: every architecture of transformers, tiny and random, on each engine.
+
+Each is made, loaded as the service loads it, and asked prompts alone and together, past a window
+and up to the end of the context; its greedy tokens are compared with ``model.generate``. The table
+goes into docs/models.md. The exit status is 1 if an answer is wrong, or an engine crashes or hangs.
+"""
+
+import argparse
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import Final
+
+import torch
+from transformers import logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from app.core.config import PROJECT_ROOT, ModelSettings
+from app.llm.engine.transformers.backend import TransformersBackend
+from app.utils.errors import ModelLoadError
+from benchmarks.load.report import table
+from benchmarks.page import replace_section
+from tests.support import backends
+from tests.zoo import check, tiny
+
+PAGE: Final = PROJECT_ROOT / "docs" / "models.md"
+MAX_RUNNING: Final = 8
+TIMEOUT: Final = 300
+"""Seconds that one architecture may take."""
+
+FORK: Final = multiprocessing.get_context("fork")
+"""Children have torch and transformers imported already; a crash costs one row."""
+
+
+@dataclass(frozen=True, order=True)
+class Row:
+    """What became of an architecture.
+
+    Attributes:
+        outcome: The path that runs it (``paged``, ``plain``, ``openvino``), ``refused``,
+            ``not built``, ``WRONG`` or ``CRASHED``.
+        reason: Why, without what differs from one architecture to the next.
+        kind: The ``model_type``.
+    """
+
+    outcome: str
+    reason: str
+    kind: str
+
+
+def examine(kind: str, engine: str, folder: Path) -> Row:
+    """Make an architecture's model, load it and compare its answers."""
+    try:
+        tiny.make(kind, folder)
+    except Exception as error:  # noqa: BLE001 - transformers raises anything
+        return Row("not built", _short(f"{type(error).__name__}: {error}"), kind)
+    settings = ModelSettings(source="local", name=str(folder), engine=engine, dtype="float32")
+    try:
+        backend = backends.load(settings, max_running=MAX_RUNNING)
+    except ModelLoadError as error:
+        return Row("refused", _short(str(error).replace(str(folder), "it")), kind)
+    if found := check.faults(backend, check.Reference(folder)):
+        return Row("WRONG", "; ".join(found), kind)
+    name = type(backend).__name__.removesuffix("Backend").lower()
+    path = "paged" if isinstance(backend, TransformersBackend) else name
+    return Row(path, _short(backend.info.backend_reason), kind)
+
+
+def _short(reason: str) -> str:
+    """A reason by which architectures can be put together."""
+    line = " ".join(reason.split())
+    # The engine was asked for, and what to do comes after the colon.
+    line = re.sub(r"^model\.engine is \w+(, (and|but) |; |$)", "", line)
+    inner = re.search(r"\((.*)\)", line)
+    return re.sub(r"\d+", "N", inner[1] if inner else line)[:90].replace("|", "/")
+
+
+def _child(kind: str, engine: str, folder: Path, answer: Connection) -> None:
+    answer.send(examine(kind, engine, folder))
+    # The parent's libraries are not to be torn down twice.
+    os._exit(0)
+
+
+def run(kinds: Iterable[str], engine: str, folder: Path) -> Iterator[Row]:
+    """Examine architectures in child processes, as many at once as there are processors."""
+    left = list(kinds)[::-1]
+    running: dict[Connection, tuple[str, ForkProcess, float]] = {}
+    while left or running:
+        while left and len(running) < (os.cpu_count() or 1):
+            kind = left.pop()
+            ours, theirs = FORK.Pipe(duplex=False)
+            child = FORK.Process(target=_child, args=(kind, engine, folder / kind, theirs))
+            child.start()
+            theirs.close()
+            running[ours] = kind, child, time.monotonic()
+        ready = wait([*running], timeout=1)
+        for answer, (kind, child, started) in [*running.items()]:
+            if answer not in ready and time.monotonic() - started < TIMEOUT:
+                continue
+            try:
+                row = answer.recv() if answer in ready else Row("CRASHED", "timeout", kind)
+            except EOFError:
+                child.join()
+                row = Row("CRASHED", f"exit status {child.exitcode}", kind)
+            child.kill()
+            child.join()
+            answer.close()
+            del running[answer]
+            shutil.rmtree(folder / kind, ignore_errors=True)
+            yield row
+
+
+def render(rows: Iterable[Row]) -> str:
+    """The table of the page: a line for each outcome and reason."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in sorted(rows):
+        groups.setdefault((row.outcome, row.reason), []).append(row.kind)
+    order = ["paged", "plain", "openvino", "vllm", "refused", "not built", "WRONG", "CRASHED"]
+    lines = [
+        [outcome, str(len(kinds)), ", ".join(kinds), reason]
+        for (outcome, reason), kinds in sorted(
+            groups.items(), key=lambda group: (order.index(group[0][0]), -len(group[1]))
+        )
+    ]
+    return table(["path", "", "architectures", "reason"], lines)
+
+
+def main() -> int:
+    """Examine them, write the page, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
+    parser.add_argument("kinds", nargs="*", help="model types; default: all, into the page")
+    parser.add_argument("--engine", default="transformers")
+    options = parser.parse_args()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    # A child would wait forever for the threads that the parent had.
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        kinds = options.kinds or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+        for row in run(kinds, options.engine, Path(folder)):
+            sys.stdout.write(f"{row.kind}: {row.outcome}. {row.reason}\n")
+            sys.stdout.flush()
+            rows.append(row)
+    bad = [row for row in rows if row.outcome in {"WRONG", "CRASHED"}]
+    if bad:
+        names = ", ".join(row.kind for row in bad)
+        sys.stdout.write(f"{len(bad)} of {len(rows)} are not right: {names}\n")
+    if not options.kinds:
+        text = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(replace_section(text, "models", render(rows)), encoding="utf-8")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
