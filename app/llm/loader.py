@@ -69,7 +69,7 @@ def load_backend(
     backend = load_transformers(
         settings, snapshot, reason, max_running=max_running, progress=progress
     )
-    with explaining("model", settings, snapshot):
+    with explaining("engine", settings, snapshot):
         return _try_out(backend, loaded)
 
 

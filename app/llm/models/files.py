@@ -58,6 +58,7 @@ def check_files(snapshot: Snapshot) -> None:
     Raises:
         ModelLoadError: It names the file.
     """
+    _check_adapter(snapshot.directory)
     if snapshot.gguf:
         path = snapshot.directory / snapshot.gguf
         with path.open("rb") as file:
@@ -92,6 +93,22 @@ def check_files(snapshot: Snapshot) -> None:
                 "delete it and download it again"
             ) from None
     _check_sizes(config, sizes, layers=tensors, size=size)
+
+
+def _check_adapter(directory: Path) -> None:
+    """Refuse a PEFT adapter (LoRA and others), alone or beside a model that it would change."""
+    path = directory / "adapter_config.json"
+    if not path.is_file():
+        return
+    config = _read_object(path)
+    kind, base = config.get("peft_type", "PEFT"), config.get("base_model_name_or_path")
+    alone = not (directory / "config.json").is_file()
+    raise ModelLoadError(
+        f"{directory} holds a {kind} adapter of {base or 'a model that it does not name'}, and "
+        "adapters are not applied: merge it into its base with peft's merge_and_unload() and set "
+        "MODEL__NAME to the merged model, "
+        + (f"or to {base}" if alone else f"or delete {path.name} to serve the model without it")
+    )
 
 
 def _check_sizes(path: Path, config: Mapping[str, Any], *, layers: int, size: int) -> None:

@@ -1,5 +1,6 @@
 """Turns any library's error about a model's files into one line that says what to do."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,8 @@ from app.utils.errors import ModelLoadError
 def explaining(part: str, settings: ModelSettings, snapshot: Snapshot) -> Iterator[None]:
     """Turn any exception of the block into a :class:`ModelLoadError`.
 
-    ``part`` is what is being loaded: ``file``, ``configuration``, ``tokenizer`` or ``model``.
+    ``part`` is what is being loaded: ``file``, ``configuration``, ``tokenizer`` or ``model``; or
+    ``engine``, which starts with files that are whole.
     """
     try:
         yield
@@ -48,16 +50,29 @@ def _explain(error: BaseException, part: str, settings: ModelSettings, snapshot:
         return (
             f"{name} needs code from its repository to run, which is refused: choose another model"
         )
-    if any(words in text for words in _UNSUPPORTED):
-        return (
-            f"{name} is of a kind that transformers cannot serve ({text[:150]}): choose another "
-            "model"
-        )
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         return (
             f"{name} does not fit in this machine's {settings.device} memory: choose a smaller "
             "model, or MODEL__DTYPE=bfloat16"
         )
+    if part in {"model", "engine"} and (method := quantization_method(snapshot)):
+        needs_gpu = settings.device == "cpu" and "GPU" in text
+        advice = (
+            "set MODEL__DEVICE=cuda where there is one" if needs_gpu else "install what it needs"
+        )
+        return (
+            f"{name} is quantized with {method}, which cannot run here ({text[:200]}): {advice}, "
+            "or choose a repository with its unquantized weights or a GGUF file of it"
+        )
+    if any(words in text for words in _UNSUPPORTED):
+        return (
+            f"{name} is of a kind that transformers cannot serve ({text[:150]}): choose another "
+            "model"
+        )
+    if isinstance(error, ImportError):
+        return f"{name} needs a package ({text[:200]}): install it, or choose another model"
+    if part == "engine":
+        return f"{name} is whole, but cannot be loaded ({text[:200]}): choose another model"
     if snapshot.gguf:
         return (
             f"{snapshot.directory / snapshot.gguf} cannot be loaded ({text[:200]}): if it is "
@@ -65,16 +80,25 @@ def _explain(error: BaseException, part: str, settings: ModelSettings, snapshot:
         )
     needs = "config.json and safetensors files that belong together are needed"
     if part == "tokenizer":
-        needs = "a whole tokenizer.json is needed"
+        needs = "a whole tokenizer.json is needed; download it again"
         if (snapshot.directory / "tokenizer.model").is_file():
-            needs += (
-                ", which save_pretrained of transformers makes of tokenizer.model where "
+            needs = (
+                "a whole tokenizer.json is needed, which save_pretrained of transformers makes of tokenizer.model where "
                 "sentencepiece is installed"
             )
     return (
-        f"the {part} in {snapshot.directory} cannot be loaded ({text[:200]}): {needs}; download it "
-        "again, or choose another model"
+        f"the {part} in {snapshot.directory} cannot be loaded ({text[:200]}): {needs}, or choose "
+        "another model"
     )
+
+
+def quantization_method(snapshot: Snapshot) -> str | None:
+    """The format of quantized safetensors, as config.json names it; else ``None``."""
+    if snapshot.weights:
+        return None
+    config = json.loads((snapshot.directory / "config.json").read_text(encoding="utf-8"))
+    found = config.get("quantization_config") or config.get("compression_config")
+    return str(found.get("quant_method", "an unnamed method")) if isinstance(found, dict) else None
 
 
 def one_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from app.core.config import ModelSettings
+from app.core.logging import get_logger
 from app.llm.models.description import (
     chat_template,
     context_length,
@@ -14,7 +15,7 @@ from app.llm.models.description import (
 )
 from app.llm.models.gguf_header import GgufHeader
 from app.llm.models.gguf_tokenizer import end_token_ids
-from app.llm.models.load_errors import explaining
+from app.llm.models.load_errors import explaining, quantization_method
 from app.llm.models.recommended_sampling import recommended_sampling
 from app.llm.models.snapshot import Progress, Snapshot
 from app.llm.protocol import REQUEST_FEATURES, SAMPLING_FIELDS, Backend, EngineInfo
@@ -23,6 +24,8 @@ from app.utils.errors import ModelLoadError
 if TYPE_CHECKING:
     import torch
     from transformers import Pipeline
+
+log = get_logger("engine")
 
 
 def load_transformers(
@@ -77,7 +80,7 @@ def load_transformers(
         special_tokens=special_tokens(tokenizer),
         sampling=recommended_sampling(snapshot, header, supported),
     )
-    with explaining("model", settings, snapshot):
+    with explaining("engine", settings, snapshot):
         return TransformersBackend(
             pipe, info, max_running=max_running, cuda_memory_share=settings.cuda_memory_share
         )
@@ -133,8 +136,6 @@ def load_pipeline(
             "config": config,
             # Otherwise each forward pass on a CPU would dequantize the weights again.
             "quantization_config": GgufConfig(dequantize=True),
-            # They are reported, and refused below.
-            "ignore_mismatched_sizes": True,
         }
         pipe = _from_pretrained(settings, snapshot, weights, header, file.check_tensors)
     pipe.model.generation_config.eos_token_id = sorted(end_token_ids(header)) or None
@@ -149,26 +150,61 @@ def _from_pretrained(
     check: Callable[[Any, dict[str, Any]], None] = lambda *_: None,
 ) -> "Pipeline":
     from transformers import AutoModelForCausalLM, pipeline
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     tokenizer = load_tokenizer(settings, snapshot, header)
     with explaining("model", settings, snapshot):
+        method = quantization_method(snapshot)
+        if method and method not in {*AUTO_QUANTIZER_MAPPING, "bitsandbytes"}:
+            # transformers would read the weights as if they were not quantized.
+            raise ValueError("transformers does not know this format")
         # The folder is local, see pretrained_source.
         model, report = AutoModelForCausalLM.from_pretrained(  # nosec B615
             snapshot.directory,
             dtype=weight_dtype(settings, snapshot),
             output_loading_info=True,
+            # For a line that names the tensor, see _check_weights.
+            ignore_mismatched_sizes=True,
             **weights,
             **pretrained_source(snapshot),
         )
-        check(model, report)
         # Without sdpa only models with capped scores are supported, by paged_attention.py.
         capped = getattr(model.config, "attn_logit_softcapping", None)
         if not (model.is_backend_compatible() and (model._supports_sdpa or capped)):
             raise ValueError("its attention does not support a paged cache")
-        if missing := sorted(report["missing_keys"]):
-            # transformers would fill them with random numbers.
-            raise ValueError(f"{len(missing)} of its tensors are missing, {missing[0]} for one")
+        _check_weights(settings.label, model, report)
+        check(model, report)
         return pipeline("text-generation", model=model, tokenizer=tokenizer, device=settings.device)
+
+
+def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
+    """Refuse weights that transformers would replace by random numbers, and values that are none.
+
+    Args:
+        name: The model's, for the log.
+        model: What was loaded.
+        report: What ``from_pretrained`` says of the tensors.
+
+    Raises:
+        ValueError: It names a tensor.
+    """
+    import torch
+
+    for tensor, found, wanted in sorted(report["mismatched_keys"]):
+        raise ValueError(
+            f"its tensor {tensor} is {[*found]}, and its configuration says {[*wanted]}"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{len(missing)} of its tensors are missing, {missing[0]} for one")
+    for tensor, weight in model.named_parameters():
+        # A sum is as fast as the memory, and has no value where one of the weights has none.
+        if weight.dtype.itemsize > 1 and not weight.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"its tensor {tensor} has infinite values, or NaN, in {weight.dtype}")
+    if unnamed := sorted(report["unexpected_keys"]):
+        log.warning(
+            "tensors of %s that its configuration does not name are ignored: %d, such as %s",
+            *(name, len(unnamed), unnamed[0]),
+        )
 
 
 def weight_dtype(settings: ModelSettings, snapshot: Snapshot) -> "torch.dtype | str":
