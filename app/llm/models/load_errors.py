@@ -83,8 +83,8 @@ def _explain(error: BaseException, part: str, settings: ModelSettings, snapshot:
         needs = "a whole tokenizer.json is needed; download it again"
         if (snapshot.directory / "tokenizer.model").is_file():
             needs = (
-                "a whole tokenizer.json is needed, which save_pretrained of transformers makes of tokenizer.model where "
-                "sentencepiece is installed"
+                "a whole tokenizer.json is needed, which save_pretrained of transformers makes of "
+                "tokenizer.model where sentencepiece is installed"
             )
     return (
         f"the {part} in {snapshot.directory} cannot be loaded ({text[:200]}): {needs}, or choose "
