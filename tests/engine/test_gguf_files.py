@@ -89,7 +89,7 @@ CASES = {
         "rope_factors_long.weight",
         keys={
             "llama.rope.scaling.original_context_length": 256,
-            "llama.rope.scaling.attn_factor": 1.5,
+            "llama.rope.scaling.attn_factor": 1.25,
         },
         tensors={"rope_factors_long.weight": LONG, "rope_factors_short.weight": SHORT},
         config={
@@ -97,7 +97,7 @@ CASES = {
                 "rope_type": "longrope",
                 "long_factor": LONG.tolist(),
                 "short_factor": SHORT.tolist(),
-                "attention_factor": 1.5,
+                "attention_factor": 1.25,
                 "original_max_position_embeddings": 256,
             }
         },

@@ -14,7 +14,7 @@ HEADS = 4
 KEY_VALUE_HEADS = 2
 CONTEXT_LENGTH = 512
 
-PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("a", "n"), ("o", "n"), ("Ġ", "a")]
 VOCABULARY = 3 + 256 + len(MERGES)
 """Special tokens, one token for each byte, merges."""
