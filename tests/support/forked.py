@@ -65,7 +65,7 @@ class ForkedProcess:
 
 def _run(command: Sequence[str], env: dict[str, str], log: Path) -> None:
     os.setsid()
-    with log.open("ab") as output, Path(os.devnull).open("rb") as nothing:
+    with log.open("wb") as output, Path(os.devnull).open("rb") as nothing:
         for number, file in enumerate((nothing, output, output)):
             os.dup2(file.fileno(), number)
     os.chdir(PROJECT_ROOT)

@@ -35,6 +35,8 @@ STOP_SECONDS = 30.0
 UVICORN = ("uvicorn", "app.main:app", "--port", "0")
 SERVE = ("app", "serve")
 
+AnyProcess = subprocess.Popen[bytes] | ForkedProcess
+
 _LISTENING = re.compile(r"Uvicorn running on (http://[\w.:]+)")
 
 
@@ -116,7 +118,7 @@ class Service:
     """
 
     base_url: str
-    process: subprocess.Popen[bytes] | ForkedProcess
+    process: AnyProcess
     log_path: Path
     log_is_read: threading.Event = dataclasses.field(default_factory=threading.Event)
 
@@ -281,20 +283,10 @@ def running_service(
     with tempfile.TemporaryDirectory() as folder:
         log_path = Path(folder) / "service.log"
         environment = isolated_environment({"APP__PORT": "0", **settings})
-        process: subprocess.Popen[bytes] | ForkedProcess
-        with log_path.open("wb") as log:
-            if interpreter == "new" or log_to == "pipe":
-                process = subprocess.Popen(
-                    [sys.executable, "-m", *command],
-                    cwd=PROJECT_ROOT,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE if log_to == "pipe" else log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            else:
-                process = ForkedProcess(command, environment, log_path)
+        if interpreter == "forked" and log_to == "file":
+            process: AnyProcess = ForkedProcess(command, environment, log_path)
+        else:
+            process = _new_interpreter(command, environment, log_path, log_to)
         service = Service("", process, log_path)
         service.log_is_read.set()
         if log_to == "pipe":
@@ -320,6 +312,21 @@ def running_service(
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             service.log_is_read.set()
+
+
+def _new_interpreter(
+    command: Sequence[str], env: Mapping[str, str], log_path: Path, log_to: str
+) -> subprocess.Popen[bytes]:
+    with log_path.open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=PROJECT_ROOT,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if log_to == "pipe" else log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def _read_log(service: Service) -> None:
