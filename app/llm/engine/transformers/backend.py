@@ -29,17 +29,16 @@ from app.llm.engine.transformers.paged_attention import plan_step
 from app.llm.engine.transformers.sampling import RequestSampler, choose
 from app.llm.engine.transformers.token_masks import GrammarCompiler
 from app.llm.models.description import cache_values_per_token, context_length, eos_token_ids
-from app.llm.protocol import EngineInfo, EngineStats, GenerationRequest, TokenEvent
+from app.llm.protocol import EngineInfo, EngineStats, FinishReason, GenerationRequest, TokenEvent
 
 log = get_logger("engine")
 
 
 @dataclass
 class _Running:
-    """A request in the batch, and how many tokens of its answer have been sent."""
+    """A request in the batch, and how much of its prompt was in the cache."""
 
     sampler: RequestSampler
-    sent: int = 0
     cached_tokens: int | None = None
 
 
@@ -90,14 +89,7 @@ class TransformersBackend:
 
     def add(self, request: GenerationRequest) -> None:
         """Add a request to the next step's batch; raises ``GrammarError`` if its grammar is bad."""
-        sampler = RequestSampler(
-            request.sampling,
-            request.prompt_token_ids,
-            wants_logprobs=request.logprobs,
-            top_logprobs_count=request.top_logprobs,
-            mask=None if request.grammar is None else self._grammars.compile(request.grammar),
-        )
-        self._running[request.id] = _Running(sampler)
+        self._running[request.id] = _Running(RequestSampler.of(request, self._grammars))
         self._manager.add_request(
             request.prompt_token_ids,
             request_id=request.id,
@@ -145,31 +137,21 @@ class TransformersBackend:
 
     def _event(self, output: GenerationOutput) -> TokenEvent:
         running = self._running[output.request_id]
-        new = output.generated_tokens[running.sent :]
-        cached = (running.cached_tokens or 0) if running.sent == 0 else 0
-        running.sent += len(new)
-        running.sampler.accept(new)
-        finish, error = None, output.error
+        new = output.generated_tokens[running.sampler.sent :]
+        finish: FinishReason | None = None
         if output.status == RequestStatus.FAILED:
             finish = "error"
         elif output.status == RequestStatus.FINISHED:
             finish = "stop" if new and new[-1] in self._eos else "length"
-        if running.sampler.mask is not None and running.sampler.mask.error:
-            finish, error = "error", running.sampler.mask.error
-        if finish is not None:
-            del self._running[output.request_id]
-        if finish == "error" and output.status != RequestStatus.FAILED:
-            self._manager.cancel_request(output.request_id)
-        sent = slice(running.sent - len(new), running.sent)
-        return TokenEvent(
-            request_id=output.request_id,
-            token_ids=new,
-            logprobs=running.sampler.logprobs[sent],
-            top_logprobs=running.sampler.top_logprobs[sent],
-            finish_reason=finish,  # type: ignore[arg-type]
-            error=error,
-            cached_tokens=cached,
+        cached = running.cached_tokens or 0
+        event = running.sampler.event(
+            output.request_id, new, finish, error=output.error, cached_tokens=cached
         )
+        if event.finish_reason is not None:
+            del self._running[output.request_id]
+        if event.finish_reason == "error" and output.status != RequestStatus.FAILED:
+            self._manager.cancel_request(output.request_id)
+        return event
 
     def has_work(self) -> bool:
         """Whether a request is unfinished, or a cancelled one still has cache pages."""

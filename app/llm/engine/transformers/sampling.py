@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from app.llm.engine.transformers.token_masks import TokenMask
-from app.llm.protocol import SamplingParams
+from app.llm.engine.transformers.token_masks import GrammarCompiler, TokenMask
+from app.llm.protocol import FinishReason, GenerationRequest, SamplingParams, TokenEvent
 
 # Filters try this many of the likeliest tokens first. Sorting a whole vocabulary of 50,000 takes
 # milliseconds a row, and filters nearly always keep fewer than a hundred tokens.
@@ -28,6 +28,7 @@ class RequestSampler:
     Attributes:
         prompt_token_ids: For the repetition penalty.
         generated: How often each token has been generated.
+        sent: How many tokens events have had.
         top_logprobs_count: How many of the likeliest tokens to record for each token.
         top_logprobs: For each generated token the likeliest tokens and their log-probabilities.
     """
@@ -35,6 +36,7 @@ class RequestSampler:
     params: SamplingParams
     prompt_token_ids: Sequence[int]
     generated: Counter[int] = field(default_factory=Counter)
+    sent: int = 0
     wants_logprobs: bool = False
     top_logprobs_count: int = 0
     mask: TokenMask | None = None
@@ -50,6 +52,41 @@ class RequestSampler:
         self.generated.update(token_ids)
         if self.mask is not None:
             self.mask.accept(token_ids)
+
+    @classmethod
+    def of(cls, request: GenerationRequest, grammars: GrammarCompiler) -> "RequestSampler":
+        """The sampler of a request; raises ``GrammarError`` if its grammar is bad."""
+        return cls(
+            request.sampling,
+            request.prompt_token_ids,
+            wants_logprobs=request.logprobs,
+            top_logprobs_count=request.top_logprobs,
+            mask=None if request.grammar is None else grammars.compile(request.grammar),
+        )
+
+    def event(
+        self,
+        request_id: str,
+        token_ids: list[int],
+        finish: FinishReason | None,
+        *,
+        error: str | None = None,
+        cached_tokens: int = 0,
+    ) -> TokenEvent:
+        """Accept generated tokens and report them; a grammar that fails ends the request."""
+        first, self.sent = self.sent, self.sent + len(token_ids)
+        self.accept(token_ids)
+        if self.mask is not None and self.mask.error:
+            finish, error = "error", self.mask.error
+        return TokenEvent(
+            request_id=request_id,
+            token_ids=token_ids,
+            logprobs=self.logprobs[first : self.sent],
+            top_logprobs=self.top_logprobs[first : self.sent],
+            finish_reason=finish,
+            error=error,
+            cached_tokens=0 if first else cached_tokens,
+        )
 
     def record(self, logprobs: Tensor, chosen: int) -> None:
         """Record the chosen token's log-probability and the likeliest of all, [vocabulary]."""
