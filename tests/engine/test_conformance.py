@@ -41,13 +41,13 @@ def _leaves_nothing(backend: Backend) -> Iterator[Backend]:
     assert backend.stats().running == 0
 
 
-@pytest.fixture(params=rows())
+@pytest.fixture(params=rows(with_plain=True))
 def backend(request: pytest.FixtureRequest, loaded: Loader) -> Iterator[Backend]:
     """Each backend in turn."""
     yield from _leaves_nothing(loaded(request.param))
 
 
-@pytest.fixture(params=rows(with_echo=False))
+@pytest.fixture(params=rows(with_echo=False, with_plain=True))
 def model(request: pytest.FixtureRequest, loaded: Loader) -> Iterator[Backend]:
     """Each backend that runs a model."""
     yield from _leaves_nothing(loaded(request.param))

@@ -1,5 +1,7 @@
 """The backends of the conformance tests; a new backend is a row in :data:`BACKENDS`."""
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from app.llm.loader import load_backend
 from app.llm.protocol import Backend, GenerationRequest, SamplingParams, TokenEvent
 from app.utils.errors import ModelLoadError
 from tests.support.tiny_gguf import make_tiny_gguf
+from tests.support.tiny_model import CONFIG, CONTEXT_LENGTH, HEADS, HIDDEN
 
 MAX_RUNNING = 32
 GREEDY = SamplingParams(temperature=0)
@@ -33,6 +36,22 @@ def _transformers(tiny: Path) -> ModelSettings:
     return ModelSettings(source="local", name=str(tiny), engine="transformers", dtype="float32")
 
 
+def _plain(tiny: Path) -> ModelSettings:
+    """The same model, with a kind of rotary embedding that the paged cache cannot serve."""
+    path = tiny.parent / "plain"
+    if not path.exists():
+        shutil.copytree(tiny, path)
+        ones = [1.0] * (HIDDEN // HEADS // 2)
+        rope: dict[str, object] = {
+            "rope_type": "longrope",
+            "short_factor": ones,
+            "long_factor": ones,
+        }
+        rope |= {"original_max_position_embeddings": CONTEXT_LENGTH - 1, "attention_factor": 1.0}
+        change_config(path, rope_parameters=rope | {"rope_theta": CONFIG["rope_theta"]})
+    return _transformers(path)
+
+
 def _cuda(tiny: Path) -> ModelSettings:
     return _transformers(tiny).model_copy(update={"device": "cuda"})
 
@@ -41,17 +60,24 @@ BACKENDS: dict[str, Callable[[Path], ModelSettings]] = {
     "echo": _echo,
     "openvino": _openvino,
     "transformers": _transformers,
+    "transformers-plain": _plain,
     "transformers-cuda": _cuda,
 }
 """Functions from the tiny model's safetensors folder to settings that load it in float32."""
 
 
-def rows(*, with_echo: bool = True) -> list[Any]:
+def change_config(model: Path, **changes: Any) -> None:
+    """Change members of a model's config.json."""
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rows(*, with_echo: bool = True, with_plain: bool = False) -> list[Any]:
     """The names of :data:`BACKENDS` as test parameters; those for a GPU have its mark."""
     return [
         pytest.param(name, marks=pytest.mark.gpu) if name.endswith("-cuda") else name
         for name in BACKENDS
-        if with_echo or name != "echo"
+        if (with_echo or name != "echo") and (with_plain or not name.endswith("-plain"))
     ]
 
 

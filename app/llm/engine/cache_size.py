@@ -1,5 +1,6 @@
 """Sizes of an engine on a CPU: prompt tokens per step, and the KV cache."""
 
+from collections.abc import Callable
 from typing import Final
 
 from app.core.machine import available_memory
@@ -30,12 +31,39 @@ def cache_tokens(*, context_length: int, max_running: int, bytes_per_token: floa
     Raises:
         ModelLoadError: Memory has no room for a small part of one context.
     """
-    memory = available_memory()
-    if context_length * bytes_per_token > memory * _MOST_OVER:
-        raise ModelLoadError(
-            f"a context of {context_length} tokens takes {context_length * bytes_per_token:.1e} "
-            f"bytes, and {memory:.1e} are free: choose a model with a shorter context"
-        )
+    memory = _memory_for(context_length, context_length * bytes_per_token)
     affordable = int(memory * _SHARE / bytes_per_token)
     wanted = max_running * min(context_length, TOKENS_PER_REQUEST)
     return max(context_length, min(wanted, affordable))
+
+
+def cache_bytes(
+    size: Callable[[int], float], *, context_length: int, max_running: int, memory: float | None
+) -> float:
+    """Size of separate caches together in bytes, at least that of one whole context.
+
+    Args:
+        size: Bytes of a cache of so many tokens.
+        context_length: Most tokens of one request.
+        max_running: Most requests at once.
+        memory: Bytes for the caches; ``None`` is a share of what is free on a CPU.
+
+    Raises:
+        ModelLoadError: As :func:`cache_tokens`, on a CPU.
+    """
+    whole = size(context_length)
+    if memory is None:
+        memory = _memory_for(context_length, whole) * _SHARE
+    wanted = max_running * size(min(context_length, TOKENS_PER_REQUEST))
+    return max(whole, min(wanted, memory))
+
+
+def _memory_for(context_length: int, size: float) -> int:
+    """Free memory in bytes, where it has room for a part of a context."""
+    memory = available_memory()
+    if size > memory * _MOST_OVER:
+        raise ModelLoadError(
+            f"a context of {context_length} tokens takes {size:.1e} bytes, and {memory:.1e} are "
+            "free: choose a model with a shorter context"
+        )
+    return memory

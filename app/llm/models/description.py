@@ -235,7 +235,8 @@ def eos_token_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
 def context_length(config: Any) -> int:
     """Maximum number of tokens in prompt and answer together; 2048 if ``config`` names none."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else 2048
+    # XLNet's is -1.
+    return int(length) if length and length > 0 else 2048
 
 
 def cache_values_per_token(config: Any) -> int:

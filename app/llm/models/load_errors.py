@@ -50,7 +50,7 @@ def _explain(error: BaseException, part: str, settings: ModelSettings, snapshot:
         return (
             f"{name} needs code from its repository to run, which is refused: choose another model"
         )
-    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+    if is_out_of_memory(error):
         return (
             f"{name} does not fit in this machine's {settings.device} memory: choose a smaller "
             "model, or MODEL__DTYPE=bfloat16"
@@ -99,6 +99,12 @@ def quantization_method(snapshot: Snapshot) -> str | None:
     config = json.loads((snapshot.directory / "config.json").read_text(encoding="utf-8"))
     found = config.get("quantization_config") or config.get("compression_config")
     return str(found.get("quant_method", "an unnamed method")) if isinstance(found, dict) else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory for what failed."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
 
 def one_line(error: BaseException) -> str:

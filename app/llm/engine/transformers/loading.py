@@ -1,7 +1,10 @@
 """Loading a model with transformers: its pipeline, and the backend that batches it."""
 
+import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from msgspec import structs
 
 from app.core.config import ModelSettings
 from app.core.logging import get_logger
@@ -15,7 +18,12 @@ from app.llm.models.description import (
 )
 from app.llm.models.gguf_header import GgufHeader
 from app.llm.models.gguf_tokenizer import end_token_ids
-from app.llm.models.load_errors import explaining, quantization_method
+from app.llm.models.load_errors import (
+    explaining,
+    is_out_of_memory,
+    one_line,
+    quantization_method,
+)
 from app.llm.models.recommended_sampling import recommended_sampling
 from app.llm.models.snapshot import Progress, Snapshot
 from app.llm.protocol import REQUEST_FEATURES, SAMPLING_FIELDS, Backend, EngineInfo
@@ -23,7 +31,7 @@ from app.utils.errors import ModelLoadError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Pipeline
+    from transformers import Pipeline, PreTrainedModel
 
 log = get_logger("engine")
 
@@ -55,7 +63,6 @@ def load_transformers(
     import torch
 
     from app.llm.engine.transformers import cpu_linear
-    from app.llm.engine.transformers.backend import TransformersBackend
 
     model, tokenizer = pipe.model, pipe.tokenizer
     on_cuda = settings.device == "cuda"
@@ -81,9 +88,65 @@ def load_transformers(
         sampling=recommended_sampling(snapshot, header, supported),
     )
     with explaining("engine", settings, snapshot):
-        return TransformersBackend(
-            pipe, info, max_running=max_running, cuda_memory_share=settings.cuda_memory_share
-        )
+        return _start(pipe, info, snapshot, max_running, settings.cuda_memory_share)
+
+
+def _start(
+    pipe: "Pipeline", info: EngineInfo, snapshot: Snapshot, max_running: int, memory_share: float
+) -> Backend:
+    """Start the paged backend where it is right, else the plain one.
+
+    Raises:
+        Exception: Neither is.
+    """
+    import torch
+
+    from app.llm.engine.transformers.attention_choice import attention_of
+    from app.llm.engine.transformers.backend import TransformersBackend
+    from app.llm.engine.transformers.plain import PlainBackend
+    from app.llm.engine.transformers.start_check import StartCheck
+
+    model, usual = pipe.model, attention_of(pipe.model)
+    limits: dict[str, Any] = {"max_running": max_running, "cuda_memory_share": memory_share}
+    check = StartCheck(model, info, snapshot)
+    if (reason := _why_not_paged(model, info.context_length)) is None:
+        check.prepare("paged")
+        paged: Backend | None = None
+        try:
+            paged = TransformersBackend(pipe, info, **limits)
+            if check.passes("paged", paged):
+                return paged
+            reason = "the paged cache gives other tokens than model.generate"
+        except Exception as error:
+            if isinstance(error, ModelLoadError) or is_out_of_memory(error):
+                raise
+            reason = "the paged cache cannot run it"
+            log.warning("%s: %s", reason, one_line(error)[:200])
+        # Its cache has taken its share of the memory.
+        del paged
+        gc.collect()
+        torch.cuda.empty_cache()
+        model.set_attn_implementation(usual)
+        log.warning("%s: each request gets a cache of its own, which is slower", reason)
+    check.prepare("plain")
+    reason = f"{info.backend_reason}; each request has a cache of its own, since {reason}"
+    plain = PlainBackend(pipe, structs.replace(info, backend_reason=reason), **limits)
+    with plain.reading_short_pieces():
+        if not check.passes("plain", plain):
+            raise ValueError(
+                "its tokens differ from model.generate; step by step it is not supported"
+            )
+    return plain
+
+
+def _why_not_paged(model: "PreTrainedModel", context: int) -> str | None:
+    from app.llm.engine.transformers.caching_model import fixed_rope_limit
+
+    if not model.is_backend_compatible():
+        return "its attention does not support a paged cache"
+    if fixed_rope_limit(model.config) < context:
+        return "its rotary embedding depends on the longest text of a batch"
+    return None
 
 
 def check_device(settings: ModelSettings) -> None:
@@ -168,10 +231,8 @@ def _from_pretrained(
             **weights,
             **pretrained_source(snapshot),
         )
-        # Without sdpa only models with capped scores are supported, by paged_attention.py.
-        capped = getattr(model.config, "attn_logit_softcapping", None)
-        if not (model.is_backend_compatible() and (model._supports_sdpa or capped)):
-            raise ValueError("its attention does not support a paged cache")
+        if getattr(model.config.get_text_config(), "num_hidden_layers", None) == 0:
+            raise ValueError("it has no layers")
         _check_weights(settings.label, model, report)
         check(model, report)
         return pipeline("text-generation", model=model, tokenizer=tokenizer, device=settings.device)

@@ -1,0 +1,123 @@
+"""A model that makes its own cache, as every model of transformers does in ``generate``."""
+
+import math
+from inspect import signature
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+Cache = dict[str, Any]
+"""Keyword arguments of the forward pass that hold what it has read; empty before the first pass."""
+
+# The names under which models return their caches, and under which they take them again.
+_NAMES: Final = {
+    "past_key_values": "past_key_values",
+    "cache_params": "cache_params",
+    "state": "state",
+    "mems": "past_key_values",
+    "past_buckets_states": "past_key_values",
+}
+# Lengths of two texts, from which the size of a cache is computed.
+_PROBES: Final = (8, 16)
+
+
+class CachingModel:
+    """Runs a model step by step, and knows what can be done with its cache.
+
+    Attributes:
+        rope_limit: Length up to which the rotary embedding does not depend on the whole text.
+        has_rows: Whether several texts of one length can share a cache, and leave it.
+        takes_pieces: Whether several tokens can be read into a cache that is not empty. Recurrent
+            layers, for example, cannot.
+        can_crop: Whether the last tokens can be removed from the cache.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        takes = signature(model.forward).parameters
+        # Without the argument a model computes the logits of every token.
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._takes_positions = "position_ids" in takes
+        self.rope_limit = fixed_rope_limit(model.config)
+        short, long = (self._probe(length) for length in _PROBES)
+        sizes = [sum(t.nbytes for t in _tensors(cache, set())) for cache in (short, long)]
+        self._token_bytes = (sizes[1] - sizes[0]) / (_PROBES[1] - _PROBES[0])
+        self._fixed_bytes = max(0.0, sizes[0] - self._token_bytes * _PROBES[0])
+        caches = list(long.values())
+        self.has_rows = bool(caches) and all(type(cache) is DynamicCache for cache in caches)
+        kinds = {type(layer) for c in caches for layer in c.layers} if self.has_rows else {None}
+        self.takes_pieces = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+        self.can_crop = kinds <= {DynamicLayer}
+
+    def _probe(self, length: int) -> Cache:
+        ids = torch.zeros((1, length), dtype=torch.long, device=self._model.device)
+        with torch.inference_mode():
+            return self.forward(ids, length, {})[1]
+
+    def size(self, length: int) -> float:
+        """Bytes that the cache takes for one text of so many tokens."""
+        return self._fixed_bytes + self._token_bytes * length
+
+    def forward(self, ids: Tensor, count: int, cache: Cache) -> tuple[Tensor, Cache]:
+        """Read the last tokens of texts of one length.
+
+        Args:
+            ids: The whole texts, int64 [texts, tokens].
+            count: How many tokens are not in the cache; all where it is empty.
+            cache: Of the tokens before.
+
+        Returns:
+            Logits after the last token, float32 [texts, vocabulary], and the cache for the next
+            call. It stays empty where the model has none.
+        """
+        arguments = cache | self._options
+        if self._takes_positions:
+            arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        inputs = self._model.prepare_inputs_for_generation(
+            ids,
+            next_sequence_length=count if cache else None,
+            attention_mask=torch.ones_like(ids),
+            use_cache=True,
+            is_first_iteration=not cache,
+            **arguments,
+        )
+        output = self._model(**inputs, return_dict=True)
+        returned = {
+            argument: output[name]
+            for name, argument in _NAMES.items()
+            if output.get(name) is not None
+        }
+        return output.logits[:, -1].float(), returned
+
+
+def fixed_rope_limit(config: Any) -> float:
+    """Length up to which the rotary embedding does not depend on the longest text of a batch.
+
+    The kind ``longrope`` depends on it. So does ``dynamic``, but only beyond the context length.
+    """
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    # There is one set of parameters, or one for each kind of layer.
+    sets = [entry for entry in (parameters, *parameters.values()) if isinstance(entry, dict)]
+    limits = [
+        s["original_max_position_embeddings"] for s in sets if s.get("rope_type") == "longrope"
+    ]
+    return min(limits, default=math.inf)
+
+
+def _tensors(value: Any, seen: set[int]) -> list[Tensor]:
+    """The different tensors in an object, in its attributes, lists and dictionaries."""
+    if id(value) in seen:
+        return []
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        parts = list(value.values())
+    elif isinstance(value, list | tuple):
+        parts = list(value)
+    else:
+        parts = list(getattr(value, "__dict__", {}).values())
+    return [tensor for part in parts for tensor in _tensors(part, seen)]

@@ -1,0 +1,197 @@
+"""The check at the start: a backend's greedy tokens are those of the library's ``generate``.
+
+A model that has passed is not checked again with the same files, versions and precision. The record
+is an empty file beside the hub's cache.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from huggingface_hub import constants
+from torch import Tensor
+from transformers import GenerationConfig
+
+from app.llm.engine.transformers.attention_choice import attention_of
+from app.llm.engine.transformers.caching_model import fixed_rope_limit
+from app.llm.models.snapshot import Snapshot
+from app.llm.protocol import Backend, EngineInfo, GenerationRequest, SamplingParams, TokenEvent
+
+# Two prompts of one length, and one that is longer than a page of the cache.
+_LENGTHS: Final = (9, 9, 40)
+# One of the first two ends before the other.
+_ANSWERS: Final = (3, 2, 3)
+# Largest difference of log-probabilities in float32, and in 16 bits, where kernels round apart.
+_TOLERANCE: Final = 2e-3
+_TOLERANCE_16: Final = 0.3
+# The mean of all differences is smaller than the largest one that is looked at.
+_CAUSAL: Final = 20
+# As much of each file tells it from others of its size.
+_HEAD: Final = 1 << 16
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A prompt, the greedy tokens after it, and the log-probabilities [tokens, vocabulary]."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: Tensor
+
+
+class StartCheck:
+    """Compares backends with the library's own generation.
+
+    Args:
+        model: With the attention function that it was loaded with.
+        info: What is served.
+        snapshot: The model's files.
+    """
+
+    def __init__(self, model: Any, info: EngineInfo, snapshot: Snapshot) -> None:
+        self._model = model
+        self._vocabulary = info.vocabulary_size
+        # Beyond its limit a rotary embedding changes for the tokens before, too.
+        limit = min(info.context_length, fixed_rope_limit(model.config))
+        self._longest = int(limit) - max(_ANSWERS)
+        self._tolerance = _TOLERANCE if model.dtype == torch.float32 else _TOLERANCE_16
+        self._known_as = _fingerprint(model, info, snapshot)
+        self._answers: list[_Answer] = []
+
+    def prepare(self, path: str) -> None:
+        """Generate the answers that a backend is compared with, before it changes the model.
+
+        Raises:
+            ValueError: The model is not causal: its tokens see later ones.
+        """
+        if self._answers or self._has_passed(path):
+            return
+        with torch.inference_mode():
+            prompts = [self._prompt(i, length) for i, length in enumerate(_LENGTHS)]
+            self._check_causal(prompts[-1])
+            self._answers = [self._generate(prompt) for prompt in prompts]
+
+    def passes(self, path: str, backend: Backend) -> bool:
+        """Whether a backend's answers are those of ``generate``, alone and together."""
+        if not self._answers:
+            return True
+        numbers = range(len(self._answers))
+        for together in (*([i] for i in numbers), numbers):
+            given = self._run(backend, together)
+            if not all(self._agree(self._answers[i], given[i]) for i in together):
+                return False
+        record = self._record(path)
+        with contextlib.suppress(OSError):
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.touch()
+        return True
+
+    def _has_passed(self, path: str) -> bool:
+        with contextlib.suppress(OSError):
+            return self._record(path).exists()
+        return False
+
+    def _record(self, path: str) -> Path:
+        return Path(constants.HF_HOME) / "checked-models" / f"{self._known_as}-{path}"
+
+    def _prompt(self, number: int, length: int) -> list[int]:
+        # The first and last tokens of a vocabulary are often special ones, for images for example.
+        first = self._vocabulary // 4
+        length = max(1, min(length, self._longest))
+        return [first + (7919 * i + 104729 * number) % max(1, first) for i in range(length)]
+
+    def _check_causal(self, prompt: list[int]) -> None:
+        # Lengths are equal, so a causal model rounds alike and the difference is exactly 0, except
+        # where a mixture of experts groups the tokens otherwise.
+        first, second = (
+            self._model(**self._inputs([*prompt[:-1], last]), return_dict=True).logits[0, :-1]
+            for last in (prompt[-1], prompt[0])
+        )
+        change = (first.float().log_softmax(-1) - second.float().log_softmax(-1)).abs().mean()
+        if len(prompt) > 1 and not change <= self._tolerance / _CAUSAL:
+            raise ValueError("its tokens see later ones, which text generation does not support")
+
+    def _inputs(self, ids: list[int]) -> dict[str, Tensor]:
+        row = torch.tensor([ids], device=self._model.device)
+        return {"input_ids": row, "attention_mask": torch.ones_like(row)}
+
+    def _generate(self, prompt: list[int]) -> _Answer:
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max(_ANSWERS),
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        # Otherwise the model's own settings, penalties for example, would be added.
+        own, self._model.generation_config = self._model.generation_config, GenerationConfig()
+        try:
+            output = self._model.generate(**self._inputs(prompt), generation_config=greedy)
+        finally:
+            self._model.generation_config = own
+        logprobs = torch.cat(output.logits).float().log_softmax(-1)
+        return _Answer(prompt, output.sequences[0, len(prompt) :].tolist(), logprobs)
+
+    def _run(self, backend: Backend, numbers: Sequence[int]) -> dict[int, list[TokenEvent]]:
+        given: dict[str, list[TokenEvent]] = {f"check-{i}": [] for i in numbers}
+        for i in numbers:
+            backend.add(
+                GenerationRequest(
+                    id=f"check-{i}",
+                    prompt_token_ids=self._answers[i].prompt,
+                    max_tokens=_ANSWERS[i],
+                    sampling=SamplingParams(temperature=0),
+                    logprobs=True,
+                )
+            )
+        while backend.has_work():
+            for event in backend.step():
+                given[event.request_id].append(event)
+        return {i: given[f"check-{i}"] for i in numbers}
+
+    def _agree(self, expected: _Answer, given: list[TokenEvent]) -> bool:
+        """Whether an answer is the expected one, as far as rounding lets one say."""
+        tokens = [token for event in given for token in event.token_ids]
+        values = [value for event in given for value in event.logprobs]
+        if not tokens or given[-1].finish_reason == "error":
+            return False
+        for row, best, token, value in zip(
+            expected.logprobs, expected.tokens, tokens, values, strict=False
+        ):
+            if token != best:
+                # Two tokens are about as likely: the answers part, and the rest says nothing.
+                return self._near(row, token, row.max())
+            if not self._near(row, token, value):
+                return False
+        return True
+
+    def _near(self, row: Tensor, token: int, value: float | Tensor) -> bool:
+        # False for values that are no numbers.
+        return bool(abs(row[token] - value) <= self._tolerance)
+
+
+def _fingerprint(model: Any, info: EngineInfo, snapshot: Snapshot) -> str:
+    """Names the model's files, the code that runs it, and how it computes."""
+    digest = hashlib.sha256()
+    versions = (
+        torch.__version__,
+        transformers.__version__,
+        torch.backends.cpu.get_cpu_capability(),
+    )
+    digest.update(repr((versions, info.device, info.dtype, attention_of(model))).encode())
+    digest.update(repr((snapshot.revision, snapshot.weights)).encode())
+    folder = snapshot.directory
+    files = (
+        [folder / snapshot.weights]
+        if snapshot.weights
+        else [*folder.glob("*.json"), *folder.glob("*.safetensors")]
+    )
+    for path in sorted([*Path(__file__).parent.glob("*.py"), *files]):
+        with path.open("rb") as file:
+            digest.update(repr((path.name, path.stat().st_size)).encode() + file.read(_HEAD))
+    return digest.hexdigest()
