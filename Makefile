@@ -122,6 +122,10 @@ exactness: model ## Rounding of packed, 8-bit and batched layers, and costs of g
 schemas: model ## Ask the bundled model for JSON of 200 random schemas, on both engines
 	SCHEMAS=200 $(RUN) pytest tests/engine/test_random_schemas.py -rP --timeout 3600
 
+.PHONY: models
+models: install ## Try tiny models of every architecture, write docs/models.md (ARGS="llama gpt2" for some)
+	$(RUN) python -m tests.zoo $(ARGS)
+
 .PHONY: format
 format: install ## Format the code and sort the imports
 	$(RUN) ruff check --select I --fix-only .

@@ -34,7 +34,7 @@ from tests.zoo import check, tiny
 
 PAGE: Final = PROJECT_ROOT / "docs" / "models.md"
 MAX_RUNNING: Final = 8
-TIMEOUT: Final = 300
+TIMEOUT: Final = 600
 """Seconds that one architecture may take."""
 
 FORK: Final = multiprocessing.get_context("fork")
@@ -146,7 +146,7 @@ def main() -> int:
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        kinds = options.kinds or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+        kinds = options.kinds or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *tiny.VARIANTS]
         for row in run(kinds, options.engine, Path(folder)):
             sys.stdout.write(f"{row.kind}: {row.outcome}. {row.reason}\n")
             sys.stdout.flush()

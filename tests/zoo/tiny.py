@@ -46,9 +46,26 @@ _SIZES: Final = [
     (r"eos_token_id|forced_eos_token_id", 2),
     (r".*_token_id|.*_token_index", 3),
 ]
+
+
+def _rope(kind: str, **more: Any) -> dict[str, Any]:
+    return {
+        "rope_type": kind,
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 128,
+        **more,
+    }
+
+
 # What the sizes above leave wrong: members of the configuration of this ``model_type``.
 _EXTRAS: Final[dict[str, dict[str, Any]]] = {
     "blt": {"encoder_hash_byte_group_vocab": 300},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+            for kind in ("full_attention", "sliding_attention")
+        }
+    },
     "dbrx": {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
@@ -63,14 +80,42 @@ _EXTRAS: Final[dict[str, dict[str, Any]]] = {
     "longcat_flash": {"zero_expert_num": 4},
     "mamba2": {"num_heads": 8},
     "minimax_m3_vl_text": {"index_block_size": 16, "index_topk_blocks": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+        "ngram_vocab_size_base": 300,
+        "split_ngram_parts": 1,
+    },
     "reformer": {
         "is_decoder": True,
         "axial_pos_shape": [16, 32],
         "axial_pos_embds_dim": [32, 32],
         "attn_layers": ["local", "lsh"],
     },
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zaya": {"num_experts_per_tok": 1},
 }
+VARIANTS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "bert-decoder": ("bert", {"is_decoder": True}),
+    "llama-dynamic": ("llama", {"rope_parameters": _rope("dynamic", factor=4.0)}),
+    "llama-llama3": (
+        "llama",
+        {"rope_parameters": _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)},
+    ),
+    "llama-yarn": ("llama", {"rope_parameters": _rope("yarn", factor=4.0)}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            "rope_parameters": _rope("longrope", short_factor=[1.0] * 8, long_factor=[4.0] * 8),
+            "original_max_position_embeddings": 128,
+        },
+    ),
+}
+"""Models that differ from their type's default in a way that a batch may get wrong."""
+
 # Members that are computed where they are not set, but not by every type.
 _IF_UNSET: Final = {"head_dim": 16, "num_key_value_heads": 2, "sliding_window": WINDOW}
 _LAYERS: Final = re.compile(
@@ -79,12 +124,13 @@ _LAYERS: Final = re.compile(
 
 
 def make(kind: str, folder: Path) -> None:
-    """Write a model of a type of ``AutoModelForCausalLM``; the same weights each time.
+    """Write a model of a type of ``AutoModelForCausalLM``, or a variant; the same each time.
 
     Raises:
         Exception: Whatever transformers raises for a type that this cannot build.
     """
-    config = tiny_config(CONFIG_MAPPING[kind])
+    name, changes = VARIANTS.get(kind, (kind, {}))
+    config = tiny_config(CONFIG_MAPPING[name], changes)
     config.dtype = "float32"
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -99,7 +145,7 @@ def make(kind: str, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def tiny_config(kind: Any) -> Any:
+def tiny_config(kind: Any, more: dict[str, Any] | None = None) -> Any:
     """A configuration with few and small layers, at least one of each kind that the type has."""
     default = kind()
     values = default.to_dict()
@@ -110,7 +156,7 @@ def tiny_config(kind: Any) -> Any:
     for name, value in values.items():
         size = next((n for pattern, n in _SIZES if re.fullmatch(pattern, name)), None)
         if name in lists:
-            changes[name] = [value[i] for i in chosen]
+            changes[name] = [size if size and type(value[i]) is int else value[i] for i in chosen]
         elif _LAYERS.fullmatch(name) and type(value) is int:
             changes[name] = len(chosen)
         elif size is not None and type(value) is int:
@@ -121,7 +167,7 @@ def tiny_config(kind: Any) -> Any:
         part = getattr(default, name, None)
         if part is not None:
             changes[name] = tiny_config(type(part)).to_dict()
-    return kind(**changes | _EXTRAS.get(kind.model_type, {}))
+    return kind(**changes | _EXTRAS.get(kind.model_type, {}) | (more or {}))
 
 
 def _one_of_each(layers: list[Any]) -> list[int]:
@@ -139,5 +185,5 @@ def _spread(model: Any) -> None:
             if weight.ndim == 1:
                 weight.add_(0.1 * torch.randn_like(weight))
             else:
-                scale = 1.0 if id(weight) in embeddings else 1.5 / weight.shape[-1] ** 0.5
+                scale = 0.05 if id(weight) in embeddings else 2.0 / weight.shape[-1] ** 0.5
                 weight.copy_(scale * torch.randn_like(weight))
