@@ -282,6 +282,7 @@ def running_service(
     """
     with tempfile.TemporaryDirectory() as folder:
         log_path = Path(folder) / "service.log"
+        log_path.touch()
         environment = isolated_environment({"APP__PORT": "0", **settings})
         if interpreter == "forked" and log_to == "file":
             process: AnyProcess = ForkedProcess(command, environment, log_path)
@@ -308,6 +309,8 @@ def running_service(
             error.add_note(f"--- the service's log ---\n{service.raw_log()[-4000:]}")
             raise
         finally:
+            # It may not have its process group yet.
+            process.kill()
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
