@@ -17,7 +17,7 @@ PROGRAM = """
 import json, os, sys
 from app.core.config import ModelSettings
 from app.llm import loader
-from app.llm.engine.openvino import writable
+from app.llm.engine.openvino import gguf_copy
 exec(sys.argv[2])
 said = []
 backend = loader.load_backend(
@@ -68,7 +68,7 @@ def test_memory_without_room_for_a_copy(tmp_path: Path) -> None:
     path = make_tiny_gguf(tmp_path / "models" / "tiny.gguf")
     place = tmp_path / "tmp"
     place.mkdir()
-    before = f"writable.available_memory = lambda: 0; os.environ['TMPDIR'] = {str(place)!r}"
+    before = f"gguf_copy.available_memory = lambda: 0; os.environ['TMPDIR'] = {str(place)!r}"
     backend, _, said = load_unwritable(path, before)
     assert backend == "openvino"
     assert f"OpenVINO loads a copy in {place} (" in said[-1]
@@ -79,14 +79,13 @@ def test_no_room_for_a_copy_at_all(tmp_path: Path) -> None:
     """Transformers runs the model, and the reason says what OpenVINO lacks."""
     path = make_tiny_gguf(tmp_path / "models" / "tiny.gguf")
     before = (
-        "writable.available_memory = lambda: 0; import shutil; from types import SimpleNamespace; "
+        "gguf_copy.available_memory = lambda: 0; import shutil; from types import SimpleNamespace; "
         "shutil.disk_usage = lambda _: SimpleNamespace(free=0)"
     )
     backend, reason, _ = load_unwritable(path, before)
     assert backend == "transformers"
     assert reason.startswith(
-        f"model.engine is auto, but OpenVINO cannot run {path}: it opens the file for writing, "
-        "which is not permitted, and "
+        f"model.engine is auto, but OpenVINO cannot run {path}: it cannot be written, and "
     )
 
 

@@ -34,6 +34,7 @@ def make_tiny_gguf(
     keys: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
     sentencepiece: bool = False,
+    packed: gguf.GGMLQuantizationType | None = None,
 ) -> Path:
     """Write the tiny model as one GGUF file.
 
@@ -44,6 +45,7 @@ def make_tiny_gguf(
         keys: More metadata: whole numbers, floats, texts or lists of them.
         tensors: More tensors, or others, by their names in the file.
         sentencepiece: The vocabulary has pieces with scores, and no merges.
+        packed: The type of the matrices, instead of floats.
 
     Returns:
         ``path``; its folder is created.
@@ -51,7 +53,8 @@ def make_tiny_gguf(
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
+    kind = f"MOSTLY_{packed.name}" if packed else "MOSTLY_F16" if half else "ALL_F32"
+    writer.add_file_type(gguf.LlamaFileType[kind])
     writer.add_context_length(tiny_model.CONTEXT_LENGTH)
     writer.add_embedding_length(tiny_model.HIDDEN)
     writer.add_block_count(tiny_model.LAYERS)
@@ -70,7 +73,11 @@ def make_tiny_gguf(
     for name, weight in (weights | dict(tensors or {})).items():
         # These weights are exact in 16 bits; vectors stay at 32, as in llama.cpp.
         narrow = half and weight.ndim > 1
-        writer.add_tensor(name, weight.astype(np.float16 if narrow else np.float32))
+        if packed is not None and weight.ndim > 1:
+            blocks = gguf.quants.quantize(weight, packed)
+            writer.add_tensor(name, blocks, raw_dtype=packed)
+        else:
+            writer.add_tensor(name, weight.astype(np.float16 if narrow else np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -33,18 +33,33 @@ class GgufArray:
 
 
 @dataclass(frozen=True)
+class GgufTensor:
+    """The data of a tensor: its type, its size in bytes, and its offset behind the header.
+
+    ``entry`` is the header's position of the type (4 bytes) and the offset (8 bytes).
+    """
+
+    kind: int
+    size: int
+    offset: int
+    entry: int
+
+
+@dataclass(frozen=True)
 class GgufHeader:
     """The header of a GGUF file.
 
     A tensor's shape has the slowest dimension first; ``end`` is the size of a whole file in bytes.
-    ``places`` has each tensor's type, as a number of ``GGMLQuantizationType``, and its position in
-    the file in bytes. ``tokenizer_digest`` is that of all that the file says of its tokenizer.
+    The tensors' data begin at ``data`` and at multiples of ``alignment`` behind it.
+    ``tokenizer_digest`` is that of all that the file says of its tokenizer.
     """
 
     metadata: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     end: int
-    places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    data: int = 0
+    alignment: int = _DEFAULT_ALIGNMENT
+    tensors: Mapping[str, GgufTensor] = field(default_factory=dict)
     tokenizer_digest: str = ""
 
 
@@ -93,26 +108,20 @@ class _Reader:
             if key.startswith("tokenizer."):
                 digest.update(self._data[begin : self._at])
         shapes: dict[str, tuple[int, ...]] = {}
-        places: dict[str, tuple[int, int]] = {}
-        end = 0
+        placed: dict[str, GgufTensor] = {}
         for _ in range(self._count(tensors)):
             name = self._string()
             rank = self._count(self._numbers("I")[0], _MAX_DIMENSIONS)
             dimensions = self._numbers(f"{rank}Q")
+            entry = self._at
             kind, offset = self._numbers("IQ")
             shapes[name] = tuple(reversed(dimensions))
-            places[name] = kind, offset
             block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-            end = max(end, offset + math.prod(dimensions) // block * size)
+            placed[name] = GgufTensor(kind, math.prod(dimensions) // block * size, offset, entry)
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         start = -(-self._at // alignment) * alignment
-        return GgufHeader(
-            metadata,
-            shapes,
-            start + end,
-            {name: (kind, start + offset) for name, (kind, offset) in places.items()},
-            digest.hexdigest(),
-        )
+        end = start + max((tensor.offset + tensor.size for tensor in placed.values()), default=0)
+        return GgufHeader(metadata, shapes, end, start, alignment, placed, digest.hexdigest())
 
     def _numbers(self, letters: str) -> tuple[Any, ...]:
         layout = struct.Struct(f"<{letters}")

@@ -13,7 +13,7 @@ from app.core.logging import get_logger
 from app.core.machine import compute_threads
 from app.llm.engine.cache_size import cache_tokens
 from app.llm.engine.openvino.gguf import why_not_read
-from app.llm.engine.openvino.writable import writable
+from app.llm.engine.openvino.gguf_copy import loadable
 from app.llm.models.description import (
     ModelShape,
     UnknownShapeError,
@@ -67,7 +67,7 @@ def load_openvino(
 
             shape = shape or reader.shape()
             blocks = _cache_blocks(settings, shape, max_running)
-            with _openable(snapshot, progress) as path:
+            with _openable(snapshot, header, progress) as path:
                 pipeline = start_pipeline(
                     path,
                     tokenizer=_vocabulary(header) if header else None,
@@ -109,19 +109,19 @@ def _gguf_shape(header: GgufHeader) -> ModelShape:
 
 
 @contextmanager
-def _openable(snapshot: Snapshot, progress: Progress) -> Iterator[str]:
+def _openable(snapshot: Snapshot, header: GgufHeader | None, progress: Progress) -> Iterator[str]:
     """The path of the model for OpenVINO, which writes nothing into a folder."""
-    if not snapshot.gguf:
+    if header is None:
         yield str(snapshot.directory)
         return
-    path = snapshot.directory / snapshot.gguf
+    path = snapshot.directory / str(snapshot.gguf)
     with ExitStack() as stack:
         if path.suffix != ".gguf":
             # The library knows the format by the name's ending, in lower case.
             link = Path(stack.enter_context(TemporaryDirectory()), "model.gguf")
             link.symlink_to(path.absolute())
             path = link
-        yield stack.enter_context(writable(path, progress))
+        yield stack.enter_context(loadable(path, header, progress))
 
 
 def _vocabulary(header: GgufHeader) -> Any:

@@ -89,10 +89,11 @@ class GgufModel:
         )
 
     def _tensor(self, name: str) -> SimpleNamespace:
-        number, place = self._header.places[name]
-        kind = gguf.GGMLQuantizationType(number)
+        tensor = self._header.tensors[name]
+        kind = gguf.GGMLQuantizationType(tensor.kind)
         shape = gguf.quant_shape_to_byte_shape(self._header.shapes[name], kind)
-        data = np.memmap(self._path, np.uint8, "r", place, shape)
+        begin = self._header.data + tensor.offset
+        data = np.memmap(self._path, np.uint8, "r", begin, shape)
         return SimpleNamespace(name=name, tensor_type=kind, data=data)
 
     def _key(self, name: str) -> str:
