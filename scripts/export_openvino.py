@@ -5,6 +5,7 @@ a separate environment under .tools/ (git-ignored; several GB, because it needs 
 """
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,13 @@ from app.core.config import PROJECT_ROOT
 TOOLS = PROJECT_ROOT / ".tools" / "optimum"
 # This package reports each use to Google Analytics; openvino and nncf work without it.
 UNWANTED = "openvino-telemetry"
-REQUIREMENTS = ("optimum-intel==2.2.0", "openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0")
+# With transformers 5, optimum-intel 2.2.0 cannot export Llama, Phi or Gemma 2.
+REQUIREMENTS = (
+    "optimum-intel==2.2.0",
+    "transformers==4.57.6",
+    "openvino==2026.4.1",
+    "openvino-tokenizers==2026.4.1.0",
+)
 WEIGHTS = ("int8", "int4")
 
 
@@ -56,6 +63,26 @@ def default_output(model: str, weights: str) -> Path:
     return PROJECT_ROOT / "models" / f"{Path(model).name}-{weights}-openvino"
 
 
+def find_fault(model: str, folder: Path) -> str | None:
+    """Why the exported model in ``folder`` cannot be served, or ``None``.
+
+    transformers 4 cannot read a tokenizer that transformers 5 saved, and the exporter then writes
+    none. The service can: files of a local ``model`` that are missing in ``folder`` are copied.
+    """
+    for pattern in ("*token*.json", "chat_template.*", "generation_config.json"):
+        for file in Path(model).glob(pattern):
+            if not (folder / file.name).exists():
+                shutil.copy(file, folder)
+    for name in ("openvino_model.xml", "openvino_model.bin", "config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            return f"the exporter wrote no {name}: see its messages above"
+    if json.loads((folder / "config.json").read_bytes()).get("attn_logit_softcapping"):
+        return (
+            "OpenVINO leaves out the soft cap of this model's attention: serve it with transformers"
+        )
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -73,8 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         program = make_tools()
         subprocess.run(export_command(program, asked.model, asked.weights, partial), check=True)
-        if not (partial / "openvino_model.xml").is_file():
-            print("the exporter wrote no model: see its messages above", file=sys.stderr)
+        if fault := find_fault(asked.model, partial):
+            print(fault, file=sys.stderr)
             return 1
         partial.rename(output)
     except subprocess.CalledProcessError as error:

@@ -1,5 +1,6 @@
 """make export-openvino: the commands it runs, and that a failed export leaves nothing behind."""
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ def exporter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
             raise subprocess.CalledProcessError(1, command)
         if "silent" not in command:
             (folder / "openvino_model.xml").write_text("<net>")
+        capped = 50.0 if "capped" in command else None
+        (folder / "config.json").write_text(json.dumps({"attn_logit_softcapping": capped}))
+        if command[4].startswith("owner/") or "capped" in command:
+            (folder / "tokenizer.json").write_text("{}")
 
     monkeypatch.setattr(export_openvino, "make_tools", lambda: tmp_path / "optimum-cli")
     monkeypatch.setattr("scripts.export_openvino.subprocess.run", run)
@@ -72,14 +77,43 @@ def test_a_model_is_exported(
     assert f"MODEL__SOURCE=local MODEL__NAME={output} make run" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("model", ["broken", "silent"])
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        ("broken", "optimum-cli failed: see its messages above"),
+        ("silent", "the exporter wrote no openvino_model.xml: see its messages above"),
+        ("mute", "the exporter wrote no tokenizer.json: see its messages above"),
+        ("capped", "OpenVINO leaves out the soft cap of this model's attention"),
+    ],
+)
 def test_a_failed_export_leaves_nothing(
-    exporter: list[list[str]], tmp_path: Path, model: str
+    exporter: list[list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    line: str,
 ) -> None:
-    """A failed export leaves no file, so half a model never looks like one."""
+    """A failed export says why and leaves no file, so half a model never looks like one."""
     (tmp_path / "here").mkdir()
     assert export_openvino.main([model, "--output", str(tmp_path / "here" / "out")]) == 1
+    assert capsys.readouterr().err.startswith(line)
     assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_tokenizer_of_transformers_5(exporter: list[list[str]], tmp_path: Path) -> None:
+    """Files of a local model that the exporter cannot read are copied, and no others."""
+    model, output = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
+        (model / name).write_text(name)
+    (model / "model.safetensors").write_text("weights")
+    assert export_openvino.main([str(model), "--output", str(output)]) == 0
+    assert {file.name for file in output.iterdir()} == {
+        "openvino_model.xml", "openvino_model.bin", "config.json",
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    }  # fmt: skip
+    assert (output / "tokenizer.json").read_text() == "tokenizer.json"
+    assert (output / "config.json").read_text() != "config.json"
 
 
 def test_a_model_is_not_overwritten(exporter: list[list[str]], tmp_path: Path) -> None:
