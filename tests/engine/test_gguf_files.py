@@ -218,11 +218,13 @@ def test_shapes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["openvino", "transformers"])
 def test_weights_that_are_no_numbers(tmp_path: Path, engine: str) -> None:
-    """A model that computes NaN is refused before it is ready."""
+    """The weights are refused, or what they compute, before the model is ready."""
     broken = np.full((128, 64), 0.1)
     broken[0, 0] = np.nan
     path = make_tiny_gguf(tmp_path / "tiny.gguf", tensors={"blk.1.ffn_up.weight": broken})
-    assert refusal(path, engine=engine).startswith(f"{path} computes NaN, which is no number: ")
+    line = refusal(path, engine=engine)
+    assert line.startswith(str(path))
+    assert "NaN" in line
 
 
 # --- End tokens -----------------------------------------------------------------------------------
