@@ -13,7 +13,6 @@ from app.core.logging import get_logger
 from app.core.machine import compute_threads
 from app.llm.engine.cache_size import cache_tokens
 from app.llm.engine.openvino.gguf import why_not_read
-from app.llm.engine.openvino.gguf_copy import loadable
 from app.llm.models.description import (
     ModelShape,
     UnknownShapeError,
@@ -114,6 +113,9 @@ def _openable(snapshot: Snapshot, header: GgufHeader | None, progress: Progress)
     if header is None:
         yield str(snapshot.directory)
         return
+    # It imports gguf, which only an engine that loads a model may have in memory.
+    from app.llm.engine.openvino.gguf_copy import loadable
+
     path = snapshot.directory / str(snapshot.gguf)
     with ExitStack() as stack:
         if path.suffix != ".gguf":
