@@ -1,12 +1,14 @@
 """``python -m app``: the same as ``llm-service``, see :mod:`app.cli`."""
 
+import os
 import signal
 import sys
 from types import FrameType
 
 
 def _exit(number: int, _frame: FrameType | None) -> None:
-    sys.exit(128 + number)
+    # An exception would be turned into another one where it comes while a class is made.
+    os._exit(128 + number)
 
 
 # Until uvicorn handles them. Python would print a traceback, and the first process of a container

@@ -10,7 +10,7 @@ from tests.support.service import API_KEY, running_service
 async def test_a_soaked_service_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """All kinds of requests get the expected answers and leak nothing."""
     monkeypatch.setattr("benchmarks.soak.STILL_SECONDS", 1.0)
-    with running_service(LOGGING__LEVEL="ERROR", **SETTINGS) as service:
+    with running_service(interpreter="new", LOGGING__LEVEL="ERROR", **SETTINGS) as service:
         target = Target(service.base_url, Route.CHAT, API_KEY)
         report = await soak(target, service.process.pid, seconds=2, warm_up=1, clients=8)
         assert report.problems() == []

@@ -14,8 +14,8 @@ Progress = Callable[[str], None]
 OPENVINO_MODEL = "openvino_model.xml"
 """The file that marks a folder in OpenVINO's own format; a .bin file beside it has the weights."""
 
-# The file or the index that transformers looks for.
-_SAFETENSORS = {"model.safetensors", "model.safetensors.index.json"}
+# The file or the index that transformers looks for, or an adapter's, which is refused by its base.
+_SAFETENSORS = {"model.safetensors", "model.safetensors.index.json", "adapter_config.json"}
 _GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 

@@ -4,6 +4,7 @@ Batching, the paged KV cache, prefix sharing and sampling are native code of the
 holds the interpreter lock until it returns, which is one reason for the engine process.
 """
 
+import itertools
 import random
 import sys
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from openvino_genai import GenerationConfig, GenerationFinishReason, GenerationS
 
 from app.llm.engine.cache_size import PROMPT_TOKENS_PER_STEP
 from app.llm.engine.openvino.grammars import GrammarCompiler
+from app.llm.engine.openvino.shared_blocks import SharedBlocks, Writer, exclude
 from app.llm.prefix_index import PrefixIndex
 from app.llm.protocol import (
     SAMPLING_FIELDS,
@@ -39,11 +41,16 @@ _FINISH_REASONS: dict[GenerationFinishReason, FinishReason] = {
 
 @dataclass
 class _Running:
-    """A request in the pipeline. The library ends a request when its handle is deleted."""
+    """A request, with a handle once the pipeline has it.
+
+    The library ends a request when its handle is deleted.
+    """
 
     request: GenerationRequest
-    handle: Any
-    cached_tokens: int
+    writer: Writer
+    config: GenerationConfig
+    handle: Any = None
+    cached_tokens: int = 0
     token_ids: list[int] = field(default_factory=list)
 
 
@@ -100,20 +107,38 @@ class OpenVinoBackend:
         self._pipeline = pipeline
         self._eos = eos_token_ids
         self._prefixes = PrefixIndex(cache_blocks)
+        self._blocks = SharedBlocks(cache_blocks)
         self._running: dict[str, _Running] = {}
+        self._held: dict[str, _Running] = {}
+        self._cancelled: list[_Running] = []
         self._grammars = GrammarCompiler(
             pipeline.get_tokenizer(), info.vocabulary_size, eos_token_ids
         )
         self._added = 0
 
     def add(self, request: GenerationRequest) -> None:
-        """Add a request to the next step's batch; raises what the library or a grammar rejects."""
+        """Add a request to a next step's batch; raises what the library or a grammar rejects."""
         config = self._config(request)
+        added = _Running(request, self._blocks.writer(request.prompt_token_ids), config)
+        if self._must_wait(added):
+            self._held[request.id] = added
+        else:
+            self._start(added)
+
+    def _must_wait(self, asked: _Running) -> bool:
+        earlier = itertools.takewhile(lambda held: held is not asked, self._held.values())
+        return any(
+            exclude(asked.writer, other.writer)
+            for other in itertools.chain(self._running.values(), self._cancelled, earlier)
+        )
+
+    def _start(self, running: _Running) -> None:
+        tokens = running.request.prompt_token_ids
         self._added += 1
-        prompt = openvino.Tensor(np.array([request.prompt_token_ids], dtype=np.int64))
-        cached = self._prefixes.find(request.prompt_token_ids)
-        handle = self._pipeline.add_request(self._added, prompt, config)
-        self._running[request.id] = _Running(request, handle, cached)
+        prompt = openvino.Tensor(np.array([tokens], dtype=np.int64))
+        running.cached_tokens = self._prefixes.find(tokens)
+        running.handle = self._pipeline.add_request(self._added, prompt, running.config)
+        self._running[running.request.id] = running
 
     def _config(self, request: GenerationRequest) -> GenerationConfig:
         sampling = request.sampling
@@ -143,14 +168,31 @@ class OpenVinoBackend:
 
     def cancel(self, request_id: str) -> None:
         """Free a request's slot and its cache blocks in the next step."""
+        self._held.pop(request_id, None)
         if running := self._running.pop(request_id, None):
             running.handle.cancel()
+            self._cancelled.append(running)
 
     def step(self) -> list[TokenEvent]:
         """Run one forward pass over all running requests and a chunk of the waiting prompts."""
+        rejected = self._start_held()
         self._pipeline.step()
+        self._cancelled.clear()
         events = [self._event(running) for running in list(self._running.values())]
-        return [event for event in events if event is not None]
+        return [*rejected, *(event for event in events if event is not None)]
+
+    def _start_held(self) -> list[TokenEvent]:
+        """Start the held requests that may run now; returns an event for each rejected."""
+        rejected = []
+        for name, held in list(self._held.items()):
+            if not self._must_wait(held):
+                del self._held[name]
+                try:
+                    self._start(held)
+                except RuntimeError as error:
+                    kind = type(error).__name__
+                    rejected.append(TokenEvent(request_id=name, finish_reason="error", error=kind))
+        return rejected
 
     def _event(self, running: _Running) -> TokenEvent | None:
         """The step's event for a request; ``None`` while its prompt is being read."""
@@ -171,10 +213,12 @@ class OpenVinoBackend:
         first = not running.token_ids
         running.token_ids += new
         request = running.request
+        running.writer.length = len(request.prompt_token_ids) + len(running.token_ids)
         if first:
             self._prefixes.add(request.prompt_token_ids)
         if finish is not None:
             del self._running[request.id]
+            self._blocks.ended(running.writer, running.token_ids)
             self._prefixes.add([*request.prompt_token_ids, *running.token_ids])
         return TokenEvent(
             request_id=request.id,
@@ -187,7 +231,7 @@ class OpenVinoBackend:
 
     def has_work(self) -> bool:
         """Whether a request is unfinished, or a cancelled one still has cache blocks."""
-        return bool(self._pipeline.has_non_finished_requests())
+        return bool(self._held) or bool(self._pipeline.has_non_finished_requests())
 
     def stats(self) -> EngineStats:
         """Figures of the moment."""

@@ -1,0 +1,80 @@
+"""Prompts that share a beginning, in one batch: none reads what another wrote."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from app.llm.protocol import Backend, TokenEvent
+from tests.support.backends import load, logprobs, request, rows, run, settings_of, tokens
+
+_BASE = [(7 * i) % 90 + 3 for i in range(80)]
+_LENGTHS = (5, 31, 33, 37, 63, 69)
+"""Lengths of prompts that are served first; the cache's blocks have 32 tokens."""
+
+
+def branches(length: int, count: int = 6) -> dict[str, list[int]]:
+    """Prompts that go on in another way each, of other lengths, behind the same beginning."""
+    return {
+        f"{length}:{i}": [*_BASE[:length], *((i * 11 + j) % 90 + 3 for j in range(1, 9 * i + 3))]
+        for i in range(count)
+    }
+
+
+@pytest.fixture(params=rows(with_echo=False))
+def fresh(request: pytest.FixtureRequest, tiny_model_dir: Path) -> Sequence[Backend]:
+    """Two backends that have served nothing."""
+    settings = settings_of(request.param, tiny_model_dir)
+    return [load(settings), load(settings)]
+
+
+def test_branches_of_a_served_prompt_get_the_answers_that_they_get_alone(
+    fresh: Sequence[Backend],
+) -> None:
+    """Together, and one after the other without the beginning, they get the same tokens."""
+    shared, alone = fresh
+    for length in _LENGTHS:
+        run(shared, request("served", _BASE[:length], max_tokens=1))
+        prompts = branches(length)
+        asked = {n: request(n, p, max_tokens=6, logprobs=True) for n, p in prompts.items()}
+        together = run(shared, *asked.values())
+        for name, one in asked.items():
+            events = run(alone, one)[name]
+            assert tokens(together[name]) == tokens(events), name
+            assert logprobs(together[name]) == pytest.approx(logprobs(events), abs=0.05), name
+
+
+def test_a_prompt_that_goes_on_from_a_running_one_gets_its_own_answer(
+    fresh: Sequence[Backend],
+) -> None:
+    """It joins while the other one writes into the block that both begin with."""
+    shared, alone = fresh
+    for length in _LENGTHS:
+        prompts = branches(length, 3)
+        running = request("running", _BASE[:length], max_tokens=12, logprobs=True)
+        events: dict[str, list[TokenEvent]] = {}
+        shared.add(running)
+        for _ in range(2):
+            for event in shared.step():
+                events.setdefault(event.request_id, []).append(event)
+        asked = {n: request(n, p, max_tokens=6, logprobs=True) for n, p in prompts.items()}
+        for one in asked.values():
+            shared.add(one)
+        while shared.has_work():
+            for event in shared.step():
+                events.setdefault(event.request_id, []).append(event)
+        for name, one in asked.items():
+            assert tokens(events[name]) == tokens(run(alone, one)[name]), name
+        assert tokens(events["running"]) == tokens(run(alone, running)["running"])
+
+
+def test_a_request_that_waits_for_another_can_be_cancelled(tiny_model_dir: Path) -> None:
+    """It never runs, and the one that it waited for goes on."""
+    backend = load(settings_of("openvino", tiny_model_dir))
+    run(backend, request("served", _BASE[:37], max_tokens=1))
+    first, second = branches(37, 2).items()
+    backend.add(request(*first, max_tokens=3))
+    backend.add(request(*second, max_tokens=3))
+    backend.cancel(second[0])
+    assert [e.request_id for _ in range(4) for e in backend.step()] == [first[0]] * 3
+    assert not backend.has_work()
