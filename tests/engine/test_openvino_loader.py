@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from app.core.config import ModelSettings
 from app.llm.engine.openvino.loading import keep_telemetry_out
@@ -18,6 +19,7 @@ from app.llm.models.gguf_header import GgufArray, GgufHeader, read_header
 from app.llm.models.snapshot import Snapshot
 from app.llm.models.tokenizer_process import TokenizerProcess
 from app.llm.protocol import Backend
+from scripts.export_openvino import LEAST_AGREEMENT, compare
 from tests.support.backends import load_bundled, load_local, refusal, request, run, tokens
 from tests.support.tiny_gguf import make_tiny_gguf
 
@@ -326,3 +328,17 @@ def test_the_bundled_model_is_run_by_openvino() -> None:
     assert (info.backend, info.dtype, info.context_length) == ("openvino", "q4_1", 8192)
     own, librarys = own_and_librarys_vocabulary(bundled.bundled_model_path())
     assert own == librarys
+
+
+def test_an_export_is_compared_with_the_original(
+    openvino_dir: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """The same weights give the same logits, and another model's are told apart."""
+    same, difference = compare(str(tiny_model_dir), openvino_dir)
+    assert same > 0.9
+    assert difference < 0.05
+    other = shutil.copytree(tiny_model_dir, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({**weights, name: -weights[name]}, other / "model.safetensors")
+    assert compare(str(other), openvino_dir)[0] < LEAST_AGREEMENT

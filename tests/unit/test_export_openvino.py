@@ -30,6 +30,10 @@ def exporter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
             (folder / "tokenizer.json").write_text("{}")
 
     monkeypatch.setattr(export_openvino, "make_tools", lambda: tmp_path / "optimum-cli")
+    agreement = {"owner/far": 0.7}
+    monkeypatch.setattr(
+        export_openvino, "compare", lambda model, _: (agreement.get(model, 0.97), 0.012)
+    )
     monkeypatch.setattr("scripts.export_openvino.subprocess.run", run)
     return commands
 
@@ -74,7 +78,9 @@ def test_a_model_is_exported(
         "export", "openvino", "--model", "owner/name",
         "--task", "text-generation-with-past", "--weight-format", "int4",
     ]  # fmt: skip
-    assert f"MODEL__SOURCE=local MODEL__NAME={output} make run" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "97% are those of transformers; their log-probabilities differ by 0.012" in said
+    assert f"MODEL__SOURCE=local MODEL__NAME={output} make run" in said
 
 
 @pytest.mark.parametrize(
@@ -84,6 +90,7 @@ def test_a_model_is_exported(
         ("silent", "the exporter wrote no openvino_model.xml: see its messages above"),
         ("mute", "the exporter wrote no tokenizer.json: see its messages above"),
         ("capped", "OpenVINO leaves out the soft cap of this model's attention"),
+        ("owner/far", "That is more than rounding: serve it with transformers"),
     ],
 )
 def test_a_failed_export_leaves_nothing(
