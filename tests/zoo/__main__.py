@@ -1,7 +1,7 @@
 """``make models``: every architecture of transformers, tiny and random, on each engine.
 
 Each is made, loaded as the service loads it, and asked prompts alone and together, past a window
-and up to the end of the context; its greedy tokens are compared with ``model.generate``. The table
+and up to the end of the context; its greedy tokens are compared with ``model.generate``. The list
 goes into docs/models.md. The exit status is 1 if an answer is wrong, or an engine crashes or hangs.
 """
 
@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,12 +28,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from app.core.config import PROJECT_ROOT, ModelSettings
 from app.llm.engine.transformers.backend import TransformersBackend
 from app.utils.errors import ModelLoadError
-from benchmarks.load.report import table
 from benchmarks.page import replace_section
 from tests.support import backends
 from tests.zoo import check, tiny
 
 PAGE: Final = PROJECT_ROOT / "docs" / "models.md"
+WIDTH: Final = 108
+"""Characters of a line of the page."""
+
 MAX_RUNNING: Final = 8
 TIMEOUT: Final = 600
 """Seconds that one architecture may take."""
@@ -61,6 +64,8 @@ def examine(kind: str, engine: str, folder: Path) -> Row:
     """Make an architecture's model, load it and compare its answers."""
     try:
         tiny.make(kind, folder)
+        reference = check.Reference(folder)
+        reference.answer(check.prompts(1)[-1])
     except Exception as error:  # noqa: BLE001 - transformers raises anything
         return Row("not built", _short(f"{type(error).__name__}: {error}"), kind)
     settings = ModelSettings(source="local", name=str(folder), engine=engine, dtype="float32")
@@ -68,7 +73,7 @@ def examine(kind: str, engine: str, folder: Path) -> Row:
         backend = backends.load(settings, max_running=MAX_RUNNING)
     except ModelLoadError as error:
         return Row("refused", _short(str(error).replace(str(folder), "it")), kind)
-    if found := check.faults(backend, check.Reference(folder)):
+    if found := check.faults(backend, reference):
         return Row("WRONG", "; ".join(found), kind)
     name = type(backend).__name__.removesuffix("Backend").lower()
     path = "paged" if isinstance(backend, TransformersBackend) else name
@@ -80,9 +85,11 @@ def _short(reason: str) -> str:
     line = " ".join(reason.split())
     # The engine was asked for, and what to do comes after the colon.
     line = re.sub(r"^model\.engine is \w+(, (and|but) |; |$)", "", line)
+    # That is what the plain path is.
+    line = line.removeprefix("each request has a cache of its own, since ")
     inner = re.search(r"\((.*)\)", line)
     line = re.sub(r"(Invalid layer type): .*", r"\1", inner[1] if inner else line)
-    return line[:60].replace("|", "/")
+    return textwrap.shorten(line, 70, placeholder=" …").replace("|", "/")
 
 
 def _child(kind: str, engine: str, folder: Path, answer: Connection) -> None:
@@ -122,25 +129,27 @@ def run(kinds: Iterable[str], engine: str, folder: Path) -> Iterator[Row]:
 
 _REASONS: Final = {
     "WRONG": "other tokens than `generate()`",
-    "not built": "no small one can be made",
+    "not built": "no small one that generates can be made",
 }
 """Reasons on the page where the true ones differ for each architecture."""
 
 
 def render(rows: Iterable[Row]) -> str:
-    """The table of the page: a line for each outcome and reason."""
+    """The list of the page: an entry for each outcome and reason."""
     groups: dict[tuple[str, str], list[str]] = {}
     for row in sorted(rows):
         reason = _REASONS.get(row.outcome, row.reason)
         groups.setdefault((row.outcome, reason), []).append(row.kind)
     order = ["paged", "plain", "openvino", "vllm", "refused", *_REASONS, "CRASHED"]
-    lines = [
-        [f"{outcome}: {len(kinds)}", ", ".join(kinds), reason]
-        for (outcome, reason), kinds in sorted(
-            groups.items(), key=lambda group: (order.index(group[0][0]), -len(group[1]))
-        )
-    ]
-    return table(["path", "architectures", "reason"], lines)
+    entries = []
+    for (outcome, reason), kinds in sorted(
+        groups.items(), key=lambda group: (order.index(group[0][0]), -len(group[1]))
+    ):
+        why = f" ({reason})" if reason else ""
+        names = ", ".join(sorted(kinds))
+        text = f"- **{outcome}, {len(kinds)}**{why}: {names}"
+        entries.append(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
+    return "\n".join(entries)
 
 
 def main() -> int:

@@ -59,6 +59,7 @@ def _rope(kind: str, **more: Any) -> dict[str, Any]:
 
 # What the sizes above leave wrong: members of the configuration of this ``model_type``.
 _EXTRAS: Final[dict[str, dict[str, Any]]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 300},
     "cohere_compass_text": {
         "rope_parameters": {
@@ -70,16 +71,20 @@ _EXTRAS: Final[dict[str, dict[str, Any]]] = {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "dots1": {"n_routed_experts": 8, "num_key_value_heads": 4, "n_shared_experts": 1},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {"num_kv_shared_layers": 2},
     "gemma4_text": {"num_kv_shared_layers": 0, "global_head_dim": 32},
     "gemma4_unified_text": {"num_kv_shared_layers": 0, "global_head_dim": 32},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "longcat_flash": {"zero_expert_num": 4},
     "mamba2": {"num_heads": 8},
     "minimax_m3_vl_text": {"index_block_size": 16, "index_topk_blocks": 2},
+    # It looks up the position after the last one.
+    "prophetnet": {"max_position_embeddings": CONTEXT_LENGTH + 1},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
@@ -89,12 +94,17 @@ _EXTRAS: Final[dict[str, dict[str, Any]]] = {
         "ngram_vocab_size_base": 300,
         "split_ngram_parts": 1,
     },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {
         "is_decoder": True,
         "axial_pos_shape": [16, 32],
         "axial_pos_embds_dim": [32, 32],
         "attn_layers": ["local", "lsh"],
+        "num_buckets": 8,
+        "hash_seed": 0,
     },
+    "xlstm": {"qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -117,7 +127,12 @@ VARIANTS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 """Models that differ from their type's default in a way that a batch may get wrong."""
 
 # Members that are computed where they are not set, but not by every type.
-_IF_UNSET: Final = {"head_dim": 16, "num_key_value_heads": 2, "sliding_window": WINDOW}
+_IF_UNSET: Final = {
+    "head_dim": 16,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 2,
+    "sliding_window": WINDOW,
+}
 _LAYERS: Final = re.compile(
     r"(num_|n_|encoder_|decoder_)?(hidden_|encoder_|decoder_)?layers?|num_blocks"
 )
@@ -163,6 +178,9 @@ def tiny_config(kind: Any, more: dict[str, Any] | None = None) -> Any:
             changes[name] = size
         elif name in _IF_UNSET and value is None:
             changes[name] = _IF_UNSET[name]
+    if "kv_lora_rank" in values:
+        # Each head has a key of its own, made from the one that is cached.
+        changes["num_key_value_heads"] = changes["num_attention_heads"]
     for name in kind.sub_configs:
         part = getattr(default, name, None)
         if part is not None:
