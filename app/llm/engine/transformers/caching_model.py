@@ -28,7 +28,7 @@ class CachingModel:
     """Runs a model step by step, and knows what can be done with its cache.
 
     Attributes:
-        rope_limit: Length up to which the rotary embedding does not depend on the whole text.
+        piece_limit: Length up to which a text may be read in pieces.
         has_rows: Whether several texts of one length can share a cache, and leave it.
         takes_pieces: Whether several tokens can be read into a cache that is not empty. Recurrent
             layers, for example, cannot.
@@ -41,21 +41,36 @@ class CachingModel:
         # Without the argument a model computes the logits of every token.
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._takes_positions = "position_ids" in takes
-        self.rope_limit = fixed_rope_limit(model.config)
-        short, long = (self._probe(length) for length in _PROBES)
+        short, long = (self._probe(length, length, {}) for length in _PROBES)
         sizes = [sum(t.nbytes for t in _tensors(cache, set())) for cache in (short, long)]
         self._token_bytes = (sizes[1] - sizes[0]) / (_PROBES[1] - _PROBES[0])
         self._fixed_bytes = max(0.0, sizes[0] - self._token_bytes * _PROBES[0])
         caches = list(long.values())
         self.has_rows = bool(caches) and all(type(cache) is DynamicCache for cache in caches)
-        kinds = {type(layer) for c in caches for layer in c.layers} if self.has_rows else {None}
-        self.takes_pieces = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+        layers = [layer for c in caches for layer in c.layers] if self.has_rows else [None]
+        kinds = {type(layer) for layer in layers}
+        self.takes_pieces = kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and (
+            self._reads_piece(short)
+        )
+        self.piece_limit = fixed_rope_limit(model.config)
+        if getattr(model.config.get_text_config(decoder=True), "layer_types", None) is None:
+            # The cache guesses which layers have the window, and drops tokens that the others see.
+            windows = [x.sliding_window for x in layers if isinstance(x, DynamicSlidingWindowLayer)]
+            self.piece_limit = min([self.piece_limit, *windows])
         self.can_crop = kinds <= {DynamicLayer}
 
-    def _probe(self, length: int) -> Cache:
+    def _probe(self, length: int, count: int, cache: Cache) -> Cache:
         ids = torch.zeros((1, length), dtype=torch.long, device=self._model.device)
         with torch.inference_mode():
-            return self.forward(ids, length, {})[1]
+            return self.forward(ids, count, cache)[1]
+
+    def _reads_piece(self, cache: Cache) -> bool:
+        try:
+            self._probe(_PROBES[1], _PROBES[1] - _PROBES[0], cache)
+        except AssertionError:
+            # The model adds one token at a time.
+            return False
+        return True
 
     def size(self, length: int) -> float:
         """Bytes that the cache takes for one text of so many tokens."""
@@ -74,8 +89,6 @@ class CachingModel:
             call. It stays empty where the model has none.
         """
         arguments = cache | self._options
-        if self._takes_positions:
-            arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         inputs = self._model.prepare_inputs_for_generation(
             ids,
             next_sequence_length=count if cache else None,
@@ -84,6 +97,10 @@ class CachingModel:
             is_first_iteration=not cache,
             **arguments,
         )
+        if self._takes_positions and cache and inputs.get("position_ids") is None:
+            # Only from the beginning does every model count by itself.
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            inputs["position_ids"] = positions[:, -inputs["input_ids"].shape[1] :]
         output = self._model(**inputs, return_dict=True)
         returned = {
             argument: output[name]

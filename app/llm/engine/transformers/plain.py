@@ -144,7 +144,7 @@ class PlainBackend:
             if self._groups and self._used() + needed > self._budget:
                 return
             self._waiting.popleft()
-            in_pieces = self._caching.takes_pieces and row.length <= self._caching.rope_limit
+            in_pieces = self._caching.takes_pieces and row.length <= self._caching.piece_limit
             prompt = torch.tensor([row.request.prompt_token_ids], device=self._model.device)
             group = _Group([row], prompt, in_pieces)
             if in_pieces:
