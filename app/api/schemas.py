@@ -121,7 +121,7 @@ class ModelStatus(BaseModel):
     name: str
     source: str
     revision: str | None = None
-    sampling: dict[str, float] = Field(description="Defaults of requests that name no other.")
+    sampling: dict[str, int | float] = Field(description="Defaults of requests that name no other.")
 
 
 class CacheStatus(BaseModel):

@@ -199,7 +199,8 @@ def load_tokenizer(
         if header is not None:
             tokenizer = load_gguf_tokenizer(header)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(
+            # The folder is local, see pretrained_source.
+            tokenizer = AutoTokenizer.from_pretrained(  # nosec B615
                 snapshot.directory, **pretrained_source(snapshot)
             )
         if not isinstance(tokenizer, PreTrainedTokenizerFast) or not len(tokenizer):
