@@ -8,7 +8,7 @@ import torch
 
 from app.utils.errors import ModelLoadError
 from tests.support.backends import load_local
-from tests.zoo import check, tiny
+from tests.zoo import check, gguf_file, tiny
 
 LENGTHS = (3, 300)
 """Below and past the window and a step's chunk of a prompt."""
@@ -60,3 +60,10 @@ def test_a_wrong_answer_is_found(tmp_path: Path) -> None:
     backend = load_local(tmp_path / "llama", engine="transformers")
     found = check.faults(backend, check.Reference(tmp_path / "qwen3"), (3,))
     assert found[0] == "alone: prompts of 3 tokens"
+
+
+def test_openvino_answers_as_generate(tmp_path: Path) -> None:
+    """Greedy tokens of a GGUF file equal those of the same weights in transformers."""
+    tiny.make("qwen3", tmp_path)
+    backend = load_local(gguf_file.write(tmp_path), engine="openvino")
+    assert check.faults(backend, check.Reference(tmp_path), LENGTHS) == []

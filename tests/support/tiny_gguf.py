@@ -21,6 +21,8 @@ _TENSORS = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
@@ -65,7 +67,7 @@ def make_tiny_gguf(
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(tiny_model.HIDDEN // tiny_model.HEADS)
     writer.add_vocab_size(tiny_model.VOCABULARY)
-    (_add_pieces if sentencepiece else _add_tokenizer)(writer)
+    (_add_pieces if sentencepiece else add_tokenizer)(writer)
     for key, value in (keys or {}).items():
         _ADD[type(value)](writer, key, value)
     writer.add_chat_template(template)
@@ -93,7 +95,8 @@ _ADD = {
 }
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    """Add the tiny model's vocabulary."""
     specials = [tiny_model.PAD, tiny_model.START, tiny_model.END]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*specials, *alphabet, *(left + right for left, right in tiny_model.MERGES)]

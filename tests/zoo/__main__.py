@@ -6,6 +6,7 @@ goes into docs/models.md. The exit status is 1 if an answer is wrong, or an engi
 """
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import re
@@ -30,7 +31,10 @@ from app.llm.engine.transformers.backend import TransformersBackend
 from app.utils.errors import ModelLoadError
 from benchmarks.page import replace_section
 from tests.support import backends
-from tests.zoo import check, tiny
+from tests.zoo import check, gguf_file, tiny
+
+GGUF: Final = ".gguf"
+"""Ends the names of models that OpenVINO runs."""
 
 PAGE: Final = PROJECT_ROOT / "docs" / "models.md"
 WIDTH: Final = 108
@@ -61,14 +65,17 @@ class Row:
 
 
 def examine(kind: str, engine: str, folder: Path) -> Row:
-    """Make an architecture's model, load it and compare its answers."""
+    """Make an architecture's model, load it and compare its answers; OpenVINO gets a GGUF file."""
+    path = folder
     try:
-        tiny.make(kind, folder)
+        tiny.make(kind.removesuffix(GGUF), folder)
+        if kind.endswith(GGUF):
+            path = gguf_file.write(folder)
         reference = check.Reference(folder)
         reference.answer(check.prompts(1)[-1])
     except Exception as error:  # noqa: BLE001 - transformers raises anything
         return Row("not built", _short(f"{type(error).__name__}: {error}"), kind)
-    settings = ModelSettings(source="local", name=str(folder), engine=engine, dtype="float32")
+    settings = ModelSettings(source="local", name=str(path), engine=engine, dtype="float32")
     try:
         backend = backends.load(settings, max_running=MAX_RUNNING)
     except ModelLoadError as error:
@@ -76,8 +83,8 @@ def examine(kind: str, engine: str, folder: Path) -> Row:
     if found := check.faults(backend, reference):
         return Row("WRONG", "; ".join(found), kind)
     name = type(backend).__name__.removesuffix("Backend").lower()
-    path = "paged" if isinstance(backend, TransformersBackend) else name
-    return Row(path, _short(backend.info.backend_reason), kind)
+    outcome = "paged" if isinstance(backend, TransformersBackend) else name
+    return Row(outcome, _short(backend.info.backend_reason), kind)
 
 
 def _short(reason: str) -> str:
@@ -165,7 +172,10 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         kinds = options.kinds or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *tiny.VARIANTS]
-        for row in run(kinds, options.engine, Path(folder)):
+        files = [] if options.kinds else [f"{kind}{GGUF}" for kind in gguf_file.KINDS]
+        for row in itertools.chain(
+            run(kinds, options.engine, Path(folder)), run(files, "openvino", Path(folder))
+        ):
             sys.stdout.write(f"{row.kind}: {row.outcome}. {row.reason}\n")
             sys.stdout.flush()
             rows.append(row)
