@@ -17,8 +17,9 @@ SERVED = ["cohere2", "gemma2", "gemma3_text", "glm4", "gpt2", "llama", "mixtral"
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads cost more than such small models give."""
+def _little_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Short answers, and one thread: more cost more than such small models give."""
+    monkeypatch.setattr(check, "ANSWER", 6)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
