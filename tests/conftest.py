@@ -13,6 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from app.core.config import Settings, load_settings
+from app.core.logging import get_logger
 from app.llm.client.process import engine_environment
 from app.llm.models import bundled
 from app.main import create_app
@@ -83,9 +84,10 @@ def running_app(**sections: dict[str, Any]) -> Iterator[TestClient]:
 
 @contextmanager
 def restored_logging() -> Iterator[None]:
-    """Puts the root logger back to what it was."""
+    """Puts the root logger and the service's back to what they were."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    service_level = get_logger().level
     try:
         yield
     finally:
@@ -93,6 +95,7 @@ def restored_logging() -> Iterator[None]:
             if handler not in handlers:
                 handler.close()
         root.handlers[:], root.level = handlers, level
+        get_logger().setLevel(service_level)
 
 
 def flush_log() -> None:

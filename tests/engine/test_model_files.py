@@ -126,7 +126,7 @@ def test_tensors_that_the_configuration_does_not_name(
 ) -> None:
     """Tensors that are ignored are told in a warning."""
     rewrite(model, **{"model.layers.0.extra.weight": np.ones(4, dtype=np.float32)})
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="llm_service"):
         load_local(model, engine="transformers")
     said = f"tensors of {model} that its configuration does not name are ignored: 1, such as "
     assert f"{said}model.layers.0.extra.weight" in caplog.text

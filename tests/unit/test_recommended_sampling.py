@@ -56,7 +56,7 @@ def test_what_no_request_may_ask_for_is_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, value: Any
 ) -> None:
     """A value that is not possible is left out with one warning that names it."""
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="llm_service"):
         assert read(tmp_path, {name: value, "top_p" if name != "top_p" else "min_p": 0.5}) == {
             "top_p" if name != "top_p" else "min_p": 0.5
         }
@@ -74,7 +74,7 @@ def test_what_the_engine_does_not_support_is_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A field that the engine would ignore is left out with one warning."""
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="llm_service"):
         found = read(tmp_path, QWEN, ("temperature", "top_p", "top_k"))
     assert found == {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
     (record,) = caplog.records
