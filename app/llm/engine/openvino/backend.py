@@ -213,12 +213,11 @@ class OpenVinoBackend:
         first = not running.token_ids
         running.token_ids += new
         request = running.request
-        running.writer.length = len(request.prompt_token_ids) + len(running.token_ids)
+        self._blocks.grew(running.writer, new)
         if first:
             self._prefixes.add(request.prompt_token_ids)
         if finish is not None:
             del self._running[request.id]
-            self._blocks.ended(running.writer, running.token_ids)
             self._prefixes.add([*request.prompt_token_ids, *running.token_ids])
         return TokenEvent(
             request_id=request.id,

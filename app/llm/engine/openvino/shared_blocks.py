@@ -6,8 +6,9 @@ are wrong. A prompt therefore waits while another has such a block in use, unles
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
 from app.llm.prefix_index import BLOCK_SIZE
@@ -21,13 +22,15 @@ class Writer:
 
     Attributes:
         prompt: Token ids.
-        begins: The beginnings of the prompt that the cache may have, and that end within a block:
-            a key for each, and where that block ends, in tokens.
-        length: How many tokens the cache has; 0 before the first token of the answer.
+        key: Of the prompt and the answer so far.
+        begins: The beginnings of these that the cache may have, and that end within a block: a key
+            for each, and where that block ends, in tokens.
+        length: Tokens of the prompt and the answer; 0 before the answer's first token.
     """
 
     prompt: Sequence[int]
-    begins: dict[int, int] = field(default_factory=dict)
+    key: int
+    begins: dict[int, int]
     length: int = 0
 
 
@@ -44,25 +47,28 @@ class SharedBlocks:
 
     def writer(self, prompt: Sequence[int]) -> Writer:
         """A request's entry; from now on its whole prompt is a beginning too."""
-        keys = list(_keys(prompt))
+        keys = list(accumulate(prompt, _key, initial=_SEED))
         if len(prompt) % BLOCK_SIZE:
             self._keep(keys[-1])
         begins = {
-            key: -(-length // BLOCK_SIZE) * BLOCK_SIZE
-            for length, key in enumerate(keys, 1)
+            key: _end(length)
+            for length, key in enumerate(keys)
             if key in self._known and length % BLOCK_SIZE
         }
-        return Writer(prompt, begins)
+        return Writer(prompt, keys[-1], begins)
 
-    def ended(self, writer: Writer, answer: Sequence[int]) -> None:
-        """Keep the beginnings that end with the first token of a block of the answer.
+    def grew(self, writer: Writer, tokens: Sequence[int]) -> None:
+        """Take note of new tokens of an answer.
 
-        The library names the block so when it begins it.
+        The library names a block by its first token when it begins it, while the answer goes on.
         """
-        begun = len(writer.prompt)
-        for length, key in enumerate(_keys([*writer.prompt, *answer]), 1):
-            if length > begun and length % BLOCK_SIZE == 1:
-                self._keep(key)
+        writer.length = writer.length or len(writer.prompt)
+        for token in tokens:
+            writer.key = _key(writer.key, token)
+            writer.length += 1
+            if writer.length % BLOCK_SIZE == 1:
+                self._keep(writer.key)
+                writer.begins[writer.key] = _end(writer.length)
 
     def _keep(self, key: int) -> None:
         self._known[key] = None
@@ -79,9 +85,10 @@ def exclude(one: Writer, other: Writer) -> bool:
     return any(other.length <= one.begins[key] for key in one.begins.keys() & other.begins.keys())
 
 
-def _keys(tokens: Sequence[int]) -> Iterator[int]:
-    """A key for each beginning of ``tokens``."""
-    key = _SEED
-    for token in tokens:
-        key = hash((key, token))
-        yield key
+def _key(before: int, token: int) -> int:
+    return hash((before, token))
+
+
+def _end(length: int) -> int:
+    """Where the block ends in which a text of this length ends."""
+    return -(-length // BLOCK_SIZE) * BLOCK_SIZE

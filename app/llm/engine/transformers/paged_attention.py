@@ -223,8 +223,8 @@ def _forward(
     """The function that transformers calls, with tensors [1, heads, tokens, head size].
 
     Raises:
-        NotImplementedError: The layer computes something else than a plan can say. The warm-up
-            finds it, before the model is ready.
+        NotImplementedError: The layer computes something else than a plan can say. The check at the
+            start finds it, and the plain backend runs the model.
     """
     for feature in ("s_aux", "position_bias"):
         if kwargs.get(feature) is not None:
