@@ -68,34 +68,28 @@ def test_a_prompt_that_goes_on_from_a_running_one_gets_its_own_answer(
         assert tokens(events["running"]) == tokens(run(alone, running)["running"])
 
 
-def test_a_prompt_that_goes_on_from_an_answer_under_way_gets_its_own(
-    fresh: Sequence[Backend],
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "cancelled"])
+def test_branches_of_an_answer_get_the_answers_that_they_get_alone(
+    fresh: Sequence[Backend], *, ended: bool
 ) -> None:
-    """Branches of a prompt and the first tokens of its answer join while the answer goes on."""
+    """Prompts that go on from a prompt and its answer get the same tokens together as alone."""
     shared, alone = fresh
-    running = request("running", _BASE[:30], max_tokens=24, logprobs=True)
-    whole = tokens(run(alone, running)["running"])
-    events: dict[str, list[TokenEvent]] = {}
-
-    def step() -> None:
-        for event in shared.step():
-            events.setdefault(event.request_id, []).append(event)
-
-    shared.add(running)
-    while sum(len(e.token_ids) for e in events.get("running", [])) < 8:
-        step()
-    # The answer's third token is the first one of the second block.
-    begun = [*_BASE[:30], *whole[:3]]
-    asked = [
-        request(f"branch{i}", [*begun, *range(3 + i, 30 + 7 * i)], max_tokens=6) for i in range(4)
-    ]
-    for one in asked:
-        shared.add(one)
-    while shared.has_work():
-        step()
-    assert tokens(events["running"]) == whole
-    for one in asked:
-        assert tokens(events[one.id]) == tokens(run(alone, one)[one.id]), one.id
+    for length in (30, 41):
+        first = request("first", _BASE[:length], max_tokens=24)
+        answer = tokens(run(alone, first)["first"])
+        shared.add(first)
+        given = 0
+        while given < (24 if ended else 9):
+            given += sum(len(event.token_ids) for event in shared.step())
+        shared.cancel("first")
+        for kept in (given - 1, given):
+            begun = [*_BASE[:length], *answer[:kept]]
+            asked = [
+                request(f"{i}", [*begun, *range(3 + i, 30 + 7 * i)], max_tokens=6) for i in range(4)
+            ]
+            events = run(shared, *asked)
+            for one in asked:
+                assert tokens(events[one.id]) == tokens(run(alone, one)[one.id]), (kept, one.id)
 
 
 def test_a_request_that_waits_for_another_can_be_cancelled(tiny_model_dir: Path) -> None:

@@ -171,6 +171,7 @@ class OpenVinoBackend:
         self._held.pop(request_id, None)
         if running := self._running.pop(request_id, None):
             running.handle.cancel()
+            self._blocks.ended(running.writer, running.token_ids)
             self._cancelled.append(running)
 
     def step(self) -> list[TokenEvent]:
@@ -213,11 +214,12 @@ class OpenVinoBackend:
         first = not running.token_ids
         running.token_ids += new
         request = running.request
-        self._blocks.grew(running.writer, new)
+        running.writer.length = len(request.prompt_token_ids) + len(running.token_ids)
         if first:
             self._prefixes.add(request.prompt_token_ids)
         if finish is not None:
             del self._running[request.id]
+            self._blocks.ended(running.writer, running.token_ids)
             self._prefixes.add([*request.prompt_token_ids, *running.token_ids])
         return TokenEvent(
             request_id=request.id,

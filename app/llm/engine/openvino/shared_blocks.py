@@ -22,23 +22,21 @@ class Writer:
 
     Attributes:
         prompt: Token ids.
-        key: Of the prompt and the answer so far.
-        begins: The beginnings of these that the cache may have, and that end within a block: a key
-            for each, and where that block ends, in tokens.
+        begins: The beginnings of the prompt that the cache may have, and that end within a block: a
+            key for each, and where that block ends, in tokens.
         length: Tokens of the prompt and the answer; 0 before the answer's first token.
     """
 
     prompt: Sequence[int]
-    key: int
     begins: dict[int, int]
     length: int = 0
 
 
 class SharedBlocks:
-    """Knows the beginnings that end within a block of the cache.
+    """Knows the texts in the cache that end within a block: prompts, and prompts with answers.
 
     Args:
-        capacity: Blocks of the cache; as many beginnings are kept.
+        capacity: Blocks of the cache; as many texts are kept.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -47,28 +45,19 @@ class SharedBlocks:
 
     def writer(self, prompt: Sequence[int]) -> Writer:
         """A request's entry; from now on its whole prompt is a beginning too."""
-        keys = list(accumulate(prompt, _key, initial=_SEED))
-        if len(prompt) % BLOCK_SIZE:
-            self._keep(keys[-1])
+        keys = _keys(prompt)
+        self._keep(keys[-1])
         begins = {
-            key: _end(length)
+            key: -(-length // BLOCK_SIZE) * BLOCK_SIZE
             for length, key in enumerate(keys)
             if key in self._known and length % BLOCK_SIZE
         }
-        return Writer(prompt, keys[-1], begins)
+        return Writer(prompt, begins)
 
-    def grew(self, writer: Writer, tokens: Sequence[int]) -> None:
-        """Take note of new tokens of an answer.
-
-        The library names a block by its first token when it begins it, while the answer goes on.
-        """
-        writer.length = writer.length or len(writer.prompt)
-        for token in tokens:
-            writer.key = _key(writer.key, token)
-            writer.length += 1
-            if writer.length % BLOCK_SIZE == 1:
-                self._keep(writer.key)
-                writer.begins[writer.key] = _end(writer.length)
+    def ended(self, writer: Writer, answer: Sequence[int]) -> None:
+        """Keep a text whose request has ended; its last token is in the cache or not."""
+        for key in _keys([*writer.prompt, *answer])[-2:]:
+            self._keep(key)
 
     def _keep(self, key: int) -> None:
         self._known[key] = None
@@ -85,10 +74,6 @@ def exclude(one: Writer, other: Writer) -> bool:
     return any(other.length <= one.begins[key] for key in one.begins.keys() & other.begins.keys())
 
 
-def _key(before: int, token: int) -> int:
-    return hash((before, token))
-
-
-def _end(length: int) -> int:
-    """Where the block ends in which a text of this length ends."""
-    return -(-length // BLOCK_SIZE) * BLOCK_SIZE
+def _keys(tokens: Sequence[int]) -> list[int]:
+    """A key for each beginning of ``tokens``, the empty one first."""
+    return list(accumulate(tokens, lambda key, token: hash((key, token)), initial=_SEED))
