@@ -114,9 +114,9 @@ test-isolation: install ## Two keys, 100,000 random operations: neither may noti
 	ISOLATION_OPERATIONS=$(or $(OPERATIONS),100000) ISOLATION_SEED=$(or $(SEED),7) \
 		$(RUN) pytest tests/api/test_isolation.py -v --timeout=3600
 
-.PHONY: exactness
-exactness: model ## Rounding of packed, 8-bit and batched layers, and costs of grammars, at full size
-	FULL_SIZE=1 $(RUN) pytest tests/engine -k "precision or grammar_costs" -rP --timeout 3600
+.PHONY: test-full
+test-full: model ## Run all tests at full size, those that the suite leaves out or shortens too
+	FULL_SIZE=1 $(RUN) pytest tests/ -m "" --timeout 3600
 
 .PHONY: schemas
 schemas: model ## Ask the bundled model for JSON of 200 random schemas, on both engines

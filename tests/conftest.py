@@ -22,7 +22,6 @@ from tests.support.service import (
     API_KEY,
     OTHER_KEY,
     Service,
-    coverage_variables,
     is_setting,
     running_service,
 )
@@ -128,7 +127,7 @@ def run_app() -> Iterator[RunApp]:
 @pytest.fixture(scope="session")
 def echo_service() -> Iterator[Service]:
     """The service under uvicorn, with the echo engine."""
-    with running_service(interpreter="new", **coverage_variables()) as service:
+    with running_service() as service:
         yield service
 
 
@@ -136,8 +135,6 @@ def echo_service() -> Iterator[Service]:
 def slow_service() -> Iterator[Service]:
     """The service under uvicorn, with an echo engine that takes 50 ms for a token."""
     with running_service(
-        interpreter="new",
-        **coverage_variables(),
         ENGINE__ECHO_STEP_SECONDS=str(STEP),
         ENGINE__MAX_RESTARTS="1000",
     ) as service:
@@ -149,9 +146,7 @@ def bundled_service() -> Iterator[Service]:
     """The service under uvicorn, with the bundled model."""
     if not bundled.is_fetched():
         pytest.skip("the bundled model is not here; `make model` fetches it")
-    with running_service(
-        interpreter="new", **coverage_variables(), MODEL__SOURCE="bundled", MODEL__ENGINE="auto"
-    ) as service:
+    with running_service(MODEL__SOURCE="bundled", MODEL__ENGINE="auto") as service:
         yield service
 
 

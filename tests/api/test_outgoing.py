@@ -117,7 +117,9 @@ def test_the_setting_allows_tracing_and_the_log_says_so() -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("engine", ["openvino", "transformers"])
+@pytest.mark.parametrize(
+    "engine", ["openvino", pytest.param("transformers", marks=pytest.mark.full_size)]
+)
 def test_no_process_asks_for_an_address(engine: str, tmp_path: Path) -> None:
     """Loading a model from the disk and answering with it looks up and connects to no address."""
     if not bundled.is_fetched():

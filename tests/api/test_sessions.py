@@ -194,6 +194,7 @@ async def test_history_is_dropped_at_the_exact_edge(roomy: Client) -> None:
     assert max(kept_sizes) < min(dropped_sizes)
 
 
+@pytest.mark.no_cover
 async def test_a_session_at_its_limits_is_counted_few_times(
     roomy: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,14 +209,14 @@ async def test_a_session_at_its_limits_is_counted_few_times(
 
     monkeypatch.setattr(roomy.services.generation, "prompt_tokens", counting)
     usage: dict[str, int] = {}
-    for number in range(90):
+    for number in range(70):
         counted.clear()
         response = await roomy.say("x" * (37 * number % 200 + 1), session="long", max_tokens=4000)
         usage = response.json()["usage"]
         assert len(counted) <= 3
         # What is encoded is about what is used.
         assert max(counted, default=0) < 8192
-    assert usage["dropped_messages"] > 100
+    assert usage["dropped_messages"] > 60
     assert usage["prompt_tokens"] > 3500
 
 

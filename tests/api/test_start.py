@@ -78,7 +78,7 @@ def test_a_signal_before_the_service_exists_ends_the_start(
 @pytest.mark.parametrize("moment", LATE)
 def test_a_signal_during_the_start_ends_the_service(moment: str, number: signal.Signals) -> None:
     """The status is 0, no second engine process is started, and nothing is left."""
-    with running_service(until="started", interpreter="new") as service:
+    with running_service(until="started") as service:
         assert interrupted(service, LATE[moment], number) == 0
 
 

@@ -73,7 +73,7 @@ def test_a_service_that_was_suspended_goes_on(watched_service: Service) -> None:
 
 @linux_only
 def test_an_engine_that_a_busy_host_starves_goes_on() -> None:
-    """An engine that waits for a processor ten times as long as a stall takes is not killed."""
+    """An engine that waits for a processor three times as long as a stall takes is not killed."""
     cores = os.sched_getaffinity(0)
     with ExitStack() as busy:
         for _ in range(4):
@@ -87,7 +87,7 @@ def test_an_engine_that_a_busy_host_starves_goes_on() -> None:
             os.sched_setaffinity(engine, [min(cores)])
             os.sched_setscheduler(engine, os.SCHED_IDLE, os.sched_param(0))
             weigh_session(engine, 19)
-            time.sleep(10 * STALL_SECONDS)
+            time.sleep(3 * STALL_SECONDS)
             assert service.engine_pids() == [engine]
             assert "ready for requests" not in service.raw_log()
             # So that it can end.

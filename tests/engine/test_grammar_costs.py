@@ -1,12 +1,11 @@
 """Hostile grammars and a real model: what they cost in processor time and memory.
 
-The suite measures four tokens of each grammar, `make exactness` twelve.
+The suite measures four tokens of each grammar, `make test-full` twelve.
 """
 
 import json
 import os
 import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,11 @@ from app.llm.models import bundled
 from app.llm.protocol import Backend, Grammar, JsonSchemaGrammar, RegexGrammar, SamplingParams
 from tests.support.backends import load_bundled, request
 
-pytestmark = [pytest.mark.model, pytest.mark.no_cover]
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.no_cover,
+    pytest.mark.skipif(not bundled.is_fetched(), reason="the bundled model is not fetched"),
+]
 
 _TOKENS = 12 if "FULL_SIZE" in os.environ else 4
 # Processor seconds. The costliest that are accepted take 1 to compile, and 2 on a busy machine.
@@ -58,29 +61,11 @@ _GRAMMARS: dict[str, Grammar] = {
 }
 
 
-@pytest.fixture(scope="module")
-def loaded() -> Callable[[str], Backend]:
-    """Loads each backend once for all tests."""
-    if not bundled.is_fetched():
-        pytest.skip("the bundled model is not here; `make model` fetches it")
-    return cache(load_bundled)
-
-
-@pytest.fixture(params=["openvino", "transformers"])
-def backend(request: pytest.FixtureRequest, loaded: Callable[[str], Backend]) -> Backend:
-    """Each backend with the bundled model."""
-    return loaded(request.param)
-
-
-@pytest.fixture(scope="module")
-def plain(loaded: Callable[[str], Backend]) -> Callable[[str], float]:
-    """The processor seconds of a step without a grammar, measured once for each backend."""
-
-    def measure(name: str) -> float:
-        _, taken = steps(loaded(name), None, seed=1)
-        return sum(taken) / len(taken)
-
-    return cache(measure)
+@cache
+def plain(engine: str) -> float:
+    """The processor seconds of a step without a grammar, measured once for each engine."""
+    _, taken = steps(load_bundled(engine), None, seed=1)
+    return sum(taken) / len(taken)
 
 
 def steps(backend: Backend, grammar: Grammar | None, seed: int) -> tuple[float, list[float]]:
@@ -99,13 +84,12 @@ def steps(backend: Backend, grammar: Grammar | None, seed: int) -> tuple[float, 
 
 
 @pytest.mark.parametrize("name", _GRAMMARS)
-def test_a_hostile_grammar_costs_a_token_no_more_than_the_model(
-    backend: Backend, plain: Callable[[str], float], name: str
-) -> None:
+@pytest.mark.parametrize("engine", ["auto", "transformers"], ids=["openvino", "transformers"])
+def test_a_hostile_grammar_costs_a_token_no_more_than_the_model(engine: str, name: str) -> None:
     """On average a token costs less than ten plain ones, and compiling is bounded."""
-    added, taken = steps(backend, _GRAMMARS[name], seed=1)
+    added, taken = steps(load_bundled(engine), _GRAMMARS[name], seed=1)
     assert added < _MOST_TO_COMPILE
-    assert sum(taken) / len(taken) < 10 * plain(backend.info.backend)
+    assert sum(taken) / len(taken) < 10 * plain(engine)
 
 
 def test_what_would_cost_more_is_refused() -> None:
@@ -129,15 +113,14 @@ def _memory() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells memory there")
-def test_kept_grammars_are_bounded_by_bytes(loaded: Callable[[str], Backend]) -> None:
+def test_kept_grammars_are_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The estimate of a grammar's size holds, and where it does not fit, others are dropped."""
-    backend = loaded("openvino")
-    # Not before: loading keeps OpenVINO's telemetry out of this process.
-    from app.llm.engine.openvino.grammars import KEPT_BYTES
-
+    backend = load_bundled("auto")
+    kept_bytes = 20 * 2**20
+    monkeypatch.setattr("app.llm.engine.openvino.grammars.KEPT_BYTES", kept_bytes)
     before = _memory()
     sizes = []
-    for i in range(24):
+    for i in range(7):
         # Ten megabytes each.
         parts = {f"p{j}": {"items": {"const": 100 * i + j}, "maxItems": 1000} for j in range(20)}
         grammar = of_schema({"type": "object", "properties": parts})
@@ -146,4 +129,4 @@ def test_kept_grammars_are_bounded_by_bytes(loaded: Callable[[str], Backend]) ->
         while backend.has_work():
             backend.step()
         sizes.append(_memory() - before)
-    assert max(sizes) < 2 * KEPT_BYTES
+    assert max(sizes) < 2 * kept_bytes

@@ -1,11 +1,10 @@
 """The engine process and the service with a model from the hub, or without one."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-from app.core.config import PROJECT_ROOT, ModelSettings
+import pytest
+
+from app.core.config import ModelSettings
 from app.llm.protocol import (
     GenerationRequest,
     Loaded,
@@ -20,6 +19,7 @@ from app.llm.protocol import (
 from app.main import EXIT_STARTUP_FAILED
 from tests.support.fake_hub import FakeHub, Faults
 from tests.support.hub_processes import DEFAULT_MODEL, GOOD_TOKEN, OTHER_TOKEN, Worker, environment
+from tests.support.service import API_KEY, running_service
 
 
 def test_a_model_from_the_hub_generates(hub: FakeHub, tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -76,45 +76,28 @@ def test_the_engine_process_exits_without_its_model(hub: FakeHub, tmp_path: Path
     assert worker.logged() == []
 
 
+@pytest.mark.parametrize(
+    ("token", "hint"), [(" ", "set HUGGINGFACE_TOKEN"), (OTHER_TOKEN, "may not read it")]
+)
 def test_the_service_exits_with_one_line(
-    hub: FakeHub, tiny_model_dir: Path, tmp_path: Path
+    hub: FakeHub, tiny_model_dir: Path, tmp_path: Path, token: str, hint: str
 ) -> None:
     """Without access to the default model the service exits with one line, without the token."""
     hub.add(DEFAULT_MODEL, tiny_model_dir, gated=True)
-    env = environment(
-        hub.url,
-        tmp_path,
+    with running_service(
+        until="started",
+        MODEL__ENGINE="auto",
         MODEL__NAME=DEFAULT_MODEL,
-        MODEL__SOURCE="hub",
-        LOGGING__FORMAT="json",
-        SECURITY__API_KEY="canary-key",
-    )
-    services = [
-        subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", "app.main:app", "--port", "0"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=PROJECT_ROOT,
-            env=env | {"HUGGINGFACE_TOKEN": token},
-        )
-        for token in ("", OTHER_TOKEN)
-    ]
-    try:
-        for service, hint in zip(
-            services, ("set HUGGINGFACE_TOKEN", "may not read it"), strict=True
-        ):
-            output, _ = service.communicate(timeout=60)
-            assert service.returncode == EXIT_STARTUP_FAILED
-            lines = [json.loads(line) for line in output.splitlines()]
-            fatal = [line for line in lines if line["level"] in ("ERROR", "CRITICAL")]
-            assert [line["level"] for line in fatal] == ["CRITICAL"]
-            assert fatal[0]["message"].startswith(f"{DEFAULT_MODEL} is a gated model; ")
-            assert hint in fatal[0]["message"]
-            assert "MODEL__SOURCE=bundled" in fatal[0]["message"]
-            for secret in ("Traceback", OTHER_TOKEN, "canary-key"):
-                assert secret not in output
-    finally:
-        for service in services:
-            service.kill()
-            service.communicate()
+        HUGGINGFACE_TOKEN=token,
+        HF_ENDPOINT=hub.url,
+        HF_HOME=str(tmp_path),
+    ) as service:
+        assert service.wait() == EXIT_STARTUP_FAILED
+        fatal = [line for line in service.log() if line["level"] in ("ERROR", "CRITICAL")]
+        output = service.raw_log()
+    assert [line["level"] for line in fatal] == ["CRITICAL"]
+    assert fatal[0]["message"].startswith(f"{DEFAULT_MODEL} is a gated model; ")
+    assert hint in fatal[0]["message"]
+    assert "MODEL__SOURCE=bundled" in fatal[0]["message"]
+    for secret in ("Traceback", OTHER_TOKEN, API_KEY):
+        assert secret not in output

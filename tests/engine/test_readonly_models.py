@@ -5,27 +5,40 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 from app.core.config import PROJECT_ROOT
 from tests.support.tiny_gguf import make_tiny_gguf
 
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
 
-# Loads the local model argv[1] after the statement argv[2], and prints what happened as JSON.
+# Reads paths of local models, each with a statement, one pair a line. A fork of this process loads
+# the model after the statement, and prints what happened as JSON.
 PROGRAM = """
 import json, os, sys
+import torch, transformers
 from app.core.config import ModelSettings
 from app.llm import loader
 from app.llm.engine.openvino import gguf_copy
-exec(sys.argv[2])
-said = []
-backend = loader.load_backend(
-    ModelSettings(source="local", name=sys.argv[1]),
-    max_running=2, echo_step_seconds=0, token=None, progress=said.append)
-print(json.dumps([backend.info.backend, backend.info.backend_reason, said]), flush=True)
-os._exit(0)
+for line in sys.stdin:
+    path, before = json.loads(line)
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    exec(before)
+    said = []
+    backend = loader.load_backend(
+        ModelSettings(source="local", name=path),
+        max_running=2, echo_step_seconds=0, token=None, progress=said.append)
+    print(json.dumps([backend.info.backend, backend.info.backend_reason, said]), flush=True)
+    os._exit(0)
 """
+
+Loader = Callable[..., tuple[str, str, list[str]]]
+"""Loads a model in a folder that may only be read: the backend, the reason for it, and progress."""
 
 
 def bind_root() -> None:
@@ -33,25 +46,33 @@ def bind_root() -> None:
     ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
 
 
-def load_unwritable(model: Path, before: str = "") -> tuple[str, str, list[str]]:
-    """Load a model in a folder that may only be read: backend, the reason for it, and progress."""
-    for path in (*model.rglob("*"), model, model.parent):
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, model, before],
-        preexec_fn=bind_root,
+@pytest.fixture(scope="module")
+def load_unwritable() -> Iterator[Loader]:
+    """Takes the model's path, and a statement that comes before."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        preexec_fn=bind_root,  # noqa: PLW1509 - it only makes a system call
         cwd=PROJECT_ROOT,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
-    backend, reason, said = json.loads(done.stdout.splitlines()[-1])
-    return backend, reason, said
+    ) as process:
+        asked, answers = process.stdin, process.stdout
+        assert asked is not None
+        assert answers is not None
+
+        def load(model: Path, before: str = "") -> tuple[str, str, list[str]]:
+            for path in (*model.rglob("*"), model, model.parent):
+                path.chmod(0o555 if path.is_dir() else 0o444)
+            asked.write(json.dumps([str(model), before]) + "\n")
+            asked.flush()
+            backend, reason, said = json.loads(answers.readline())
+            return backend, reason, said
+
+        yield load
 
 
-def test_a_gguf_file(tmp_path: Path) -> None:
+def test_a_gguf_file(load_unwritable: Loader, tmp_path: Path) -> None:
     """OpenVINO runs a file that may only be read, from a copy in memory."""
     path = make_tiny_gguf(tmp_path / "models" / "tiny.gguf")
     backend, _, said = load_unwritable(path)
@@ -63,7 +84,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     ]
 
 
-def test_memory_without_room_for_a_copy(tmp_path: Path) -> None:
+def test_memory_without_room_for_a_copy(load_unwritable: Loader, tmp_path: Path) -> None:
     """The copy is made in the temporary folder, and nothing is left there."""
     path = make_tiny_gguf(tmp_path / "models" / "tiny.gguf")
     place = tmp_path / "tmp"
@@ -75,7 +96,7 @@ def test_memory_without_room_for_a_copy(tmp_path: Path) -> None:
     assert list(place.iterdir()) == []
 
 
-def test_no_room_for_a_copy_at_all(tmp_path: Path) -> None:
+def test_no_room_for_a_copy_at_all(load_unwritable: Loader, tmp_path: Path) -> None:
     """Transformers runs the model, and the reason says what OpenVINO lacks."""
     path = make_tiny_gguf(tmp_path / "models" / "tiny.gguf")
     before = (
@@ -89,7 +110,9 @@ def test_no_room_for_a_copy_at_all(tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_with_safetensors(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_a_folder_with_safetensors(
+    load_unwritable: Loader, tmp_path: Path, tiny_model_dir: Path
+) -> None:
     """A folder with safetensors that may only be read loads as any other."""
     folder = shutil.copytree(tiny_model_dir, tmp_path / "models" / "tiny")
     assert load_unwritable(folder)[0] == "transformers"

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,9 @@ def load(
     )
 
 
+@cache
 def load_bundled(engine: str) -> Backend:
-    """Load the bundled model as it is served."""
+    """Load the bundled model as it is served, once for all tests of this process."""
     return load(ModelSettings(source="bundled", engine=engine))
 
 

@@ -61,24 +61,19 @@ def is_setting(variable: str) -> bool:
     return section in Settings.model_fields or variable.upper() in ("CONFIG_FILE", "HF_TOKEN")
 
 
-def coverage_variables() -> dict[str, str]:
-    """The environment variables by which coverage starts in a new process.
-
-    A measured service takes half as much processor time again. So the shared services alone get
-    these variables.
-    """
-    return {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
-
-
 def isolated_environment(settings: Mapping[str, str | None]) -> dict[str, str]:
     """This process's environment, with every setting in it: the given value, else the default.
 
     A setting that is given as ``None`` is left to the other sources. The environment wins over
     .env, so a developer's .env has no effect.
     """
-    inherited = {k: v for k, v in os.environ.items() if not is_setting(k)}
-    for name in coverage_variables():
-        del inherited[name]
+    # Coverage is measured in the tests' own processes: a service would take half as much processor
+    # time again.
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not is_setting(name) and not name.startswith("COVERAGE_")
+    }
     # An empty variable would leave the setting to .env; these values have the effect of None.
     absent = {"MODEL__REVISION": "main", "HUGGINGFACE_TOKEN": " "}
     defaults = {
@@ -273,8 +268,7 @@ def running_service(
         command: The module that starts it, and its arguments.
         interpreter: A ``new`` one, as in production, or one ``forked`` from a process that has
             imported FastAPI and LangChain, which most of a start is.
-        log_to: Where it writes its log: a ``file``, or a ``pipe`` of a new interpreter, which is
-            copied to the file.
+        log_to: Where it writes its log: a ``file``, or a ``pipe``, which is copied to the file.
         settings: Environment variables, such as ``ENGINE__MAX_RUNNING="1"``.
 
     At its end the block sends SIGTERM, unless the test has ended the service. It asserts the exit
@@ -284,14 +278,18 @@ def running_service(
         log_path = Path(folder) / "service.log"
         log_path.touch()
         environment = isolated_environment({"APP__PORT": "0", **settings})
-        if interpreter == "forked" and log_to == "file":
-            process: AnyProcess = ForkedProcess(command, environment, log_path)
-        else:
-            process = _new_interpreter(command, environment, log_path, log_to)
+        written = log_path
+        if log_to == "pipe":
+            os.mkfifo(written := Path(folder) / "pipe")
+        process: AnyProcess = (
+            ForkedProcess(command, environment, written)
+            if interpreter == "forked"
+            else _new_interpreter(command, environment, written)
+        )
         service = Service("", process, log_path)
         service.log_is_read.set()
         if log_to == "pipe":
-            threading.Thread(target=_read_log, args=(service,), daemon=True).start()
+            threading.Thread(target=_read_log, args=(service, written), daemon=True).start()
         try:
             if until != "started":
                 service._wait_until_listening()
@@ -318,7 +316,7 @@ def running_service(
 
 
 def _new_interpreter(
-    command: Sequence[str], env: Mapping[str, str], log_path: Path, log_to: str
+    command: Sequence[str], env: Mapping[str, str], log_path: Path
 ) -> subprocess.Popen[bytes]:
     with log_path.open("wb") as log:
         return subprocess.Popen(
@@ -326,15 +324,15 @@ def _new_interpreter(
             cwd=PROJECT_ROOT,
             env=env,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if log_to == "pipe" else log,
+            stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
 
 
-def _read_log(service: Service) -> None:
+def _read_log(service: Service, fifo: Path) -> None:
     """Copy the log from its pipe to its file, while it is read."""
-    with service.log_path.open("ab") as file, service.process.stdout or file as pipe:
+    with service.log_path.open("ab") as file, fifo.open("rb") as pipe:
         while service.log_is_read.wait() and (data := os.read(pipe.fileno(), 65_536)):
             file.write(data)
             file.flush()

@@ -58,14 +58,14 @@ def test_a_process_that_computes_makes_progress(program: str) -> None:
 
 
 def test_a_process_that_a_busy_host_starves_is_no_stall() -> None:
-    """Nor is one that waits for a starved child, for ten times as long as a stall takes."""
+    """Nor is one that waits for a starved child, for three times as long as a stall takes."""
     with (
         running(PINNED + BUSY),
         running(STARVED + BUSY) as starved,
         running(with_child(STARVED + BUSY)) as parent,
     ):
         watchdogs = {process.pid: Watchdog(SETTINGS) for process in (starved, parent)}
-        for _ in range(10 * STALLED_LOOKS):
+        for _ in range(3 * STALLED_LOOKS):
             time.sleep(LOOK_SECONDS)
             for pid, watchdog in watchdogs.items():
                 assert watchdog.look(Duty.LOADING, observe(pid)) is None
