@@ -4,6 +4,7 @@ A file that cannot be read raises :class:`ModelLoadError`. transformers is impor
 functions, because an engine process that runs OpenVINO does without it.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -253,3 +254,17 @@ def _compression(directory: Path) -> str:
     xml = (directory / OPENVINO_MODEL).read_text(encoding="utf-8")
     noted = re.search(r'<weight_compression>.*?<mode value="(\w+)"', xml, re.DOTALL)
     return noted[1].lower() if noted else "uncompressed"
+
+
+def fixed_rope_limit(config: Any) -> float:
+    """Length up to which the rotary embedding does not depend on the longest text of a batch.
+
+    The kind ``longrope`` depends on it. So does ``dynamic``, but only beyond the context length.
+    """
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    # There is one set of parameters, or one for each kind of layer.
+    sets = [entry for entry in (parameters, *parameters.values()) if isinstance(entry, dict)]
+    limits = [
+        s["original_max_position_embeddings"] for s in sets if s.get("rope_type") == "longrope"
+    ]
+    return min(limits, default=math.inf)

@@ -1,6 +1,5 @@
 """A model that makes its own cache, as every model of transformers does in ``generate``."""
 
-import math
 from inspect import signature
 from typing import Any, Final
 
@@ -8,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from app.llm.models.description import fixed_rope_limit
 
 Cache = dict[str, Any]
 """Keyword arguments of the forward pass that hold what it has read; empty before the first pass."""
@@ -28,10 +29,9 @@ class CachingModel:
     """Runs a model step by step, and knows what can be done with its cache.
 
     Attributes:
-        piece_limit: Length up to which a text may be read in pieces.
+        piece_limit: Length up to which a text may be read in pieces. It is 0 where a cache takes
+            one token at a time, as those of recurrent layers do.
         has_rows: Whether several texts of one length can share a cache, and leave it.
-        takes_pieces: Whether several tokens can be read into a cache that is not empty. Recurrent
-            layers, for example, cannot.
         can_crop: Whether the last tokens can be removed from the cache.
     """
 
@@ -49,10 +49,9 @@ class CachingModel:
         self.has_rows = bool(caches) and all(type(cache) is DynamicCache for cache in caches)
         layers = [layer for c in caches for layer in c.layers] if self.has_rows else [None]
         kinds = {type(layer) for layer in layers}
-        self.takes_pieces = kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and (
-            self._reads_piece(short)
-        )
-        self.piece_limit = fixed_rope_limit(model.config)
+        known = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+        in_pieces = known and self._reads_piece(short)
+        self.piece_limit = fixed_rope_limit(model.config) if in_pieces else 0.0
         if getattr(model.config.get_text_config(decoder=True), "layer_types", None) is None:
             # The cache guesses which layers have the window, and drops tokens that the others see.
             windows = [x.sliding_window for x in layers if isinstance(x, DynamicSlidingWindowLayer)]
@@ -108,20 +107,6 @@ class CachingModel:
             if output.get(name) is not None
         }
         return output.logits[:, -1].float(), returned
-
-
-def fixed_rope_limit(config: Any) -> float:
-    """Length up to which the rotary embedding does not depend on the longest text of a batch.
-
-    The kind ``longrope`` depends on it. So does ``dynamic``, but only beyond the context length.
-    """
-    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    # There is one set of parameters, or one for each kind of layer.
-    sets = [entry for entry in (parameters, *parameters.values()) if isinstance(entry, dict)]
-    limits = [
-        s["original_max_position_embeddings"] for s in sets if s.get("rope_type") == "longrope"
-    ]
-    return min(limits, default=math.inf)
 
 
 def _tensors(value: Any, seen: set[int]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from app.core.logging import get_logger
 from app.llm.models.description import (
     chat_template,
     context_length,
+    fixed_rope_limit,
     load_tokenizer,
     pretrained_source,
     read_gguf,
@@ -140,8 +141,6 @@ def _start(
 
 
 def _why_not_paged(model: "PreTrainedModel", context: int) -> str | None:
-    from app.llm.engine.transformers.caching_model import fixed_rope_limit
-
     if not model.is_backend_compatible():
         return "its attention does not support a paged cache"
     if fixed_rope_limit(model.config) < context:

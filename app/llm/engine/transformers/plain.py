@@ -144,7 +144,7 @@ class PlainBackend:
             if self._groups and self._used() + needed > self._budget:
                 return
             self._waiting.popleft()
-            in_pieces = self._caching.takes_pieces and row.length <= self._caching.piece_limit
+            in_pieces = row.length <= self._caching.piece_limit
             prompt = torch.tensor([row.request.prompt_token_ids], device=self._model.device)
             group = _Group([row], prompt, in_pieces)
             if in_pieces:
@@ -189,11 +189,10 @@ class PlainBackend:
         group.ids = torch.cat([group.ids, chosen.unsqueeze(-1)], dim=-1)
         events = []
         for row, token in zip(group.rows, chosen.tolist(), strict=True):
-            finish: FinishReason | None = None
+            is_full = row.sampler.sent + 1 >= row.request.max_tokens
+            finish: FinishReason | None = "length" if is_full else None
             if token in self._eos:
                 finish = "stop"
-            elif row.sampler.sent + 1 >= row.request.max_tokens:
-                finish = "length"
             name, reused = row.request.id, group.reused
             events.append(row.sampler.event(name, [token], finish, cached_tokens=reused))
         self._leave(group, [i for i, event in enumerate(events) if event.finish_reason is None])
