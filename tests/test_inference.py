@@ -62,7 +62,7 @@ def check_usage(answer: dict[str, Any]) -> None:
 
 def greedy(prompt: str, **fields: Any) -> dict[str, Any]:
     """A request that is generated each time, with the same answer."""
-    return {"prompt": prompt, "temperature": 0, "cache": False, "max_tokens": 20, **fields}
+    return {"prompt": prompt, "temperature": 0, "cache": False, "max_tokens": 14, **fields}
 
 
 # --- The user's requests --------------------------------------------------------------------------

@@ -141,6 +141,7 @@ def fresh() -> TestClient:
     return TestClient(create_app(make_settings()), headers={"X-API-Key": API_KEY})
 
 
+@pytest.mark.no_cover
 def test_random_paths_methods_keys_and_ids_add_no_series(fresh: TestClient) -> None:
     """No value of a caller becomes a label: hundreds of values add a few series at most."""
     rng = random.Random(20)
@@ -167,6 +168,7 @@ def test_random_paths_methods_keys_and_ids_add_no_series(fresh: TestClient) -> N
     assert len(later) < 500
 
 
+@pytest.mark.no_cover
 async def test_ten_thousand_random_paths_make_no_more_than_500_series() -> None:
     """The whole page has at most 500 series after 10,000 paths, whatever their methods and keys."""
     app = create_app(make_settings(logging={"level": "ERROR"}))

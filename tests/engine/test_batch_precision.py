@@ -26,7 +26,13 @@ Measured with AVX-512: 0.18 with OpenVINO on the Q4_1 file, 0.12 with transforme
 """
 
 
-@pytest.mark.parametrize("engine", ["auto", "transformers"], ids=["openvino", "transformers"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param("auto", id="openvino"),
+        pytest.param("transformers", marks=pytest.mark.full_size),
+    ],
+)
 def test_a_batch_changes_log_probabilities_little(engine: str) -> None:
     """A chat's greedy tokens have nearly the same log-probabilities alone and in a batch.
 

@@ -235,5 +235,5 @@ def test_text_flows() -> None:
     "unit", ["<", "<|im_", "<|im_<|im_end|>", "a", "b", "secret ", "q", "<s>", "\x00", "#x "]
 )
 def test_hostile_text_costs_linear_time(unit: str) -> None:
-    """100,000 characters made to be costly take no time out of proportion."""
+    """Characters made to be costly take no time out of proportion."""
     assert is_linear(lambda text: clean(BOTH, "x" + text), unit)
