@@ -67,13 +67,7 @@ def isolated_environment(settings: Mapping[str, str | None]) -> dict[str, str]:
     A setting that is given as ``None`` is left to the other sources. The environment wins over
     .env, so a developer's .env has no effect.
     """
-    # Coverage is measured in the tests' own processes: a service would take half as much processor
-    # time again.
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if not is_setting(name) and not name.startswith("COVERAGE_")
-    }
+    inherited = {k: v for k, v in os.environ.items() if not is_setting(k)}
     # An empty variable would leave the setting to .env; these values have the effect of None.
     absent = {"MODEL__REVISION": "main", "HUGGINGFACE_TOKEN": " "}
     defaults = {
