@@ -23,6 +23,12 @@ INSTALL_STAMP := .venv/.installed-by-make
 # torch's build: cuda, as poetry.lock has it, or cpu, which is 3.6 GB less. The stamp keeps the choice.
 INSTALLED_TORCH := $(or $(shell cat $(INSTALL_STAMP) 2>/dev/null),cuda)
 TORCH = $(INSTALLED_TORCH)
+# vLLM's environment, which is not the service's: it needs other versions of torch and FastAPI. The
+# stamp keeps the choice between cuda and cpu.
+VLLM := .tools/vllm
+VLLM_STAMP := $(VLLM)/.installed-by-make
+INSTALLED_VLLM := $(shell cat $(VLLM_STAMP) 2>/dev/null)
+VLLM_VARIANT = $(or $(VARIANT),$(INSTALLED_VLLM),cuda)
 # Where the CPU build comes from; empty: pip's own sources.
 TORCH_INDEX_URL = https://download.pytorch.org/whl/cpu
 
@@ -84,6 +90,9 @@ demo: model ## Install, fetch a small real model, start the service and ask it a
 .PHONY: install
 install: $(INSTALL_STAMP) ## Install the locked dependencies into .venv/ (TORCH=cpu: without CUDA)
 
+.PHONY: install-vllm
+install-vllm: $(VLLM_STAMP) ## Install vLLM into .tools/vllm/, for GPUs (VARIANT=cpu: for CPUs)
+
 .PHONY: model
 model: install ## Fetch the bundled model (98 MB, once)
 	@$(RUN) python -m scripts.fetch_model
@@ -125,6 +134,11 @@ schemas: model ## Ask the bundled model for JSON of 200 random schemas, on both 
 .PHONY: models
 models: install ## Try tiny models of every architecture, write docs/models.md (ARGS="llama gpt2" for some)
 	$(RUN) python -m tests.zoo $(ARGS)
+
+.PHONY: test-vllm
+test-vllm: model ## Test the vllm engine; without a vLLM it installs the one for CPUs first
+	@test -e $(VLLM_STAMP) || $(MAKE) install-vllm VARIANT=$(or $(VARIANT),cpu)
+	TEST_VLLM=1 $(RUN) pytest tests -m vllm -v
 
 .PHONY: format
 format: install ## Format the code and sort the imports
@@ -263,6 +277,20 @@ define INSTALL_WITHOUT_CUDA
 	pip uninstall --yes --quiet --quiet --requirement "$$lists/gpu.txt"; \
 	$(POETRY) install --only-root
 endef
+
+# All that vLLM needs is in the list, by version: pip looks for nothing more. The CPU build of torch
+# comes from its own index.
+$(VLLM_STAMP): deploy/vllm/cpu.txt deploy/vllm/cuda.txt $(TOOLS_STAMP) $(if $(filter $(VLLM_VARIANT),$(INSTALLED_VLLM)),,other-torch)
+	@set -eu; python="$$($(FIND_PYTHON))"; list=deploy/vllm/$(VLLM_VARIANT).txt; \
+	test -e "$$list" || { echo "error: VARIANT is cpu or cuda" >&2; exit 2; }; \
+	echo "Installing vLLM for $(VLLM_VARIANT) into $(VLLM) with $$python (3.5 GB, with CUDA 12 GB)"; \
+	rm -rf $(VLLM); "$$python" -m venv --without-pip $(VLLM); \
+	pip() { $(TOOLS)/bin/python -m pip --python $(VLLM)/bin/python install --quiet --no-deps "$$@"; }; \
+	if [ $(VLLM_VARIANT) = cpu ]; then \
+		pip --retries 1 $(addprefix --index-url ,$(TORCH_INDEX_URL)) "$$(sed -n 's/^\(torch==[^ ]*+cpu\).*/\1/p' "$$list")"; \
+	fi; \
+	pip --requirement "$$list"; \
+	echo $(VLLM_VARIANT) > $@
 
 .PHONY: other-torch
 other-torch:

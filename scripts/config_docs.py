@@ -37,6 +37,10 @@ _SAMPLES = {
     "HUGGINGFACE_TOKEN": "your_token_here",
     "SECURITY__API_KEY": "your-secure-api-key-here",
     "MODEL__REVISION": "main",
+    "ENGINE__PYTHON": "/opt/vllm/bin/python",
+    "ENGINE__MAX_CONTEXT": "8192",
+    "ENGINE__KV_CACHE_MEMORY_SHARE": "0.9",
+    "ENGINE__QUANTIZATION": "fp8",
     "RATE_LIMIT__BURST_SIZE": "10",
     "SERVER__MAX_CONNECTIONS_PER_IP": "100",
 }
@@ -183,7 +187,7 @@ def _allowed(schema: Mapping[str, Any]) -> str:
         return _object(schema)
     if kind in ("integer", "number"):
         return ("whole number" if kind == "integer" else "number") + _bounds(schema)
-    words = {"boolean": "`true`, `false`", "null": "nothing", "string": "text"}
+    words = {"": "any value", "boolean": "`true`, `false`", "null": "nothing", "string": "text"}
     if kind not in words:
         raise DocsError(f"no words for {schema}")
     return "secret text" if schema.get("format") == "password" else words[kind]

@@ -8,12 +8,14 @@ import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from app.core.config import ModelSettings
 from app.core.logging import get_logger
 from app.llm.engine.echo import EchoBackend
 from app.llm.engine.openvino.loading import OpenVinoUnsupportedError, load_openvino
 from app.llm.engine.transformers.loading import check_device, load_transformers
+from app.llm.engine.vllm.loading import load_vllm
 from app.llm.models import bundled
 from app.llm.models.description import load_tokenizer, read_gguf
 from app.llm.models.files import check_files, check_folder
@@ -30,6 +32,7 @@ def load_backend(
     *,
     max_running: int,
     echo_step_seconds: float,
+    vllm_arguments: dict[str, Any] | None = None,
     token: str | None,
     progress: Progress,
     fetch_progress: Progress | None = None,
@@ -37,6 +40,7 @@ def load_backend(
 ) -> Backend:
     """Load the configured model and start the backend that runs it.
 
+    ``vllm_arguments`` are those of :func:`~app.llm.engine.vllm.loading.load_vllm`.
     ``progress`` is called with each stage of loading, and ``fetch_progress`` in its place while the
     model's files are fetched. ``loaded`` is called with the model's description, before the
     warm-up. ``token`` is the hub's, for gated models.
@@ -51,6 +55,17 @@ def load_backend(
     check_device(settings)
     snapshot = find_model(settings, token=token, progress=fetch_progress or progress)
     check_files(snapshot)
+    if why_vllm := _why_vllm(settings, snapshot):
+        vllm = load_vllm(
+            settings,
+            snapshot,
+            why_vllm,
+            vllm_arguments or {},
+            max_running=max_running,
+            progress=progress,
+        )
+        with explaining("engine", settings, snapshot):
+            return _try_out(vllm, loaded)
     reason = _why_not_openvino(settings, snapshot)
     if reason is None:
         try:
@@ -100,6 +115,7 @@ def check_model(settings: ModelSettings, *, token: str | None) -> None:
         return
     snapshot = find_model(settings, token=token, progress=lambda _: None)
     check_files(snapshot)
+    _why_vllm(settings, snapshot)
     _why_not_openvino(settings, snapshot)
     if snapshot.gguf:
         read_gguf(settings, snapshot)
@@ -145,6 +161,31 @@ def _computes_nan(backend: Backend) -> bool:
     return False
 
 
+def _why_vllm(settings: ModelSettings, snapshot: Snapshot) -> str | None:
+    """The reason to run the model with vLLM; ``None`` where another engine is to run it.
+
+    Raises:
+        ModelLoadError: ``model.engine`` is ``vllm``, which cannot run the model.
+    """
+    if settings.engine == "auto":
+        fits = settings.device == "cuda" and snapshot.weights is None
+        found = fits and find_spec("vllm") is not None
+        return "model.engine is auto, and vLLM is the fastest on a GPU" if found else None
+    if settings.engine != "vllm":
+        return None
+    if snapshot.weights is not None:
+        raise ModelLoadError(
+            "model.engine is vllm, which reads safetensors, and the weights are "
+            f"{snapshot.weights}: choose another model, or set MODEL__ENGINE=auto"
+        )
+    if settings.quantization != "none":
+        raise ModelLoadError(
+            "model.quantization is int8, which only transformers computes: set "
+            "MODEL__QUANTIZATION=none, or ENGINE__QUANTIZATION to a kind that vLLM knows"
+        )
+    return "model.engine is vllm"
+
+
 def _why_not_openvino(settings: ModelSettings, snapshot: Snapshot | None) -> str | None:
     """The reason to run the model with transformers; ``None`` where OpenVINO is tried first.
 
@@ -161,7 +202,7 @@ def _why_not_openvino(settings: ModelSettings, snapshot: Snapshot | None) -> str
         )
     if reason is None and snapshot is not None and snapshot.weights is None:
         reason = "OpenVINO reads GGUF and its own format, and these weights are safetensors"
-    if reason is None or settings.engine == "transformers":
+    if reason is None or settings.engine in ("transformers", "vllm"):
         return reason
     if settings.engine == "openvino":
         raise ModelLoadError(
@@ -172,10 +213,13 @@ def _why_not_openvino(settings: ModelSettings, snapshot: Snapshot | None) -> str
 
 
 def _why_never_openvino(settings: ModelSettings) -> str | None:
-    if settings.engine == "transformers":
-        return "model.engine is transformers"
+    if settings.engine in ("transformers", "vllm"):
+        return f"model.engine is {settings.engine}"
     if settings.device == "cuda":
-        return "model.device is cuda, where OpenVINO does not run"
+        return (
+            "model.device is cuda, where OpenVINO does not run, and vLLM is not installed "
+            "(make install-vllm) or cannot read the model"
+        )
     if settings.quantization != "none":
         return "OpenVINO computes in the precision that a model was converted to"
     return None

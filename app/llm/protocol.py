@@ -7,7 +7,7 @@ process :data:`Report` messages; all events of one engine step are in one messag
 
 import struct
 from collections.abc import Callable
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import msgspec
 
@@ -208,6 +208,7 @@ class Configure(msgspec.Struct, frozen=True, tag=True):
     huggingface_token: str | None
     log_level: str
     log_format: str
+    vllm_arguments: dict[str, Any] = {}
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):

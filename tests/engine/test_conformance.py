@@ -15,6 +15,7 @@ from tests.support.backends import (
     PROMPT,
     load,
     logprobs,
+    reference,
     request,
     rows,
     run,
@@ -29,6 +30,12 @@ Loader = Callable[[str], Backend]
 def loaded(tiny_model_dir: Path) -> Loader:
     """Loads each backend once for all tests."""
     return cache(lambda name: load(settings_of(name, tiny_model_dir)))
+
+
+@pytest.fixture(scope="module")
+def references(tiny_model_dir: Path) -> Loader:
+    """Loads what each backend is compared with once for all tests."""
+    return cache(lambda name: load(reference(name, tiny_model_dir)))
 
 
 def _leaves_nothing(backend: Backend) -> Iterator[Backend]:
@@ -255,10 +262,10 @@ def test_logprobs_are_the_models_own(model: Backend) -> None:
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, [200], [40 + i % 190 for i in range(150)]])
-def test_backends_agree(model: Backend, loaded: Loader, prompt: list[int]) -> None:
+def test_backends_agree(model: Backend, references: Loader, prompt: list[int]) -> None:
     """In float32 all backends give the same tokens with the same log-probabilities."""
     asked = request("r", prompt, max_tokens=24, logprobs=True)
-    answer, expected = run(model, asked)["r"], run(loaded("transformers"), asked)["r"]
+    answer, expected = run(model, asked)["r"], run(references(model.info.backend), asked)["r"]
     assert tokens(answer) == tokens(expected)
     assert logprobs(answer) == pytest.approx(logprobs(expected), abs=1e-3)
 

@@ -1,6 +1,7 @@
 """The backends of the conformance tests; a new backend is a row in :data:`BACKENDS`."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -10,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from app.core.config import ModelSettings
+from app.core.config import PROJECT_ROOT, ModelSettings
 from app.llm.loader import load_backend
 from app.llm.protocol import Backend, GenerationRequest, SamplingParams, TokenEvent
 from app.utils.errors import ModelLoadError
+from tests.support.remote_backend import RemoteBackend
 from tests.support.tiny_gguf import make_tiny_gguf
-from tests.support.tiny_model import CONFIG, CONTEXT_LENGTH, HEADS, HIDDEN
+from tests.support.tiny_model import CONFIG, CONTEXT_LENGTH, HEADS, HIDDEN, KEY_VALUE_HEADS
 
 MAX_RUNNING = 32
 GREEDY = SamplingParams(temperature=0)
@@ -57,14 +59,39 @@ def _cuda(tiny: Path) -> ModelSettings:
     return _transformers(tiny).model_copy(update={"device": "cuda"})
 
 
+def _wide(tiny: Path) -> ModelSettings:
+    """The same weights with half as many heads, of a size that vLLM's attention has on a CPU."""
+    path = tiny.parent / "wide"
+    if not path.exists():
+        shutil.copytree(tiny, path)
+        heads = {"num_attention_heads": HEADS // 2, "num_key_value_heads": KEY_VALUE_HEADS // 2}
+        change_config(path, head_dim=2 * HIDDEN // HEADS, **heads)
+    return _transformers(path)
+
+
+def _vllm(tiny: Path) -> ModelSettings:
+    return _wide(tiny).model_copy(update={"engine": "vllm"})
+
+
 BACKENDS: dict[str, Callable[[Path], ModelSettings]] = {
     "echo": _echo,
     "openvino": _openvino,
     "transformers": _transformers,
     "transformers-plain": _plain,
     "transformers-cuda": _cuda,
+    "vllm": _vllm,
 }
 """Functions from the tiny model's safetensors folder to settings that load it in float32."""
+
+
+# Rows that another row is compared with.
+_REFERENCES = {"vllm": _wide}
+VLLM_PYTHON = PROJECT_ROOT / ".tools" / "vllm" / "bin" / "python"
+
+
+def reference(name: str, tiny: Path) -> ModelSettings:
+    """The settings that run a row's model with transformers."""
+    return _REFERENCES.get(name, _transformers)(tiny)
 
 
 def change_config(model: Path, **changes: Any) -> None:
@@ -74,9 +101,10 @@ def change_config(model: Path, **changes: Any) -> None:
 
 
 def rows(*, with_echo: bool = True, with_plain: bool = False) -> list[Any]:
-    """The names of :data:`BACKENDS` as test parameters; those for a GPU have its mark."""
+    """The names of :data:`BACKENDS` as test parameters; some have marks."""
+    marks = {"transformers-cuda": pytest.mark.gpu, "vllm": pytest.mark.vllm}
     return [
-        pytest.param(name, marks=pytest.mark.gpu) if name.endswith("-cuda") else name
+        pytest.param(name, marks=marks.get(name, ()))
         for name in BACKENDS
         if (with_echo or name != "echo") and (with_plain or not name.endswith("-plain"))
     ]
@@ -87,13 +115,28 @@ def settings_of(name: str, tiny: Path) -> ModelSettings:
     settings = BACKENDS[name](tiny)
     if settings.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("this machine has no CUDA device")
+    if settings.engine == "vllm":
+        need_vllm()
     return settings
+
+
+def need_vllm() -> None:
+    """Skip a test for vLLM, unless ``make test-vllm`` runs it."""
+    if not os.environ.get("TEST_VLLM"):
+        pytest.skip("make test-vllm runs it")
+    if not VLLM_PYTHON.exists():
+        pytest.skip("vLLM is not installed in .tools/vllm")
 
 
 def load(
     settings: ModelSettings, said: list[str] | None = None, *, max_running: int = MAX_RUNNING
 ) -> Backend:
-    """Load a backend in this process; progress messages are appended to ``said``."""
+    """Load a backend, vLLM's in its own interpreter and the others in this process.
+
+    Progress messages are appended to ``said``.
+    """
+    if settings.engine == "vllm":
+        return RemoteBackend(str(VLLM_PYTHON), settings, max_running)
     return load_backend(
         settings,
         max_running=max_running,

@@ -11,6 +11,9 @@ from app.core.config.logging import LoggingSettings
 from app.core.metrics import Metrics
 from app.llm.client.client import EngineClient, EngineState
 
+# Seconds in which an engine starts, by whether it is vLLM, which takes 20 to import.
+_PATIENCE = {False: 30, True: 240}
+
 
 class EchoEngine:
     """An engine client with its metrics.
@@ -22,6 +25,8 @@ class EchoEngine:
     def __init__(self, **settings: Any) -> None:
         self.metrics = Metrics()
         self.fatal: list[str] = []
+        model = settings.get("model")
+        self._patience = _PATIENCE[model.engine == "vllm" if model else False]
         self.client = EngineClient(
             model=settings.pop("model", ModelSettings(engine="echo")),
             model_label="echo",
@@ -36,9 +41,9 @@ class EchoEngine:
         """Wait until the engine is in ``state``.
 
         Raises:
-            TimeoutError: This takes longer than 30 seconds.
+            TimeoutError: This takes longer than 30 seconds, or than 4 minutes with vLLM.
         """
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(self._patience):
             while self.client.state is not state:  # noqa: ASYNC110 - polls another process
                 await asyncio.sleep(0.01)
 

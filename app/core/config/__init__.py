@@ -90,10 +90,11 @@ class ModelSettings(Section):
         description="Share of a CUDA device's free memory that the KV cache and the steps' own "
         "tensors may take.",
     )
-    engine: Literal["auto", "openvino", "transformers", "echo"] = Field(
+    engine: Literal["auto", "openvino", "transformers", "vllm", "echo"] = Field(
         "auto",
         description="Backend that runs the model. auto: openvino on a CPU where it can read the "
-        "model (GGUF, OpenVINO), else transformers. echo repeats the prompt, for tests.",
+        "model (GGUF, OpenVINO), vllm on a GPU where it is installed, else transformers. echo "
+        "repeats the prompt, for tests.",
     )
     max_tokens: int = Field(
         512, ge=1, le=1_000_000, description="Most tokens a request may ask for, and the default."

@@ -1,6 +1,8 @@
 """Settings of the engine process."""
 
-from pydantic import Field
+from typing import Any
+
+from pydantic import Field, JsonValue
 
 from app.core.config.base import Section
 
@@ -53,3 +55,46 @@ class EngineSettings(Section):
     echo_step_seconds: float = Field(
         0.0, ge=0, le=2, description="Time the echo engine takes for a token; for load tests."
     )
+    python: str | None = Field(
+        None,
+        min_length=1,
+        description="Interpreter that runs the engine process; default: the service's own, or that "
+        "of .tools/vllm for vLLM.",
+    )
+    tensor_parallel_size: int = Field(
+        1, ge=1, le=1024, description="vLLM: GPUs that share each layer."
+    )
+    pipeline_parallel_size: int = Field(
+        1, ge=1, le=1024, description="vLLM: groups of GPUs that share the layers."
+    )
+    max_context: int | None = Field(
+        None,
+        ge=1,
+        le=100_000_000,
+        description="vLLM: most tokens of prompt and answer; default: the model's.",
+    )
+    kv_cache_memory_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="vLLM: share of each GPU's memory for weights and KV cache; default: vLLM's.",
+    )
+    quantization: str | None = Field(
+        None, min_length=1, description="vLLM: its quantization, such as fp8; default: the model's."
+    )
+    vllm_args: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="vLLM: further arguments, by the fields of its EngineArgs.",
+    )
+
+    @property
+    def vllm_arguments(self) -> dict[str, Any]:
+        """What vLLM is told beside its defaults, by the fields of its ``EngineArgs``."""
+        named = {
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "pipeline_parallel_size": self.pipeline_parallel_size,
+            "max_model_len": self.max_context,
+            "gpu_memory_utilization": self.kv_cache_memory_share,
+            "quantization": self.quantization,
+        }
+        return {name: value for name, value in named.items() if value is not None} | self.vllm_args

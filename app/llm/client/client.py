@@ -16,7 +16,7 @@ from app.core.config.logging import LoggingSettings
 from app.core.logging import get_logger
 from app.core.metrics import Metrics
 from app.llm.client.admission import Place, PlaceListener, RequestQueue
-from app.llm.client.process import EngineProcess
+from app.llm.client.process import EngineProcess, engine_python
 from app.llm.client.restarts import Restarts
 from app.llm.client.retries import InFlight
 from app.llm.client.watchdog import LOOK_SECONDS, Duty, Watchdog, observe
@@ -62,6 +62,9 @@ class EngineClient:
         huggingface_token: For gated models.
         on_fatal: Called with one line when the engine cannot run and will not be retried.
 
+    Raises:
+        ConfigurationError: The engine's interpreter is not there.
+
     Attributes:
         info: What is being served; ``None`` before the model is loaded.
         tokenizer: The served model's; ``None`` before the model is loaded.
@@ -100,10 +103,12 @@ class EngineClient:
             model=model.model_dump(),
             max_running=engine.max_running,
             echo_step_seconds=engine.echo_step_seconds,
+            vllm_arguments=engine.vllm_arguments,
             huggingface_token=huggingface_token,
             log_level=logging.level,
             log_format=logging.format,
         )
+        self._python = engine_python(model, engine)
         self._limits = engine
         self._restarts = Restarts(engine.max_restarts)
         self._process: EngineProcess | None = None
@@ -188,7 +193,7 @@ class EngineClient:
 
     async def _run_once(self) -> tuple[bool, str]:
         """Run one engine process to its end: whether it became ready, and how it ended."""
-        process = self._process = await EngineProcess.start()
+        process = self._process = await EngineProcess.start(self._python)
         log.info("engine process started", extra={"pid": process.pid})
         self._phase = Duty.LOADING
         process.send(self._configure)
@@ -205,6 +210,9 @@ class EngineClient:
                 await self._handle(report)
             self._lose_running()
             ending = await process.wait()
+            if not ready and process.last_written:
+                # Its environment may be broken. A line from later might quote a request.
+                ending = f"{ending} ({process.last_written})"
         except BaseException:
             process.kill()
             self._lose_running()

@@ -3,20 +3,24 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import sys
 from collections.abc import Mapping
 
-from app.core.config import PROJECT_ROOT
+from app.core.config import PROJECT_ROOT, ModelSettings
+from app.core.config.engine import EngineSettings
 from app.core.logging import STDERR, get_logger
 from app.core.machine import THREADS_VARIABLE, compute_threads
 from app.llm.protocol import HEADER_BYTES, Command, Report, Stop, body_length, pack, unpack_report
+from app.utils.errors import ConfigurationError
 
 log = get_logger()
 
 # Libraries' output is read in pieces of this size; a longer text becomes several log lines.
 _WRITTEN_BYTES = 4096
+_MAX_LAST_WRITTEN = 200
 # The engine ends at once when it is told to, unless a step holds its interpreter. It has nothing
 # to save, so it can be killed then.
 _STOP_SECONDS = 1.0
@@ -28,8 +32,40 @@ _IGNORING_SIGNALS = ("/bin/sh", "-c", 'trap "" INT TERM; exec "$@"', "sh")
 _WITHHELD = ("SECURITY__", "HUGGINGFACE_TOKEN", "HF_TOKEN", "LANGSMITH_", "LANGCHAIN_")
 
 
+_VLLM_PYTHON = PROJECT_ROOT / ".tools" / "vllm" / "bin" / "python"
+
+
+def engine_python(model: ModelSettings, engine: EngineSettings) -> str:
+    """The interpreter of the engine process; vLLM has an environment of its own.
+
+    Raises:
+        ConfigurationError: It is not there.
+    """
+    if engine.python:
+        if found := shutil.which(engine.python):
+            return found
+        fault = f"engine.python is {engine.python}, which is no program"
+    elif model.engine == "vllm":
+        if _VLLM_PYTHON.exists():
+            return str(_VLLM_PYTHON)
+        fault = f"model.engine is vllm, but there is no {_VLLM_PYTHON}"
+    else:
+        # By its name alone: the files may have to be downloaded.
+        is_gguf = model.source == "bundled" or model.name.lower().endswith(".gguf")
+        takes_vllm = model.engine == "auto" and model.device == "cuda" and not is_gguf
+        return str(_VLLM_PYTHON) if takes_vllm and _VLLM_PYTHON.exists() else sys.executable
+    raise ConfigurationError(
+        f"configuration error: {fault}: run make install-vllm, or set ENGINE__PYTHON to the "
+        "interpreter of an environment that has the engine"
+    )
+
+
 class EngineProcess:
-    """One run of the engine process; it is never started twice."""
+    """One run of the engine process; it is never started twice.
+
+    Attributes:
+        last_written: The last line on its standard error, for example of a traceback.
+    """
 
     def __init__(
         self,
@@ -42,12 +78,13 @@ class EngineProcess:
         self._reader = reader
         self._writer = writer
         self._killed_because = ""
+        self.last_written = ""
         # Native libraries write to standard error without the logger, also when they crash.
-        self._written = asyncio.create_task(_log_lines(process.stderr), name="engine-stderr")
+        self._written = asyncio.create_task(self._log_lines(process.stderr), name="engine-stderr")
 
     @classmethod
-    async def start(cls) -> "EngineProcess":
-        """Start the process and connect to it.
+    async def start(cls, python: str = sys.executable) -> "EngineProcess":
+        """Start the process, with an interpreter, and connect to it.
 
         Raises:
             OSError: The machine has no process or file descriptor left.
@@ -61,7 +98,7 @@ class EngineProcess:
             try:
                 process = await asyncio.create_subprocess_exec(
                     *_IGNORING_SIGNALS,
-                    sys.executable,
+                    python,
                     "-m",
                     "app.llm.engine.worker",
                     *map(str, descriptors),
@@ -108,6 +145,13 @@ class EngineProcess:
         self.send(Stop())
         await self._exit_code()
 
+    async def _log_lines(self, stderr: asyncio.StreamReader | None) -> None:
+        """Log what the process writes to standard error, until it has ended."""
+        while stderr is not None and (data := await stderr.read(_WRITTEN_BYTES)):
+            for line in filter(str.strip, data.decode("utf-8", "replace").splitlines()):
+                self.last_written = line.strip()[:_MAX_LAST_WRITTEN]
+                log.warning("the engine process wrote: %s", line)
+
     async def _exit_code(self) -> int:
         """Wait until the process ends, and kill it if it does not."""
         try:
@@ -124,13 +168,6 @@ class EngineProcess:
             self._process.kill()
         # A process that waits for a disk outlives the signal. Its requests must not wait for it.
         self._writer.transport.abort()
-
-
-async def _log_lines(stderr: asyncio.StreamReader | None) -> None:
-    """Log what the process writes to standard error, until it has ended."""
-    while stderr is not None and (data := await stderr.read(_WRITTEN_BYTES)):
-        for line in filter(str.strip, data.decode("utf-8", "replace").splitlines()):
-            log.warning("the engine process wrote: %s", line)
 
 
 def engine_environment(base: Mapping[str, str]) -> dict[str, str]:

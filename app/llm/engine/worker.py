@@ -212,6 +212,7 @@ def _load(channel: Channel, configure: Configure) -> Backend | None:
             ModelSettings.model_validate(configure.model),
             max_running=configure.max_running,
             echo_step_seconds=configure.echo_step_seconds,
+            vllm_arguments=configure.vllm_arguments,
             token=configure.huggingface_token,
             progress=lambda message: channel.send(Loading(message=message)),
             fetch_progress=lambda message: channel.send(Loading(message=message, fetching=True)),
@@ -273,3 +274,7 @@ def _exit(status: int) -> NoReturn:
 
 if __name__ == "__main__":
     _exit(main())
+if __name__ == "__mp_main__":
+    # vLLM's helper processes import this module first. Each ends with the engine process, also when
+    # it is stopped or stuck.
+    end_with_parent()
