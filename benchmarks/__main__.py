@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import curve, overload, page, plots, side_by_side, soak
 from benchmarks.load.rounds import run
-from benchmarks.paths import RESULTS
+from benchmarks.paths import MODEL, RESULTS
 from benchmarks.servers import ENGINES
 
 
@@ -82,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept = options.command + ("-quick" if options.quick else "")
     kept += "-part" if is_table and options.only else ""
     kept += "-cuda" if options.device == "cuda" else ""
+    kept += f"-{MODEL.name}" if os.environ.get("BENCH_MODEL") else ""
     _keep(kept, data)
     for title, body in (page.render(data) if is_table else curve.render(data)).items():
         print(f"\n## {title}\n\n{body}")

@@ -99,7 +99,7 @@ def render(data: dict[str, Any]) -> dict[str, str]:
             _lengths(found),
             render_overload(found["overload"]),
         ]
-    return {"curve": "\n\n".join([machine.lines(data["machine"]), *parts])}
+    return {"curve": "\n\n".join([machine.lines(data["machine"], "commit", "command"), *parts])}
 
 
 def _clients(found: dict[str, Any]) -> str:

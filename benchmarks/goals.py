@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.servers import LLAMA, SERVE
 
 CLIENTS = (1, 8, 32)
+GPU_CLIENTS = (1, 8, 64, 256)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ def describe(device: str) -> dict[str, str]:
     return found
 
 
-def lines(description: Mapping[str, str]) -> str:
-    """A description as a Markdown list."""
-    return "\n".join(f"- {name}: {value}" for name, value in description.items() if value)
+def lines(description: Mapping[str, str], *only: str) -> str:
+    """A description, or those of its lines that ``only`` names, as a Markdown list."""
+    shown = {n: value for n, value in description.items() if value and (n in only or not only)}
+    return "\n".join(f"- {name}: {value}" for name, value in shown.items())

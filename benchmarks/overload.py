@@ -225,7 +225,7 @@ def render(found: Mapping[str, Any]) -> str:
         for one in rounds
     )
     ended = "; ".join(
-        " / ".join(number(one[name]) for name in ("sent", "completed", "refused", "failed"))
+        "/".join(number(one[name]) for name in ("sent", "completed", "refused", "failed"))
         for one in rounds
     )
     lines = [
@@ -255,7 +255,7 @@ def render(found: Mapping[str, Any]) -> str:
 def _memory(rounds: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     lines = []
     for label in rounds[0]["memory"]:
-        shown = ", ".join("{:.0f} to {:.0f}".format(*one["memory"][label]) for one in rounds)
+        shown = ", ".join("{:.0f}-{:.0f}".format(*one["memory"][label]) for one in rounds)
         flat = not any(vitals.has_grown(*one["memory"][label]) for one in rounds)
         lines.append([f"memory of the {label} process, MiB", shown, _verdict(flat, "flat")])
     return lines

@@ -1,11 +1,15 @@
-"""Paths of the benchmarks' files; ``.bench`` is git-ignored and may be deleted."""
+"""Paths of the benchmarks' files; ``.bench`` is git-ignored and may be deleted.
 
+``BENCH_MODEL`` names a folder with safetensors that stands for the bundled model's.
+"""
+
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / ".bench"
 ENVIRONMENTS = WORK / "envs"
-MODEL = WORK / "model"
+MODEL = Path(os.environ.get("BENCH_MODEL") or WORK / "model")
 LOGS = WORK / "logs"
 RESULTS = WORK / "results"
 PAGE = ROOT / "docs" / "performance.md"

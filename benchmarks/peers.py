@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from app.llm.client.process import VLLM_PYTHON
 from app.llm.models import bundled
 from benchmarks.paths import ENVIRONMENTS, MODEL
 
@@ -63,6 +64,19 @@ def _environment(name: str, requirement: str, *, shares_project: bool = False) -
     return python
 
 
+def bundled_safetensors() -> Path:
+    """A folder with the bundled model's weights in bfloat16, which are converted once.
+
+    Raises:
+        PreparationError: The model cannot be converted.
+    """
+    if not (MODEL / "model.safetensors").exists():
+        print("Converting the bundled model to safetensors", flush=True)
+        source = bundled.fetch()
+        _run(sys.executable, "-c", _CONVERT, str(source.parent), source.name, str(MODEL))
+    return MODEL
+
+
 def transformers_serve(port: int, device: str) -> list[str]:
     """The command that starts transformers serve on the bundled model in bfloat16.
 
@@ -70,14 +84,27 @@ def transformers_serve(port: int, device: str) -> list[str]:
         PreparationError: It cannot be installed, or the model cannot be converted.
     """
     python = _environment("transformers-serve", SERVE, shares_project=True)
-    if not (MODEL / "model.safetensors").exists():
-        print("Converting the bundled model to safetensors", flush=True)
-        source = bundled.fetch()
-        _run(sys.executable, "-c", _CONVERT, str(source.parent), source.name, str(MODEL))
+    bundled_safetensors()
     start = "from transformers.cli.transformers import main; main()"
     command = [str(python), "-c", start, "serve", str(MODEL), "--continuous-batching"]
     command += ["--dtype", "bfloat16", "--device", device, "--port", str(port)]
     return [*command, "--cb-max-memory-percent", MEMORY_SHARE[device]]
+
+
+def vllm_serve(port: int, device: str) -> list[str]:
+    """The command that starts vLLM's own server on the bundled model, as the service starts vLLM.
+
+    Raises:
+        PreparationError: It is not installed, or the model cannot be converted.
+    """
+    if not VLLM_PYTHON.exists():
+        raise PreparationError("vLLM is not installed (make install-vllm)")
+    serve = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.cli.main", "serve"]
+    serve += [str(bundled_safetensors()), "--port", str(port), "--max-num-seqs"]
+    if device == "cuda":
+        return [*serve, "256", "--gpu-memory-utilization", MEMORY_SHARE[device]]
+    # Compiling takes minutes; its cache would take nearly all memory.
+    return [*serve, "32", "--enforce-eager", "--kv-cache-memory-bytes", str(2**30)]
 
 
 def llama_server(port: int) -> list[str]:

@@ -69,8 +69,10 @@ ENGINES = {
     "openvino": {"MODEL__ENGINE": "openvino"},
     "transformers": {"MODEL__ENGINE": "transformers"},
     "transformers int8": {"MODEL__ENGINE": "transformers", "MODEL__QUANTIZATION": "int8"},
+    "vllm": {"MODEL__ENGINE": "vllm", "MODEL__SOURCE": "local", "MODEL__NAME": str(MODEL)},
 }
 SERVE = "transformers serve"
+VLLM = "vllm serve"
 LLAMA = "llama-server"
 
 
@@ -78,14 +80,34 @@ def ours(engine: str, device: str = "cpu", **settings: str) -> Row:
     """The row of this service with an engine."""
     environment = {**_OURS, **ENGINES[engine], "MODEL__DEVICE": device, **settings}
     if device == "cuda":
+        environment |= {"MODEL__SOURCE": "local", "MODEL__NAME": str(MODEL)}
+        environment |= {"ENGINE__MAX_RUNNING": "256"}
         environment.setdefault("MODEL__CUDA_MEMORY_SHARE", peers.MEMORY_SHARE[device])
+        environment.setdefault("ENGINE__KV_CACHE_MEMORY_SHARE", peers.MEMORY_SHARE[device])
     return Row(f"ours, {engine}", _uvicorn, environment)
 
 
 def all_rows(device: str, engines: Sequence[str] | None = None) -> list[Row]:
-    """The rows of a device; the package of llama-server runs on CPUs only."""
-    possible = ["transformers"] if device == "cuda" else list(ENGINES)
-    rows = [ours(engine, device) for engine in engines or possible]
+    """The rows of a device; the package of llama-server runs on CPUs only.
+
+    On a CPU vLLM is measured only where it is named.
+    """
+    possible = ["transformers", "vllm"]
+    if device == "cpu":
+        possible = [engine for engine in ENGINES if engine != "vllm"]
+    named = engines or possible
+    rows = [ours(engine, device) for engine in named]
+    if "vllm" in named:
+        rows.append(
+            Row(
+                VLLM,
+                lambda port: peers.vllm_serve(port, device),
+                environment={"VLLM_NO_USAGE_STATS": "1"},
+                route=Route.OPENAI_CHAT,
+                model=str(MODEL),
+                is_ours=False,
+            )
+        )
     rows.append(
         Row(
             SERVE,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks import machine, scenarios
-from benchmarks.goals import CLIENTS
+from benchmarks.goals import CLIENTS, GPU_CLIENTS
 from benchmarks.servers import Row, Server, StartError, all_rows, start
 
 
@@ -135,7 +135,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows = all_rows(options.device, options.engine)
     if options.only:
         rows = [row for row in rows if any(word in row.name for word in options.only)]
-    clients = (1, 8) if options.quick else CLIENTS
+    clients = (1, 8) if options.quick else GPU_CLIENTS if options.device == "cuda" else CLIENTS
     count = 1 if options.quick else options.rounds
     running = Running()
     try:

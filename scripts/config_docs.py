@@ -233,12 +233,12 @@ def configuration_markdown() -> str:
 
 
 def _table(rows: list[Setting]) -> Iterator[str]:
-    yield "| Key | Default | Allowed | What it does |"
+    yield "|Key|Default|Allowed|What it does|"
     yield "|---|---|---|---|"
     for row in rows:
         default = f"`{row.default_text}`" if row.default_text else "not set"
         cells = (f"`{row.key}`", default, row.allowed, row.description)
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        yield "|" + "|".join(cell.replace("|", "\\|") for cell in cells) + "|"
 
 
 def _sections() -> dict[str, list[Setting]]:

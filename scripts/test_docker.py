@@ -49,6 +49,15 @@ print(json.dumps({
 }))
 """
 
+# Writes a tiny random model with heads of a size that vLLM has on a CPU.
+MAKE_MODEL = """
+import json, pathlib
+from tests.support.tiny_model import make_tiny_model
+path = make_tiny_model(pathlib.Path("/mnt/model")) / "config.json"
+heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+path.write_text(json.dumps(json.loads(path.read_text()) | heads))
+"""
+
 
 class Checks:
     """Prints and counts checks."""
@@ -303,8 +312,28 @@ def show_sizes(engine: Engine, image: str, container: Container) -> None:
         print(f"  {megabytes:>6}  {Path(path).name}")
 
 
-def test_image(checks: Checks, engine: Engine, image: str) -> None:
+def check_vllm(checks: Checks, engine: Engine, image: str) -> None:
+    """Check that vLLM answers, with a tiny random model that the image's own Python makes."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        tests = f"{PROJECT_ROOT / 'tests'}:/app/tests:ro"
+        made = [*engine.run_options, "-v", f"{folder}:/mnt", "-v", tests, image]
+        engine.call("run", "--rm", *made, "python", "-c", MAKE_MODEL)
+        config = "model: {engine: vllm, source: local, name: /mnt/model}\n"
+        with running(engine, image, config, "-v", f"{folder}:/mnt:ro") as container:
+            print(f"vLLM is ready after {container.wait_until_healthy():.1f} s")
+            answer = _json(container.curl(GENERATE))
+            checks.check("vLLM answers", answer.get("tokens_generated", 0) > 0, answer)
+            seen = _json(container.curl(STATUS)).get("engine", {})
+            checks.check("vLLM runs it", seen.get("backend") == "vllm", seen)
+            check_end(checks, container)
+
+
+def test_image(checks: Checks, engine: Engine, image: str, variant: str) -> None:
     """Run all checks of an image."""
+    if variant == "vllm-cpu":
+        check_vllm(checks, engine, image)
+        return
     health = check_metadata(checks, engine, image)
     check_refusals(checks, engine, image)
     # What engine and model run is said by the mounted file alone, so its effect proves the mount.
@@ -326,6 +355,7 @@ def main() -> int:
     """Build, check, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--image", default="llm-fastapi-service:latest", help="name to build")
+    parser.add_argument("--variant", choices=("cpu", "vllm-cpu"), default="cpu")
     parser.add_argument("--store", type=Path, default=DEFAULT_STORE, help="podman's images")
     arguments = parser.parse_args()
     checks = Checks()
@@ -333,9 +363,9 @@ def main() -> int:
         engine = choose_engine(arguments.store)
         print(f"Building {arguments.image} with {engine.name}", flush=True)
         started = time.monotonic()
-        engine.build(arguments.image, {})
+        engine.build(arguments.image, {"VARIANT": arguments.variant})
         print(f"Built in {time.monotonic() - started:.0f} s")
-        test_image(checks, engine, arguments.image)
+        test_image(checks, engine, arguments.image, arguments.variant)
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

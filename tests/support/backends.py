@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from app.core.config import PROJECT_ROOT, ModelSettings
+from app.core.config import ModelSettings
+from app.llm.client.process import VLLM_PYTHON
 from app.llm.loader import load_backend
 from app.llm.protocol import Backend, GenerationRequest, SamplingParams, TokenEvent
 from app.utils.errors import ModelLoadError
@@ -86,7 +87,6 @@ BACKENDS: dict[str, Callable[[Path], ModelSettings]] = {
 
 # Rows that another row is compared with.
 _REFERENCES = {"vllm": _wide}
-VLLM_PYTHON = PROJECT_ROOT / ".tools" / "vllm" / "bin" / "python"
 
 
 def reference(name: str, tiny: Path) -> ModelSettings:

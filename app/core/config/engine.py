@@ -58,33 +58,30 @@ class EngineSettings(Section):
     python: str | None = Field(
         None,
         min_length=1,
-        description="Interpreter that runs the engine process; default: the service's own, or that "
-        "of .tools/vllm for vLLM.",
+        description="Interpreter of the engine process; default: the service's, or .tools/vllm's.",
     )
-    tensor_parallel_size: int = Field(
-        1, ge=1, le=1024, description="vLLM: GPUs that share each layer."
-    )
+    tensor_parallel_size: int = Field(1, ge=1, le=1024, description="vLLM: GPUs for each layer.")
     pipeline_parallel_size: int = Field(
-        1, ge=1, le=1024, description="vLLM: groups of GPUs that share the layers."
+        1, ge=1, le=1024, description="vLLM: groups of GPUs for the layers."
     )
     max_context: int | None = Field(
         None,
         ge=1,
         le=100_000_000,
-        description="vLLM: most tokens of prompt and answer; default: the model's.",
+        description="vLLM: most tokens of a request; default: the model's.",
     )
     kv_cache_memory_share: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="vLLM: share of each GPU's memory for weights and KV cache; default: vLLM's.",
+        description="vLLM: share of a GPU's memory; default: vLLM's.",
     )
     quantization: str | None = Field(
-        None, min_length=1, description="vLLM: its quantization, such as fp8; default: the model's."
+        None, min_length=1, description="vLLM: such as fp8; default: the model's."
     )
     vllm_args: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="vLLM: further arguments, by the fields of its EngineArgs.",
+        description="vLLM: more of its EngineArgs.",
     )
 
     @property

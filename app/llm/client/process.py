@@ -32,7 +32,8 @@ _IGNORING_SIGNALS = ("/bin/sh", "-c", 'trap "" INT TERM; exec "$@"', "sh")
 _WITHHELD = ("SECURITY__", "HUGGINGFACE_TOKEN", "HF_TOKEN", "LANGSMITH_", "LANGCHAIN_")
 
 
-_VLLM_PYTHON = PROJECT_ROOT / ".tools" / "vllm" / "bin" / "python"
+VLLM_PYTHON = PROJECT_ROOT / ".tools" / "vllm" / "bin" / "python"
+"""The interpreter that ``make install-vllm`` makes."""
 
 
 def engine_python(model: ModelSettings, engine: EngineSettings) -> str:
@@ -46,14 +47,14 @@ def engine_python(model: ModelSettings, engine: EngineSettings) -> str:
             return found
         fault = f"engine.python is {engine.python}, which is no program"
     elif model.engine == "vllm":
-        if _VLLM_PYTHON.exists():
-            return str(_VLLM_PYTHON)
-        fault = f"model.engine is vllm, but there is no {_VLLM_PYTHON}"
+        if VLLM_PYTHON.exists():
+            return str(VLLM_PYTHON)
+        fault = f"model.engine is vllm, but there is no {VLLM_PYTHON}"
     else:
         # By its name alone: the files may have to be downloaded.
         is_gguf = model.source == "bundled" or model.name.lower().endswith(".gguf")
         takes_vllm = model.engine == "auto" and model.device == "cuda" and not is_gguf
-        return str(_VLLM_PYTHON) if takes_vllm and _VLLM_PYTHON.exists() else sys.executable
+        return str(VLLM_PYTHON) if takes_vllm and VLLM_PYTHON.exists() else sys.executable
     raise ConfigurationError(
         f"configuration error: {fault}: run make install-vllm, or set ENGINE__PYTHON to the "
         "interpreter of an environment that has the engine"
