@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -27,6 +28,7 @@ from transformers import logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from app.core.config import PROJECT_ROOT, ModelSettings
+from app.llm.client.process import VLLM_PYTHON
 from app.llm.engine.transformers.backend import TransformersBackend
 from app.utils.errors import ModelLoadError
 from benchmarks.page import replace_section
@@ -141,12 +143,27 @@ _REASONS: Final = {
 """Reasons on the page where the true ones differ for each architecture."""
 
 
-def render(rows: Iterable[Row]) -> str:
-    """The list of the page: an entry for each outcome and reason."""
+def vllm_kinds() -> frozenset[str]:
+    """The model types whose class vLLM has in its registry; none where vLLM is not installed."""
+    if not VLLM_PYTHON.exists():
+        return frozenset()
+    program = "from vllm import ModelRegistry; print(*ModelRegistry.get_supported_archs())"
+    done = subprocess.run(
+        [VLLM_PYTHON, "-c", program], capture_output=True, text=True, check=True, timeout=300
+    )
+    classes = set(done.stdout.splitlines()[-1].split())
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+    kinds = {kind for kind, name in known if name in classes}
+    return frozenset({*kinds, *(v for v in tiny.VARIANTS if v.partition("-")[0] in kinds)})
+
+
+def render(rows: Iterable[Row], vllm: frozenset[str] = frozenset()) -> str:
+    """The list of the page: an entry for each outcome and reason; what vLLM has gets a star."""
     groups: dict[tuple[str, str], list[str]] = {}
     for row in sorted(rows):
         reason = _REASONS.get(row.outcome, row.reason)
-        groups.setdefault((row.outcome, reason), []).append(row.kind)
+        name = f"{row.kind}*" if row.kind in vllm else row.kind
+        groups.setdefault((row.outcome, reason), []).append(name)
     order = ["paged", "plain", "openvino", "vllm", "refused", *_REASONS, "CRASHED"]
     entries = []
     for (outcome, reason), kinds in sorted(
@@ -185,7 +202,9 @@ def main() -> int:
         sys.stdout.write(f"{len(bad)} of {len(rows)} are not right: {names}\n")
     if not options.kinds:
         text = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(replace_section(text, "models", render(rows)), encoding="utf-8")
+        PAGE.write_text(
+            replace_section(text, "models", render(rows, vllm_kinds())), encoding="utf-8"
+        )
     return 1 if bad else 0
 
 
