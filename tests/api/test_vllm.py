@@ -26,7 +26,10 @@ pytestmark = [pytest.mark.vllm, pytest.mark.model, pytest.mark.timeout(900)]
 
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = "The capital of France is Paris."
-LONG = generate("Tell me a long story.", max_tokens=2000)
+# A greedy answer goes on counting.
+COUNT = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
+LONG = generate(COUNT, max_tokens=2000, temperature=0)
+SHORT = generate(COUNT, max_tokens=60, temperature=0)
 STALL_SECONDS = 5
 
 
@@ -102,10 +105,11 @@ def test_a_schema(sdk: OpenAI) -> None:
 
 def test_forced_tools(sdk: OpenAI) -> None:
     """A forced call has arguments of the tool's schema."""
+    tools: Any = [WEATHER]
     answered = sdk.chat.completions.create(
         model="default",
         messages=QUESTION,
-        tools=[WEATHER],  # type: ignore[list-item]
+        tools=tools,
         tool_choice="required",
         parallel_tool_calls=False,
     )
@@ -144,7 +148,7 @@ def test_what_the_grammar_library_rejects_fails_alone(service: Service) -> None:
     for _ in range(70):
         deep = {"type": "array", "items": deep}
     asked = {"type": "json_schema", "json_schema": {"name": "deep", "schema": deep}}
-    with open_stream(service, generate("Count to ten.", max_tokens=200)) as found:
+    with open_stream(service, SHORT) as found:
         with service.client() as client:
             body = {"model": "default", "messages": QUESTION, "response_format": asked}
             assert client.post("/v1/chat/completions", json=body).status_code in (400, 500)
@@ -203,7 +207,7 @@ def test_helpers_end_with_the_engine() -> None:
         os.kill(engine, signal.SIGKILL)
         service.wait_for(lambda: not any(map(command, helpers)), "the helpers' end")
         lives_on(service, 0)
-        with open_stream(service, generate("Count to ten.", max_tokens=100)) as found:
+        with open_stream(service, SHORT) as found:
             service.process.terminate()
             assert rest_of(found)[-1]["finish_reason"] in ("stop", "length")
         assert service.wait() == 0

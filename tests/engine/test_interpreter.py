@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from app.core.config import ModelSettings
+from app.core.config import PROJECT_ROOT, ModelSettings
 from app.core.config.engine import EngineSettings
 from app.llm import loader
-from app.llm.client.process import engine_python
+from app.llm.client.process import VLLM_PYTHON, engine_python
 from app.llm.models.snapshot import Snapshot
 from app.utils.errors import ConfigurationError, ModelLoadError
-from tests.support.backends import VLLM_PYTHON, load_local, need_vllm, settings_of
+from tests.support.backends import load_local, need_vllm, settings_of
 from tests.support.engine import EchoEngine
 from tests.support.remote_backend import RemoteBackend
-from tests.support.service import PROJECT_ROOT, isolated_environment
+from tests.support.service import isolated_environment
 from tests.support.tiny_gguf import make_tiny_gguf
 
 OTHER = "/usr/bin/env"
