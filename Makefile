@@ -140,6 +140,10 @@ test-vllm: model ## Test the vllm engine; without a vLLM it installs the one for
 	@test -e $(VLLM_STAMP) || $(MAKE) install-vllm VARIANT=$(or $(VARIANT),cpu)
 	TEST_VLLM=1 $(RUN) pytest tests -m vllm -v
 
+.PHONY: test-clients
+test-clients: model ## Run programs of other OpenAI-compatible clients, in Python and node (ARGS="litellm" for some)
+	$(RUN) python -m tests.contract.clients $(ARGS)
+
 .PHONY: format
 format: install ## Format the code and sort the imports
 	$(RUN) ruff check --select I --fix-only .

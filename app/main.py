@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
+from starlette.middleware.cors import CORSMiddleware
 
 from app import __version__
 from app.api.application import GuardedApplication
@@ -181,6 +182,15 @@ def _build(settings: Settings, services: Services, chains: "Callable[[], Chains]
         # An included router would be asked twice for each request.
         app.router.routes.extend(module.router.routes)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.security.max_body_bytes)
+    if origins := settings.security.cors_origins:
+        methods = ("GET", "POST", "DELETE")
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=methods,
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     # Added last, so that it is outermost.
     app.add_middleware(
         RequestContextMiddleware,

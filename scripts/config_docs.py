@@ -41,6 +41,7 @@ _SAMPLES = {
     "ENGINE__MAX_CONTEXT": "8192",
     "ENGINE__KV_CACHE_MEMORY_SHARE": "0.9",
     "ENGINE__QUANTIZATION": "fp8",
+    "MODEL__CHAT_TEMPLATE": "templates/qwen3.jinja",
     "RATE_LIMIT__BURST_SIZE": "10",
     "SERVER__MAX_CONNECTIONS_PER_IP": "100",
 }

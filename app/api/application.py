@@ -27,12 +27,14 @@ class GuardedApplication(FastAPI):
     """
 
     def __init__(self, *, connections: Connections, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(redirect_slashes=False, **options)
         self._connections = connections
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the lifespan."""
         if scope["type"] != "lifespan":
+            # Starlette would redirect an address that ends with a slash, to http:// behind a proxy.
+            scope["path"] = scope["path"].rstrip("/") or "/"
             await super().__call__(scope, receive, send)
             return
         config: Any = getattr(getattr(receive, "__self__", None), "config", None)

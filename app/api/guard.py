@@ -7,9 +7,9 @@ from fastapi import Depends, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
-from pydantic_core import from_json
 from starlette.types import Receive, Scope
 
+from app.api.body import parse_json, unpack
 from app.api.dependencies import Services, services_of
 from app.api.errors import error_response, validation_error, with_errors
 from app.api.idempotency import PARAMETER as IDEMPOTENCY_KEY
@@ -21,7 +21,6 @@ from app.utils.errors import (
     IdempotencyKeyReusedError,
     InsufficientScopeError,
     InvalidAPIKeyError,
-    InvalidJSONError,
     ServiceError,
 )
 
@@ -55,19 +54,6 @@ class _ParsedRequest(Request):
     async def json(self) -> Any:
         """The body's JSON."""
         return self._value
-
-
-def parse_json(body: bytes) -> Any:
-    """Parse a request body.
-
-    Raises:
-        InvalidJSONError: It is malformed or not UTF-8, has a lone surrogate, NaN, an infinity or
-            a number of too many digits, or is nested too deeply.
-    """
-    try:
-        return from_json(body, allow_inf_nan=False)
-    except (ValueError, RecursionError):
-        raise InvalidJSONError from None
 
 
 class GuardedRoute(APIRoute):
@@ -128,7 +114,8 @@ class GuardedRoute(APIRoute):
             caller.require(self.scope)
         if self.body_field is None:
             return await handle(request)
-        body = await request.body()
+        encoding = request.headers.get("content-encoding", "")
+        body = unpack(await request.body(), encoding, services.settings.security.max_body_bytes)
         if self.generates:
             services.shedding.check(caller.key_id, request.scope["headers"], body)
 

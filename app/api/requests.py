@@ -28,11 +28,12 @@ Role = Literal["system", "user", "assistant"]
 # Faults of a body that are described; the rest of a longer list would tell nobody anything.
 MAX_FAULTS = 64
 MAX_STOPS = 4
+MAX_STOP_CHARS = 256
 
 _NULL: Schema = {"type": "null"}
 _ANNOTATIONS = ("title", "description", "default")
 
-StopString = Annotated[str, Field(min_length=1, max_length=256)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
 class RequestModel(BaseModel):
@@ -90,10 +91,10 @@ class RequestModel(BaseModel):
 
 def _or_null(schema: Schema) -> Schema:
     """A field's schema that allows null as well; its annotations stay at the top."""
-    if _NULL in schema.get("anyOf", ()):
-        return schema
     annotations: Schema = {k: v for k, v in schema.items() if k in _ANNOTATIONS}
     inner = {k: v for k, v in schema.items() if k not in annotations}
+    if not inner or _NULL in inner.get("anyOf", ()):
+        return schema
     alternatives = inner["anyOf"] if inner.keys() == {"anyOf"} else [inner]
     return {"anyOf": [*alternatives, _NULL], **annotations}
 
@@ -109,7 +110,11 @@ class JsonSchemaFormat(RequestModel):
     name: str = Field("", max_length=64)
     description: str = Field("", max_length=8192)
     schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool = Field(False, description="The answer follows the schema either way.")
+    strict: bool = Field(
+        False,
+        description="On the OpenAI routes: refuse a schema that cannot be held in full; the native "
+        "ones always do.",
+    )
 
 
 class ResponseFormat(RequestModel):

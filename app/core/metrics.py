@@ -96,6 +96,9 @@ class Metrics:
         self.kv_cache_usage = self._gauge(
             "llm_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1."
         )
+        self.ignored_fields = self._counter(
+            "llm_ignored_fields_total", "Fields of requests taken without effect.", "field"
+        )
         self.rejected = self._counter(
             "llm_requests_rejected_total", "Requests refused before they ran.", "reason"
         )

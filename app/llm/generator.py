@@ -7,7 +7,7 @@ from typing import Self
 from app.llm.client.admission import Place
 from app.llm.client.client import EngineClient
 from app.llm.detokenizer import Detokenizer, StopMatcher
-from app.llm.ebnf.check import check_grammar, grammar_param
+from app.llm.ebnf.check import fit_grammar, grammar_param
 from app.llm.protocol import (
     NEUTRAL_SAMPLING,
     SAMPLING_FIELDS,
@@ -139,10 +139,11 @@ class TextGenerator:
                 async for piece in self.stream(prompt, replace(options, place=place)):
                     yield piece
             return
+        place = options.place
         check_supported(options, self.info)
         if options.grammar is not None:
-            await check_grammar(options.grammar, self.info)
-        place = options.place
+            grammar, _ = await fit_grammar(options.grammar, self.info)
+            options = replace(options, grammar=grammar)
         request = await self._prepare(prompt, options, place.id)
         place.start(request)
         text = AnswerText(self.tokenizer, options, place)
@@ -287,6 +288,11 @@ def check_supported(options: GenerationOptions, info: EngineInfo) -> None:
             raise UnsupportedParameterError(
                 f"The running engine ({info.backend}) does not support {name}.", param=name
             )
+    if options.grammar is not None and options.sampling.min_tokens:
+        raise UnsupportedParameterError(
+            "min_tokens and ignore_eos are not supported beside response_format or tools.",
+            param="min_tokens",
+        )
     if options.grammar is not None and "grammar" not in info.supported:
         raise UnsupportedParameterError(
             f"The running engine ({info.backend}) cannot hold an answer to a form.",

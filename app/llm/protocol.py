@@ -37,6 +37,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
         frequency_penalty: Subtracted once for each time a token was generated before.
         logit_bias: By token id, added to the token's logit before anything else.
         seed: Makes a sampled answer repeatable, whatever else is in the batch.
+        min_tokens: Before this many tokens no end-of-sequence token is chosen.
     """
 
     temperature: float = 1.0
@@ -48,6 +49,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
     seed: int | None = None
+    min_tokens: int = 0
 
     @property
     def is_greedy(self) -> bool:
@@ -63,9 +65,16 @@ REQUEST_FEATURES: Final = ("logprobs", "top_logprobs", "grammar")
 
 
 class JsonSchemaGrammar(msgspec.Struct, frozen=True, tag="json_schema"):
-    """The whole answer is a JSON value of this schema, which is JSON text."""
+    """The whole answer is a JSON value of this schema, which is JSON text.
+
+    Attributes:
+        strict: Whether it is held in full or refused; the engine gets strict ones alone.
+        where: The request field that has it, for errors.
+    """
 
     schema: str
+    strict: bool = True
+    where: str = "response_format.json_schema.schema"
 
 
 ANY_OBJECT: Final = JsonSchemaGrammar('{"type": "object"}')
@@ -79,11 +88,13 @@ class RegexGrammar(msgspec.Struct, frozen=True, tag="regex"):
 
 
 class Tag(msgspec.Struct, frozen=True):
-    """A part of an answer between two strings; its JSON Schema is JSON text."""
+    """A part of an answer between two strings; see :class:`JsonSchemaGrammar` for its schema."""
 
     begin: str
     schema: str
     end: str
+    strict: bool = True
+    where: str = "tools"
 
 
 class TagsGrammar(msgspec.Struct, frozen=True, tag="tags"):
@@ -95,12 +106,14 @@ class TagsGrammar(msgspec.Struct, frozen=True, tag="tags"):
         required: Whether the answer consists of one or more tagged parts alone; otherwise it is
             text that may have tagged parts.
         single: Whether the answer ends after the first tagged part.
+        otherwise: What the answer may be instead of tagged parts; only with ``required``.
     """
 
     tags: list[Tag]
     trigger: str
     required: bool = False
     single: bool = False
+    otherwise: JsonSchemaGrammar | RegexGrammar | None = None
 
 
 Grammar = JsonSchemaGrammar | RegexGrammar | TagsGrammar

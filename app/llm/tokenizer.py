@@ -93,6 +93,8 @@ class PromptTokenizer:
         self._cut = self._write("|")
         self._encoder.add_special_tokens([AddedToken(self._cut, normalized=False)])
         self._added = {token_id: token.content for token_id, token in added.items()}
+        bos = self.decoder.token_to_id(info.special_tokens.get("bos_token", ""))
+        self._beginning = [] if bos is None else [bos]
         self._is_byte_level = b'"ByteLevel"' in self.decoder.decoder.__getstate__()
         self._takes_system = self._probe_system_role()
         self.frames_turns = self._probe_frames()
@@ -229,13 +231,17 @@ class PromptTokenizer:
         return spell_piece(token)
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a bare prompt: plain text, with the special tokens that the model adds."""
+        """Token ids of a bare prompt: plain text, with the special tokens that the model adds.
+
+        An empty text is the model's token for the beginning of a text, if it has one.
+        """
         encoding = self._encode(text, add_special_tokens=True)
         # The tokens that the model adds have the model's ids.
-        return [
+        ids = [
             token if is_added else self._model_ids.get(token, token)
             for token, is_added in zip(encoding.ids, encoding.special_tokens_mask, strict=True)
         ]
+        return ids or self._beginning
 
     def encode_rendered(self, rendered: str, as_text: frozenset[int] = frozenset()) -> list[int]:
         """Token ids of a prompt from :meth:`render_chat`; its special tokens are the template's.

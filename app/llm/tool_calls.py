@@ -34,7 +34,12 @@ class ToolCallParser:
     """Splits one answer, which arrives in pieces, into text and calls.
 
     Text that is not a call of a known function is passed on unchanged. White space around calls is
-    dropped. ``calls`` is the number of calls so far.
+    dropped. A call that repeats an earlier one ends the answer, and is not passed on: a small model
+    that has to call would not stop.
+
+    Attributes:
+        calls: The number of calls so far.
+        repeats: Whether a repeated call has ended the answer.
     """
 
     def __init__(self, form: ToolFormat, names: Collection[str]) -> None:
@@ -54,6 +59,11 @@ class ToolCallParser:
         self._value = _JsonValue()
         self._after_call = False
         self.calls = 0
+        self.repeats = False
+        # Earlier calls as text, the present one, and its pieces while it may be one of those.
+        self._earlier: list[str] = []
+        self._call = ""
+        self._held: list[Piece] | None = None
 
     def feed(self, text: str) -> list[Piece]:
         """Parse a further part of the answer; returns the pieces that it completes."""
@@ -66,9 +76,10 @@ class ToolCallParser:
     def flush(self) -> list[Piece]:
         """The pieces held back; call this at the end of the answer."""
         rest, self._buffer = self._buffer, ""
+        held, self._held = self._held or [], None
         in_call = self._state != self._read_text
         separates = self._after_call and not rest.strip(self._separators)
-        return [] if in_call or separates or not rest else [rest]
+        return held if in_call or separates or not rest else [rest]
 
     def _read_text(self, pieces: list[Piece]) -> bool:
         """Pass on the text before the next call; returns whether to go on parsing."""
@@ -83,7 +94,8 @@ class ToolCallParser:
         if head is not None and head[1] in self._names:
             self._pass_text(pieces, at)
             self._buffer = body[head.end() :]
-            pieces.append(CallPiece(self.calls, f"call_{uuid.uuid4().hex[:24]}", head[1]))
+            self._call, self._held = "", []
+            self._tell(pieces, CallPiece(self.calls, f"call_{uuid.uuid4().hex[:24]}", head[1]))
             self.calls += 1
             self._value = _JsonValue()
             self._state = self._read_arguments
@@ -99,11 +111,38 @@ class ToolCallParser:
             self._buffer = self._buffer.lstrip(_SPACE)
         length = self._value.feed(self._buffer)
         if length:
-            pieces.append(CallPiece(self.calls - 1, arguments=self._buffer[:length]))
+            self._tell(pieces, CallPiece(self.calls - 1, arguments=self._buffer[:length]))
         self._buffer = self._buffer[length:]
         if self._value.ended:
-            self._state = self._read_closing
+            self._end_call(pieces)
         return self._value.ended
+
+    def _tell(self, pieces: list[Piece], piece: CallPiece) -> None:
+        """Pass on a part of a call once it differs from every earlier call."""
+        self._call += f"{piece.name}(" if piece.name else piece.arguments
+        if self._held is None:
+            pieces.append(piece)
+            return
+        self._held.append(piece)
+        if not any(call.startswith(self._call) for call in self._earlier):
+            pieces += self._held
+            self._held = None
+
+    def _end_call(self, pieces: list[Piece]) -> None:
+        self.repeats = self._call in self._earlier
+        if self.repeats:
+            self.calls -= 1
+            self._state = self._drop
+        else:
+            pieces += self._held or ()
+            self._earlier.append(self._call)
+            self._state = self._read_closing
+        self._held = None
+
+    def _drop(self, _: list[Piece]) -> bool:
+        """Take no notice of what follows a repeated call."""
+        self._buffer = ""
+        return False
 
     def _read_closing(self, _: list[Piece]) -> bool:
         """Skip the text that closes a call; returns whether to go on parsing."""

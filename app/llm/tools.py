@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, NotRequired, TypedDict
 
-from app.llm.protocol import Tag, TagsGrammar
+from app.llm.protocol import Grammar, Tag, TagsGrammar
 
 _INSTRUCTIONS = """\
 You can call functions. Each line between <tools> and </tools> describes one:
@@ -25,17 +25,34 @@ To call a function, write this and nothing else, with the function's own name an
 Its result comes back between <tool_response> and </tool_response>."""
 
 
+# Keywords by which a schema says what members an object has.
+_ABOUT_MEMBERS = (
+    *("properties", "additionalProperties", "patternProperties", "required"),
+    *("$ref", "allOf", "anyOf", "oneOf", "enum", "const"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Tool:
     """A function that a model may call.
 
     Its name has letters, digits, ``_`` and ``-``. ``parameters`` is the JSON Schema of its
-    arguments, which are an object; ``None`` is for no arguments.
+    arguments, which are an object; ``None`` is for no arguments. A ``strict`` schema is held in
+    full or refused.
     """
 
     name: str
     description: str | None = None
     parameters: Mapping[str, Any] | None = None
+    strict: bool = False
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        """The schema of the arguments; ``{}`` alone matches where it says nothing of them."""
+        given = self.parameters or {}
+        if any(given.get(keyword) for keyword in _ABOUT_MEMBERS):
+            return given
+        return {"type": "object", "properties": {}, "additionalProperties": False}
 
     def definition(self) -> dict[str, Any]:
         """The function in the form that chat templates expect."""
@@ -119,16 +136,28 @@ class ToolFormat:
         """The text that every call begins with."""
         return self.opening or '{"name": "'
 
-    def grammar(self, use: ToolUse) -> TagsGrammar:
-        """The grammar of answers whose calls are calls of these tools."""
+    def grammar(self, use: ToolUse, text: Grammar | None = None) -> TagsGrammar:
+        """The grammar of answers whose calls are calls of these tools.
+
+        ``text`` is that of an answer without calls, if it must have a form.
+        """
         tags = [
-            Tag(self._head(t.name), json.dumps(t.parameters or {"type": "object"}), self._tail)
-            for t in use.allowed
+            Tag(
+                self._head(tool.name),
+                json.dumps(tool.schema),
+                self._tail,
+                strict=tool.strict,
+                where=f"tools.{i}.function.parameters",
+            )
+            for i, tool in enumerate(use.tools)
+            if tool in use.allowed
         ]
         required = use.choice != "auto"
         # A named tool is called once, as with OpenAI.
         single = not use.parallel or use.choice.startswith("=")
-        return TagsGrammar(tags, self.trigger, required=required, single=single)
+        if text is None or required or isinstance(text, TagsGrammar):
+            return TagsGrammar(tags, self.trigger, required=required, single=single)
+        return TagsGrammar(tags, self.trigger, required=True, single=single, otherwise=text)
 
     def as_text(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         """Messages whose calls are replaced by the text that the model would have written.
@@ -142,7 +171,7 @@ class ToolFormat:
         called = [call["function"] for call in message.get("tool_calls", ())]
         if not called:
             return message
-        parts += [self._head(f["name"]) + f["arguments"] + self._tail for f in called]
+        parts += [self._head(f["name"]) + (f["arguments"] or "{}") + self._tail for f in called]
         return {"role": message["role"], "content": "\n".join(parts)}
 
     def for_template(

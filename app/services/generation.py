@@ -12,6 +12,7 @@ from app.core.config.security import SecuritySettings
 from app.core.usage import UsageLedger
 from app.llm.client.admission import Place
 from app.llm.client.client import EngineClient
+from app.llm.ebnf.check import fit_grammar
 from app.llm.generator import GenerationOptions, TextGenerator, TextPiece
 from app.llm.models.recommended_sampling import DEFAULT_SAMPLING
 from app.llm.protocol import Grammar, SamplingParams
@@ -140,20 +141,24 @@ class GenerationService:
     ) -> GenerationReport:
         trigger = self._generator.tool_format.trigger if job.tools else None
         screen = self._screening.answer(self._engine.template_tokens, job.grammar, trigger)
+        calls = self._parser(job.tools)
         report: GenerationReport | None = None
         async with aclosing(self._stream(job, options)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, TextPiece):
                     flight.logprobs += piece.logprobs
                     report = piece.report
-                flight.add(screen.feed(piece))
-                if screen.blocked:
+                passed = screen.feed(piece)
+                flight.add(passed)
+                if calls is not None:
+                    calls.feed(passed)
+                if screen.blocked or (calls is not None and calls.repeats):
                     place.finish()
                     break
         flight.add(screen.flush())
-        if screen.blocked:
+        if screen.blocked or (calls is not None and calls.repeats):
             tokens = place.prompt_tokens, place.cached_tokens, place.completion_tokens
-            return GenerationReport("content_filter", *tokens)
+            return GenerationReport("content_filter" if screen.blocked else "stop", *tokens)
         if report is None:
             raise InternalError
         return replace(report, token_ids=()) if screen.changed else report
@@ -215,18 +220,27 @@ class GenerationService:
             sampling=SamplingParams(**{**self.default_sampling(), **job.sampling}),
             stop=job.stop,
             logprobs=job.logprobs,
-            grammar=job.grammar or self._tool_grammar(job.tools),
+            grammar=self._grammar(job.tools, job.grammar),
         )
 
-    def _tool_grammar(self, use: ToolUse | None) -> Grammar | None:
+    async def not_held(self, job: Job) -> frozenset[str]:
+        """The keywords of a job's schemas that its answer need not follow."""
+        grammar = self._options(job).grammar
+        if grammar is None:
+            return frozenset()
+        _, dropped = await fit_grammar(grammar, self._generator.info)
+        return dropped
+
+    def _grammar(self, use: ToolUse | None, text: Grammar | None) -> Grammar | None:
+        """The grammar of an answer that has calls, or a text of a form."""
         if use is None:
-            return None
+            return text
         info = self._engine.info
         # A model that may call is held to its tools' schemas where the engine can; one that must
         # call has to be.
         if use.choice == "auto" and info is not None and "grammar" not in info.supported:
-            return None
-        return self._generator.tool_format.grammar(use)
+            return text
+        return self._generator.tool_format.grammar(use, text)
 
     def screen(self, job: Job) -> Job:
         """Refuse what a caller may not send, and take out what is not to reach the model.
@@ -256,8 +270,11 @@ class GenerationService:
         if job.tools is None:
             return replace(job, messages=messages)
         tools = tuple(
-            Tool(t.name, *self._screening.values((t.description, t.parameters), param="tools"))
+            replace(t, description=description, parameters=parameters)
             for t in job.tools.tools
+            for description, parameters in [
+                self._screening.values((t.description, t.parameters), param="tools")
+            ]
         )
         return replace(job, messages=messages, tools=replace(job.tools, tools=tools))
 

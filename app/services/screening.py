@@ -110,14 +110,16 @@ class Screening:
             )
 
         # Where nothing is looked for, the model's own spelling of JSON stays.
-        if not self.takes_out:
-            inner: TextScreen | None = None
-        elif isinstance(grammar, JsonSchemaGrammar):
-            inner = open_json(numbers_stay=grammar != ANY_OBJECT, whole=True)
-        elif call_trigger is not None:
-            inner = CallsScreen(call_trigger, open_text, open_json)
-        else:
-            inner = open_text("")
+        inner: TextScreen | None = None
+
+        def open_whole(_: str) -> TextScreen:
+            return open_json(numbers_stay=grammar != ANY_OBJECT, whole=True)
+
+        open_answer = open_whole if isinstance(grammar, JsonSchemaGrammar) else open_text
+        if self.takes_out and call_trigger is not None:
+            inner = CallsScreen(call_trigger, open_answer, open_json)
+        elif self.takes_out:
+            inner = open_answer("")
         return AnswerScreen(StreamFilter(rules), inner, counts, self._count)
 
     def _filter_for(self, template_tokens: tuple[str, ...]) -> OutputFilter:

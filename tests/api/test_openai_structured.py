@@ -114,17 +114,61 @@ def test_redacted_answers_are_json() -> None:
 def test_a_schema_that_cannot_be_honoured_is_refused(
     bundled_service: Service, form: dict[str, Any], param: str
 ) -> None:
-    """An unsupported schema is 400 with the reason, in a response format and in a tool."""
-    named = {"type": "json_schema", "json_schema": {"name": "x", "schema": form}}
+    """An unsupported strict schema is 400 with the reason, in a response format and in a tool."""
+    json_schema = {"name": "x", "schema": form, "strict": True}
+    named = {"type": "json_schema", "json_schema": json_schema}
     began = time.monotonic()
     response = chat(bundled_service, response_format=named)
     assert refused(response) == (400, "invalid_grammar", param)
     # The bound is 200 ms; a test's margin is tenfold.
     assert time.monotonic() - began < 2
-    tool = {"type": "function", "function": {"name": "f", "parameters": form}}
+    function = {"name": "f", "parameters": form, "strict": True}
+    tool = {"type": "function", "function": function}
     if form.get("type") == "object":
         response = chat(bundled_service, tools=[tool], tool_choice="required")
         assert refused(response) == (400, "invalid_grammar", "tools")
+
+
+def test_a_refusal_names_the_place(bundled_service: Service) -> None:
+    """The message names the place of a keyword that a strict schema may not have."""
+    inner = {"type": "array", "items": {"type": "array", "uniqueItems": True}}
+    form = {"type": "object", "properties": {"tags": inner}, "required": ["tags"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": form, "strict": True}}
+    plain = {"type": "function", "function": {"name": "g"}}
+    answer = chat(bundled_service, tools=[plain, tool])
+    place = "tools.1.function.parameters.properties.tags.items: the keyword uniqueItems"
+    assert place in answer.json()["error"]["message"]
+    json_schema = {"name": "x", "schema": form, "strict": True}
+    answer = chat(
+        bundled_service, response_format={"type": "json_schema", "json_schema": json_schema}
+    )
+    assert "response_format.json_schema.schema.properties.tags.items: the" in answer.text
+    native = {"type": "json_schema", "json_schema": {"schema": form}}
+    with bundled_service.client() as client:
+        answer = client.post("/v1/generate", json={"prompt": "x", "response_format": native})
+    assert refused(answer) == (400, "invalid_grammar", "response_format")
+
+
+def test_a_schema_that_is_not_strict_is_widened(bundled_service: Service) -> None:
+    """A header names the keywords that an answer or a call need not follow; others hold."""
+    members = {
+        "kind": {"enum": ["a", "b"]},
+        "when": {"type": "string", "maxLength": 9, "format": "iso-week"},
+        "tags": {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True, "maxItems": 3},
+    }
+    form = {"type": "object", "properties": members, "required": list(members)}
+    named = {"type": "json_schema", "json_schema": {"name": "x", "schema": form}}
+    answer = chat(bundled_service, response_format=named, max_tokens=100)
+    assert answer.headers["X-Schema-Not-Held"] == "format, uniqueItems"
+    value = json.loads(text_of(answer))
+    assert value["kind"] in ("a", "b")
+    assert len(value["when"]) <= 9
+    assert len(value["tags"]) <= 3
+    tool = {"type": "function", "function": {"name": "f", "parameters": form}}
+    called = chat(bundled_service, tools=[tool], tool_choice="required", stream=True)
+    assert called.headers["X-Schema-Not-Held"] == "format, uniqueItems"
+    held = {**named, "json_schema": {"name": "x", "schema": {"type": "boolean"}}}
+    assert "X-Schema-Not-Held" not in chat(bundled_service, response_format=held).headers
 
 
 def test_a_bad_pattern_is_refused(bundled_service: Service) -> None:

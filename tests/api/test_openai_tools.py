@@ -54,7 +54,8 @@ def test_tools_called(client: TestClient) -> None:
 
 def test_streamed_calls(client: TestClient) -> None:
     """A streamed call has its id and name first, then its arguments in pieces."""
-    found = chunks(chat(client, f"{CALL}{CALL}", tools=[WEATHER], stream=True))
+    text = CALL.replace("Köln", "Rom") + CALL
+    found = chunks(chat(client, text, tools=[WEATHER], stream=True))
     deltas = [c["choices"][0]["delta"] for c in found]
     pieces = [call for delta in deltas for call in delta.get("tool_calls", [])]
     assert {p["index"] for p in pieces} == {0, 1}
@@ -65,9 +66,26 @@ def test_streamed_calls(client: TestClient) -> None:
         assert first["type"] == "function"
         assert len(rest) > 5
         assert all(p.keys() == {"index", "function"} for p in rest)
-        assert "".join(p["function"]["arguments"] for p in rest) == '{"city": "Köln"}'
+        said = "".join(p["function"]["arguments"] for p in rest)
+        assert json.loads(said) == {"city": ("Rom", "Köln")[index]}
     assert found[-1]["choices"][0]["finish_reason"] == "tool_calls"
     assert not any(delta.get("content") for delta in deltas)
+
+
+def test_a_repeated_call_ends_the_answer(run_app: RunApp) -> None:
+    """A call that repeats an earlier one ends the answer, whole and streamed, and is not told."""
+    client = run_app(engine={"echo_step_seconds": 0.002})
+    text = f"{CALL}{CALL}" + "x" * 300
+    whole = chat(client, text, tools=[WEATHER]).json()
+    (choice,) = whole["choices"]
+    assert called(choice) == [("get_weather", '{"city": "Köln"}')]
+    assert choice["finish_reason"] == "tool_calls"
+    # The engine hears of it while it generates the next few tokens of three hundred.
+    assert whole["usage"]["completion_tokens"] < len(text.encode()) - 100
+    found = chunks(chat(client, text, tools=[WEATHER], stream=True))
+    calls = [p for c in found for p in c["choices"][0]["delta"].get("tool_calls", [])]
+    assert {p["index"] for p in calls} == {0}
+    assert found[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
 def test_an_answer_without_tools_keeps_what_looks_like_a_call(client: TestClient) -> None:
@@ -204,3 +222,21 @@ def test_tool_choices(bundled_service: Service) -> None:
     none = ask(bundled_service, tool_choice="none")
     assert called(none) == []
     assert none["message"]["content"]
+    nothing = {"type": "function", "function": {"name": "now"}}
+    assert called(ask(bundled_service, tool_choice=nothing)) == [("now", "{}")]
+
+
+@pytest.mark.model
+@pytest.mark.timeout(300)
+def test_tools_beside_a_response_format(bundled_service: Service) -> None:
+    """With auto the answer is a call or of the schema, with required it is a call."""
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    for fields in ({}, {"messages": user('Answer with {"ok": true}.')}, {"tools": [NOW]}):
+        auto = ask(bundled_service, response_format=form, **fields)
+        if not called(auto):
+            validate(json.loads(auto["message"]["content"]), schema)
+    required = ask(bundled_service, response_format=form, tool_choice="required")
+    assert called(required)
+    assert required["finish_reason"] == "tool_calls"
+    assert required["message"]["content"] is None

@@ -10,12 +10,14 @@ from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from app.api import requests
+from app.api.openai import messages
 from app.api.openai import schemas as openai
 from app.core.config import PROJECT_ROOT
 from app.main import create_app
 from tests.conftest import make_settings
 from tests.contract.test_openapi import OPERATIONS, WITH_BODY, document, schema_of
 from tests.support.openai import chat, chunks, complete
+from tests.support.service import API_KEY
 from tests.support.sse import data_lines
 
 API_DOC = (PROJECT_ROOT / "docs" / "api.md").read_text(encoding="utf-8")
@@ -35,9 +37,10 @@ REQUIRED: dict[type[requests.RequestModel], dict[str, Any]] = {
     openai.ChatCompletionRequest: {"model": "echo", "messages": [MESSAGE]},
     openai.CompletionRequest: {"model": "echo", "prompt": "hello"},
     openai.TokenizeRequest: {"text": "hello"},
-    openai.OpenAIMessage: MESSAGE,
-    openai.ToolCallField: {"id": "c", "function": FUNCTION},
-    openai.CalledFunctionField: FUNCTION,
+    messages.OpenAIMessage: MESSAGE,
+    messages.TextPart: {"type": "text", "text": "hello"},
+    messages.ToolCallField: {"function": FUNCTION},
+    messages.CalledFunctionField: FUNCTION,
     openai.ToolField: TOOL,
     openai.FunctionField: {"name": "f"},
     openai.NamedToolChoice: TOOL,
@@ -45,7 +48,12 @@ REQUIRED: dict[type[requests.RequestModel], dict[str, Any]] = {
     openai.StreamOptions: {},
 }
 # What others inherit from.
-BASES = {requests.RequestModel, requests.SamplingFields, openai.OpenAIFields}
+BASES = {
+    requests.RequestModel,
+    requests.SamplingFields,
+    messages.OpenAIModel,
+    openai.OpenAIFields,
+}
 
 
 def documented() -> set[str]:
@@ -153,8 +161,9 @@ def test_answers_are_null_where_the_page_says(client: TestClient) -> None:
     turn = {"session_id": "nulls", "messages": [MESSAGE]}
     stream = {"prompt": "hello", "stream": True}
     streamed = data_lines(client.post("/v1/generate", json=stream).text.splitlines())
+    unstarted = TestClient(create_app(make_settings()), headers={"X-API-Key": API_KEY})
     answers = [
-        TestClient(create_app(make_settings())).get("/status").json(),
+        *(unstarted.get(p).json() for p in ("/status", "/v1/models", "/v1/models/default")),
         *(client.get(p).json() for p in ("/status", "/health", "/livez", "/readyz", "/nothing")),
         client.post("/v1/generate", json={"prompt": ""}).json(),
         client.post("/v1/generate", json={"prompt": "hello"}).json(),

@@ -209,7 +209,11 @@ def test_tools(sdk: OpenAI) -> None:
 @pytest.mark.parametrize(
     ("raised", "code", "ask"),
     [
-        (openai.BadRequestError, "unsupported_parameter", lambda c, f: c(**f, store=True)),
+        (
+            openai.BadRequestError,
+            "unsupported_parameter",
+            lambda c, f: c(**f, modalities=["audio"]),
+        ),
         (openai.BadRequestError, "validation_error", lambda c, f: c(**f, temperature=3)),
         (openai.NotFoundError, "model_not_found", lambda c, f: c(**{**f, "model": "gpt-4o"})),
     ],

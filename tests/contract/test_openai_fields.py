@@ -10,14 +10,15 @@ from openai.types.chat import completion_create_params as chat
 from app.api.openai.schemas import ChatCompletionRequest, CompletionRequest
 from app.core.config import PROJECT_ROOT
 
+HINT = "Taken, without effect."
 ROUTES: dict[str, tuple[Any, Any]] = {
     "POST /v1/chat/completions": (chat, ChatCompletionRequest),
     "POST /v1/completions": (completion, CompletionRequest),
 }
 
 
-def rows(route: str) -> dict[str, str]:
-    """The fields of a route's table, and the test that each row names."""
+def rows(route: str, column: int = -1) -> dict[str, str]:
+    """The fields of a route's table, and a cell of each; the last one names a test."""
     text = (PROJECT_ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     table = text.partition(f"\n`{route}`:\n\n")[2].partition("\n\n")[0]
     found: dict[str, str] = {}
@@ -25,7 +26,7 @@ def rows(route: str) -> dict[str, str]:
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         for field in re.findall("`(.+?)`", cells[0]):
             assert field not in found, field
-            found[field] = cells[-1].strip("` |")
+            found[field] = cells[column].strip("` |")
     return found
 
 
@@ -44,6 +45,17 @@ def test_a_field_is_taken_or_refused(route: str) -> None:
     """Each field is in the request's schema, or refused with its neutral values known."""
     _, model = ROUTES[route]
     assert set(rows(route)) == set(model.model_fields) | set(model.neutral)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_each_field_is_in_its_class(route: str) -> None:
+    """A row says whether its field is honoured, a hint or refused, as the request's model does."""
+    _, model = ROUTES[route]
+    classes = {field: cell.partition(" ")[0] for field, cell in rows(route, 1).items()}
+    hints = {f for f, info in model.model_fields.items() if info.description == HINT}
+    assert {field for field, kind in classes.items() if kind == "hints"} == hints
+    refused = {field for field, kind in classes.items() if kind.startswith("refused")}
+    assert refused == set(model.neutral)
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -75,6 +75,20 @@ def test_the_token_limit_is_exact(backend: Backend) -> None:
             assert len(tokens(events)) == limit
 
 
+def test_an_answer_does_not_end_before_min_tokens(backend: Backend) -> None:
+    """A request ends with ``length`` if it must have as many tokens as it may; others are free."""
+    wanting = SamplingParams(min_tokens=1_000_000, temperature=2, seed=3)
+    asked = [request(f"r{i}", max_tokens=60, sampling=wanting) for i in range(4)]
+    free = [request(f"free{i}", max_tokens=60) for i in range(2)]
+    found = run(backend, *asked, *free)
+    assert {len(tokens(found[r.id])) for r in asked} == {60}
+    assert {found[r.id][-1].finish_reason for r in asked} == {"length"}
+    alone = run(backend, *free)
+    assert {name: tokens(e) for name, e in alone.items()} == {
+        r.id: tokens(found[r.id]) for r in free
+    }
+
+
 def test_greedy_is_deterministic(backend: Backend) -> None:
     """The same prompt at temperature 0 gives the same tokens."""
     first, second = (tokens(run(backend, request("r"))["r"]) for _ in range(2))

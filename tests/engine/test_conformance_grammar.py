@@ -102,13 +102,13 @@ def test_an_answer_matches_its_regular_expression(
     assert events[-1].finish_reason == "stop"
 
 
-def tags(**given: bool) -> TagsGrammar:
+def tags(*, required: bool = False, single: bool = False) -> TagsGrammar:
     """Two tools, called by ``<f:…>`` and an argument."""
     calls = [
         Tag(begin="<f:one>", schema='{"enum": [1, 2]}', end="</f>"),
         Tag(begin="<f:two>", schema='{"type": "boolean"}', end="</f>"),
     ]
-    return TagsGrammar(tags=calls, trigger="<f:", **given)
+    return TagsGrammar(tags=calls, trigger="<f:", required=required, single=single)
 
 
 _CALL = r"(<f:one>[12]</f>|<f:two>(true|false)</f>)"
@@ -123,6 +123,23 @@ def test_required_tags_have_no_text_beside_them(backend: Backend) -> None:
     said = text(backend, several)
     assert re.match(_CALL, said)
     assert re.fullmatch(rf"(\n?{_CALL})+(\n?<[^<]*(</?f?)?)?", said)
+
+
+@pytest.mark.parametrize("otherwise", [of_schema({"enum": [7, "é"]}), RegexGrammar("x/[yz]{2}")])
+def test_tags_or_another_form(backend: Backend, otherwise: Grammar) -> None:
+    """An answer is tagged parts, or of the other form as a whole; both occur."""
+    grammar = msgspec.structs.replace(tags(required=True, single=True), otherwise=otherwise)
+    requests = [
+        with_grammar(f"r{i}", grammar, 60, sampling=SamplingParams(temperature=2, seed=i))
+        for i in range(16)
+    ]
+    answers = run(backend, *requests)
+    texts = {text(backend, events) for events in answers.values()}
+    calls = {said for said in texts if re.fullmatch(_CALL, said)}
+    assert all(re.fullmatch('7|"é"|x/[yz]{2}', said) for said in texts - calls), texts
+    assert calls
+    assert texts - calls
+    assert {events[-1].finish_reason for events in answers.values()} == {"stop"}
 
 
 @pytest.mark.parametrize("single", [False, True])

@@ -342,3 +342,15 @@ def test_an_export_is_compared_with_the_original(
     name = "model.layers.1.mlp.down_proj.weight"
     save_file({**weights, name: -weights[name]}, other / "model.safetensors")
     assert compare(str(other), openvino_dir)[0] < LEAST_AGREEMENT
+
+
+@pytest.mark.parametrize("engine", ["openvino", "transformers"])
+def test_a_template_of_ones_own_replaces_the_models(
+    gguf: Path, tiny_model_dir: Path, tmp_path: Path, engine: str
+) -> None:
+    """model.chat_template names a file that both engines serve instead of the model's own."""
+    model = gguf if engine == "openvino" else tiny_model_dir
+    path = tmp_path / "own.jinja"
+    path.write_text("{% for m in messages %}é{{ m.content }}{% endfor %}", encoding="utf-8")
+    info = load_local(model, engine=engine, chat_template=str(path)).info
+    assert info.chat_template == path.read_text(encoding="utf-8")

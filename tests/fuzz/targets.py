@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from app.api.body import parse_json
 from app.api.errors import validation_error
-from app.api.guard import parse_json
 from app.api.openai.schemas import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 from app.api.requests import ChatRequest, GenerateRequest
 from app.api.sse import ends_stream, frame, has_error_event

@@ -1,10 +1,12 @@
 """Broken or hostile chat templates end in an error of their request, or of the load."""
 
+from pathlib import Path
+
 import pytest
 
 from app.llm.engine.echo import EchoBackend
 from app.llm.models import chat_template
-from app.llm.models.chat_template import ChatTemplate, check_chat_template
+from app.llm.models.chat_template import ChatTemplate, check_chat_template, read_chat_template
 from app.llm.protocol import EngineInfo
 from app.llm.tokenizer import PromptTokenizer
 from app.utils.errors import ChatTemplateError, ModelLoadError
@@ -92,3 +94,13 @@ async def test_a_template_that_never_ends_for_one_chat_ends_its_request_alone() 
         assert caught.value.status == 400
         assert await tokenizer.run(tokenizer.render_chat, chat("hi")) == "ok"
     tokenizer.close()
+
+
+def test_a_template_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """A file that is missing, or no UTF-8, ends the start with its name and the reason."""
+    path = tmp_path / "own.jinja"
+    with pytest.raises(ModelLoadError, match=r"own\.jinja, which cannot be read: No such file"):
+        read_chat_template(str(path))
+    path.write_bytes(b"\xff")
+    with pytest.raises(ModelLoadError, match=r"own\.jinja, which cannot be read: it is not UTF-8"):
+        read_chat_template(str(path))

@@ -87,6 +87,15 @@ def test_numbers_become_strings_or_stay_by_the_schema() -> None:
     assert screened('"card": 4111111111111111', RegexGrammar(".*")) == '"card": [CARD]'
 
 
+def test_an_answer_beside_tools_stays_json() -> None:
+    """An answer that may be JSON or a call is screened as JSON, in the one case and the other."""
+    said = '{"card": 4111111111111111, "to": "jane@example.com"}'
+    redacted = '{"card": 4111111111111111, "to": "[EMAIL]"}'
+    assert screened(said, SCHEMA, trigger=HERMES) == redacted
+    called = f'<tool_call>\n{{"name": "f", "arguments": {said}}}\n</tool_call>'
+    assert screened(called, SCHEMA, trigger=HERMES) == called.replace(said, redacted)
+
+
 def test_calls_of_tools_stay_json() -> None:
     """Text around calls is redacted as text, and arguments as JSON, in both forms of calls."""
     arguments = r'{"to": "a\njane\u0040example.com", "n": 4111111111111111}'

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.llm.protocol import JsonSchemaGrammar
 from app.llm.tool_calls import CallPiece, Piece, ToolCallParser
 from app.llm.tools import (
     DEFAULT_FORMAT,
@@ -101,6 +102,10 @@ def test_what_is_written_is_read(
     assert "tool_calls" not in written or not calls
     read_text, read_calls = joined(read(form, cut(written["content"], places)))
     assert read_text == text
+    # A repeated call ends the answer.
+    texts = [(name, json.dumps(given_)) for name, given_ in calls]
+    new = next((i for i, call in enumerate(texts) if call in texts[:i]), len(calls))
+    calls = calls[:new]
     assert [(name, json.loads(given_)) for name, given_ in read_calls] == calls
 
 
@@ -156,8 +161,83 @@ def test_arguments_come_in_pieces() -> None:
 def test_white_space_around_calls_is_dropped() -> None:
     """White space between text and calls belongs to the format, and is dropped."""
     call = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
-    text = f"Before.\n{call}\n{call}\n\nAfter. "
-    assert joined(read(DEFAULT_FORMAT, list(text))) == ("Before.After. ", [("add", "{}")] * 2)
+    other = call.replace("{}", '{"a": 1}')
+    text = f"Before.\n{call}\n{other}\n\nAfter. "
+    found = ("Before.After. ", [("add", "{}"), ("add", '{"a": 1}')])
+    assert joined(read(DEFAULT_FORMAT, list(text))) == found
+
+
+def hermes(name: str, given_: str) -> str:
+    """A call as Hermes writes it."""
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {given_}}}\n</tool_call>'
+
+
+def test_a_repeated_call_ends_the_answer() -> None:
+    """A call like an earlier one, and what follows, is not passed on, wherever it is cut."""
+    calls = [("add", '{"a": 1}'), ("add", '{"a": 12}'), ("get-weather_2", '{"a": 1}')]
+    text = "\n".join(hermes(*call) for call in calls)
+    tail = f"\n{hermes(*calls[1])}\n{hermes('add', '{}')} and text"
+    for size in (1, 2, 7, 50, 500):
+        parser = ToolCallParser(DEFAULT_FORMAT, NAMES)
+        pieces = [text[i : i + size] for i in range(0, len(text), size)]
+        found = [piece for part in pieces for piece in parser.feed(part)]
+        before = parser.repeats
+        found += [piece for part in tail for piece in parser.feed(part)] + parser.flush()
+        assert (before, parser.repeats) == (False, True)
+        assert parser.calls == len(calls)
+        assert joined(found) == ("", calls)
+
+
+def test_what_may_become_a_repetition_is_held_back_no_longer_than_that() -> None:
+    """A call is passed on from where it differs from all earlier ones, or where it is cut off."""
+    parser = ToolCallParser(DEFAULT_FORMAT, NAMES)
+    parser.feed(hermes("add", '{"a": 12}'))
+    assert parser.feed('<tool_call>\n{"name": "add", "arguments": {"a": 1') == []
+    assert [p.arguments for p in parser.feed("3") if isinstance(p, CallPiece)] == [
+        "",
+        '{"a": 1',
+        "3",
+    ]
+    cut_off = ToolCallParser(DEFAULT_FORMAT, NAMES)
+    cut_off.feed(hermes("add", '{"a": 12}'))
+    assert cut_off.feed('<tool_call>\n{"name": "add", "arguments": {"a": 1') == []
+    assert [p.arguments for p in cut_off.flush() if isinstance(p, CallPiece)] == ["", '{"a": 1']
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        None,
+        {},
+        {"type": "object"},
+        {"type": "object", "properties": {}},
+        {"type": "object", "properties": {}, "required": [], "additionalProperties": False},
+        {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "title": "F"},
+    ],
+)
+def test_a_tool_without_parameters_is_called_with_nothing(parameters: dict[str, Any]) -> None:
+    """The grammar of a function whose schema lists no members allows ``{}`` alone."""
+    (tag,) = DEFAULT_FORMAT.grammar(ToolUse((Tool("now", None, parameters),))).tags
+    closed = {"type": "object", "properties": {}, "additionalProperties": False}
+    assert json.loads(tag.schema) == closed
+
+
+def test_a_tool_with_any_arguments_keeps_them() -> None:
+    """A schema that allows any members is not taken for one without members."""
+    for more in ({"additionalProperties": True}, {"required": ["a"]}, {"$ref": "#/$defs/a"}):
+        parameters = {"type": "object", **more}
+        (tag,) = DEFAULT_FORMAT.grammar(ToolUse((Tool("f", None, parameters),))).tags
+        assert json.loads(tag.schema) == parameters
+
+
+def test_an_answer_without_calls_may_have_a_form() -> None:
+    """With auto an answer is calls or of the form; where a call is forced, it is calls alone."""
+    form = JsonSchemaGrammar('{"type": "boolean"}')
+    auto = DEFAULT_FORMAT.grammar(ToolUse((ADD, NOW)), form)
+    assert (auto.required, auto.otherwise) == (True, form)
+    for choice in ("required", "=add"):
+        forced = DEFAULT_FORMAT.grammar(ToolUse((ADD, NOW), choice), form)
+        assert (forced.required, forced.otherwise) == (True, None)
 
 
 ADD = Tool("add", "Adds.", {"type": "object", "properties": {"a": {"type": "integer"}}})

@@ -1,19 +1,24 @@
 """What the OpenAI routes share: errors as OpenAI has them, the model's name, and jobs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastapi import Request
+from fastapi import Request, Response
+from msgspec import structs
 
-from app.api.dependencies import Services
+from app.api.dependencies import Services, services_of
 from app.api.errors import openai_status, validation_error
 from app.api.guard import GeneratingRoute
 from app.api.openai.schemas import OpenAIFields
+from app.api.openai.shapes import OpenAIShape
 from app.api.requests import job_fields
+from app.api.respond import respond
 from app.core.security import Principal
-from app.services.answers import Job
+from app.services.answers import Answer, Job
 from app.utils.errors import ModelNotFoundError, ServiceError, UnsupportedParameterError
+
+Openings = Sequence[Coroutine[Any, Any, Answer]]
 
 # What pydantic says of a field that this service does not have.
 _UNSUPPORTED = {"extra_forbidden", "unsupported_parameter"}
@@ -39,6 +44,17 @@ class OpenAIRoute(GeneratingRoute):
         return openai_status(error)
 
 
+def take(body: OpenAIFields, services: Services) -> None:
+    """Count the fields of a request that have no effect.
+
+    Raises:
+        ModelNotFoundError: It asks for another model.
+    """
+    check_model(body.model, services)
+    for field in body.hints():
+        services.metrics.ignored_fields.labels(field).inc()
+
+
 def check_model(name: str, services: Services) -> None:
     """Refuse a request for another model.
 
@@ -55,6 +71,10 @@ def jobs_for(
 ) -> list[Job]:
     """A job for each choice of one prompt, without the prompt."""
     fields = job_fields(body, caller, deadline, request)
+    form = body.response_format.json_schema if body.response_format else None
+    if form is not None and not form.strict:
+        fields["grammar"] = structs.replace(fields["grammar"], strict=False)
+    fields["max_tokens"] = _cut(body, services_of(request)) or body.max_tokens
     bias = {int(token): value for token, value in body.logit_bias.items()}
     sampling = {**fields.pop("sampling"), "logit_bias": bias}
     # Kept answers are the same each time; several choices are meant to differ.
@@ -64,6 +84,32 @@ def jobs_for(
         replace(job, sampling={**sampling, "seed": seed})
         for seed in numbered_seeds(body.seed, body.n)
     ]
+
+
+async def answer(
+    request: Request, body: OpenAIFields, jobs: Sequence[Job], opened: Openings, shape: OpenAIShape
+) -> Response:
+    """The response to a request, with headers that tell how it differs from what was asked.
+
+    ``opened`` opens the answers of the jobs.
+
+    Raises:
+        ServiceError: See :func:`respond`.
+    """
+    services = services_of(request)
+    response = await respond(request, opened, shape, stream=body.stream)
+    if (cut := _cut(body, services)) is not None:
+        response.headers["X-Max-Tokens-Applied"] = str(cut)
+    if keywords := await services.generation.not_held(jobs[0]):
+        response.headers["X-Schema-Not-Held"] = ", ".join(sorted(keywords))
+    return response
+
+
+def _cut(body: OpenAIFields, services: Services) -> int | None:
+    """The most tokens of an answer, if the request asks for more and they are cut to it."""
+    model = services.settings.model
+    is_cut = model.max_tokens_policy == "clamp" and (body.max_tokens or 0) > model.max_tokens
+    return model.max_tokens if is_cut else None
 
 
 def numbered_seeds(seed: int | None, n: int) -> Iterator[int | None]:

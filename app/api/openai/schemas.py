@@ -1,145 +1,66 @@
 """Requests of the OpenAI routes; docs/api.md has a table of every field.
 
-What OpenAI's clients send and this service cannot honour is refused, but for values that ask for
-nothing: ``null``, and the neutral ones below.
+A field is honoured; or it asks nothing of the answer, and is taken without effect; or it is refused
+by its name, but for values that ask for nothing: ``null``, and the neutral ones below.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from app.api.requests import RequestModel, SamplingFields
-from app.llm.tools import ChatMessage, Tool, ToolCall, ToolUse
+from app.api.openai.messages import MAX_TOOLS, Hint, OpenAIMessage, OpenAIModel
+from app.api.requests import MAX_STOP_CHARS, SamplingFields, StopString
+from app.llm.tools import Tool, ToolUse
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 32
-MAX_TOOLS = 128
 MAX_LOGIT_BIAS = 1024
+MAX_STOPS = 16
+# More than any answer has.
+_NEVER_ENDS: Final = 2**31 - 1
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-def _text_of(content: Any) -> Any:
-    """A message's text, which may come in parts; parts of other kinds are refused."""
-    if not isinstance(content, list):
-        return content
-    texts: list[str] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            raise PydanticCustomError("unsupported_parameter", "only text parts are supported")
-        text = part.get("text")
-        if not isinstance(text, str) or part.keys() != {"type", "text"}:
-            raise PydanticCustomError("text_part", "a text part has a type and a text, a string")
-        texts.append(text)
-    return "".join(texts)
-
-
-_TEXT_PART = {
-    "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-    "required": ["type", "text"],
-    "additionalProperties": False,
-}
-Content = Annotated[
-    str,
-    BeforeValidator(_text_of),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}]}),
-]
-
-
-class CalledFunctionField(RequestModel):
-    """A function that was called."""
-
-    name: FunctionName
-    arguments: str = Field(description="JSON text.")
-
-
-class ToolCallField(RequestModel):
-    """A call in an earlier answer."""
-
-    id: str = Field(max_length=128)
-    type: Literal["function"] = "function"
-    function: CalledFunctionField
-
-
-class OpenAIMessage(RequestModel):
-    """One message of a chat."""
-
-    neutral: ClassVar = {
-        "refusal": (),
-        "audio": (),
-        "function_call": (),
-        "name": (),
-        "annotations": ([],),
-    }
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content = ""
-    tool_calls: list[ToolCallField] | None = Field(None, max_length=MAX_TOOLS)
-    tool_call_id: str | None = Field(None, max_length=128)
-
-    @model_validator(mode="after")
-    def _has_what_its_role_needs(self) -> Self:
-        if "content" not in self.model_fields_set and not self.tool_calls:
-            raise ValueError("content is missing")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError("only messages of the role assistant have tool_calls")
-        if (self.tool_call_id is not None) != (self.role == "tool"):
-            raise ValueError("messages of the role tool, and no others, have a tool_call_id")
-        return self
-
-    def as_message(self) -> ChatMessage:
-        """The message as the services take it."""
-        role = "system" if self.role == "developer" else self.role
-        if not self.tool_calls:
-            return {"role": role, "content": self.content}
-        calls: list[ToolCall] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.function.name, "arguments": call.function.arguments},
-            }
-            for call in self.tool_calls
-        ]
-        return {"role": role, "content": self.content, "tool_calls": calls}
-
-
-class FunctionField(RequestModel):
+class FunctionField(OpenAIModel):
     """A function that the model may call."""
 
     name: FunctionName
-    description: str | None = Field(None, max_length=8192)
+    description: str | None = None
     parameters: dict[str, Any] | None = Field(
         None, description="JSON Schema of the arguments, an object; see Structured output."
     )
-    strict: bool = Field(False, description="Calls follow the schema either way.")
+    strict: bool = Field(False, description="Refuse a schema that cannot be held in full.")
+    annotations: Hint = None
+    cache_control: Hint = None
 
 
-class ToolField(RequestModel):
+class ToolField(OpenAIModel):
     """A tool; functions are the only ones."""
 
     type: Literal["function"]
     function: FunctionField
+    annotations: Hint = None
+    cache_control: Hint = None
 
 
-class FunctionReference(RequestModel):
+class FunctionReference(OpenAIModel):
     """A function by its name."""
 
     name: FunctionName
 
 
-class NamedToolChoice(RequestModel):
+class NamedToolChoice(OpenAIModel):
     """The one function that must be called."""
 
     type: Literal["function"]
     function: FunctionReference
 
 
-class StreamOptions(RequestModel):
+class StreamOptions(OpenAIModel):
     """What a stream tells beside the answer."""
 
     neutral: ClassVar = {"include_obfuscation": (False,)}
@@ -147,7 +68,16 @@ class StreamOptions(RequestModel):
     include_usage: bool = Field(False, description="Tell the usage in a last chunk.")
 
 
-class OpenAIFields(SamplingFields):
+def _stop_strings(stop: Any) -> Any:
+    """One or several stop strings as a list of them; an empty one stops nothing."""
+    strings = [stop] if isinstance(stop, str) else stop
+    return [s for s in strings if s != ""] if isinstance(strings, list) else strings
+
+
+_STOP = {"type": "string", "maxLength": MAX_STOP_CHARS}
+
+
+class OpenAIFields(OpenAIModel, SamplingFields):
     """Fields that chat completions and completions share."""
 
     model: str = Field(min_length=1, max_length=256, description="GET /v1/models tells which.")
@@ -159,6 +89,35 @@ class OpenAIFields(SamplingFields):
         json_schema_extra={"additionalProperties": False},
     )
     stream_options: StreamOptions | None = None
+    top_p: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Only the likeliest tokens up to this sum; 0: the likeliest; default: the "
+        "model's, or 1.",
+    )
+    top_k: int | None = Field(
+        None,
+        ge=-1,
+        le=1_000_000,
+        description="Only the k likeliest tokens; 0 and -1: all; default: the model's, or 0.",
+    )
+    stop: Annotated[
+        list[StopString],
+        Field(max_length=MAX_STOPS),
+        BeforeValidator(_stop_strings),
+        WithJsonSchema(
+            {"anyOf": [_STOP, {"type": "array", "maxItems": MAX_STOPS, "items": _STOP}]}
+        ),
+    ] = Field(
+        [], description="The answer ends before the first of these; a string, or up to sixteen."
+    )
+    min_tokens: int = Field(
+        0, ge=0, le=_NEVER_ENDS, description="The model may not end the answer before."
+    )
+    ignore_eos: bool = Field(
+        False, description="The model may not end the answer: it has max_tokens tokens."
+    )
     user: str = Field(
         "", max_length=512, description="Your end user; kept answers are for one of them alone."
     )
@@ -167,6 +126,16 @@ class OpenAIFields(SamplingFields):
     def _stream_options_need_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for stream: true")
+        return self
+
+    @model_validator(mode="after")
+    def _say_the_same_by_other_fields(self) -> Self:
+        if self.ignore_eos:
+            self.min_tokens = _NEVER_ENDS
+        if self.top_p == 0:
+            self.temperature, self.top_p = 0.0, 1.0
+        if self.top_k == -1:
+            self.top_k = 0
         return self
 
     @property
@@ -193,18 +162,10 @@ class ChatCompletionRequest(OpenAIFields):
         "audio": (),
         "function_call": ("none", "auto"),
         "functions": ([],),
-        "metadata": ({},),
         "modalities": (["text"],),
         "moderation": (),
         "prediction": (),
-        "prompt_cache_key": (),
-        "prompt_cache_options": (),
-        "prompt_cache_retention": (),
         "reasoning_effort": ("none",),
-        "safety_identifier": (),
-        "service_tier": ("auto", "default"),
-        "store": (False,),
-        "verbosity": ("medium",),
         "web_search_options": (),
     }
 
@@ -221,6 +182,14 @@ class ChatCompletionRequest(OpenAIFields):
         None, description="auto where there are tools."
     )
     parallel_tool_calls: bool = Field(True, description="Whether an answer may hold several calls.")
+    metadata: Hint = None
+    prompt_cache_key: Hint = None
+    prompt_cache_options: Hint = None
+    prompt_cache_retention: Hint = None
+    safety_identifier: Hint = None
+    service_tier: Hint = None
+    store: Hint = None
+    verbosity: Hint = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -248,7 +217,7 @@ class ChatCompletionRequest(OpenAIFields):
         tools = (tool.function for tool in self.tools)
         choice = self.tool_choice or "auto"
         return ToolUse(
-            tuple(Tool(f.name, f.description, f.parameters) for f in tools),
+            tuple(Tool(f.name, f.description, f.parameters, f.strict) for f in tools),
             f"={choice.function.name}" if isinstance(choice, NamedToolChoice) else choice,
             self.parallel_tool_calls,
         )
@@ -261,8 +230,7 @@ def _prompts(prompt: Any) -> Any:
     return [prompt] if isinstance(prompt, str) else prompt
 
 
-Prompt = Annotated[str, Field(min_length=1)]
-_PROMPT = {"type": "string", "minLength": 1}
+_PROMPT = {"type": "string"}
 _PROMPTS = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": _PROMPT}
 
 
@@ -279,7 +247,7 @@ class CompletionRequest(OpenAIFields):
     neutral: ClassVar = {"best_of": (1,), "echo": (False,), "suffix": ("",)}
 
     prompt: Annotated[
-        list[Prompt],
+        list[str],
         Field(min_length=1, max_length=MAX_PROMPTS),
         BeforeValidator(_prompts),
         WithJsonSchema({"anyOf": [_PROMPT, _PROMPTS]}),
@@ -295,7 +263,7 @@ class CompletionRequest(OpenAIFields):
         return self
 
 
-class TokenizeRequest(RequestModel):
+class TokenizeRequest(OpenAIModel):
     """Body of POST /v1/tokenize; either a text or messages."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "Hello, world."}]})
@@ -319,12 +287,19 @@ class TokenizeResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A name under which the model answers."""
+    """A name under which the model answers, and what requests may ask of it."""
 
     id: str
     object: Literal["model"] = "model"
     created: int = Field(description="Unix time at which the service started.")
     owned_by: str
+    context_length: int | None = Field(
+        description="Most tokens of a prompt and its answer together, once the model is loaded."
+    )
+    max_tokens: int = Field(description="Most tokens of an answer.")
+    supported_parameters: list[str] = Field(
+        description="What the engine honours, once the model is loaded; as in /status."
+    )
 
 
 class ModelList(BaseModel):
@@ -332,15 +307,3 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
-
-
-def chat_messages(messages: list[OpenAIMessage]) -> list[ChatMessage]:
-    """Messages as the services take them; those that lead with instructions become one."""
-    converted = [m.as_message() for m in messages]
-    leading = 0
-    while leading < len(converted) and converted[leading]["role"] == "system":
-        leading += 1
-    if leading < 2:
-        return converted
-    system = "\n\n".join(m["content"] for m in converted[:leading])
-    return [{"role": "system", "content": system}, *converted[leading:]]

@@ -9,10 +9,10 @@ from app.api.dependencies import AppServices, Caller, Conversation, Deadline, Ge
 from app.api.errors import STREAM, responses
 from app.api.guard import KEY_SCHEMES
 from app.api.openai.answers import ChatCompletion
-from app.api.openai.routes import OpenAIRoute, check_model, jobs_for
-from app.api.openai.schemas import ChatCompletionRequest, chat_messages
+from app.api.openai.messages import chat_messages
+from app.api.openai.routes import OpenAIRoute, answer, jobs_for, take
+from app.api.openai.schemas import ChatCompletionRequest
 from app.api.openai.shapes import ChatCompletionShape
-from app.api.respond import respond
 from app.utils.errors import (
     GENERATION_ERRORS,
     ModelNotFoundError,
@@ -50,7 +50,7 @@ async def chat_completions(
     session_id: SessionId = None,
 ) -> Response:
     """Answer a conversation as OpenAI's API does."""
-    check_model(body.model, services)
+    take(body, services)
     _check_session(body, session_id)
     messages = chat_messages(body.messages)
     jobs = [
@@ -71,7 +71,7 @@ async def chat_completions(
     openings = [
         conversation.open(job, session_id) if session_id else generation.open(job) for job in jobs
     ]
-    return await respond(request, openings, shape, stream=body.stream)
+    return await answer(request, body, jobs, openings, shape)
 
 
 def _check_session(body: ChatCompletionRequest, session_id: str | None) -> None:

@@ -8,10 +8,9 @@ from app.api.dependencies import AppServices, Caller, Deadline, Generation
 from app.api.errors import STREAM, responses
 from app.api.guard import KEY_SCHEMES
 from app.api.openai.answers import Completion
-from app.api.openai.routes import OpenAIRoute, check_model, jobs_for
+from app.api.openai.routes import OpenAIRoute, answer, jobs_for, take
 from app.api.openai.schemas import CompletionRequest
 from app.api.openai.shapes import CompletionShape
-from app.api.respond import respond
 from app.utils.errors import GENERATION_ERRORS, ModelNotFoundError
 
 router = APIRouter(route_class=OpenAIRoute, dependencies=KEY_SCHEMES, tags=["openai"])
@@ -31,7 +30,7 @@ async def completions(
     request: Request,
 ) -> Response:
     """Continue one or several prompts as OpenAI's API does."""
-    check_model(body.model, services)
+    take(body, services)
     jobs = [
         replace(job, prompt=prompt, logprobs=body.logprobs)
         for prompt in body.prompt
@@ -43,4 +42,5 @@ async def completions(
         logprobs=body.logprobs is not None,
         include_usage=body.include_usage,
     )
-    return await respond(request, [generation.open(job) for job in jobs], shape, stream=body.stream)
+    openings = [generation.open(job) for job in jobs]
+    return await answer(request, body, jobs, openings, shape)

@@ -44,6 +44,13 @@ async def get_model(request: Request, services: AppServices) -> ModelCard:
 
 
 def _card(name: str, services: Services) -> ModelCard:
-    owner, slash, _ = services.settings.model.label.partition("/")
-    started = int(time.time() - (time.monotonic() - services.started))
-    return ModelCard(id=name, created=started, owned_by=owner if slash else "llm-service")
+    model, info = services.settings.model, services.engine.info
+    owner, slash, _ = model.label.partition("/")
+    return ModelCard(
+        id=name,
+        created=int(time.time() - (time.monotonic() - services.started)),
+        owned_by=owner if slash else "llm-service",
+        context_length=info.context_length if info else None,
+        max_tokens=model.max_tokens,
+        supported_parameters=sorted(info.supported) if info else [],
+    )

@@ -5,7 +5,8 @@ from fastapi import APIRouter
 from app.api.dependencies import Deadline, Generation
 from app.api.errors import responses
 from app.api.guard import KEY_SCHEMES, GuardedRoute
-from app.api.openai.schemas import TokenizeRequest, TokenizeResponse, chat_messages
+from app.api.openai.messages import chat_messages
+from app.api.openai.schemas import TokenizeRequest, TokenizeResponse
 from app.services.answers import Job
 from app.utils.errors import GENERATION_ERRORS
 from app.utils.timing import within

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import httptools
+from starlette.types import Message, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.api.middleware import last_response
@@ -51,6 +52,26 @@ class _Transport:
         if not self.is_closing():
             self._is_closed = True
             self._on_close()
+
+
+def _without_chunks(cycle: Any) -> Send:
+    """What sends a response over HTTP/1.0, which knows no chunks.
+
+    A response without a length ends with its connection, as uvicorn closes it.
+    """
+    send = cycle.send
+    has_length = True
+
+    async def send_unframed(message: Message) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            has_length = any(name == b"content-length" for name, _ in message["headers"])
+            cycle.chunked_encoding = None if has_length else False
+        elif message["type"] == "http.response.body" and not has_length:
+            cycle.expected_content_length = len(message["body"])
+        await send(message)
+
+    return send_unframed
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -175,6 +196,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._reject(errors.TooManyConnectionsError(), "limit")
             raise ValueError("too many connections, or requests that wait")
         super().on_headers_complete()
+        if framing[0] == "1.0":
+            self.cycle.send = _without_chunks(self.cycle)
         # Trailers may follow the body. uvicorn would add them to the request's headers, where a
         # proxy that removes headers has not looked for them.
         self.headers = []

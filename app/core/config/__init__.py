@@ -99,6 +99,14 @@ class ModelSettings(Section):
     max_tokens: int = Field(
         512, ge=1, le=1_000_000, description="Most tokens a request may ask for, and the default."
     )
+    chat_template: str | None = Field(
+        None, min_length=1, description="File with a Jinja template in place of the model's own."
+    )
+    max_tokens_policy: Literal["clamp", "refuse"] = Field(
+        "clamp",
+        description="What OpenAI's routes do with a max_tokens above model.max_tokens; clamp cuts "
+        "it, as X-Max-Tokens-Applied tells.",
+    )
     temperature: float = Field(
         0.7,
         ge=0,

@@ -15,6 +15,8 @@ PRODUCTION_KEY_MIN_CHARS = 32
 HEADER_BLANKS = " \t"
 """Around a header's value these are no part of it."""
 
+_ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$"
+
 Scope = Literal["infer", "metrics", "admin"]
 """What a key permits: generating, scraping /metrics, reading the usage of all keys."""
 
@@ -74,6 +76,12 @@ class SecuritySettings(Section):
     trusted_proxies: list[str] = Field(
         default_factory=list,
         description="Addresses or networks whose X-Forwarded-For is believed.",
+    )
+
+    cors_origins: list[Annotated[str, StringConstraints(pattern=_ORIGIN)]] = Field(
+        default_factory=list,
+        description="Origins whose pages may call the service from a browser, such as "
+        "https://app.example.com; * is any.",
     )
 
     @field_validator("trusted_proxies")

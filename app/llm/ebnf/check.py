@@ -4,37 +4,47 @@ The compiler is imported with the first grammar, because most services get none.
 """
 
 import asyncio
+from functools import lru_cache
+
+import msgspec
 
 from app.llm.protocol import EngineInfo, Grammar, JsonSchemaGrammar, RegexGrammar, TagsGrammar
 from app.utils.errors import InvalidGrammarError
 
 # Limit for a grammar's schemas and texts together, whose check takes tens of milliseconds.
 _MAX_CHARACTERS = 64 * 1024
+# Programs send the same tools with each request. A grammar takes at most four times its limit.
+_KEPT = 64
+
+_unpack = msgspec.msgpack.Decoder(Grammar).decode
 
 
-async def check_grammar(grammar: Grammar, info: EngineInfo) -> None:
-    """Reject a grammar that cannot be compiled, or that would not be enforced in full.
+async def fit_grammar(grammar: Grammar, info: EngineInfo) -> tuple[Grammar, frozenset[str]]:
+    """A grammar as it can be compiled, and the keywords of schemas that it does not hold.
 
-    Every backend rejects the same grammars; only the limit on counted characters depends on the
+    Every backend holds the same grammars; only the limit on counted characters depends on the
     backend. The translation runs in a thread, and its limits bound its time.
 
     Raises:
-        InvalidGrammarError: It says why.
+        InvalidGrammarError: A strict part of it cannot be held in full; the message says which.
     """
     if _size(grammar) > _MAX_CHARACTERS:
         raise _invalid(grammar, f"has more than {_MAX_CHARACTERS} characters")
     vocabulary_size = info.vocabulary_size if info.backend == "openvino" else None
-    await asyncio.to_thread(_translate, grammar, vocabulary_size)
+    return await asyncio.to_thread(_fit, msgspec.msgpack.encode(grammar), vocabulary_size)
 
 
-def _translate(grammar: Grammar, vocabulary_size: int | None) -> None:
+@lru_cache(maxsize=_KEPT)
+def _fit(packed: bytes, vocabulary_size: int | None) -> tuple[Grammar, frozenset[str]]:
     from app.llm.ebnf.errors import GrammarError
-    from app.llm.ebnf.grammars import to_ebnf
+    from app.llm.ebnf.fitting import fit
 
+    grammar = _unpack(packed)
     try:
-        to_ebnf(grammar, vocabulary_size)
+        return fit(grammar, vocabulary_size)
     except GrammarError as error:
-        raise _invalid(grammar, f"cannot be used: {error}") from error
+        where = f"{error.where}: " if error.where else ""
+        raise _invalid(grammar, f"cannot be used: {where}{error}") from error
 
 
 def grammar_param(grammar: Grammar) -> str:
@@ -47,10 +57,12 @@ def _size(grammar: Grammar) -> int:
         return len(grammar.schema)
     if isinstance(grammar, RegexGrammar):
         return len(grammar.pattern)
-    return sum(len(t.begin) + len(t.schema) + len(t.end) for t in grammar.tags)
+    otherwise = _size(grammar.otherwise) if grammar.otherwise else 0
+    return otherwise + sum(len(t.begin) + len(t.schema) + len(t.end) for t in grammar.tags)
 
 
 def _invalid(grammar: Grammar, fault: str) -> InvalidGrammarError:
     kinds = {JsonSchemaGrammar: "JSON schema", RegexGrammar: "regular expression"}
     name = kinds.get(type(grammar), "tools' JSON schema")
+    fault = fault.encode("ascii", "replace").decode()
     return InvalidGrammarError(f"The {name} {fault}.", param=grammar_param(grammar))

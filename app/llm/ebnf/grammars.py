@@ -26,15 +26,23 @@ def to_ebnf(grammar: Grammar, vocabulary_size: int | None) -> str:
     Raises:
         GrammarError: The grammar cannot be compiled, or would not be enforced in full.
     """
-    budget = math.inf
-    if vocabulary_size is not None:
-        budget = _COUNTED_CHARACTERS * math.pow(_VOCABULARY / vocabulary_size, 1.5)
-    rules = Rules(budget)
+    rules = rules_for(vocabulary_size)
+    if isinstance(grammar, TagsGrammar):
+        return _tags(grammar, rules)
+    return rules.text(_whole(grammar, rules))
+
+
+def rules_for(vocabulary_size: int | None) -> Rules:
+    """No rules yet; see :func:`to_ebnf` for the size."""
+    if vocabulary_size is None:
+        return Rules(math.inf)
+    return Rules(_COUNTED_CHARACTERS * math.pow(_VOCABULARY / vocabulary_size, 1.5))
+
+
+def _whole(grammar: JsonSchemaGrammar | RegexGrammar, rules: Rules) -> str:
     if isinstance(grammar, JsonSchemaGrammar):
-        return rules.text(SchemaCompiler(parse_schema(grammar.schema), rules).compile())
-    if isinstance(grammar, RegexGrammar):
-        return rules.text(_regex(regex.parse(grammar.pattern, whole=True), rules))
-    return _tags(grammar, rules)
+        return SchemaCompiler(parse_schema(grammar.schema), rules).compile()
+    return _regex(regex.parse(grammar.pattern, whole=True), rules)
 
 
 def _regex(node: regex.Node, rules: Rules) -> str:
@@ -72,6 +80,7 @@ def _tags(grammar: TagsGrammar, rules: Rules) -> str:
         return rules.text(
             f"TagDispatch(({trigger}, {tagged}), stop_eos=true, loop_after_dispatch={loop})"
         )
-    if grammar.single:
-        return rules.text(tagged)
-    return rules.text(f"{tagged} ({optional(literal(chr(10)))} {tagged})*")
+    if not grammar.single:
+        tagged = rules.name(f"{tagged} ({optional(literal(chr(10)))} {tagged})*")
+    ways = [tagged, *([_whole(grammar.otherwise, rules)] if grammar.otherwise else [])]
+    return rules.text(alternatives(ways))

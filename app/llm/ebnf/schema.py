@@ -63,10 +63,17 @@ class _Path:
 
 
 class SchemaCompiler:
-    """Compiles one JSON schema, which is parsed JSON; ``rules`` gets the rules that it needs."""
+    """Compiles one JSON schema, which is parsed JSON.
 
-    def __init__(self, schema: Any, rules: Rules) -> None:
+    Args:
+        rules: Gets the rules that it needs.
+        failed: Gets the parts that cannot be compiled, in whose place is any JSON; ``None``: the
+            first one is an error.
+    """
+
+    def __init__(self, schema: Any, rules: Rules, failed: list[Any] | None = None) -> None:
         self._root = schema
+        self._failed = failed
         self._rules = rules
         self._references: dict[str, str] = {}
         self._comma = rules.name(sequence([literal(","), optional(literal(" "))]))
@@ -90,6 +97,16 @@ class SchemaCompiler:
         return value
 
     def _value(self, schema: Any, path: _Path) -> str:
+        try:
+            return self._compiled(schema, path)
+        except GrammarError as error:
+            error.part = schema if error.part is None else error.part
+            if self._failed is None or schema is False:
+                raise
+        self._failed.append(schema)
+        return self._anything()
+
+    def _compiled(self, schema: Any, path: _Path) -> str:
         if schema is True:
             return self._anything()
         if schema is False:
@@ -140,9 +157,10 @@ class SchemaCompiler:
         return self._rules.name(alternatives(self._value(p, path.option()) for p in parts))
 
     def _check_apart(self, parts: list[Any]) -> None:
-        self._pairs += len(parts) * (len(parts) - 1) // 2
-        if self._pairs > _MAX_PAIRS:
+        pairs = self._pairs + len(parts) * (len(parts) - 1) // 2
+        if pairs > _MAX_PAIRS:
             raise GrammarError("oneOf has too many schemas")
+        self._pairs = pairs
         if not all(
             keywords.apart(self._root, a, b) for i, a in enumerate(parts) for b in parts[:i]
         ):
@@ -202,9 +220,9 @@ class SchemaCompiler:
         return self._rules.name(sequence([literal("{"), self._members(written), literal("}")]))
 
     def _count(self, parts: int) -> None:
-        self._parts += parts
-        if self._parts > _MAX_PARTS:
+        if self._parts + parts > _MAX_PARTS:
             raise GrammarError(f"it has more than {_MAX_PARTS} properties and values of enums")
+        self._parts += parts
 
     def _member(self, name: str, schema: Any, path: _Path) -> str:
         value = self._value(schema, path)

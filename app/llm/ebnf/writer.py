@@ -157,9 +157,9 @@ class Rules:
 
     def define(self, name: str, body: str) -> None:
         """Give a reserved name its body."""
-        self._size += len(body)
-        if self._size > MAX_TEXT:
+        if self._size + len(body) > MAX_TEXT:
             raise GrammarError("it is too large")
+        self._size += len(body)
         self._bodies[name] = body
 
     def name(self, body: str, items: int = 0) -> str:
@@ -168,9 +168,10 @@ class Rules:
         ``items`` is how many items of an array it counts.
         """
         if body not in self._names:
-            self._items += min(items, MOST_WRITTEN_OUT)
-            if self._items > _MAX_ITEMS:
+            counted = self._items + min(items, MOST_WRITTEN_OUT)
+            if counted > _MAX_ITEMS:
                 raise GrammarError("its arrays have too many items (minItems, maxItems)")
+            self._items = counted
             self._names[body] = name = self.reserve()
             self.define(name, body)
         return self._names[body]
@@ -201,12 +202,12 @@ class Rules:
         return self.name(alternatives(ways)) if len(ways) > 1 else ways[0]
 
     def pay(self, cost: float) -> None:
-        """Take the cost of counted characters from the budget."""
-        self._budget -= cost
-        if self._budget < 0:
+        """Take the cost of counted characters from the budget, if it suffices."""
+        if cost > self._budget:
             raise GrammarError(
                 "its strings have too many counted characters (minLength, maxLength, {m,n})"
             )
+        self._budget -= cost
 
     def text(self, root: str) -> str:
         """The text of the grammar whose answers match the expression ``root``."""

@@ -1,8 +1,8 @@
 """The echo backend: repeats the prompt, without a model; for tests, load tests and demonstrations.
 
-It answers a chat with its last user message, and a bare prompt with the prompt, one token a step. A
-token is one byte of UTF-8, so a character outside ASCII spans several tokens. A prompt can ask for
-a fault:
+It answers a chat with its last user message, and a bare prompt with the prompt, one token a step,
+repeated as often as ``min_tokens`` wants. A token is one byte of UTF-8, so a character outside
+ASCII spans several tokens. A prompt can ask for a fault:
 
 =================  ==============================================================
 ``[echo:fault]``   this request fails, the others go on
@@ -96,7 +96,11 @@ class EchoBackend:
         """Take a request into the next step's batch."""
         text = self._last_user_message(request.prompt_token_ids)
         fault = text.partition("[echo:")[2].partition("]")[0] or None
-        answer = [*self._tokenizer.encode(text, add_special_tokens=False).ids, self._end_id]
+        answer = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if least := min(request.sampling.min_tokens, request.max_tokens):
+            answer = answer or self._tokenizer.encode(" ").ids
+            answer *= -(-least // len(answer))
+        answer.append(self._end_id)
         self._running[request.id] = _Running(request, answer, fault)
 
     def _last_user_message(self, prompt: list[int]) -> str:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
@@ -126,6 +127,22 @@ class ChatTemplate:
             yield
         finally:
             done.set()
+
+
+def read_chat_template(path: str) -> str:
+    """The template that a setting names.
+
+    Raises:
+        ModelLoadError: It cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ModelLoadError(
+            f"model.chat_template names {path}, which cannot be read: {reason}; set "
+            "MODEL__CHAT_TEMPLATE to a file with a Jinja template"
+        ) from error
 
 
 def check_chat_template(source: str, variables: Mapping[str, str], label: str) -> None:

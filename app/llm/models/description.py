@@ -206,8 +206,10 @@ def load_tokenizer(
             )
         if not isinstance(tokenizer, PreTrainedTokenizerFast) or not len(tokenizer):
             raise ValueError("it is none that the tokenizers library can run")
-    from app.llm.models.chat_template import check_chat_template
+    from app.llm.models.chat_template import check_chat_template, read_chat_template
 
+    if settings.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(settings.chat_template)
     if (template := chat_template(tokenizer)) is not None:
         check_chat_template(template, special_tokens(tokenizer), settings.label)
     return tokenizer

@@ -146,6 +146,7 @@ class OpenVinoBackend:
         # The prompt has been rendered with the chat template already.
         config.apply_chat_template = False
         config.max_new_tokens = request.max_tokens
+        config.min_new_tokens = min(sampling.min_tokens, request.max_tokens)
         if self._eos:
             config.eos_token_id = min(self._eos)
             config.stop_token_ids = set(self._eos)

@@ -89,7 +89,7 @@ class TransformersBackend:
 
     def add(self, request: GenerationRequest) -> None:
         """Add a request to the next step's batch; raises ``GrammarError`` if its grammar is bad."""
-        self._running[request.id] = _Running(RequestSampler.of(request, self._grammars))
+        self._running[request.id] = _Running(RequestSampler.of(request, self._grammars, self._eos))
         self._manager.add_request(
             request.prompt_token_ids,
             request_id=request.id,

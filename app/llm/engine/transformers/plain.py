@@ -101,7 +101,7 @@ class PlainBackend:
 
     def add(self, request: GenerationRequest) -> None:
         """Take a request into the next step; raises ``GrammarError`` if its grammar is bad."""
-        self._waiting.append(_Row(request, RequestSampler.of(request, self._grammars)))
+        self._waiting.append(_Row(request, RequestSampler.of(request, self._grammars, self._eos)))
 
     def cancel(self, request_id: str) -> None:
         """Free a request's cache before the next step."""

@@ -7,7 +7,7 @@ Greedy requests draw nothing.
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,7 @@ class RequestSampler:
 
     Attributes:
         prompt_token_ids: For the repetition penalty.
+        eos: Tokens that end an answer.
         generated: How often each token has been generated.
         sent: How many tokens events have had.
         top_logprobs_count: How many of the likeliest tokens to record for each token.
@@ -35,6 +36,7 @@ class RequestSampler:
 
     params: SamplingParams
     prompt_token_ids: Sequence[int]
+    eos: list[int] = field(default_factory=list)
     generated: Counter[int] = field(default_factory=Counter)
     sent: int = 0
     wants_logprobs: bool = False
@@ -54,11 +56,14 @@ class RequestSampler:
             self.mask.accept(token_ids)
 
     @classmethod
-    def of(cls, request: GenerationRequest, grammars: GrammarCompiler) -> "RequestSampler":
+    def of(
+        cls, request: GenerationRequest, grammars: GrammarCompiler, eos: Collection[int]
+    ) -> "RequestSampler":
         """The sampler of a request; raises ``GrammarError`` if its grammar is bad."""
         return cls(
             request.sampling,
             request.prompt_token_ids,
+            sorted(eos),
             wants_logprobs=request.logprobs,
             top_logprobs_count=request.top_logprobs,
             mask=None if request.grammar is None else grammars.compile(request.grammar),
@@ -129,6 +134,8 @@ def select(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
                 list(bias.values()), device=scores.device, dtype=scores.dtype
             )
         _penalise(scores[row], sampler)
+        if sampler.sent < sampler.params.min_tokens:
+            scores[row, sampler.eos] = -torch.inf
         if sampler.mask is not None:
             sampler.mask.apply(scores[row])
     sampled = [i for i, s in enumerate(samplers) if not s.params.is_greedy]

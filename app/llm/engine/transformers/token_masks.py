@@ -17,6 +17,7 @@ from torch import Tensor
 from app.llm.ebnf import keywords, regex
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.grammars import parse_schema
+from app.llm.ebnf.strings import FORMATS
 from app.llm.protocol import Grammar, JsonSchemaGrammar, RegexGrammar, TagsGrammar
 
 _JSON_OPTIONS: Final[Any] = {
@@ -118,6 +119,11 @@ def _lark(grammar: TagsGrammar) -> str:
     tagged = " | ".join(f"tag_{i}" for i in range(len(grammar.tags)))
     if grammar.required:
         rules = [f"start: one{'' if grammar.single else ' (NEWLINE? one)*'}", f"one: {tagged}"]
+        if isinstance(grammar.otherwise, JsonSchemaGrammar):
+            rules[0] += f" | %json {_json_schema(grammar.otherwise.schema)}"
+        elif grammar.otherwise is not None:
+            pattern = regex.canonical(regex.parse(grammar.otherwise.pattern, whole=True))
+            rules[0] += f" | /{pattern}/"
     else:
         rules = [
             "start: one | TEXT" if grammar.single else "start: one* TEXT",
@@ -125,11 +131,14 @@ def _lark(grammar: TagsGrammar) -> str:
             f"trigger[lazy]: TEXT {json.dumps(grammar.trigger)}",
         ]
     for i, tag in enumerate(grammar.tags):
-        schema = {"x-guidance": _JSON_OPTIONS, **_closed(parse_schema(tag.schema))}
         rules.append(
-            f"tag_{i}: {_text(tag.begin[skip:])} %json {json.dumps(schema)} {_text(tag.end)}"
+            f"tag_{i}: {_text(tag.begin[skip:])} %json {_json_schema(tag.schema)} {_text(tag.end)}"
         )
     return "\n".join([*rules, r"NEWLINE: /\n/", r"TEXT: /(.|\n)*/", ""])
+
+
+def _json_schema(text: str) -> str:
+    return json.dumps({"x-guidance": _JSON_OPTIONS, **_closed(parse_schema(text))})
 
 
 def _text(text: str) -> str:
@@ -139,8 +148,7 @@ def _text(text: str) -> str:
 def _closed(schema: Any) -> dict[str, Any]:
     """A schema that allows what the openvino backend's translation allows.
 
-    An object with listed properties has no others. Patterns are rewritten to a form that both
-    libraries read alike.
+    An object with listed properties has no others.
     """
     if not isinstance(schema, Mapping):
         return {} if schema else {"enum": []}
@@ -154,12 +162,23 @@ def _closed(schema: Any) -> dict[str, Any]:
     for keyword in ("items", "additionalProperties"):
         if keyword in closed:
             closed[keyword] = _part(closed[keyword])
-    if isinstance(closed.get("pattern"), str):
-        node = regex.parse(closed["pattern"], whole=False)
-        closed["pattern"] = f"^{regex.canonical(node)}$"
+    _rewrite_text(closed)
     if not closed.keys() & {"type", *keywords.COMBINING} and (names := keywords.meant(closed)):
         closed["type"] = names
     return _listed_only(closed)
+
+
+def _rewrite_text(schema: dict[str, Any]) -> None:
+    """Write a pattern or a format as a pattern that both libraries read alike."""
+    name = schema.get("format")
+    if isinstance(schema.get("pattern"), str):
+        node = regex.parse(schema["pattern"], whole=False)
+    elif isinstance(name, str) and name in FORMATS:
+        # The library knows fewer formats, and reads some in another way.
+        node = regex.parse(FORMATS[schema.pop("format")], whole=True)
+    else:
+        return
+    schema["pattern"] = f"^{regex.canonical(node)}$"
 
 
 def _part(schema: Any) -> Any:

@@ -94,6 +94,7 @@ class VllmBackend:
             seed=None if asked.is_greedy else seed,
             stop_token_ids=self._eos,
             max_tokens=request.max_tokens,
+            min_tokens=min(asked.min_tokens, request.max_tokens),
             logprobs=min(request.top_logprobs, vocabulary) if request.logprobs else None,
             structured_outputs=structured_outputs(request.grammar) if request.grammar else None,
             detokenize=False,

@@ -39,5 +39,14 @@ def _tags(grammar: TagsGrammar) -> dict[str, Any]:
     ]
     common = {"tags": tags, "at_least_one": grammar.required, "stop_after_first": grammar.single}
     if grammar.required:
-        return {"type": "tags_with_separator", "separator": "\n", **common}
+        calls = {"type": "tags_with_separator", "separator": "\n", **common}
+        other = grammar.otherwise
+        if other is None:
+            return calls
+        form = (
+            {"type": "regex", "pattern": other.pattern}
+            if isinstance(other, RegexGrammar)
+            else {"type": "json_schema", "json_schema": msgspec.json.decode(other.schema)}
+        )
+        return {"type": "or", "elements": [calls, form]}
     return {"type": "triggered_tags", "triggers": [grammar.trigger], **common}

@@ -1,0 +1,1 @@
+"""Programs of other clients against a running service; ``make test-clients`` runs them."""

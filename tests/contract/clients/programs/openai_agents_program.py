@@ -1,0 +1,67 @@
+"""An ordinary program of the OpenAI Agents SDK, on chat completions."""
+
+import asyncio
+from typing import Any
+
+import agents
+import openai
+import ordinary
+
+agents.set_tracing_disabled(True)
+
+
+@agents.function_tool
+def get_weather(city: str) -> str:
+    """Tell the weather of a city.
+
+    Args:
+        city: Its name.
+    """
+    return f"Rain in {city}."
+
+
+def agent(**given: Any) -> agents.Agent[None]:
+    """An agent of the bundled model."""
+    # A client belongs to one event loop, and each part has its own.
+    client = openai.AsyncOpenAI(base_url=ordinary.URL, api_key=ordinary.KEY)
+    model = agents.OpenAIChatCompletionsModel(model="default", openai_client=client)
+    settings = {"temperature": 0, "max_tokens": 120, **given.pop("settings", {})}
+    model_settings = agents.ModelSettings(**settings)
+    return agents.Agent(name="Guide", model=model, model_settings=model_settings, **given)
+
+
+def chat() -> None:
+    """A question is answered."""
+    result = asyncio.run(agents.Runner.run(agent(), ordinary.QUESTION[0]["content"]))
+    assert result.final_output == ordinary.ANSWER
+
+
+def stream() -> None:
+    """A run is streamed to its end."""
+
+    async def read() -> Any:
+        result = agents.Runner.run_streamed(agent(), ordinary.QUESTION[0]["content"])
+        async for _ in result.stream_events():
+            pass
+        return result.final_output
+
+    assert asyncio.run(read()) == ordinary.ANSWER
+
+
+def tools() -> None:
+    """A function is called, and its result goes back to the model."""
+    guide = agent(tools=[get_weather], settings={"tool_choice": "required"})
+    result = asyncio.run(agents.Runner.run(guide, ordinary.WEATHER))
+    kinds = [item.type for item in result.new_items]
+    assert "tool_call_output_item" in kinds, kinds
+    assert result.final_output
+
+
+def structured() -> None:
+    """A pydantic model is the output."""
+    guide = agent(output_type=ordinary.Person)
+    result = asyncio.run(agents.Runner.run(guide, ordinary.PERSON))
+    assert isinstance(result.final_output, ordinary.Person)
+
+
+ordinary.run(chat, stream, tools, structured)

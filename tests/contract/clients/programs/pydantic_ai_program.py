@@ -1,0 +1,52 @@
+"""An ordinary program of pydantic-ai."""
+
+import asyncio
+from typing import Any
+
+import ordinary
+from pydantic_ai import Agent, NativeOutput, ToolOutput
+from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.providers.openai import OpenAIProvider
+from pydantic_ai.settings import ModelSettings
+
+PROVIDER = OpenAIProvider(base_url=ordinary.URL, api_key=ordinary.KEY)
+MODEL = OpenAIChatModel("default", provider=PROVIDER)
+SETTINGS = ModelSettings(temperature=0, max_tokens=120)
+
+
+def agent(**given: Any) -> Agent[None, Any]:
+    """An agent of the bundled model."""
+    return Agent(MODEL, model_settings=SETTINGS, retries=0, **given)
+
+
+def chat() -> None:
+    """A question is answered, and a second one has the first turn before it."""
+    first = agent().run_sync(ordinary.QUESTION[0]["content"])
+    assert first.output == ordinary.ANSWER
+    second = agent().run_sync("And of Italy?", message_history=first.all_messages())
+    assert second.output
+
+
+def stream() -> None:
+    """A stream's text is the answer."""
+
+    async def read() -> str:
+        async with agent().run_stream(ordinary.QUESTION[0]["content"]) as result:
+            return str(await result.get_output())
+
+    assert asyncio.run(read()) == ordinary.ANSWER
+
+
+def output_by_a_tool() -> None:
+    """A model is filled by a call."""
+    made = agent(output_type=ToolOutput(ordinary.Person)).run_sync(ordinary.PERSON)
+    assert isinstance(made.output, ordinary.Person)
+
+
+def output_by_a_schema() -> None:
+    """A model is filled by the response format."""
+    made = agent(output_type=NativeOutput(ordinary.Person)).run_sync(ordinary.PERSON)
+    assert isinstance(made.output, ordinary.Person)
+
+
+ordinary.run(chat, stream, output_by_a_tool, output_by_a_schema)

@@ -1,0 +1,164 @@
+"""Schemas of real programs fit a grammar; tests/data/program_schemas.py has them."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+from app.llm.ebnf.errors import GrammarError
+from app.llm.ebnf.fitting import fit
+from app.llm.engine.echo import build_tokenizer
+from app.llm.engine.transformers.token_masks import GrammarCompiler
+from app.llm.protocol import JsonSchemaGrammar, Tag, TagsGrammar
+from tests.data.program_schemas import schemas
+
+# Schemas of older dialects, which the validator of the newest does not read.
+OLD = {
+    "openapi: tuple of draft 7",
+    "openapi: exclusive minimum of draft 4",
+    "openapi: inclusive minimum of draft 4",
+    "openapi: type in capitals",
+    "openapi: nulls",
+}
+VOCABULARY = 49_152
+ALL = dict(schemas())
+FORMATS = jsonschema.Draft202012Validator.FORMAT_CHECKER
+# A random text would go on and on.
+# Random text seldom has what these want.
+SELDOM = {"zod: ends", "zod: includes"}
+END = build_tokenizer().encode("<|im_end|>").ids[0]
+CLOSING = [build_tokenizer().encode(c).ids[0] for c in '"}],']
+
+
+def fitted(schema: Any, *, strict: bool = False) -> tuple[Any, frozenset[str]]:
+    """A schema that can be compiled, and the keywords that it does not hold."""
+    grammar, dropped = fit(JsonSchemaGrammar(json.dumps(schema), strict=strict), VOCABULARY)
+    assert isinstance(grammar, JsonSchemaGrammar)
+    assert grammar.strict
+    return json.loads(grammar.schema), dropped
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    """Compiles grammars for tokens of one byte."""
+    tokenizer = build_tokenizer()
+    return GrammarCompiler(tokenizer.to_str(), tokenizer.get_vocab_size(), [END])
+
+
+def answers(compiler: GrammarCompiler, schema: Any, count: int) -> Iterator[str]:
+    """Random complete answers of a schema."""
+    tokenizer = build_tokenizer()
+    for seed in range(count):
+        chance = torch.Generator().manual_seed(seed)
+        mask = compiler.compile(JsonSchemaGrammar(json.dumps(schema)))
+        ids: list[int] = []
+        while END not in ids and len(ids) < 300:
+            logits = torch.rand(tokenizer.get_vocab_size(), generator=chance)
+            logits[CLOSING] += 0.3
+            logits[END] += 1
+            mask.apply(logits)
+            ids.append(int(logits.argmax()))
+            mask.accept(ids[-1:])
+            assert mask.error is None
+        if END in ids:
+            yield tokenizer.decode(ids[:-1])
+
+
+def test_there_are_enough_schemas() -> None:
+    """The set is as large as the one in which half of the programs' schemas were refused."""
+    assert len(ALL) >= 131
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_programs_schema_is_taken(compiler: GrammarCompiler, name: str) -> None:
+    """A schema that is not strict is never refused; of one that is held, every answer is valid."""
+    schema, dropped = fitted(ALL[name])
+    fitted(schema, strict=True)
+    held = schema if dropped or name in OLD else ALL[name]
+    said = list(answers(compiler, schema, 2))
+    for answer in said:
+        assert isinstance(json.loads(answer), dict)
+        jsonschema.validate(json.loads(answer), held, format_checker=FORMATS)
+    assert said or name in SELDOM
+
+
+def tag(schema: Any, *, strict: bool = False) -> Tag:
+    """A part of an answer between brackets."""
+    return Tag("<a>", json.dumps(schema), "</a>", strict=strict, where="tools.3")
+
+
+def test_a_strict_part_is_refused_beside_others() -> None:
+    """Of two parts with a keyword that is not held, the strict one is refused with its place."""
+    schema = {"type": "object", "properties": {"a": {"items": {"uniqueItems": True}}}}
+    grammar = TagsGrammar([tag({"uniqueItems": True}), tag(schema, strict=True)], "<")
+    with pytest.raises(GrammarError, match="uniqueItems") as refused:
+        fit(grammar, VOCABULARY)
+    assert refused.value.where == "tools.3.properties.a.items"
+
+
+def test_parts_share_the_limits() -> None:
+    """Of many parts those that exceed a limit together are widened, and the rest is held."""
+    schemas = [{"type": "string", "maxLength": 40 + i} for i in range(9)]
+    grammar, dropped = fit(TagsGrammar([tag(s) for s in schemas], "<"), VOCABULARY)
+    assert isinstance(grammar, TagsGrammar)
+    kept = [json.loads(part.schema) for part in grammar.tags]
+    assert dropped == {"maxLength"}
+    assert kept[0] == schemas[0]
+    assert kept[-1] == {"type": "string"}
+    assert all(part.strict for part in grammar.tags)
+
+
+@pytest.mark.parametrize(
+    ("schema", "widened", "keywords"),
+    [
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "anyOf", {"oneOf"}),
+        ({"type": "string", "minLength": 2, "maxLength": 9999}, "minLength", {"maxLength"}),
+        ({"type": "string", "format": "date", "pattern": "^1"}, "pattern", {"format"}),
+        ({"type": "array", "items": {"type": "null"}, "maxItems": 9999}, "items", {"maxItems"}),
+        ({"type": "object", "properties": {}, "required": 3}, "type", {"properties", "required"}),
+        ({"enum": [1], "minimum": 3}, "enum", {"minimum"}),
+        ({"enum": 5}, None, {"enum"}),
+        ({"type": ["frog"]}, None, {"type"}),
+        ({"$ref": "#"}, None, {"$ref"}),
+        (7, None, set()),
+        (False, None, set()),
+    ],
+)
+def test_only_what_is_not_held_is_widened(
+    schema: Any, widened: str | None, keywords: set[str]
+) -> None:
+    """The rest of a part stays, then its type, then any JSON; dropped keywords are named."""
+    found, dropped = fitted(schema)
+    assert dropped == keywords
+    if widened is None:
+        assert found in (True, {})
+    else:
+        assert widened in found
+
+
+ANY_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+EQUAL: list[tuple[Any, Any]] = [
+    ({"type": "string", "nullable": True}, {"type": ["string", "null"]}),
+    ({"enum": ["a"], "nullable": True}, {"enum": ["a", None]}),
+    ({"const": 1, "nullable": True}, {"anyOf": [{"const": 1}, {"type": "null"}]}),
+    ({"anyOf": [{"type": "string"}], "nullable": True}, ANY_OR_NULL),
+    ({"nullable": True}, {}),
+    ({"minimum": 1, "exclusiveMinimum": True}, {"exclusiveMinimum": 1}),
+    ({"items": [{}], "additionalItems": False}, {"prefixItems": [{}], "items": False}),
+    ({"allOf": [{"type": "null"}, {"description": "x"}]}, {"allOf": [{"type": "null"}]}),
+    ({"type": "string", "format": "password"}, {"type": "string"}),
+    ({"type": "string", "pattern": None, "enum": None}, {"type": "string"}),
+    (
+        {"type": "object", "propertyNames": {"enum": ["a"]}, "additionalProperties": {}},
+        {"type": "object", "properties": {"a": {}}, "additionalProperties": False},
+    ),
+]
+
+
+@pytest.mark.parametrize(("schema", "equal"), EQUAL)
+def test_what_has_an_equal_is_held_strictly(schema: Any, equal: Any) -> None:
+    """What another dialect writes is replaced by its equal, in a strict schema too."""
+    assert fitted(schema, strict=True) == (equal, frozenset())
