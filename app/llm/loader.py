@@ -176,7 +176,7 @@ def _why_never_openvino(settings: ModelSettings) -> str | None:
         return "model.engine is transformers"
     if settings.device == "cuda":
         return "model.device is cuda, where OpenVINO does not run"
-    if settings.quantization != "none":
+    if settings.quantization in {"int8", "int4"}:
         return "OpenVINO computes in the precision that a model was converted to"
     return None
 

@@ -25,6 +25,7 @@ from app.llm.engine.transformers.attention_choice import (
     prefer_flash_attention,
     runs_on_gpu,
 )
+from app.llm.engine.transformers.mapped_file import forget_pages
 from app.llm.engine.transformers.paged_attention import plan_step
 from app.llm.engine.transformers.sampling import RequestSampler, choose
 from app.llm.engine.transformers.token_masks import GrammarCompiler
@@ -85,7 +86,11 @@ class TransformersBackend:
             resolved.max_blocks_per_request = -(-context_length(model.config) // resolved.page_size)
         # This creates the batch processor; without CUDA graphs it warms nothing up.
         self._manager.warmup()
-        return self._manager.batch_processor
+        batching = self._manager.batch_processor
+        if not runs_on_gpu(model):
+            # It was filled with zeros, which pages without memory hold, too.
+            forget_pages(batching.cache.cache_tensor)
+        return batching
 
     def add(self, request: GenerationRequest) -> None:
         """Add a request to the next step's batch; raises ``GrammarError`` if its grammar is bad."""

@@ -1,0 +1,219 @@
+"""Linear layers in 8-bit and 4-bit integers on a CPU, computed by OpenVINO.
+
+OpenVINO's matrix product rounds the activations to 8 bits by groups, each row for itself, and
+multiplies integers. Each layer is a model with that product alone. ADR 12 has the measurements.
+"""
+
+import mmap
+from functools import cache
+from typing import Any, Final
+
+import numpy as np
+import openvino
+import torch
+from numpy.typing import NDArray
+from openvino import opset13 as ops
+from torch import Tensor, nn
+
+from app.llm.engine.transformers.mapped_file import forget_pages, is_mapped
+
+WORTH_QUANTIZING: Final = 1 << 21
+"""From this number of weights on, reading fewer bytes saves more than a call of OpenVINO costs."""
+
+# Weights of a row that share a scale, as many as divide the row. Four bits need a fine grid.
+_GROUPS: Final = {8: (128, 64, 32), 4: (32,)}
+# Rows of a call. Each layer keeps memory for the most that it has had, and more gain no speed.
+_ROWS: Final = 32
+# Weights that are rounded at a time, in float32.
+_AT_ONCE: Final = 1 << 20
+# A group of zeros would divide by zero; the smallest number of float16.
+_SMALLEST_SCALE: Final = 6e-8
+
+
+class IntegerLinear(nn.Module):
+    """A linear layer in integers of 8 or 4 bits, with a scale for each group of a row's weights.
+
+    A group of 4-bit integers also has an offset, because its range is seldom symmetric.
+
+    Args:
+        linear: The layer to replace; its in_features must have a group, see :func:`can_quantize`.
+        bits: 8 or 4.
+
+    Attributes:
+        weight: A tensor without values, for models that read its type or shape.
+        is_finite: Whether the weights had neither infinite values nor NaN.
+    """
+
+    def __init__(self, linear: nn.Linear, bits: int) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        self.weight = torch.empty_like(weight, device="meta")
+        self.bias: Tensor | None = linear.bias
+        self.out_features, self.in_features = weight.shape
+        quantized = _Quantized(weight, _group(self.in_features, bits), bits)
+        self.is_finite = quantized.is_finite
+        self._request = _compile(quantized)
+        # The first call copies integers and scales into another order. Nothing reads the originals
+        # after it.
+        self._multiply(torch.ones(1, self.in_features))
+        self._original = quantized.release()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` [..., in_features] by the weight's transpose, and add the bias."""
+        y = self._multiply(x.reshape(-1, self.in_features).float().contiguous())
+        y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        y = torch.empty(len(rows), self.out_features)
+        for first in range(0, len(rows), _ROWS):
+            x, result = (tensor[first : first + _ROWS].numpy() for tensor in (rows, y))
+            self._use(_shared(x), _shared(result))
+            self._request.infer()
+        # The request keeps its tensors, and those of a prompt are large.
+        self._use(*_nothing(self.in_features, self.out_features))
+        return y
+
+    def _use(self, x: openvino.Tensor, y: openvino.Tensor) -> None:
+        self._request.set_input_tensor(x)
+        self._request.set_output_tensor(y)
+
+
+class _Quantized:
+    """A weight in integers.
+
+    Attributes:
+        integers: Signed, [rows, groups, group]; two of 4 bits share a byte.
+        scales: float16 [rows, groups, 1].
+        offsets: float32 [rows, groups], of 4-bit integers.
+    """
+
+    def __init__(self, weight: Tensor, group: int, bits: int) -> None:
+        rows, columns = weight.shape
+        self.shape = (rows, columns // group, group)
+        self.bits = bits
+        size, count = rows * columns * bits // 8, rows * columns // group
+        self._memory = _private_memory(size + 2 * count)
+        kind = np.uint8 if bits == 4 else np.int8
+        self.integers = np.frombuffer(self._memory, kind, size)
+        self.scales = np.frombuffer(self._memory, np.float16, count, size)
+        self.scales = self.scales.reshape(*self.shape[:2], 1)
+        self.offsets = np.empty(self.shape[:2], np.float32)
+        self.is_finite = True
+        into = torch.from_numpy(self.integers).view(rows, -1)
+        round_part = _round_to_4_bits if bits == 4 else _round_to_8_bits
+        step, mapped = max(1, _AT_ONCE // columns), is_mapped(weight)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            values = weight[part].float().view(-1, *self.shape[1:])
+            self.is_finite &= bool(values.sum().isfinite())
+            integers, scales, offsets = round_part(values)
+            into[part] = integers.view(len(values), -1)
+            if mapped:
+                forget_pages(weight[part])
+            self.scales[part], self.offsets[part] = scales.numpy(), offsets.squeeze(-1).numpy()
+
+    def release(self) -> NDArray[Any]:
+        """Give back the memory that OpenVINO points to, which reads as zeros then."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # Windows has none.
+            self._memory.madvise(mmap.MADV_DONTNEED)
+        return self.integers
+
+
+def _private_memory(size: int) -> mmap.mmap:
+    # Shared memory, the default, would not be given back.
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, size)
+
+
+def _round_to_8_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers, scales and offsets of weights [rows, groups, group]."""
+    largest = values.abs().amax(-1, keepdim=True)
+    scales = (largest / 127).clamp_min_(_SMALLEST_SCALE).half()
+    integers = (values / scales).round_().clamp_(-127, 127).to(torch.int8)
+    return integers, scales, torch.zeros_like(largest)
+
+
+def _round_to_4_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of 4 bits, the first of two in the lower half of a byte."""
+    low, high = values.aminmax(dim=-1, keepdim=True)
+    scales = ((high - low) / 15).clamp_min_(_SMALLEST_SCALE).half()
+    # From 0 to 15; the offset belongs to 8, which is stored as 0, a signed number of four bits.
+    integers = ((values - low) / scales).round_().clamp_(0, 15).to(torch.uint8) ^ 8
+    packed = integers[..., ::2] | (integers[..., 1::2] << 4)
+    return packed, scales, low + 8 * scales.float()
+
+
+def _compile(weight: _Quantized) -> Any:
+    """A request of OpenVINO that multiplies float32 rows by a weight's transpose."""
+    rows, groups, group = weight.shape
+    kind = openvino.Type.i4 if weight.bits == 4 else openvino.Type.i8
+    x = ops.parameter([-1, groups * group], np.float32)
+    integers = openvino.Tensor(weight.integers, openvino.Shape(weight.shape), kind)
+    y = _product(x, integers, weight.scales, rows)
+    if weight.bits == 4:
+        # An offset is added to all weights of a group, so it multiplies the sum of their inputs.
+        sums = ops.reduce_sum(ops.reshape(x, np.array([-1, groups, group]), False), np.array([2]))
+        offsets = np.nan_to_num(weight.offsets)
+        largest = np.abs(offsets).max(1, keepdims=True)
+        scales = np.maximum(largest / 127, _SMALLEST_SCALE).astype(np.float16)
+        rounded = np.rint(offsets / scales).clip(-127, 127).astype(np.int8)
+        y = ops.add(y, _product(sums, rounded, scales, rows))
+    properties = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        # Other threads of the process compute too, and a pinned one would wait for its processor.
+        "ENABLE_CPU_PINNING": False,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group),
+    }
+    compiled = _core().compile_model(openvino.Model([y], [x]), "CPU", properties)
+    return compiled.create_infer_request()
+
+
+def _product(x: Any, integers: Any, scales: NDArray[Any], rows: int) -> Any:
+    constant = ops.convert(ops.constant(integers, shared_memory=True), openvino.Type.f16)
+    weight = ops.multiply(constant, ops.constant(scales, shared_memory=True))
+    flat = ops.reshape(weight, np.array([rows, -1]), False)
+    return ops.matmul(x, ops.convert(flat, openvino.Type.f32), False, True)
+
+
+@cache
+def _core() -> openvino.Core:
+    return openvino.Core()
+
+
+def _shared(values: NDArray[Any]) -> openvino.Tensor:
+    return openvino.Tensor(values, shared_memory=True)
+
+
+@cache
+def _nothing(inputs: int, outputs: int) -> tuple[openvino.Tensor, openvino.Tensor]:
+    x, y = np.zeros((1, inputs), np.float32), np.zeros((1, outputs), np.float32)
+    return _shared(x), _shared(y)
+
+
+def _group(columns: int, bits: int) -> int:
+    return next((g for g in _GROUPS[bits] if columns % g == 0), 0)
+
+
+def can_quantize(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that is worth quantizing."""
+    # A subclass may compute something else.
+    return (
+        type(module) is nn.Linear
+        and module.weight.numel() >= WORTH_QUANTIZING
+        and _group(module.in_features, 4) > 0
+    )
+
+
+def bits_of(module: nn.Module, model: Any, bits: int) -> int:
+    """Bits of a layer's integers: the output layer has 8, because its rounding is seen at once."""
+    return 8 if module is model.get_output_embeddings() else bits
+
+
+def quantize_linears(model: Any, bits: int) -> None:
+    """Replace a model's linear layers in place with integers, where it is worth it."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if can_quantize(module):
+            model.set_submodule(name, IntegerLinear(module, bits_of(module, model, bits)))
