@@ -52,18 +52,19 @@ def test_an_integer_layer_is_close_to_the_plain_one(
     assert layer.weight.dtype == dtype
 
 
+@pytest.mark.parametrize("columns", [256, 2304])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_nothing_reads_what_an_integer_layer_has_given_back(
-    monkeypatch: pytest.MonkeyPatch, bits: int
+    monkeypatch: pytest.MonkeyPatch, bits: int, columns: int
 ) -> None:
     """Results of any number of rows are the same with the original integers and without."""
-    plain = nn.Linear(256, 320, bias=False)
+    plain = nn.Linear(columns, 320, bias=False)
     layer = IntegerLinear(plain, bits)
     with monkeypatch.context() as kept:
         kept.delattr(mmap, "MADV_DONTNEED")
         whole = IntegerLinear(plain, bits)
     for rows in (1, 2, 3, 5, 8, 16, 17, 32, 33, 64, 100, 288):
-        x = torch.randn(rows, 256)
+        x = torch.randn(rows, columns)
         assert torch.equal(layer(x), whole(x))
 
 
