@@ -1,19 +1,39 @@
 """Packed and integer linear layers equal the plain ones within stated bounds."""
 
+import copy
 import mmap
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from app.llm.engine.transformers import cpu_linear
+from app.llm.engine.transformers import cpu_linear, integer_linear
 from app.llm.engine.transformers.cpu_linear import PackedLinear, pack_linears
-from app.llm.engine.transformers.integer_linear import IntegerLinear
+from app.llm.engine.transformers.integer_linear import IntegerLinear, quantize_linears
 
 needs_bf16 = pytest.mark.skipif(
     not cpu_linear.can_pack(), reason="this CPU has no bfloat16 kernels"
 )
+
+
+class Attention(nn.Module):
+    """Layers with the names of an attention's, of which three read the same rows."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(columns, 320, bias=False)
+        self.k_proj = nn.Linear(columns, 64, bias=True)
+        self.v_proj = nn.Linear(columns, 64, bias=False)
+        self.o_proj = nn.Linear(columns, 96, bias=False)
+        self.requires_grad_(requires_grad=False)
+
+    def get_output_embeddings(self) -> None:
+        """It has none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All results beside each other."""
+        return torch.cat([layer(x) for layer in self.children()], -1)
 
 
 def linear(bias: bool = True, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
@@ -58,14 +78,34 @@ def test_nothing_reads_what_an_integer_layer_has_given_back(
     monkeypatch: pytest.MonkeyPatch, bits: int, columns: int
 ) -> None:
     """Results of any number of rows are the same with the original integers and without."""
-    plain = nn.Linear(columns, 320, bias=False)
-    layer = IntegerLinear(plain, bits)
+    monkeypatch.setattr(integer_linear, "WORTH_QUANTIZING", 1)
+    plain = Attention(columns)
+    layers, whole = copy.deepcopy(plain), copy.deepcopy(plain)
+    quantize_linears(layers, bits)
     with monkeypatch.context() as kept:
         kept.delattr(mmap, "MADV_DONTNEED")
-        whole = IntegerLinear(plain, bits)
+        quantize_linears(whole, bits)
     for rows in (1, 2, 3, 5, 8, 16, 17, 32, 33, 64, 100, 288):
         x = torch.randn(rows, columns)
-        assert torch.equal(layer(x), whole(x))
+        assert torch.equal(layers(x), whole(x))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_layers_computed_together_give_what_each_gives(
+    monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    """Layers get their own results in any order, for new rows and for the same rows again."""
+    monkeypatch.setattr(integer_linear, "WORTH_QUANTIZING", 1)
+    plain = Attention(256)
+    model = copy.deepcopy(plain)
+    quantize_linears(model, bits)
+    alone = {name: IntegerLinear(layer, bits) for name, layer in plain.named_children()}
+    first, second = torch.randn(3, 256), torch.randn(2, 256)
+    for name, x in (
+        *(("q_proj", first), ("v_proj", first), ("q_proj", first), ("k_proj", second)),
+        *(("k_proj", first), ("o_proj", first), ("v_proj", first), ("v_proj", second)),
+    ):
+        assert torch.equal(model.get_submodule(name)(x), alone[name](x))
 
 
 def test_4_bits_of_a_gguf_file_stay_exact() -> None:

@@ -6,6 +6,7 @@ by step: a step is one message, a cancellation takes effect before the next step
 needed.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -25,8 +26,8 @@ from app.llm.engine.transformers.attention_choice import (
     prefer_flash_attention,
     runs_on_gpu,
 )
-from app.llm.engine.transformers.mapped_file import forget_pages
 from app.llm.engine.transformers.paged_attention import plan_step
+from app.llm.engine.transformers.pages import UnwrittenZeros
 from app.llm.engine.transformers.sampling import RequestSampler, choose
 from app.llm.engine.transformers.token_masks import GrammarCompiler
 from app.llm.models.description import cache_values_per_token, context_length, eos_token_ids
@@ -85,12 +86,9 @@ class TransformersBackend:
             resolved.page_size = page_size_for(model)
             resolved.max_blocks_per_request = -(-context_length(model.config) // resolved.page_size)
         # This creates the batch processor; without CUDA graphs it warms nothing up.
-        self._manager.warmup()
-        batching = self._manager.batch_processor
-        if not runs_on_gpu(model):
-            # It was filled with zeros, which pages without memory hold, too.
-            forget_pages(batching.cache.cache_tensor)
-        return batching
+        with nullcontext() if runs_on_gpu(model) else UnwrittenZeros():
+            self._manager.warmup()
+        return self._manager.batch_processor
 
     def add(self, request: GenerationRequest) -> None:
         """Add a request to the next step's batch; raises ``GrammarError`` if its grammar is bad."""

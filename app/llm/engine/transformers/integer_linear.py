@@ -1,11 +1,15 @@
 """Linear layers in 8-bit and 4-bit integers on a CPU, computed by OpenVINO.
 
 OpenVINO's matrix product rounds the activations to 8 bits by groups, each row for itself, and
-multiplies integers. Each layer is a model with that product alone. ADR 12 has the measurements.
+multiplies integers. Layers that read the same rows, such as queries, keys and values, are one model
+with a product each, because a call costs as much as half a million weights. ADR 12 has the
+measurements.
 """
 
 import mmap
+from collections.abc import Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any, Final
 
 import numpy as np
@@ -15,7 +19,7 @@ from numpy.typing import NDArray
 from openvino import opset13 as ops
 from torch import Tensor, nn
 
-from app.llm.engine.transformers.mapped_file import forget_pages, is_mapped
+from app.llm.engine.transformers.pages import forget_pages, is_mapped, private_memory
 
 WORTH_QUANTIZING: Final = 1 << 21
 """From this number of weights on, reading fewer bytes saves more than a call of OpenVINO costs."""
@@ -24,6 +28,8 @@ WORTH_QUANTIZING: Final = 1 << 21
 # models lose most by 4 bits, so their rows, which are shorter than this number, have the smallest.
 _GROUPS: Final = {8: (128, 64, 32), 4: (64, 32)}
 _SHORT: Final = 2048
+# Names of layers that read the same rows in every architecture that has them.
+_TOGETHER: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Rows of a call. Each layer keeps memory for the most that it has had, and more gain no speed.
 _ROWS: Final = 32
 # Weights that are rounded at a time, in float32.
@@ -52,33 +58,65 @@ class IntegerLinear(nn.Module):
         self.weight = torch.empty_like(weight, device="meta")
         self.bias: Tensor | None = linear.bias
         self.out_features, self.in_features = weight.shape
-        quantized = _Quantized(weight, _group(self.in_features, bits), bits)
-        self.is_finite = quantized.is_finite
-        self._request = _compile(quantized)
-        # The first call copies integers and scales into another order. Nothing reads the originals
-        # after it.
-        self._multiply(torch.ones(1, self.in_features))
-        self._original = quantized.release()
+        self.quantized = _Quantized(weight, _group(self.in_features, bits), bits)
+        self.is_finite = self.quantized.is_finite
+        self._product: _Product | None = None
+        self._place = 0
+
+    def compute_with(self, product: "_Product", place: int) -> None:
+        """Take this layer's results from one place of a product."""
+        self._product, self._place = product, place
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., in_features] by the weight's transpose, and add the bias."""
-        y = self._multiply(x.reshape(-1, self.in_features).float().contiguous())
+        if self._product is None:
+            self.compute_with(_Product([self.quantized]), 0)
+        y = self._product.part(x, self._place)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y.add_(self.bias)
 
-    def _multiply(self, rows: Tensor) -> Tensor:
-        y = torch.empty(len(rows), self.out_features)
+
+class _Product:
+    """Multiplies the same rows by several weights in one call of OpenVINO.
+
+    A model gives its layers one tensor, one layer after the other. The first of them computes the
+    results of all.
+    """
+
+    def __init__(self, weights: "Sequence[_Quantized]") -> None:
+        self._columns = weights[0].columns
+        self._sizes = [weight.shape[0] for weight in weights]
+        self._request = _compile(weights)
+        self._of: Tensor | None = None
+        self._parts: list[Tensor | None] = []
+        # The first call copies integers and scales into another order. Nothing reads the originals
+        # after it.
+        self._multiply(torch.ones(1, self._columns))
+        self._originals = [weight.release() for weight in weights]
+
+    def part(self, x: Tensor, place: int) -> Tensor:
+        """The results [rows, out_features] of one weight in float32."""
+        if x is not self._of or self._parts[place] is None:
+            self._of, self._parts = x, [*self._multiply(x)]
+        part, self._parts[place] = self._parts[place], None
+        if not any(part is not None for part in self._parts):
+            self._of = None
+        return part
+
+    def _multiply(self, x: Tensor) -> list[Tensor]:
+        rows = x.reshape(-1, self._columns).float().contiguous()
+        results = [torch.empty(len(rows), size) for size in self._sizes]
         for first in range(0, len(rows), _ROWS):
-            x, result = (tensor[first : first + _ROWS].numpy() for tensor in (rows, y))
-            self._use(_shared(x), _shared(result))
+            self._use(*(_shared(t[first : first + _ROWS]) for t in (rows, *results)))
             self._request.infer()
         # The request keeps its tensors, and those of a prompt are large.
-        self._use(*_nothing(self.in_features, self.out_features))
-        return y
+        self._use(*map(_nothing, (self._columns, *self._sizes)))
+        return results
 
-    def _use(self, x: openvino.Tensor, y: openvino.Tensor) -> None:
+    def _use(self, x: openvino.Tensor, *results: openvino.Tensor) -> None:
         self._request.set_input_tensor(x)
-        self._request.set_output_tensor(y)
+        for place, result in enumerate(results):
+            self._request.set_output_tensor(place, result)
 
 
 class _Quantized:
@@ -93,9 +131,10 @@ class _Quantized:
     def __init__(self, weight: Tensor, group: int, bits: int) -> None:
         rows, columns = weight.shape
         self.shape = (rows, columns // group, group)
+        self.columns = columns
         self.bits = bits
         size, count = rows * columns * bits // 8, rows * columns // group
-        self._memory = _private_memory(size + 2 * count)
+        self._memory = private_memory(size + 2 * count)
         kind = np.uint8 if bits == 4 else np.int8
         self.integers = np.frombuffer(self._memory, kind, size)
         self.scales = np.frombuffer(self._memory, np.float16, count, size)
@@ -119,14 +158,8 @@ class _Quantized:
         """Give back the memory that OpenVINO points to, which reads as zeros then."""
         if hasattr(mmap, "MADV_DONTNEED"):  # Windows has none.
             self._memory.madvise(mmap.MADV_DONTNEED)
+        del self.offsets
         return self.integers
-
-
-def _private_memory(size: int) -> mmap.mmap:
-    # Shared memory, the default, would not be given back.
-    if hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return mmap.mmap(-1, size)
 
 
 def _round_to_8_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,30 +180,35 @@ def _round_to_4_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return packed, scales, low + 8 * scales.float()
 
 
-def _compile(weight: _Quantized) -> Any:
-    """A request of OpenVINO that multiplies float32 rows by a weight's transpose."""
-    rows, groups, group = weight.shape
-    kind = openvino.Type.i4 if weight.bits == 4 else openvino.Type.i8
-    x = ops.parameter([-1, groups * group], np.float32)
-    integers = openvino.Tensor(weight.integers, openvino.Shape(weight.shape), kind)
-    y = _product(x, integers, weight.scales, rows)
-    if weight.bits == 4:
-        # An offset is added to all weights of a group, so it multiplies the sum of their inputs.
-        sums = ops.reduce_sum(ops.reshape(x, np.array([-1, groups, group]), False), np.array([2]))
-        offsets = np.nan_to_num(weight.offsets)
-        largest = np.abs(offsets).max(1, keepdims=True)
-        scales = np.maximum(largest / 127, _SMALLEST_SCALE).astype(np.float16)
-        rounded = np.rint(offsets / scales).clip(-127, 127).astype(np.int8)
-        y = ops.add(y, _product(sums, rounded, scales, rows))
+def _compile(weights: Sequence[_Quantized]) -> Any:
+    """A request of OpenVINO that multiplies float32 rows by the transposes of weights."""
+    columns = weights[0].columns
+    x = ops.parameter([-1, columns], np.float32)
     properties = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         # Other threads of the process compute too, and a pinned one would wait for its processor.
         "ENABLE_CPU_PINNING": False,
         "INFERENCE_PRECISION_HINT": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group),
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(weights[0].shape[2]),
     }
-    compiled = _core().compile_model(openvino.Model([y], [x]), "CPU", properties)
-    return compiled.create_infer_request()
+    model = openvino.Model([_result(x, weight) for weight in weights], [x])
+    return _core().compile_model(model, "CPU", properties).create_infer_request()
+
+
+def _result(x: Any, weight: _Quantized) -> Any:
+    rows, groups, group = weight.shape
+    kind = openvino.Type.i4 if weight.bits == 4 else openvino.Type.i8
+    integers = openvino.Tensor(weight.integers, openvino.Shape(weight.shape), kind)
+    y = _product(x, integers, weight.scales, rows)
+    if weight.bits == 8:
+        return y
+    # An offset is added to all weights of a group, so it multiplies the sum of their inputs.
+    sums = ops.reduce_sum(ops.reshape(x, np.array([-1, groups, group]), False), np.array([2]))
+    offsets = np.nan_to_num(weight.offsets)
+    largest = np.abs(offsets).max(1, keepdims=True)
+    scales = np.maximum(largest / 127, _SMALLEST_SCALE).astype(np.float16)
+    rounded = np.rint(offsets / scales).clip(-127, 127).astype(np.int8)
+    return ops.add(y, _product(sums, rounded, scales, rows))
 
 
 def _product(x: Any, integers: Any, scales: NDArray[Any], rows: int) -> Any:
@@ -185,14 +223,13 @@ def _core() -> openvino.Core:
     return openvino.Core()
 
 
-def _shared(values: NDArray[Any]) -> openvino.Tensor:
-    return openvino.Tensor(values, shared_memory=True)
+def _shared(values: Tensor) -> openvino.Tensor:
+    return openvino.Tensor(values.numpy(), shared_memory=True)
 
 
 @cache
-def _nothing(inputs: int, outputs: int) -> tuple[openvino.Tensor, openvino.Tensor]:
-    x, y = np.zeros((1, inputs), np.float32), np.zeros((1, outputs), np.float32)
-    return _shared(x), _shared(y)
+def _nothing(size: int) -> openvino.Tensor:
+    return _shared(torch.zeros(1, size))
 
 
 def _group(columns: int, bits: int) -> int:
@@ -220,3 +257,19 @@ def quantize_linears(model: Any, bits: int) -> None:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if can_quantize(module):
             model.set_submodule(name, IntegerLinear(module, bits_of(module, model, bits)))
+    for module in model.modules():
+        children = [(n, m) for n, m in module.named_children() if isinstance(m, IntegerLinear)]
+        for _, layers in groupby(children, key=lambda child: _reads(*child)):
+            _compute_together([layer for _, layer in layers])
+
+
+def _reads(name: str, layer: IntegerLinear) -> tuple[int, str]:
+    """Equal for layers of a module that read the same rows."""
+    together = (names[0] for names in _TOGETHER if name in names)
+    return layer.in_features, next(together, name)
+
+
+def _compute_together(layers: list[IntegerLinear]) -> None:
+    product = _Product([layer.quantized for layer in layers])
+    for place, layer in enumerate(layers):
+        layer.compute_with(product, place)

@@ -293,7 +293,7 @@ def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
     """
     import torch
 
-    from app.llm.engine.transformers.mapped_file import forget_pages, is_mapped
+    from app.llm.engine.transformers.pages import forget_pages, is_mapped
 
     for tensor, found, wanted in sorted(report["mismatched_keys"]):
         raise ValueError(
