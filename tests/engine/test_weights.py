@@ -56,6 +56,27 @@ def test_a_model_in_integers_answers(model: Path, quantization: str) -> None:
     assert len(tokens(run(backend, request("a", PROMPT, 4))["a"])) == 4
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_without_bfloat16_instructions_only_the_embedding_keeps_16_bits(
+    model: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
+) -> None:
+    """The rest is computed in float32, and the logits stay those of integers in bfloat16."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    bits, snapshot = int(quantization[-1]), Snapshot(model, None)
+    half, full = (load_pipeline(settings(model), snapshot, None, bits).model for _ in range(2))
+    for loaded in (half, full):
+        integer_linear.quantize_linears(loaded, bits)
+    integer_linear.compute_in_float32(full)
+    assert full.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert {full.dtype, *(p.dtype for p in full.parameters())} == {torch.float32}
+    row = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        expected, logits = half(row).logits, full(row).logits
+    assert logits.dtype == torch.float32
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+    assert load(settings(model, quantization)).info.dtype == quantization
+
+
 def test_auto_takes_8_bits_for_large_models(
     model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -147,8 +147,8 @@ class _Quantized:
         for start in range(0, rows, step):
             part = slice(start, start + step)
             values = weight[part].float().view(-1, *self.shape[1:])
-            self.is_finite &= bool(values.sum().isfinite())
             integers, scales, offsets = round_part(values)
+            self.is_finite &= bool(scales.isfinite().all())
             into[part] = integers.view(len(values), -1)
             if mapped:
                 forget_pages(weight[part])
@@ -164,10 +164,10 @@ class _Quantized:
 
 def _round_to_8_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Integers, scales and offsets of weights [rows, groups, group]."""
-    largest = values.abs().amax(-1, keepdim=True)
-    scales = (largest / 127).clamp_min_(_SMALLEST_SCALE).half()
-    integers = (values / scales).round_().clamp_(-127, 127).to(torch.int8)
-    return integers, scales, torch.zeros_like(largest)
+    low, high = values.aminmax(dim=-1, keepdim=True)
+    scales = (torch.maximum(-low, high) / 127).clamp_min_(_SMALLEST_SCALE).half()
+    integers = (values / scales.float()).round_().clamp_(-127, 127).to(torch.int8)
+    return integers, scales, torch.zeros_like(low)
 
 
 def _round_to_4_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,8 +175,9 @@ def _round_to_4_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = values.aminmax(dim=-1, keepdim=True)
     scales = ((high - low) / 15).clamp_min_(_SMALLEST_SCALE).half()
     # From 0 to 15; the offset belongs to 8, which is stored as 0, a signed number of four bits.
-    integers = ((values - low) / scales).round_().clamp_(0, 15).to(torch.uint8) ^ 8
-    packed = integers[..., ::2] | (integers[..., 1::2] << 4)
+    integers = (values - low).div_(scales.float()).round_().clamp_(0, 15).to(torch.uint8)
+    pairs = integers.view(torch.int16)
+    packed = (pairs | (pairs >> 4)).to(torch.uint8) ^ 0x88
     return packed, scales, low + 8 * scales.float()
 
 
@@ -273,3 +274,21 @@ def _compute_together(layers: list[IntegerLinear]) -> None:
     product = _Product([layer.quantized for layer in layers])
     for place, layer in enumerate(layers):
         layer.compute_with(product, place)
+
+
+def compute_in_float32(model: Any) -> None:
+    """Change a model in integers to float32, except for its input embedding, which is the largest.
+
+    A processor without bfloat16 instructions is slow in 16 bits, but few rows of the embedding are
+    read.
+    """
+    embedding = model.get_input_embeddings()
+    stored = embedding.weight.detach()
+    # The dtype of a model is that of its first parameter, which this no longer is.
+    del embedding.weight
+    embedding.weight = stored
+    embedding.register_forward_hook(lambda _module, _inputs, rows: rows.float())
+    model.float()
+    for module in model.modules():
+        if isinstance(module, IntegerLinear):
+            module.weight = module.weight.float()

@@ -71,7 +71,7 @@ def load_transformers(
 
     model, tokenizer = pipe.model, pipe.tokenizer
     if not on_cuda:
-        _replace_linears(model, bits)
+        _replace_linears(model, bits, weight_dtype(settings, snapshot))
     supported = frozenset((*SAMPLING_FIELDS, *REQUEST_FEATURES))
     info = EngineInfo(
         model=settings.label,
@@ -108,14 +108,19 @@ def _choose_bits(
     return choice.bits, why
 
 
-def _replace_linears(model: Any, bits: int) -> None:
-    """Replace the linear layers that loading has left, the output layer for one."""
+def _replace_linears(model: Any, bits: int, dtype: "torch.dtype | str") -> None:
+    """Replace the linear layers that loading has left, the output layer for one.
+
+    A model in integers computes the rest in ``dtype``.
+    """
     from app.llm.engine.transformers.cpu_linear import pack_linears
 
     if bits:
-        from app.llm.engine.transformers.integer_linear import quantize_linears
+        from app.llm.engine.transformers.integer_linear import compute_in_float32, quantize_linears
 
         quantize_linears(model, bits)
+        if dtype != model.dtype:
+            compute_in_float32(model)
     pack_linears(model, model.dtype)
 
 
@@ -209,6 +214,7 @@ def load_pipeline(
     Raises:
         ModelLoadError: They cannot be read, or this kind of model cannot be served.
     """
+    import torch
     from transformers import AutoConfig, GgufConfig
     from transformers.utils import logging as transformers_logging
 
@@ -217,8 +223,12 @@ def load_pipeline(
     transformers_logging.enable_propagation()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    weights: dict[str, Any] = {"dtype": weight_dtype(settings, snapshot)}
+    if bits and settings.dtype == "auto":
+        # What becomes no integers keeps 16 bits, see compute_in_float32().
+        weights["dtype"] = torch.bfloat16
     if header is None or snapshot.gguf is None:
-        weights: dict[str, Any] = {"use_safetensors": True}
+        weights["use_safetensors"] = True
         if bits and quantization_method(snapshot) is None:
             from app.llm.engine.openvino.loading import keep_telemetry_out
 
@@ -234,11 +244,9 @@ def load_pipeline(
         with explaining("configuration", settings, snapshot):
             config = AutoConfig.from_pretrained(snapshot.directory, **pretrained_source(snapshot))  # nosec B615
             file.complete(config)
-        weights = {
-            "config": config,
-            # Otherwise each forward pass on a CPU would dequantize the weights again.
-            "quantization_config": GgufConfig(dequantize=True),
-        }
+        weights["config"] = config
+        # Otherwise each forward pass on a CPU would dequantize the weights again.
+        weights["quantization_config"] = GgufConfig(dequantize=True)
         pipe = _from_pretrained(settings, snapshot, weights, header, file.check_tensors)
     pipe.model.generation_config.eos_token_id = sorted(end_token_ids(header)) or None
     return pipe
@@ -263,7 +271,6 @@ def _from_pretrained(
         # The folder is local, see pretrained_source.
         model, report = AutoModelForCausalLM.from_pretrained(  # nosec B615
             snapshot.directory,
-            dtype=weight_dtype(settings, snapshot),
             output_loading_info=True,
             # For a line that names the tensor, see _check_weights.
             ignore_mismatched_sizes=True,
