@@ -1,10 +1,11 @@
 """Writes the generated sections of docs/performance.md, between their markers."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.goals import CLIENTS, median_of, ratios
+from benchmarks.goals import CLIENTS, Ratio, median_of, ratios
 from benchmarks.load.report import number, seconds, table
 from benchmarks.paths import PAGE
 
@@ -80,7 +81,7 @@ def _others(data: dict[str, Any]) -> str:
     return "\n\n".join(filter(None, [table(header, lines), "\n".join(faults)]))
 
 
-def goals(data: dict[str, Any]) -> str:
+def goal_table(found: Iterable[Ratio]) -> str:
     """The table of goals."""
     lines = [
         [
@@ -89,7 +90,7 @@ def goals(data: dict[str, Any]) -> str:
             "-" if ratio.value is None else f"{ratio.value:.2f}",
             ratio.verdict,
         ]
-        for ratio in ratios(data)
+        for ratio in found
     ]
     return table(["ratio", "goal", "reached", ""], lines)
 
@@ -104,6 +105,6 @@ def render(data: dict[str, Any]) -> dict[str, str]:
     """The sections that ``python -m benchmarks table`` writes."""
     return {
         "machine": machine.lines(data["machine"]),
-        "goals": goals(data),
+        "goals": goal_table(ratios(data)),
         "side by side": side_by_side(data),
     }

@@ -6,6 +6,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / ".bench"
 ENVIRONMENTS = WORK / "envs"
 MODEL = WORK / "model"
+STAND_IN = WORK / "stand-in"
 LOGS = WORK / "logs"
 RESULTS = WORK / "results"
 PAGE = ROOT / "docs" / "performance.md"

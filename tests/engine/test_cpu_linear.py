@@ -36,10 +36,10 @@ class Attention(nn.Module):
         return torch.cat([layer(x) for layer in self.children()], -1)
 
 
-def linear(bias: bool = True, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
+def linear(bias: bool = True, dtype: torch.dtype = torch.bfloat16, columns: int = 96) -> nn.Linear:
     """A layer with random weights."""
     torch.manual_seed(0)
-    return nn.Linear(96, 160, bias=bias).to(dtype).requires_grad_(requires_grad=False)
+    return nn.Linear(columns, 160, bias=bias).to(dtype).requires_grad_(requires_grad=False)
 
 
 @needs_bf16
@@ -56,15 +56,15 @@ def test_a_packed_layer_equals_the_plain_one(rows: int, bias: bool) -> None:
 
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.02), (4, 0.1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("bias", "columns"), [(True, 96), (False, 96), (False, 2304)])
 def test_an_integer_layer_is_close_to_the_plain_one(
-    bits: int, error: float, bias: bool, dtype: torch.dtype
+    bits: int, error: float, bias: bool, columns: int, dtype: torch.dtype
 ) -> None:
     """The result differs by at most 2 or 10 % of the largest output, for any number of rows."""
-    plain = linear(bias, dtype)
+    plain = linear(bias, dtype, columns)
     layer = IntegerLinear(plain, bits)
     for rows in (1, 7, 32, 300):
-        x = torch.randn(1, rows, 96).to(dtype)
+        x = torch.randn(1, rows, columns).to(dtype)
         expected, got = plain(x), layer(x)
         assert got.dtype == dtype
         assert got.shape == expected.shape

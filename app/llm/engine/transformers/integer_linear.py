@@ -25,8 +25,10 @@ WORTH_QUANTIZING: Final = 1 << 21
 """From this number of weights on, reading fewer bytes saves more than a call of OpenVINO costs."""
 
 # Weights of a row that share a scale, as many as divide the row. Larger groups are faster. Small
-# models lose most by 4 bits, so their rows, which are shorter than this number, have the smallest.
-_GROUPS: Final = {8: (128, 64, 32), 4: (64, 32)}
+# models lose most by 4 bits, so their rows, which are shorter than this number, have the smallest
+# groups, and these have an offset each.
+_GROUPS: Final = (128, 64, 32)
+_SMALLEST: Final = 32
 _SHORT: Final = 2048
 # Names of layers that read the same rows in every architecture that has them.
 _TOGETHER: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -40,8 +42,6 @@ _SMALLEST_SCALE: Final = 6e-8
 
 class IntegerLinear(nn.Module):
     """A linear layer in integers of 8 or 4 bits, with a scale for each group of a row's weights.
-
-    A group of 4-bit integers also has an offset, because its range is seldom symmetric.
 
     Args:
         linear: The layer to replace; its in_features must have a group, see :func:`can_quantize`.
@@ -125,7 +125,7 @@ class _Quantized:
     Attributes:
         integers: Signed, [rows, groups, group]; two of 4 bits share a byte.
         scales: float16 [rows, groups, 1].
-        offsets: float32 [rows, groups], of 4-bit integers.
+        offsets: Added to all weights of a group, float32 [rows, groups].
     """
 
     def __init__(self, weight: Tensor, group: int, bits: int) -> None:
@@ -165,7 +165,7 @@ class _Quantized:
 def _round_to_8_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Integers, scales and offsets of weights [rows, groups, group]."""
     low, high = values.aminmax(dim=-1, keepdim=True)
-    scales = (torch.maximum(-low, high) / 127).clamp_min_(_SMALLEST_SCALE).half()
+    scales = _half(torch.maximum(-low, high) / 127)
     integers = (values / scales.float()).round_().clamp_(-127, 127).to(torch.int8)
     return integers, scales, torch.zeros_like(low)
 
@@ -173,12 +173,20 @@ def _round_to_8_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _round_to_4_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same of 4 bits, the first of two in the lower half of a byte."""
     low, high = values.aminmax(dim=-1, keepdim=True)
-    scales = ((high - low) / 15).clamp_min_(_SMALLEST_SCALE).half()
-    # From 0 to 15; the offset belongs to 8, which is stored as 0, a signed number of four bits.
-    integers = (values - low).div_(scales.float()).round_().clamp_(0, 15).to(torch.uint8)
+    if values.shape[-1] == _SMALLEST:
+        scales = _half((high - low) / 15)
+        offsets = low + 8 * scales.float()
+    else:
+        # The value farthest from 0 becomes -8, whatever its sign: a scale may be negative.
+        scales = _half(torch.where(-low > high, low, high) / -8)
+        offsets = torch.zeros_like(low)
+    integers = (values - offsets).div_(scales.float()).round_().clamp_(-8, 7).to(torch.int8)
     pairs = integers.view(torch.int16)
-    packed = (pairs | (pairs >> 4)).to(torch.uint8) ^ 0x88
-    return packed, scales, low + 8 * scales.float()
+    return (pairs & 0x0F | pairs >> 4 & 0xF0).to(torch.uint8), scales, offsets
+
+
+def _half(scales: Tensor) -> Tensor:
+    return torch.where(scales.abs() < _SMALLEST_SCALE, _SMALLEST_SCALE, scales).half()
 
 
 def _compile(weights: Sequence[_Quantized]) -> Any:
@@ -201,9 +209,9 @@ def _result(x: Any, weight: _Quantized) -> Any:
     kind = openvino.Type.i4 if weight.bits == 4 else openvino.Type.i8
     integers = openvino.Tensor(weight.integers, openvino.Shape(weight.shape), kind)
     y = _product(x, integers, weight.scales, rows)
-    if weight.bits == 8:
+    if not weight.offsets.any():
         return y
-    # An offset is added to all weights of a group, so it multiplies the sum of their inputs.
+    # An offset multiplies the sum of its group's inputs.
     sums = ops.reduce_sum(ops.reshape(x, np.array([-1, groups, group]), False), np.array([2]))
     offsets = np.nan_to_num(weight.offsets)
     largest = np.abs(offsets).max(1, keepdims=True)
@@ -234,7 +242,7 @@ def _nothing(size: int) -> openvino.Tensor:
 
 
 def _group(columns: int, bits: int) -> int:
-    groups = _GROUPS[bits][-1:] if bits == 4 and columns < _SHORT else _GROUPS[bits]
+    groups = (_SMALLEST,) if bits == 4 and columns < _SHORT else _GROUPS
     return next((group for group in groups if columns % group == 0), 0)
 
 
