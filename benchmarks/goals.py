@@ -34,6 +34,12 @@ class Ratio:
         met = self.value >= self.goal if self.at_least else self.value <= self.goal
         return "met" if met else "missed"
 
+    @property
+    def judged(self) -> str:
+        """The ratio, its goal and the verdict, for the cell of a table."""
+        value = "-" if self.value is None else f"{self.value:.2f}"
+        return f"{value} ({'≥' if self.at_least else '≤'} {self.goal:g}: {self.verdict})"
+
 
 def median_of(data: dict[str, Any], name: str, clients: int, *path: str) -> float | None:
     """The median of a row's figure over rounds; ``None`` when it was not measured."""

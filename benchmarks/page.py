@@ -1,11 +1,10 @@
 """Writes the generated sections of docs/performance.md, between their markers."""
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.goals import CLIENTS, Ratio, median_of, ratios
+from benchmarks.goals import CLIENTS, median_of, ratios
 from benchmarks.load.report import number, seconds, table
 from benchmarks.paths import PAGE
 
@@ -81,7 +80,7 @@ def _others(data: dict[str, Any]) -> str:
     return "\n\n".join(filter(None, [table(header, lines), "\n".join(faults)]))
 
 
-def goal_table(found: Iterable[Ratio]) -> str:
+def goals(data: dict[str, Any]) -> str:
     """The table of goals."""
     lines = [
         [
@@ -90,7 +89,7 @@ def goal_table(found: Iterable[Ratio]) -> str:
             "-" if ratio.value is None else f"{ratio.value:.2f}",
             ratio.verdict,
         ]
-        for ratio in found
+        for ratio in ratios(data)
     ]
     return table(["ratio", "goal", "reached", ""], lines)
 
@@ -105,6 +104,6 @@ def render(data: dict[str, Any]) -> dict[str, str]:
     """The sections that ``python -m benchmarks table`` writes."""
     return {
         "machine": machine.lines(data["machine"]),
-        "goals": goal_table(ratios(data)),
+        "goals": goals(data),
         "side by side": side_by_side(data),
     }

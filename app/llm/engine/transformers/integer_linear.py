@@ -60,6 +60,8 @@ class IntegerLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.quantized = _Quantized(weight, _group(self.in_features, bits), bits)
         self.is_finite = self.quantized.is_finite
+        if is_mapped(weight):
+            forget_pages(weight)
         self._product: _Product | None = None
         self._place = 0
 
@@ -143,15 +145,13 @@ class _Quantized:
         self.is_finite = True
         into = torch.from_numpy(self.integers).view(rows, -1)
         round_part = _round_to_4_bits if bits == 4 else _round_to_8_bits
-        step, mapped = max(1, _AT_ONCE // columns), is_mapped(weight)
+        step = max(1, _AT_ONCE // columns)
         for start in range(0, rows, step):
             part = slice(start, start + step)
             values = weight[part].float().view(-1, *self.shape[1:])
             integers, scales, offsets = round_part(values)
             self.is_finite &= bool(scales.isfinite().all())
             into[part] = integers.view(len(values), -1)
-            if mapped:
-                forget_pages(weight[part])
             self.scales[part], self.offsets[part] = scales.numpy(), offsets.squeeze(-1).numpy()
 
     def release(self) -> NDArray[Any]:
