@@ -177,8 +177,8 @@ def _round_to_4_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scales = _half((high - low) / 15)
         offsets = low + 8 * scales.float()
     else:
-        # The value farthest from 0 becomes -8, whatever its sign: a scale may be negative. Cutting it
-        # off a little makes the grid finer, and the error of normal weights 3 % smaller.
+        # The value farthest from 0 becomes -8, whatever its sign: a scale may be negative. Cutting
+        # it off a little makes the grid finer, and the error of normal weights 3 % smaller.
         scales = _half(torch.where(-low > high, low, high) / -8.6)
         offsets = torch.zeros_like(low)
     integers = (values - offsets).div_(scales.float()).round_().clamp_(-8, 7).to(torch.int8)
