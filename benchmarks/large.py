@@ -31,7 +31,11 @@ _GOALS = {DEFAULT: (1.1, 2.0, 3.0), INT4: (1.2, 2.0, 2.8)}
 
 
 def _rows() -> list[Row]:
-    settings = {"MODEL__SOURCE": "local", "MODEL__NAME": str(STAND_IN)}
+    settings = {
+        "MODEL__SOURCE": "local",
+        "MODEL__NAME": str(STAND_IN / "model"),
+        "MODEL__ENGINE": "auto",
+    }
     rows = [
         replace(ours("transformers", **settings, MODEL__QUANTIZATION=quantization), name=name)
         for name, quantization in ((DEFAULT, "auto"), (INT4, "int4"))

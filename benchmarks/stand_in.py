@@ -42,7 +42,7 @@ _NAMES = {
 
 
 def make(folder: Path, layers: int = 26) -> None:
-    """Write the safetensors to ``folder``, and the GGUF files into it."""
+    """Write the safetensors to ``model`` in a new folder, and the GGUF files beside them."""
     source = bundled.fetch()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     tokenizer.chat_template = _TEMPLATE
@@ -62,8 +62,8 @@ def make(folder: Path, layers: int = 26) -> None:
         model.model.embed_tokens.weight[len(tokenizer) :] = 0
     made = folder.with_suffix(".part")
     shutil.rmtree(made, ignore_errors=True)
-    model.save_pretrained(made)
-    tokenizer.save_pretrained(made)
+    model.save_pretrained(made / "model")
+    tokenizer.save_pretrained(made / "model")
     for kind in _KINDS:
         _write_gguf(made / f"{kind}.gguf", model, gguf.GGUFReader(source), kind)
     made.rename(folder)

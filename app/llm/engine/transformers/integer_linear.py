@@ -8,6 +8,7 @@ measurements.
 
 import mmap
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import groupby
 from typing import Any, Final
@@ -272,10 +273,14 @@ def quantize_linears(model: Any, bits: int) -> None:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if can_quantize(module):
             model.set_submodule(name, IntegerLinear(module, bits_of(module, model, bits)))
+    together = []
     for module in model.modules():
         children = [(n, m) for n, m in module.named_children() if isinstance(m, IntegerLinear)]
         for _, layers in groupby(children, key=lambda child: _reads(*child)):
-            _compute_together([layer for _, layer in layers])
+            together.append([layer for _, layer in layers])
+    # OpenVINO compiles a model on one thread.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(_compute_together, together))
 
 
 def _reads(name: str, layer: IntegerLinear) -> tuple[int, str]:
