@@ -76,7 +76,6 @@ def _speed_goals(data: dict[str, Any]) -> list[Ratio]:
         ("openvino", SERVE, (3.5, 3.0, 3.5)),
         ("openvino", LLAMA, (1.0, 2.2, 2.8)),
         ("transformers", SERVE, (1.3, 1.3, 1.3)),
-        ("transformers int8", SERVE, (1.8, 1.8, 1.8)),
     ]
     return [
         Ratio(
