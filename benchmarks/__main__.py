@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         add("--device", choices=("cpu", "cuda"), default="cpu")
         add("--engine", action="append", help="measure only this engine; may be repeated")
         add("--rounds", type=int, default=3)
-        if name == "table":
+        if name != "curve":
             add(
                 "--only",
                 action="append",
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = run(_MEASURE[options.command](options))
     # A smoke test, a part and a run on a GPU do not replace the figures of the page.
     kept = options.command + ("-quick" if options.quick else "")
-    kept += "-part" if options.command == "table" and options.only else ""
+    kept += "-part" if getattr(options, "only", None) else ""
     kept += "-cuda" if options.device == "cuda" else ""
     _keep(kept, data)
     for title, body in _RENDER[options.command](data).items():

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from benchmarks import machine, peers, scenarios
+from benchmarks import machine, peers
 from benchmarks.goals import Ratio, divide
 from benchmarks.load.report import number, seconds, table
 from benchmarks.load.results import summarise
@@ -59,8 +59,6 @@ async def _figures(server: Server, name: str, *, quick: bool) -> dict[str, Any]:
         found[f"ttft {clients}"] = figures.ttft.p50 if figures.ttft else None
     found["memory"] = sum(server.memory().values())
     if not quick:
-        gap = await scenarios.long_prompt_gap(server, streams=2, words=LONG_PROMPT_WORDS)
-        found |= {"prompt": gap["prompt_tokens"], "gap": gap["worst_gap"]}
         long = Workload(prompt_words=Lengths((LONG_PROMPT_WORDS,)), output_tokens=Lengths((2,)))
         [result] = await run_round(server.target, long, name=name, requests=1, clients=1)
         found["long"] = result.ttft
@@ -74,7 +72,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         # In a process, because torch keeps much of the memory.
         make = [sys.executable, "-m", "benchmarks.stand_in", str(STAND_IN)]
         await asyncio.to_thread(subprocess.run, make, check=True, cwd=ROOT)
-    rows = _rows()
+    rows = [r for r in _rows() if any(word in r.name for word in options.only or [""])]
     count = 1 if options.quick else options.rounds
     found: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
     absent: dict[str, str] = {}
@@ -124,7 +122,7 @@ def render(data: dict[str, Any]) -> dict[str, str]:
         *(f"C = {c}: tokens/s · TTFT" for c in CLIENTS),
         "resident, MiB",
         "ready",
-        f"{LONG_PROMPT_WORDS} words: TTFT · worst gap beside",
+        f"TTFT of {LONG_PROMPT_WORDS} words",
     ]
     lines = []
     for row in data["found"]:
@@ -133,9 +131,7 @@ def render(data: dict[str, Any]) -> dict[str, str]:
             f"{number(figure(f'speed {c}'))} · {seconds(figure(f'ttft {c}'))}" for c in CLIENTS
         ]
         others = [number(figure("memory")), seconds(figure("ready"))]
-        lines.append(
-            [row, *speeds, *others, f"{seconds(figure('long'))} · {seconds(figure('gap'))}"]
-        )
+        lines.append([row, *speeds, *others, seconds(figure("long"))])
     compared = {
         f"{name} ÷ {peer}": ratios(data, name, peer)
         for name, peer in ((DEFAULT, LLAMA_8), (INT4, LLAMA_4))
@@ -144,6 +140,7 @@ def render(data: dict[str, Any]) -> dict[str, str]:
         [what, *(ratio.judged for ratio in found.values())] for what, found in compared.items()
     ]
     absent = [f"- {name}: not started; {reason}" for name, reason in data["absent"].items()]
-    parts = [f"Medians of {data['rounds']} starts.", table(header, lines)]
+    about = {k: v for k, v in data["machine"].items() if k in {"processor", "peers", "commit"}}
+    parts = [machine.lines(about), f"Medians of {data['rounds']} starts.", table(header, lines)]
     parts.append(table(["", *next(iter(compared.values()))], judged))
     return {"large model": "\n\n".join([*parts, *absent])}

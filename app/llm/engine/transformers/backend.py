@@ -17,7 +17,11 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from app.core.logging import get_logger
-from app.llm.engine.cache_size import PROMPT_TOKENS_PER_STEP, cache_tokens
+from app.llm.engine.cache_size import (
+    PROMPT_TOKENS_OF_INTEGERS,
+    PROMPT_TOKENS_PER_STEP,
+    cache_tokens,
+)
 from app.llm.engine.transformers.attention_choice import (
     PAGE_SIZE,
     attend_per_request,
@@ -69,6 +73,8 @@ class TransformersBackend:
         # Without the argument a model computes the logits of every token.
         self._computes_logits_at = "logits_to_keep" in signature(pipe.model.forward).parameters
         config = batching_config(pipe.model, max_running, cuda_memory_share)
+        if info.dtype in {"int8", "int4"}:
+            config.max_batch_tokens = PROMPT_TOKENS_OF_INTEGERS + max_running
         self._batching = self._start_batching(config)
         log.info("attention is %s", attention_of(pipe.model))
 
