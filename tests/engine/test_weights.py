@@ -77,6 +77,19 @@ def test_without_bfloat16_instructions_only_the_embedding_keeps_16_bits(
     assert load(settings(model, quantization)).info.dtype == quantization
 
 
+def test_a_model_in_integers_reads_prompts_in_smaller_pieces(model: Path) -> None:
+    """A prompt of 120 tokens takes two steps, because streams beside it wait for each."""
+    steps = []
+    for quantization in ("none", "int8"):
+        backend = load(settings(model, quantization))
+        backend.add(request("a", PROMPT * 24, 1))
+        steps.append(0)
+        while backend.has_work():
+            backend.step()
+            steps[-1] += 1
+    assert steps[1] == steps[0] + 1
+
+
 def test_auto_takes_8_bits_for_large_models(
     model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
