@@ -127,11 +127,6 @@ class TransformersBackend:
         inputs = batch.get_model_kwargs()
         if self._plans_attention:
             plan_step(inputs, self._batching.cache.cache_allocators)
-        places = inputs["logits_indices"]
-        if self._computes_logits_at:
-            logits = self._model(**inputs, logits_to_keep=places).logits[0]
-        else:
-            logits = self._model(**inputs).logits[0, places]
         samplers = []
         for scheduled in batch.requests_in_batch:
             running = self._running[scheduled.state.request_id]
@@ -139,10 +134,15 @@ class TransformersBackend:
                 running.cached_tokens = scheduled.state.position_offset - scheduled.query_length
             if scheduled.has_new_token:
                 samplers.append(running.sampler)
+        # The other rows belong to prompts of which only a chunk has been read.
+        rows = len(samplers)
+        places = inputs["logits_indices"][:rows]
+        if self._computes_logits_at:
+            logits = self._model(**inputs, logits_to_keep=places).logits[0]
+        else:
+            logits = self._model(**inputs).logits[0, places]
         if samplers:
-            # The other rows belong to prompts of which only a chunk has been read.
-            rows = len(samplers)
-            batch.output_ids[0, :rows] = choose(logits[:rows].float(), samplers)
+            batch.output_ids[0, :rows] = choose(logits.float(), samplers)
 
     def _event(self, output: GenerationOutput) -> TokenEvent:
         running = self._running[output.request_id]
