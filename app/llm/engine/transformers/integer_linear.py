@@ -73,7 +73,7 @@ class IntegerLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., in_features] by the weight's transpose, and add the bias."""
         if self._product is None:
-            self.compute_with(_Product([self.quantized]), 0)
+            self._product = _Product([self.quantized])
         y = self._product.part(x, self._place)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y.add_(self.bias)
@@ -86,23 +86,26 @@ class _Product:
     results of all.
     """
 
-    def __init__(self, weights: "Sequence[_Quantized]") -> None:
+    def __init__(self, weights: Sequence["_Quantized"]) -> None:
+        # OpenVINO's constants point to their memory.
+        self._weights = weights
         self._columns = weights[0].columns
         self._sizes = [weight.shape[0] for weight in weights]
         self._request = _compile(weights)
         self._of: Tensor | None = None
-        self._parts: list[Tensor | None] = []
+        self._left: dict[int, Tensor] = {}
         # The first call copies integers and scales into another order. Nothing reads the originals
         # after it.
         self._multiply(torch.ones(1, self._columns))
-        self._originals = [weight.release() for weight in weights]
+        for weight in weights:
+            weight.release()
 
     def part(self, x: Tensor, place: int) -> Tensor:
         """The results [rows, out_features] of one weight in float32."""
-        if x is not self._of or self._parts[place] is None:
-            self._of, self._parts = x, [*self._multiply(x)]
-        part, self._parts[place] = self._parts[place], None
-        if not any(part is not None for part in self._parts):
+        if x is not self._of or place not in self._left:
+            self._of, self._left = x, dict(enumerate(self._multiply(x)))
+        part = self._left.pop(place)
+        if not self._left:
             self._of = None
         return part
 
@@ -155,12 +158,11 @@ class _Quantized:
             into[part] = integers.view(len(values), -1)
             self.scales[part], self.offsets[part] = scales.numpy(), offsets.squeeze(-1).numpy()
 
-    def release(self) -> NDArray[Any]:
+    def release(self) -> None:
         """Give back the memory that OpenVINO points to, which reads as zeros then."""
         if hasattr(mmap, "MADV_DONTNEED"):  # Windows has none.
             self._memory.madvise(mmap.MADV_DONTNEED)
         del self.offsets
-        return self.integers
 
 
 def _round_to_8_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
