@@ -205,6 +205,7 @@ soak: model ## Mixed traffic, and what it leaves behind (MINUTES=10; take 240 be
 
 .PHONY: bench
 bench: model ## Compare with other servers, write docs/performance.md (ARGS=--quick for a try)
+	$(RUN) python -m benchmarks large $(ARGS)
 	$(RUN) python -m benchmarks table $(ARGS)
 
 .PHONY: bench-curve

@@ -1,4 +1,4 @@
-"""``python -m benchmarks table | curve | overload | soak | page``."""
+"""``python -m benchmarks large | table | curve | overload | soak | page``."""
 
 import argparse
 import json
@@ -7,10 +7,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import curve, overload, page, plots, side_by_side, soak
+from benchmarks import curve, large, overload, page, plots, side_by_side, soak
 from benchmarks.load.rounds import run
 from benchmarks.paths import MODEL, RESULTS
 from benchmarks.servers import ENGINES
+
+_MEASURE = {"large": large.measure, "table": side_by_side.measure, "curve": curve.measure}
+_RENDER = {"large": large.render, "table": page.render, "curve": curve.render}
+_PLOT = {"table": plots.side_by_side, "curve": plots.curves}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -18,6 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("table", "the service beside other servers (about 20 minutes)"),
+        ("large", "a model of 2.6 billion parameters beside llama-server (25 minutes)"),
         ("curve", "throughput and TTFT by load and prompt length, overload (12 minutes)"),
     ):
         command = commands.add_parser(name, help=text)
@@ -26,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         add("--device", choices=("cpu", "cuda"), default="cpu")
         add("--engine", action="append", help="measure only this engine; may be repeated")
         add("--rounds", type=int, default=3)
-        if name == "table":
+        if name != "curve":
             add(
                 "--only",
                 action="append",
@@ -52,19 +57,16 @@ def _keep(name: str, data: dict[str, Any]) -> None:
 
 
 def _publish(name: str, data: dict[str, Any]) -> None:
-    if name == "table":
-        page.write(page.render(data))
-        plots.side_by_side(data)
-    else:
-        page.write(curve.render(data))
-        plots.curves(data)
+    page.write(_RENDER[name](data))
+    if name in _PLOT:
+        _PLOT[name](data)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     options = _parser().parse_args(arguments)
     if options.command == "page":
-        for name in ("table", "curve"):
+        for name in _RENDER:
             path = RESULTS / f"{name}.json"
             if path.exists():
                 _publish(name, json.loads(path.read_text(encoding="utf-8")))
@@ -77,15 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "overload":
         print(run(overload.measure(options)))
         return 0
-    is_table = options.command == "table"
-    data = run(side_by_side.measure(options) if is_table else curve.measure(options))
+    data = run(_MEASURE[options.command](options))
     # A smoke test, a part and a run on a GPU do not replace the figures of the page.
     kept = options.command + ("-quick" if options.quick else "")
-    kept += "-part" if is_table and options.only else ""
+    kept += "-part" if getattr(options, "only", None) else ""
     kept += "-cuda" if options.device == "cuda" else ""
     kept += f"-{MODEL.name}" if os.environ.get("BENCH_MODEL") else ""
     _keep(kept, data)
-    for title, body in (page.render(data) if is_table else curve.render(data)).items():
+    for title, body in _RENDER[options.command](data).items():
         print(f"\n## {title}\n\n{body}")
     if kept == options.command:
         _publish(options.command, data)

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / ".bench"
 ENVIRONMENTS = WORK / "envs"
 MODEL = Path(os.environ.get("BENCH_MODEL") or WORK / "model")
+STAND_IN = WORK / "stand-in"
 LOGS = WORK / "logs"
 RESULTS = WORK / "results"
 PAGE = ROOT / "docs" / "performance.md"

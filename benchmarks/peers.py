@@ -4,6 +4,7 @@ transformers serve shares the project's packages through a .pth file. Its enviro
 packages that the project lacks, and both run the same versions of torch and transformers.
 """
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -54,7 +55,9 @@ class PreparationError(Exception):
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # By default llama-server's build starts all of its compilers at once.
+    environment = os.environ | {"LLAMA_CPP_BUILD_JOBS": str(os.cpu_count())}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:]
         raise PreparationError(f"{Path(command[0]).name} failed: {' '.join(last)[:200]}")
@@ -121,17 +124,17 @@ def vllm_serve(port: int, device: str) -> list[str]:
     return [*serve, "32", "--enforce-eager", "--kv-cache-memory-bytes", str(2**30)]
 
 
-def llama_server(port: int) -> list[str]:
-    """The command that starts llama-server on the bundled GGUF file, with 32 slots.
+def llama_server(port: int, model: Path | None = None) -> list[str]:
+    """The command that starts llama-server on a GGUF file, the bundled one by default; 32 slots.
 
     Raises:
         PreparationError: It cannot be installed.
     """
     binary = _run(str(_environment("llama", LLAMA)), "-c", _LLAMA_BINARY)
-    model = str(bundled.fetch())
     # By default each slot has a fixed share of the context; --kv-unified lets one request use all.
     context = ["--ctx-size", "32768", "--kv-unified"]
-    return [binary, "--model", model, "--port", str(port), "--parallel", "32", *context]
+    file = str(model or bundled.fetch())
+    return [binary, "--model", file, "--port", str(port), "--parallel", "32", *context]
 
 
 def versions(name: str) -> dict[str, str]:

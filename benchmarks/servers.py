@@ -68,7 +68,6 @@ _OURS = {
 ENGINES = {
     "openvino": {"MODEL__ENGINE": "openvino"},
     "transformers": {"MODEL__ENGINE": "transformers"},
-    "transformers int8": {"MODEL__ENGINE": "transformers", "MODEL__QUANTIZATION": "int8"},
     "vllm": {"MODEL__ENGINE": "vllm", "MODEL__SOURCE": "local", "MODEL__NAME": str(MODEL)},
 }
 SERVE = "transformers serve"

@@ -178,10 +178,10 @@ def _why_vllm(settings: ModelSettings, snapshot: Snapshot) -> str | None:
             "model.engine is vllm, which reads safetensors, and the weights are "
             f"{snapshot.weights}: choose another model, or set MODEL__ENGINE=auto"
         )
-    if settings.quantization != "none":
+    if settings.quantization in {"int8", "int4"}:
         raise ModelLoadError(
-            "model.quantization is int8, which only transformers computes: set "
-            "MODEL__QUANTIZATION=none, or ENGINE__QUANTIZATION to a kind that vLLM knows"
+            f"model.quantization is {settings.quantization}, which only transformers computes: set "
+            "MODEL__QUANTIZATION=auto, or ENGINE__QUANTIZATION to a kind that vLLM knows"
         )
     return "model.engine is vllm"
 
@@ -220,7 +220,7 @@ def _why_never_openvino(settings: ModelSettings) -> str | None:
             "model.device is cuda, where OpenVINO does not run, and vLLM is not installed "
             "(make install-vllm) or cannot read the model"
         )
-    if settings.quantization != "none":
+    if settings.quantization in {"int8", "int4"}:
         return "OpenVINO computes in the precision that a model was converted to"
     return None
 

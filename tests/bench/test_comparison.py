@@ -7,7 +7,7 @@ import pytest
 
 from app.llm.engine.echo import EchoBackend
 from app.llm.protocol import GenerationRequest, SamplingParams
-from benchmarks import overload
+from benchmarks import large, overload
 from benchmarks.engine_alone import drive
 from benchmarks.goals import Ratio, ratios
 from benchmarks.load.results import Outcome, Result
@@ -68,10 +68,27 @@ def test_each_goal_is_judged(what: str, value: float | None, verdict: str) -> No
     assert found.verdict == verdict
 
 
+def test_a_large_model_is_compared_with_the_same_bits() -> None:
+    """Each of our rows is divided by the peer of its bits, by medians; what is missing is told."""
+    keys = ["memory", "ready", "long", *(f"speed {c}" for c in large.CLIENTS)]
+    rounds = [dict.fromkeys(keys, value) for value in (4.0, 6.0, 20.0)]
+    half = [dict.fromkeys(keys, 3.0)]
+    found = {large.DEFAULT: rounds, large.INT4: half, large.LLAMA_8: half, large.LLAMA_4: []}
+    data = {"machine": {}, "rounds": 3, "found": found, "absent": {large.LLAMA_4: "no compiler"}}
+    compared = large.ratios(data, large.DEFAULT, large.LLAMA_8)
+    assert compared["tokens/s, C = 8"].judged == "2.00 (≥ 3: missed)"
+    assert compared["resident"].judged == "2.00 (≤ 1.2: missed)"
+    missing = large.ratios(data, large.INT4, large.LLAMA_4)
+    assert missing["tokens/s, C = 1"].judged == "- (≥ 1.2: not measured)"
+    text = large.render(data)["large model"]
+    assert "| ours, by default   | 6 · -" in text
+    assert "- llama-server, Q4_0: not started; no compiler" in text
+
+
 def test_the_page_has_every_section() -> None:
     """docs/performance.md has the markers of each section that the benchmarks write, once."""
     text = PAGE.read_text(encoding="utf-8")
-    for name in ("machine", "goals", "side by side", "curve"):
+    for name in ("large model", "machine", "goals", "side by side", "curve"):
         assert replace_section(text, name, "new figures") != text
 
 

@@ -78,10 +78,11 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the weights; auto takes what the device is fastest at."
     )
-    quantization: Literal["none", "int8"] = Field(
-        "none",
-        description="int8 computes large linear layers in 8-bit integers: faster, a little less "
-        "exact; transformers engine on a CPU.",
+    quantization: Literal["auto", "none", "int8", "int4"] = Field(
+        "auto",
+        description="int8 and int4 keep large linear layers in integers: faster and smaller, less "
+        "exact; transformers engine on a CPU. auto takes the best that fits into memory: int8 for "
+        "models over a billion parameters, else none.",
     )
     cuda_memory_share: float = Field(
         0.8,

@@ -6,6 +6,7 @@ by step: a step is one message, a cancellation takes effect before the next step
 needed.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -16,7 +17,11 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from app.core.logging import get_logger
-from app.llm.engine.cache_size import PROMPT_TOKENS_PER_STEP, cache_tokens
+from app.llm.engine.cache_size import (
+    PROMPT_TOKENS_OF_INTEGERS,
+    PROMPT_TOKENS_PER_STEP,
+    cache_tokens,
+)
 from app.llm.engine.transformers.attention_choice import (
     PAGE_SIZE,
     attend_per_request,
@@ -26,6 +31,7 @@ from app.llm.engine.transformers.attention_choice import (
     runs_on_gpu,
 )
 from app.llm.engine.transformers.paged_attention import plan_step
+from app.llm.engine.transformers.pages import UnwrittenZeros
 from app.llm.engine.transformers.sampling import RequestSampler, choose
 from app.llm.engine.transformers.token_masks import GrammarCompiler
 from app.llm.models.description import cache_values_per_token, context_length, eos_token_ids
@@ -67,6 +73,8 @@ class TransformersBackend:
         # Without the argument a model computes the logits of every token.
         self._computes_logits_at = "logits_to_keep" in signature(pipe.model.forward).parameters
         config = batching_config(pipe.model, max_running, cuda_memory_share)
+        if info.dtype in {"int8", "int4"}:
+            config.max_batch_tokens = PROMPT_TOKENS_OF_INTEGERS + max_running
         self._batching = self._start_batching(config)
         log.info("attention is %s", attention_of(pipe.model))
 
@@ -84,7 +92,8 @@ class TransformersBackend:
             resolved.page_size = page_size_for(model)
             resolved.max_blocks_per_request = -(-context_length(model.config) // resolved.page_size)
         # This creates the batch processor; without CUDA graphs it warms nothing up.
-        self._manager.warmup()
+        with nullcontext() if runs_on_gpu(model) else UnwrittenZeros():
+            self._manager.warmup()
         return self._manager.batch_processor
 
     def add(self, request: GenerationRequest) -> None:
@@ -118,11 +127,6 @@ class TransformersBackend:
         inputs = batch.get_model_kwargs()
         if self._plans_attention:
             plan_step(inputs, self._batching.cache.cache_allocators)
-        places = inputs["logits_indices"]
-        if self._computes_logits_at:
-            logits = self._model(**inputs, logits_to_keep=places).logits[0]
-        else:
-            logits = self._model(**inputs).logits[0, places]
         samplers = []
         for scheduled in batch.requests_in_batch:
             running = self._running[scheduled.state.request_id]
@@ -130,10 +134,15 @@ class TransformersBackend:
                 running.cached_tokens = scheduled.state.position_offset - scheduled.query_length
             if scheduled.has_new_token:
                 samplers.append(running.sampler)
+        # The other rows belong to prompts of which only a chunk has been read.
+        rows = len(samplers)
+        places = inputs["logits_indices"][:rows]
+        if self._computes_logits_at:
+            logits = self._model(**inputs, logits_to_keep=places).logits[0]
+        else:
+            logits = self._model(**inputs).logits[0, places]
         if samplers:
-            # The other rows belong to prompts of which only a chunk has been read.
-            rows = len(samplers)
-            batch.output_ids[0, :rows] = choose(logits[:rows].float(), samplers)
+            batch.output_ids[0, :rows] = choose(logits.float(), samplers)
 
     def _event(self, output: GenerationOutput) -> TokenEvent:
         running = self._running[output.request_id]

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 log = get_logger("engine")
 
+_SUMMED_AT_ONCE = 1 << 22
+
 
 def load_transformers(
     settings: ModelSettings,
@@ -59,19 +61,18 @@ def load_transformers(
     """
     progress(f"loading {settings.label} with transformers")
     header = read_gguf(settings, snapshot) if snapshot.gguf else None
-    pipe = load_pipeline(settings, snapshot, header)
+    on_cuda = settings.device == "cuda"
+    bits = 0
+    if not on_cuda:
+        bits, why = _choose_bits(settings, snapshot, header, max_running)
+        reason = f"{reason}; {why}"
+    pipe = load_pipeline(settings, snapshot, header, bits)
     progress("starting continuous batching")
     import torch
 
-    from app.llm.engine.transformers import cpu_linear
-
     model, tokenizer = pipe.model, pipe.tokenizer
-    on_cuda = settings.device == "cuda"
-    int8 = settings.quantization == "int8"
-    if int8 and (refusal := cpu_linear.why_no_int8(model.dtype)):
-        raise ModelLoadError(refusal)
     if not on_cuda:
-        cpu_linear.replace_linears(model, settings.quantization, model.dtype)
+        _replace_linears(model, bits, weight_dtype(settings, snapshot))
     supported = frozenset((*SAMPLING_FIELDS, *REQUEST_FEATURES))
     info = EngineInfo(
         model=settings.label,
@@ -79,7 +80,7 @@ def load_transformers(
         backend="transformers",
         backend_reason=reason,
         device=f"cuda ({torch.cuda.get_device_name()})" if on_cuda else "cpu",
-        dtype="int8" if int8 else str(model.dtype).removeprefix("torch."),
+        dtype=f"int{bits}" if bits else str(model.dtype).removeprefix("torch."),
         context_length=context_length(model.config),
         vocabulary_size=int(model.config.get_text_config().vocab_size),
         supported=supported,
@@ -90,6 +91,38 @@ def load_transformers(
     )
     with explaining("engine", settings, snapshot):
         return _start(pipe, info, snapshot, max_running, settings.cuda_memory_share)
+
+
+def _choose_bits(
+    settings: ModelSettings, snapshot: Snapshot, header: GgufHeader | None, max_running: int
+) -> tuple[int, str]:
+    """Bits of the weights' integers, 0 for none, and the reason."""
+    from app.llm.engine.transformers.weights import choose_weights_precision
+
+    dtype: Any = weight_dtype(settings, snapshot)
+    choice = choose_weights_precision(
+        *(settings, snapshot, header), max_running=max_running, weight_bytes=dtype.itemsize
+    )
+    name = f"int{choice.bits}" if choice.bits else str(dtype).removeprefix("torch.")
+    why = f"weights are {name}, since {choice.reason}"
+    log.info("%s", why)
+    return choice.bits, why
+
+
+def _replace_linears(model: Any, bits: int, dtype: "torch.dtype | str") -> None:
+    """Replace the linear layers that loading has left, the output layer for one.
+
+    A model in integers computes the rest in ``dtype``.
+    """
+    from app.llm.engine.transformers.cpu_linear import pack_linears
+
+    if bits:
+        from app.llm.engine.transformers.integer_linear import compute_in_float32, quantize_linears
+
+        quantize_linears(model, bits)
+        if dtype != model.dtype:
+            compute_in_float32(model)
+    pack_linears(model, model.dtype)
 
 
 def _start(
@@ -156,9 +189,10 @@ def check_device(settings: ModelSettings) -> None:
     """
     if settings.device == "cpu":
         return
-    if settings.quantization != "none":
+    if settings.quantization in {"int8", "int4"}:
         raise ModelLoadError(
-            "model.quantization is int8, which only a CPU runs: set MODEL__QUANTIZATION=none"
+            f"model.quantization is {settings.quantization}, which only a CPU runs: set "
+            "MODEL__QUANTIZATION=auto"
         )
     import torch
 
@@ -170,13 +204,16 @@ def check_device(settings: ModelSettings) -> None:
 
 
 def load_pipeline(
-    settings: ModelSettings, snapshot: Snapshot, header: GgufHeader | None
+    settings: ModelSettings, snapshot: Snapshot, header: GgufHeader | None, bits: int = 0
 ) -> "Pipeline":
     """Read a model's weights and tokenizer; ``header`` is its GGUF file's.
+
+    ``bits`` are those of the integers that safetensors become while they are read; 0 is none.
 
     Raises:
         ModelLoadError: They cannot be read, or this kind of model cannot be served.
     """
+    import torch
     from transformers import AutoConfig, GgufConfig
     from transformers.utils import logging as transformers_logging
 
@@ -185,8 +222,20 @@ def load_pipeline(
     transformers_logging.enable_propagation()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    weights: dict[str, Any] = {"dtype": weight_dtype(settings, snapshot)}
+    if bits and settings.dtype == "auto":
+        # What becomes no integers keeps 16 bits, see compute_in_float32().
+        weights["dtype"] = torch.bfloat16
     if header is None or snapshot.gguf is None:
-        return _from_pretrained(settings, snapshot, {"use_safetensors": True})
+        weights["use_safetensors"] = True
+        if bits and quantization_method(snapshot) is None:
+            from app.llm.engine.openvino.loading import keep_telemetry_out
+
+            keep_telemetry_out()
+            from app.llm.engine.transformers.integer_loading import IntegerConfig
+
+            weights["quantization_config"] = IntegerConfig(bits)
+        return _from_pretrained(settings, snapshot, weights)
     from app.llm.engine.transformers.gguf import GgufModel
 
     file = GgufModel(snapshot.directory / snapshot.gguf, header)
@@ -194,11 +243,9 @@ def load_pipeline(
         with explaining("configuration", settings, snapshot):
             config = AutoConfig.from_pretrained(snapshot.directory, **pretrained_source(snapshot))  # nosec B615
             file.complete(config)
-        weights = {
-            "config": config,
-            # Otherwise each forward pass on a CPU would dequantize the weights again.
-            "quantization_config": GgufConfig(dequantize=True),
-        }
+        weights["config"] = config
+        # Otherwise each forward pass on a CPU would dequantize the weights again.
+        weights["quantization_config"] = GgufConfig(dequantize=True)
         pipe = _from_pretrained(settings, snapshot, weights, header, file.check_tensors)
     pipe.model.generation_config.eos_token_id = sorted(end_token_ids(header)) or None
     return pipe
@@ -223,13 +270,15 @@ def _from_pretrained(
         # The folder is local, see pretrained_source.
         model, report = AutoModelForCausalLM.from_pretrained(  # nosec B615
             snapshot.directory,
-            dtype=weight_dtype(settings, snapshot),
             output_loading_info=True,
             # For a line that names the tensor, see _check_weights.
             ignore_mismatched_sizes=True,
             **weights,
             **pretrained_source(snapshot),
         )
+        if "use_safetensors" in weights and "quantization_config" in weights:
+            # The layers are like others from here on.
+            model.hf_quantizer.remove_quantization_config(model)
         if getattr(model.config.get_text_config(), "num_hidden_layers", None) == 0:
             raise ValueError("it has no layers")
         _check_weights(settings.label, model, report)
@@ -250,6 +299,8 @@ def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
     """
     import torch
 
+    from app.llm.engine.transformers.pages import forget_pages, is_mapped
+
     for tensor, found, wanted in sorted(report["mismatched_keys"]):
         raise ValueError(
             f"its tensor {tensor} is {[*found]}, and its configuration says {[*wanted]}"
@@ -257,9 +308,17 @@ def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{len(missing)} of its tensors are missing, {missing[0]} for one")
     for tensor, weight in model.named_parameters():
-        # A sum is as fast as the memory, and has no value where one of the weights has none.
-        if weight.dtype.itemsize > 1 and not weight.sum(dtype=torch.float32).isfinite():
+        # A sum is as fast as the memory, and has no value where one of the weights has none. It
+        # converts 16 bits into a copy, so it takes a piece at a time.
+        pieces = weight.detach().reshape(-1).split(_SUMMED_AT_ONCE)
+        sums = (piece.sum(dtype=torch.float32).isfinite() for piece in pieces)
+        if weight.dtype.itemsize > 1 and not all(sums):
             raise ValueError(f"its tensor {tensor} has infinite values, or NaN, in {weight.dtype}")
+        if is_mapped(weight):
+            forget_pages(weight)
+    for layer, module in model.named_modules():
+        if not getattr(module, "is_finite", True):
+            raise ValueError(f"its tensor {layer}.weight has infinite values, or NaN")
     if unnamed := sorted(report["unexpected_keys"]):
         log.warning(
             "tensors of %s that its configuration does not name are ignored: %d, such as %s",
