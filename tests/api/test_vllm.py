@@ -206,6 +206,7 @@ def test_helpers_end_with_the_engine() -> None:
             os.kill(pid, signal.SIGSTOP)
         os.kill(engine, signal.SIGKILL)
         service.wait_for(lambda: not any(map(command, helpers)), "the helpers' end")
+        service.wait_for_metric("llm_engine_restarts_total", 1)
         lives_on(service, 0)
         with open_stream(service, SHORT) as found:
             service.process.terminate()

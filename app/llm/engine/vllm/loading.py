@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from app.core.config import ModelSettings
+from app.core.machine import THREADS_VARIABLE
 from app.llm.engine.cache_size import cache_tokens
 from app.llm.models.description import (
     cache_values_per_token,
@@ -64,6 +65,9 @@ def load_vllm(
         ModelLoadError: vLLM is not installed, does not know an argument, or cannot run the model.
     """
     os.environ.update(_VARIABLES)
+    if settings.device == "cuda":
+        # On a GPU vLLM computes with one thread, unless the environment says otherwise.
+        os.environ.pop(THREADS_VARIABLE, None)
     progress("importing vLLM")
     try:
         from vllm import EngineArgs, LLMEngine
