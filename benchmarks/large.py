@@ -52,7 +52,12 @@ async def _figures(server: Server, name: str, *, quick: bool) -> dict[str, Any]:
     workload = Workload(output_tokens=Lengths((OUTPUT_TOKENS,)))
     for clients in CLIENTS[:: 2 if quick else 1]:
         results = await run_round(
-            server.target, workload, name=name, requests=max(3, clients), clients=clients
+            server.target,
+            workload,
+            # Other prompts in each, which no cache knows.
+            name=f"{name}, {clients} clients",
+            requests=max(3, clients),
+            clients=clients,
         )
         figures = summarise(results)
         found[f"speed {clients}"] = figures.tokens_per_second
