@@ -39,7 +39,7 @@ class Ratio:
     def judged(self) -> str:
         """The ratio, its goal and the verdict, for the cell of a table."""
         value = "-" if self.value is None else f"{self.value:.2f}"
-        return f"{value} ({'≥' if self.at_least else '≤'} {self.goal:g}: {self.verdict})"
+        return f"{value} ({'≥' if self.at_least else '≤'}{self.goal:g}: {self.verdict})"
 
 
 def median_of(data: dict[str, Any], name: str, clients: int, *path: str) -> float | None:

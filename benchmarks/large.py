@@ -145,7 +145,7 @@ def render(data: dict[str, Any]) -> dict[str, str]:
         [what, *(ratio.judged for ratio in found.values())] for what, found in compared.items()
     ]
     absent = [f"- {name}: not started; {reason}" for name, reason in data["absent"].items()]
-    about = {k: v for k, v in data["machine"].items() if k in {"processor", "peers", "commit"}}
-    parts = [machine.lines(about), f"Medians of {data['rounds']} starts.", table(header, lines)]
+    about = {k: v for k, v in data["machine"].items() if k in {"processor", "commit"}}
+    parts = [machine.lines(about), table(header, lines)]
     parts.append(table(["", *next(iter(compared.values()))], judged))
     return {"large model": "\n\n".join([*parts, *absent])}
