@@ -137,15 +137,10 @@ def render(data: dict[str, Any]) -> dict[str, str]:
         ]
         others = [number(figure("memory")), seconds(figure("ready"))]
         lines.append([row, *speeds, *others, seconds(figure("long"))])
-    compared = {
-        f"{name} ÷ {peer}": ratios(data, name, peer)
-        for name, peer in ((DEFAULT, LLAMA_8), (INT4, LLAMA_4))
-    }
-    judged = [
-        [what, *(ratio.judged for ratio in found.values())] for what, found in compared.items()
-    ]
-    absent = [f"- {name}: not started; {reason}" for name, reason in data["absent"].items()]
+    for name, peer in ((DEFAULT, LLAMA_8), (INT4, LLAMA_4)):
+        found = ratios(data, name, peer).values()
+        lines.append([f"{name} ÷ {peer}", *(ratio.judged for ratio in found)])
     about = {k: v for k, v in data["machine"].items() if k in {"processor", "commit"}}
     parts = [machine.lines(about), table(header, lines)]
-    parts.append(table(["", *next(iter(compared.values()))], judged))
-    return {"large model": "\n\n".join([*parts, *absent])}
+    parts += [f"- {name}: not started; {reason}" for name, reason in data["absent"].items()]
+    return {"large model": "\n\n".join(parts)}
