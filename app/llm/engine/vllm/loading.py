@@ -64,10 +64,7 @@ def load_vllm(
     Raises:
         ModelLoadError: vLLM is not installed, does not know an argument, or cannot run the model.
     """
-    os.environ.update(_VARIABLES)
-    if settings.device == "cuda":
-        # On a GPU vLLM computes with one thread, unless the environment says otherwise.
-        os.environ.pop(THREADS_VARIABLE, None)
+    _set_variables(settings)
     progress("importing vLLM")
     try:
         from vllm import EngineArgs, LLMEngine
@@ -103,6 +100,13 @@ def load_vllm(
         sampling=recommended_sampling(snapshot, None, SUPPORTED),
     )
     return VllmBackend(engine, info, eos_token_ids=tokenizer.eos_token_ids, usage=usage)
+
+
+def _set_variables(settings: ModelSettings) -> None:
+    os.environ.update(_VARIABLES)
+    if settings.device == "cuda":
+        # On a GPU vLLM computes with one thread, unless the environment says otherwise.
+        os.environ.pop(THREADS_VARIABLE, None)
 
 
 def _check_arguments(arguments: dict[str, Any], known: list[str]) -> None:
