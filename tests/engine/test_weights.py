@@ -93,14 +93,14 @@ def test_a_model_in_integers_reads_prompts_in_smaller_pieces(model: Path) -> Non
 def test_auto_takes_8_bits_for_large_models(
     model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A small model keeps its dtype, a large one gets int8; log and description say why."""
+    """A small model keeps its dtype, a large one gets int8, and the description says why."""
     small = load(settings(model)).info
     assert (
         small.dtype == str(torch.get_default_dtype()).removeprefix("torch.") or "16" in small.dtype
     )
-    assert "billion parameters" in small.backend_reason
+    assert small.backend_reason == "model.engine is transformers"
     monkeypatch.setattr(weights, "LARGE", 1)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="llm_service"):
         large = load(settings(model)).info
     assert large.dtype == "int8"
     assert "weights are int8, since it has" in large.backend_reason

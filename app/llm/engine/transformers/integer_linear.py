@@ -14,13 +14,17 @@ from itertools import groupby
 from typing import Any, Final
 
 import numpy as np
-import openvino
 import torch
 from numpy.typing import NDArray
-from openvino import opset13 as ops
 from torch import Tensor, nn
 
+from app.llm.engine.openvino.loading import keep_telemetry_out
 from app.llm.engine.transformers.pages import forget_pages, is_mapped, private_memory
+
+keep_telemetry_out()
+
+import openvino  # noqa: E402 - it would load its telemetry
+from openvino import opset13 as ops  # noqa: E402
 
 WORTH_QUANTIZING: Final = 1 << 21
 """From this number of weights on, reading fewer bytes saves more than a call of OpenVINO costs."""

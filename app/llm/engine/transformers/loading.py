@@ -65,7 +65,8 @@ def load_transformers(
     bits = 0
     if not on_cuda:
         bits, why = _choose_bits(settings, snapshot, header, max_running)
-        reason = f"{reason}; {why}"
+        if bits:
+            reason = f"{reason}; {why}"
     pipe = load_pipeline(settings, snapshot, header, bits)
     progress("starting continuous batching")
     import torch
@@ -229,9 +230,6 @@ def load_pipeline(
     if header is None or snapshot.gguf is None:
         weights["use_safetensors"] = True
         if bits and quantization_method(snapshot) is None:
-            from app.llm.engine.openvino.loading import keep_telemetry_out
-
-            keep_telemetry_out()
             from app.llm.engine.transformers.integer_loading import IntegerConfig
 
             weights["quantization_config"] = IntegerConfig(bits)
