@@ -210,7 +210,7 @@ def running_prometheus(folder: Path, target: str) -> Iterator[httpx.Client]:
 
 
 def use(service: Service) -> None:
-    """Change the metrics: by requests that find no place, are repeated, or are too many."""
+    """Change the metrics: by requests that find no place, are repeated, too many, or have hints."""
     once = {
         "messages": [{"role": "user", "content": "Tell a story to jane.doe@example.com"}],
         "max_tokens": 10,
@@ -227,6 +227,7 @@ def use(service: Service) -> None:
         assert client.ask(b"no HTTP\r\n\r\n").status == 400
     with ThreadPoolExecutor(3) as pool:
         requests = [("/v1/chat", once), ("/v1/chat", once), ("/v1/generate", kept)]
+        requests.append(("/v1/chat/completions", {**once, "model": "default", "store": True}))
         list(pool.map(lambda request: post(*request), requests))
 
 
