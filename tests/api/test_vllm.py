@@ -141,13 +141,14 @@ def test_a_session_finds_its_prefix(service: Service) -> None:
             assert usage["prompt_tokens_details"]["cached_tokens"] >= least
 
 
-def test_what_the_grammar_library_rejects_fails_alone(service: Service) -> None:
-    """A request that vLLM refuses gets an error, while another one goes on."""
+def test_a_refused_schema_fails_alone(service: Service) -> None:
+    """A request whose schema is refused gets an error, while another one goes on."""
     restarts = service.metric("llm_engine_restarts_total")
     deep: dict[str, Any] = {"type": "null"}
     for _ in range(70):
         deep = {"type": "array", "items": deep}
-    asked = {"type": "json_schema", "json_schema": {"name": "deep", "schema": deep}}
+    form = {"name": "deep", "schema": deep, "strict": True}
+    asked = {"type": "json_schema", "json_schema": form}
     with open_stream(service, SHORT) as found:
         with service.client() as client:
             body = {"model": "default", "messages": QUESTION, "response_format": asked}

@@ -10,6 +10,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from subprocess import TimeoutExpired
@@ -65,6 +66,7 @@ class ForkedProcess:
 
 def _run(command: Sequence[str], env: dict[str, str], log: Path) -> None:
     os.setsid()
+    threading.Thread(target=_end_with_the_tests, daemon=True).start()
     with log.open("wb") as output, Path(os.devnull).open("rb") as nothing:
         for number, file in enumerate((nothing, output, output)):
             os.dup2(file.fileno(), number)
@@ -73,3 +75,10 @@ def _run(command: Sequence[str], env: dict[str, str], log: Path) -> None:
     os.environ.update(env)
     sys.argv = list(command)
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+
+
+def _end_with_the_tests() -> None:
+    """Kill the service and its engine process when the test process has been killed."""
+    if (tests := multiprocessing.parent_process()) is not None:
+        tests.join()
+        os.killpg(os.getpid(), signal.SIGKILL)
