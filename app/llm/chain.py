@@ -5,7 +5,15 @@ LangChain is imported here and nowhere else, since its interfaces move often.
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -70,7 +78,7 @@ class ServedPipeline(HuggingFacePipeline):  # type: ignore[misc]
         **kwargs: Any,
     ) -> AsyncGenerator[GenerationChunk, None]:
         async for piece in self.generator.stream(prompt, _merge(self.options, stop, kwargs)):
-            if piece.report is None and not piece.logprobs:
+            if piece.report is None and not (piece.logprobs or piece.reasoning):
                 chunk = GenerationChunk(text=piece)
             else:
                 # Validation would make a plain string of the piece.
@@ -239,9 +247,15 @@ class StreamingSequence(RunnableSequence[dict[str, Any], str]):
 class ChatRenderer(Runnable[PromptValue, str]):
     """Renders messages with the model's chat template, on the tokenizer's thread."""
 
-    def __init__(self, generator: TextGenerator, tools: Sequence[Tool] = ()) -> None:
+    def __init__(
+        self,
+        generator: TextGenerator,
+        tools: Sequence[Tool] = (),
+        values: Mapping[str, Any] | None = None,
+    ) -> None:
         self._generator = generator
         self._tools = tools
+        self._values = values or {}
 
     def invoke(
         self,
@@ -251,7 +265,7 @@ class ChatRenderer(Runnable[PromptValue, str]):
     ) -> str:
         """Render, on the caller's thread."""
         tokenizer = self._generator.tokenizer
-        return tokenizer.chat_prompt(_plain(input.to_messages()), self._tools)
+        return tokenizer.chat_prompt(_plain(input.to_messages()), self._tools, self._values)
 
     async def ainvoke(
         self,
@@ -284,9 +298,13 @@ class Chains:
         messages: Sequence[ChatMessage],
         options: GenerationOptions,
         tools: Sequence[Tool] = (),
+        values: Mapping[str, Any] | None = None,
     ) -> Pieces:
-        """Answer a chat; the pieces are as in :meth:`stream_text`."""
-        renderer = ChatRenderer(self._generator, tools)
+        """Answer a chat; the pieces are as in :meth:`stream_text`.
+
+        ``values`` are further variables of the chat template.
+        """
+        renderer = ChatRenderer(self._generator, tools, values)
         chain = StreamingSequence(
             first=self._chat_prompt, middle=[renderer, self.pipeline], last=self._parser
         )
@@ -297,7 +315,8 @@ def chat_messages(messages: Sequence[ChatMessage]) -> list[AnyMessage]:
     """Messages as LangChain has them, behind a system message."""
     return [
         _MESSAGE_CLASSES[m["role"]](
-            content=m["content"], additional_kwargs={"token_ids": m.get("token_ids")}
+            content=m["content"],
+            additional_kwargs={name: m.get(name) for name in ("token_ids", "reasoning_content")},
         )
         for m in with_system_prompt(messages)
     ]
@@ -308,7 +327,7 @@ def _plain(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
         {
             "role": _ROLES[m.type],
             "content": str(m.content),
-            "token_ids": m.additional_kwargs.get("token_ids"),
+            **m.additional_kwargs,
         }
         for m in messages
     ]

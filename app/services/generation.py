@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from app.core.config import ModelSettings
 from app.core.config.security import SecuritySettings
@@ -16,6 +16,7 @@ from app.llm.ebnf.check import fit_grammar
 from app.llm.generator import GenerationOptions, TextGenerator, TextPiece
 from app.llm.models.recommended_sampling import DEFAULT_SAMPLING
 from app.llm.protocol import Grammar, SamplingParams
+from app.llm.reasoning import template_values
 from app.llm.report import GenerationReport
 from app.llm.system_prompt import SYSTEM_PROMPT
 from app.llm.tool_calls import ToolCallParser
@@ -23,7 +24,7 @@ from app.llm.tools import ChatMessage, Tool, ToolCall, ToolUse
 from app.services.answers import Answer, Job
 from app.services.flights import Flight
 from app.services.response_cache import ResponseCache, cache_key
-from app.services.screening import Screening
+from app.services.screening import AnswerScreen, Screening
 from app.utils.errors import (
     InternalError,
     PromptTooLongError,
@@ -117,6 +118,8 @@ class GenerationService:
             options.logprobs,
             options.grammar,
             job.tools,
+            job.template_values,
+            job.thinking_budget,
             job.end_user,
         )
 
@@ -143,11 +146,23 @@ class GenerationService:
         screen = self._screening.answer(self._engine.template_tokens, job.grammar, trigger)
         calls = self._parser(job.tools)
         report: GenerationReport | None = None
+        # Screens the reasoning, which comes before the text.
+        thoughts: AnswerScreen | None = None
         async with aclosing(self._stream(job, options)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, TextPiece):
                     flight.logprobs += piece.logprobs
                     report = piece.report
+                    if piece.reasoning:
+                        thoughts = thoughts or self._screening.answer(self._engine.template_tokens)
+                        flight.add_reasoning(thoughts.feed(piece.reasoning))
+                if thoughts is not None and (piece or report is not None):
+                    flight.add_reasoning(thoughts.flush())
+                if thoughts is not None and thoughts.blocked:
+                    place.finish()
+                    break
+                if piece:
+                    thoughts = None
                 passed = screen.feed(piece)
                 flight.add(passed)
                 if calls is not None:
@@ -156,9 +171,10 @@ class GenerationService:
                     place.finish()
                     break
         flight.add(screen.flush())
-        if screen.blocked or (calls is not None and calls.repeats):
+        blocked = screen.blocked or (thoughts is not None and thoughts.blocked)
+        if blocked or (calls is not None and calls.repeats):
             tokens = place.prompt_tokens, place.cached_tokens, place.completion_tokens
-            return GenerationReport("content_filter" if screen.blocked else "stop", *tokens)
+            return GenerationReport("content_filter" if blocked else "stop", *tokens)
         if report is None:
             raise InternalError
         return replace(report, token_ids=()) if screen.changed else report
@@ -167,7 +183,7 @@ class GenerationService:
         chains = self._chains()
         if job.prompt is not None:
             return chains.stream_text(job.prompt, options)
-        return chains.stream_chat(job.messages, options, _tools_of(job))
+        return chains.stream_chat(job.messages, options, _tools_of(job), job.template_values)
 
     def default_sampling(self) -> dict[str, float]:
         """How a request is sampled that names nothing, by the names of :class:`SamplingParams`.
@@ -206,7 +222,9 @@ class GenerationService:
         """Token ids of a screened job's prompt, as the model gets them."""
         if job.prompt is not None:
             return await self._generator.text_tokens(job.prompt)
-        return await self._generator.chat_tokens(job.messages, _tools_of(job))
+        return await self._generator.chat_tokens(
+            job.messages, _tools_of(job), job.template_values
+        )
 
     def _options(self, job: Job) -> GenerationOptions:
         if job.max_tokens is not None and job.max_tokens > self._model.max_tokens:
@@ -220,6 +238,7 @@ class GenerationService:
             sampling=SamplingParams(**{**self.default_sampling(), **job.sampling}),
             stop=job.stop,
             logprobs=job.logprobs,
+            thinking_budget=job.thinking_budget,
             grammar=self._grammar(job.tools, job.grammar),
         )
 
@@ -257,6 +276,7 @@ class GenerationService:
                 "out here.",
                 param="logprobs",
             )
+        job = self._with_reasoning(job)
         if any("tool_calls" in m for m in job.messages):
             called = [self._with_clean_calls(m) for m in job.messages]
             job = replace(job, messages=self._generator.tool_format.as_text(called))
@@ -265,7 +285,8 @@ class GenerationService:
         if job.prompt is not None:
             return replace(job, prompt=clean(job.prompt, param="prompt"))
         messages: list[ChatMessage] = [
-            {**m, "content": clean(m["content"], param="messages")} for m in job.messages
+            {**m, **self._clean_reasoning(m), "content": clean(m["content"], param="messages")}
+            for m in job.messages
         ]
         if job.tools is None:
             return replace(job, messages=messages)
@@ -277,6 +298,32 @@ class GenerationService:
             ]
         )
         return replace(job, messages=messages, tools=replace(job.tools, tools=tools))
+
+    def _with_reasoning(self, job: Job) -> Job:
+        """What a job asks of reasoning, in the words of the model's template."""
+        if job.template_values or job.reasoning_effort is not None:
+            tokenizer = self._generator.tokenizer
+            values, budget = template_values(
+                self._screening.values(job.template_values, param="chat_template_kwargs"),
+                job.reasoning_effort,
+                mentions=tokenizer.takes,
+                reasons=tokenizer.reasoning is not None,
+            )
+            budget = job.thinking_budget if budget is None else budget
+            job = replace(
+                job, template_values=values, reasoning_effort=None, thinking_budget=budget
+            )
+        told = [m for m in job.messages if "reasoning_content" in m]
+        if told and not self._generator.tokenizer.keeps_reasoning:
+            plain = [{n: v for n, v in m.items() if n != "reasoning_content"} for m in job.messages]
+            return replace(job, messages=cast("list[ChatMessage]", plain))
+        return job
+
+    def _clean_reasoning(self, message: ChatMessage) -> dict[str, str]:
+        reasoning = message.get("reasoning_content")
+        if not reasoning:
+            return {}
+        return {"reasoning_content": self._screening.prompt(reasoning, param="messages")}
 
     def _with_clean_calls(self, message: ChatMessage) -> ChatMessage:
         calls: list[ToolCall] = []

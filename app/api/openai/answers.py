@@ -31,6 +31,7 @@ class ChatMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None = Field(description="null where the answer is calls alone.")
     refusal: None
+    reasoning_content: str = Field("", description="Left out where there is none.")
     tool_calls: list[FunctionCall] = Field([], description="Left out where there are none.")
 
 

@@ -146,6 +146,24 @@ class Place:
         if self._listener is not None:
             self._listener.accepted()
 
+    def go_on(self, request: GenerationRequest) -> None:
+        """Have the engine go on with another request, in the place and turn of the present one.
+
+        Raises:
+            ServiceError: The place has failed.
+        """
+        self._check()
+        self._events.clear()
+        self._tokens = list(request.prompt_token_ids)
+        if self.stage is Stage.ENDED:
+            # The engine was at the end before its tokens were read here.
+            self.request, self.stage = request, Stage.WAITING
+            self._queue.add(self)
+            return
+        self._link.cancel(self.request.id)
+        self.request = request
+        self.submit()
+
     async def events(self) -> list[TokenEvent]:
         """All events since the last call; waits for the first. The last has a finish reason.
 
@@ -180,6 +198,7 @@ class Place:
 
     def release(self) -> None:
         """Give the place back, and stop the request if it has not ended; may be called twice."""
+        self._deadline.cancel()
         if self._end():
             self._queue.metrics.cancelled.inc()
         self._queue.prompts.add(self._tokens, self.caller)
@@ -226,7 +245,6 @@ class Place:
         """Take the request from the queue or the engine; returns whether the engine had it."""
         stage, self.stage = self.stage, Stage.ENDED
         self._queue_timeout.cancel()
-        self._deadline.cancel()
         if stage in (Stage.PREPARING, Stage.ENDED):
             return False
         now = time.perf_counter()
@@ -244,7 +262,8 @@ class Place:
         metrics, now, new = self._queue.metrics, time.perf_counter(), len(event.token_ids)
         self.completion_tokens += new
         self._tokens += event.token_ids
-        if event.cached_tokens:
+        # A request that goes on finds its own tokens in the cache.
+        if event.cached_tokens and self._last_token_at is None:
             metrics.prefix_cached_tokens.inc(event.cached_tokens)
             self.cached_tokens = min(event.cached_tokens, self._own_tokens)
         if new:
