@@ -31,6 +31,7 @@ from app.api.routers import (
     health,
     inference,
     models,
+    responses,
     sessions,
     status,
     tokenize,
@@ -177,7 +178,7 @@ def _build(settings: Settings, services: Services, chains: "Callable[[], Chains]
     register_error_handlers(app)
     for module in (
         *(health, status, inference, chat, sessions),
-        *(chat_completions, completions, models, tokenize, usage),
+        *(chat_completions, completions, responses, models, tokenize, usage),
     ):
         # An included router would be asked twice for each request.
         app.router.routes.extend(module.router.routes)

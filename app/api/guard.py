@@ -65,10 +65,12 @@ class GuardedRoute(APIRoute):
     Attributes:
         scope: The scope that the caller's key must have; ``None`` accepts any key.
         generates: Whether requests with a body need a place in the engine.
+        param_names: What an error's ``param`` is called here, where it has another name.
     """
 
     scope: ClassVar[KeyScope | None] = "infer"
     generates: ClassVar[bool] = False
+    param_names: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         if self.scope is not None:
@@ -126,6 +128,7 @@ class GuardedRoute(APIRoute):
 
     def _refuse(self, request: Request, error: ServiceError) -> Response:
         error.status = self.status_of(error)
+        error.param = self.param_names.get(error.param or "", error.param)
         error.headers.update(_limit_headers(request))
         return error_response(error)
 
