@@ -85,15 +85,17 @@ class ConversationService:
         if not self._store.forget(caller, session_id):
             raise SessionNotFoundError
 
-    def find_response(self, caller: str, response_id: str) -> Session:
+    def find_response(self, caller: str, response_id: str, param: str | None = None) -> Session:
         """A caller's response, with the conversation that it ended.
+
+        ``param`` is the field that names it.
 
         Raises:
             ResponseNotFoundError: None is kept by this id for this caller.
         """
         session = self._store.find(caller, _response_name(response_id))
         if session is None or not session.response:
-            raise ResponseNotFoundError
+            raise ResponseNotFoundError(param=param)
         return session
 
     def keep_response(self, caller: str, response_id: str, response: bytes) -> None:
@@ -155,7 +157,7 @@ class ConversationService:
         new = list(job.messages)
         instructions = new.pop(0)["content"] if turn.has_instructions else None
         if turn.previous:
-            session = self.find_response(job.caller, turn.previous)
+            session = self.find_response(job.caller, turn.previous, "previous_response_id")
         elif turn.session_id:
             session = self._store.begin_turn(job.caller, turn.session_id)
         else:

@@ -72,7 +72,10 @@ async def create_response(
     take(body, services)
     keeps = services.settings.chat_history.enabled if body.store is None else body.store
     response_id = f"resp_{uuid.uuid4().hex}"
-    items = [_referred(item, conversation, caller.key_id) for item in body.input]
+    items = [
+        _referred(item, conversation, caller.key_id, param=f"input.{i}.id")
+        for i, item in enumerate(body.input)
+    ]
     messages = input_messages(items)
     if body.instructions:
         first: ChatMessage = {"role": "system", "content": body.instructions}
@@ -98,7 +101,9 @@ async def create_response(
     return await answer(request, body, [job], [conversation.open_response(job, turn)], shape)
 
 
-def _referred(item: InputItem, conversation: ConversationService, caller: str) -> InputItem:
+def _referred(
+    item: InputItem, conversation: ConversationService, caller: str, *, param: str
+) -> InputItem:
     """The item to which a reference refers, or the item itself.
 
     Raises:
@@ -106,13 +111,12 @@ def _referred(item: InputItem, conversation: ConversationService, caller: str) -
     """
     if item.type != "item_reference":
         return item
-    name = _ITEM_ID.fullmatch(item.id or "")
-    if name is not None:
-        session = conversation.find_response(caller, f"resp{name[1]}")
+    if name := _ITEM_ID.fullmatch(item.id or ""):
+        session = conversation.find_response(caller, f"resp{name[1]}", param)
         for found in msgspec.json.decode(session.response)["output"]:
             if found["id"] == item.id:
                 return InputItem.model_validate(found)
-    raise ResponseNotFoundError
+    raise ResponseNotFoundError(param=param)
 
 
 @router.get("/v1/responses/{response_id}", response_model=ResponseObject, responses=_KEPT)
