@@ -65,7 +65,7 @@ class GuardedRoute(APIRoute):
     Attributes:
         scope: The scope that the caller's key must have; ``None`` accepts any key.
         generates: Whether requests with a body need a place in the engine.
-        param_names: What an error's ``param`` is called here, where it has another name.
+        param_names: What fields are called here, where a service's errors name them otherwise.
     """
 
     scope: ClassVar[KeyScope | None] = "infer"
@@ -100,6 +100,7 @@ class GuardedRoute(APIRoute):
             except RequestValidationError as error:
                 return self._refuse(request, self.refusal(error.errors()))
             except ServiceError as error:
+                error.param = self.param_names.get(error.param or "", error.param)
                 return self._refuse(request, error)
             response.headers.update(_limit_headers(request))
             return response
@@ -128,7 +129,6 @@ class GuardedRoute(APIRoute):
 
     def _refuse(self, request: Request, error: ServiceError) -> Response:
         error.status = self.status_of(error)
-        error.param = self.param_names.get(error.param or "", error.param)
         error.headers.update(_limit_headers(request))
         return error_response(error)
 
