@@ -163,7 +163,9 @@ class CrossOriginMiddleware(CORSMiddleware):
         if response.status_code < HTTPStatus.BAD_REQUEST:
             return response
         refused = error_response(
-            InvalidRequestError("This origin, or what it asks for, is not in security.cors_origins.")
+            InvalidRequestError(
+                "This origin, or what it asks for, is not in security.cors_origins."
+            )
         )
         refused.headers["Vary"] = response.headers["Vary"]
         return refused

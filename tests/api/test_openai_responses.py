@@ -1,12 +1,15 @@
 """POST /v1/responses over the echo engine: items, the events that make them, and fields."""
 
+import json
 from typing import Any
 
 import pytest
+from jsonschema import validate
 from starlette.testclient import TestClient
 
 from tests.conftest import RunApp
-from tests.support.openai import chat, refused, respond, response_events, user
+from tests.support.openai import RESPONSES, chat, refused, respond, response_events, user
+from tests.support.service import Service
 
 UNSUPPORTED, INVALID = "unsupported_parameter", "validation_error"
 WEATHER = {
@@ -394,6 +397,28 @@ def test_response_tools(client: TestClient) -> None:
     assert response["tools"][1] == {**NOW, "strict": False}
     huge = {**NOW, "parameters": {"type": "object", "properties": {}, "default": 10**300}}
     assert response_events(respond(client, tools=[huge], stream=True))
+
+
+@pytest.mark.model
+@pytest.mark.timeout(300)
+def test_response_formats_and_forced_calls(bundled_service: Service) -> None:
+    """text.format holds the text to a schema, and tool_choice the answer to calls."""
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    fields = {"model": "default", "input": "The weather in Paris?", "temperature": 0}
+    form = {"type": "json_schema", "name": "place", "schema": schema, "strict": True}
+    calls = {"tools": [{**WEATHER, "parameters": schema}], "tool_choice": "required"}
+    with bundled_service.client(timeout=200) as client:
+        text = client.post(RESPONSES, json={**fields, "text": {"format": form}}).json()
+        called = client.post(RESPONSES, json={**fields, **calls}).json()
+    assert text["text"]["format"] == form
+    (call, *_) = called["output"]
+    for answer in (said(text), call["arguments"]):
+        validate(json.loads(answer), schema)
 
 
 def test_a_response_is_cached(client: TestClient) -> None:

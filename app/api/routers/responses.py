@@ -45,6 +45,13 @@ class ResponsesRoute(OpenAIRoute):
 
 
 router = APIRouter(route_class=ResponsesRoute, dependencies=KEY_SCHEMES, tags=["openai"])
+_PATH = "/v1/responses/{response_id}"
+# Any text is an id: declared as an argument, FastAPI would say that it can be refused.
+_ID = {
+    "parameters": [
+        {"name": "response_id", "in": "path", "required": True, "schema": {"type": "string"}}
+    ]
+}
 _KEPT = responses(InvalidAPIKeyError, ResponseNotFoundError, RateLimitExceededError)
 
 
@@ -119,17 +126,19 @@ def _referred(
     raise ResponseNotFoundError(param=param)
 
 
-@router.get("/v1/responses/{response_id}", response_model=ResponseObject, responses=_KEPT)
-async def get_response(response_id: str, conversation: Conversation, caller: Caller) -> Response:
+@router.get(_PATH, response_model=ResponseObject, responses=_KEPT, openapi_extra=_ID)
+async def get_response(request: Request, conversation: Conversation, caller: Caller) -> Response:
     """A response of the caller's own, as it was answered."""
+    response_id = request.path_params["response_id"]
     session = conversation.find_response(caller.key_id, response_id)
     return Response(session.response, media_type="application/json")
 
 
-@router.delete("/v1/responses/{response_id}", responses=_KEPT)
+@router.delete(_PATH, responses=_KEPT, openapi_extra=_ID)
 async def delete_response(
-    response_id: str, conversation: Conversation, caller: Caller
+    request: Request, conversation: Conversation, caller: Caller
 ) -> DeletedResponse:
     """Forget a response; those that continue it stay."""
+    response_id = request.path_params["response_id"]
     conversation.forget_response(caller.key_id, response_id)
     return DeletedResponse(id=response_id)
