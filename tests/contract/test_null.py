@@ -11,9 +11,9 @@ from starlette.testclient import TestClient
 
 from app.api import requests
 from app.api.openai import messages
+from app.api.openai import schemas as openai
 from app.api.openai.responses import items
 from app.api.openai.responses import request as responses
-from app.api.openai import schemas as openai
 from app.core.config import PROJECT_ROOT
 from app.main import create_app
 from tests.conftest import make_settings
