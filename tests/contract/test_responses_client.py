@@ -86,9 +86,10 @@ def test_tools(sdk: OpenAI) -> None:
         (streamed,) = stream.get_final_response().output
     assert isinstance(streamed, ResponseFunctionToolCall)
     assert streamed.arguments == call.arguments
-    result = {"type": "function_call_output", "call_id": call.call_id, "output": "12 degrees"}
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "12 degrees"}
     fields["tool_choice"] = "none"
-    answer = sdk.responses.create(input=[*said, call, result], **fields)
+    said += [call, result]
+    answer = sdk.responses.create(input=said, **fields)
     assert answer.output_text
 
 
