@@ -189,6 +189,6 @@ def _usage(answer: Answer) -> Event:
         "input_tokens": counted.pop("prompt_tokens"),
         "input_tokens_details": counted.pop("prompt_tokens_details"),
         "output_tokens": counted.pop("completion_tokens"),
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": counted.pop("completion_tokens_details", {"reasoning_tokens": 0}),
         **counted,
     }
