@@ -6,7 +6,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.conftest import RunApp
-from tests.support.openai import refused, respond, user
+from tests.support.openai import PLATFORM_HINTS, refused, respond, user
 
 UNSUPPORTED, INVALID = "unsupported_parameter", "validation_error"
 NOW = {"type": "function", "name": "now"}
@@ -54,12 +54,7 @@ REFUSED: dict[str, tuple[Any, Any]] = {
 }
 HINTS: dict[str, Any] = {
     "max_tool_calls": 3,
-    "metadata": {"trace": "a1"},
-    "prompt_cache_key": "tenant-7",
-    "prompt_cache_options": {"mode": "implicit"},
-    "prompt_cache_retention": "24h",
-    "safety_identifier": "user-7",
-    "service_tier": "flex",
+    **PLATFORM_HINTS,
 }
 
 

@@ -70,6 +70,7 @@ BASES = {
     messages.OpenAIModel,
     openai.OpenAISampling,
     openai.OpenAIFields,
+    openai.PlatformHints,
 }
 
 

@@ -11,7 +11,7 @@ from openai import OpenAI
 from openai.types.responses import ResponseFunctionToolCall
 from pydantic import SecretStr
 
-from tests.contract.test_openai_clients import ANSWER, Person, connect
+from tests.contract.test_openai_clients import ANSWER, CITY, Person, connect
 from tests.support.service import API_KEY, Service
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
@@ -69,13 +69,7 @@ def test_parse(sdk: OpenAI) -> None:
 
 def test_tools(sdk: OpenAI) -> None:
     """A function is called, whole and streamed, and its result is answered."""
-    parameters = {
-        "type": "object",
-        "properties": {"city": {"type": "string", "maxLength": 20}},
-        "required": ["city"],
-        "additionalProperties": False,
-    }
-    tool = {"type": "function", "name": "get_weather", "parameters": parameters, "strict": True}
+    tool = {"type": "function", "name": "get_weather", "parameters": CITY, "strict": True}
     fields: dict[str, Any] = {**FIELDS, "tools": [tool], "max_output_tokens": 60}
     forced: Any = {"type": "function", "name": "get_weather"}
     said: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]

@@ -13,6 +13,16 @@ Response = Any
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 RESPONSES = "/v1/responses"
 
+# Fields for OpenAI's own platform, without effect here, with values of its clients.
+PLATFORM_HINTS: dict[str, Any] = {
+    "metadata": {"trace": "a1"},
+    "prompt_cache_key": "tenant-7",
+    "prompt_cache_options": {"mode": "implicit"},
+    "prompt_cache_retention": "24h",
+    "safety_identifier": "user-7",
+    "service_tier": "flex",
+}
+
 
 def user(text: str) -> list[dict[str, Any]]:
     """A chat of one message."""

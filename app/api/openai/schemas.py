@@ -149,7 +149,18 @@ class OpenAIFields(OpenAISampling, SamplingFields):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatCompletionRequest(OpenAIFields):
+class PlatformHints(OpenAIModel):
+    """Fields for OpenAI's own platform, without effect here."""
+
+    metadata: Hint = None
+    prompt_cache_key: Hint = None
+    prompt_cache_options: Hint = None
+    prompt_cache_retention: Hint = None
+    safety_identifier: Hint = None
+    service_tier: Hint = None
+
+
+class ChatCompletionRequest(OpenAIFields, PlatformHints):
     """Body of POST /v1/chat/completions."""
 
     model_config = ConfigDict(
@@ -187,12 +198,6 @@ class ChatCompletionRequest(OpenAIFields):
         None, description="auto where there are tools."
     )
     parallel_tool_calls: bool = Field(True, description="Whether an answer may hold several calls.")
-    metadata: Hint = None
-    prompt_cache_key: Hint = None
-    prompt_cache_options: Hint = None
-    prompt_cache_retention: Hint = None
-    safety_identifier: Hint = None
-    service_tier: Hint = None
     store: Hint = None
     verbosity: Hint = None
 

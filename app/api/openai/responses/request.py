@@ -7,7 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from app.api.openai.messages import MAX_TOOLS, Hint, OpenAIModel
 from app.api.openai.responses.items import InputItem
-from app.api.openai.schemas import FunctionName, OpenAISampling, check_tools
+from app.api.openai.schemas import FunctionName, OpenAISampling, PlatformHints, check_tools
 from app.api.requests import JsonSchemaFormat, ResponseFormat
 from app.llm.tools import Tool, ToolUse
 
@@ -104,7 +104,7 @@ def _id_of(conversation: Any) -> Any:
     return conversation["id"] if is_object else conversation
 
 
-class ResponsesRequest(OpenAISampling):
+class ResponsesRequest(OpenAISampling, PlatformHints):
     """Body of POST /v1/responses."""
 
     model_config = ConfigDict(
@@ -170,12 +170,6 @@ class ResponsesRequest(OpenAISampling):
     )
     reasoning: ReasoningField | None = None
     max_tool_calls: Hint = None
-    metadata: Hint = None
-    prompt_cache_key: Hint = None
-    prompt_cache_options: Hint = None
-    prompt_cache_retention: Hint = None
-    safety_identifier: Hint = None
-    service_tier: Hint = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
