@@ -26,6 +26,14 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = "The capital of France is Paris."
 
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 20}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+"""The parameters of a tool."""
+
 
 class Person(BaseModel):
     """A person, as a schema for answers."""
@@ -174,15 +182,7 @@ def test_json_object(sdk: OpenAI) -> None:
 
 def test_tools(sdk: OpenAI) -> None:
     """A tool is called, whole and streamed, and its result is answered."""
-    parameters = {
-        "type": "object",
-        "properties": {"city": {"type": "string", "maxLength": 20}},
-        "required": ["city"],
-        "additionalProperties": False,
-    }
-    tools: Any = [
-        {"type": "function", "function": {"name": "get_weather", "parameters": parameters}}
-    ]
+    tools: Any = [{"type": "function", "function": {"name": "get_weather", "parameters": CITY}}]
     fields: dict[str, Any] = {
         "model": "default",
         "tools": tools,

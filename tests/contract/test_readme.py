@@ -105,7 +105,8 @@ def test_each_curl_command_gives_what_is_documented(
 
 
 def _template(match: re.Match[str]) -> str:
-    return {"session": "/sessions/{session_id}", "model": "/models/{model}"}[match[1]]
+    kind = match[1]
+    return f"/{kind}s/{{{kind if kind == 'model' else f'{kind}_id'}}}"
 
 
 def test_every_route_has_a_curl_command() -> None:
@@ -113,7 +114,9 @@ def test_every_route_has_a_curl_command() -> None:
     shown = {
         (re.search(r"-X (\w+)", e.command) or ["", "GET"])[1]
         + " "
-        + re.sub("/(session|model)s/[^ ]+", _template, e.command.split("8000")[1].split()[0])
+        + re.sub(
+            "/(session|model|response)s/[^ ]+", _template, e.command.split("8000")[1].split()[0]
+        )
         for e in EXAMPLES
     }
     assert shown == routes()

@@ -175,15 +175,15 @@ class IdempotencySettings(Section):
 
 
 class ChatHistorySettings(Section):
-    """Conversations of callers that send a session_id."""
+    """Conversations of callers that send a session_id, and responses of /v1/responses."""
 
-    enabled: bool = Field(True, description="Keep conversations.")
+    enabled: bool = Field(True, description="Keep conversations and responses.")
     ttl_seconds: float = Field(7200, gt=0, description="Seconds that an idle conversation is kept.")
     max_sessions: int = Field(
         10_000,
         ge=1,
         le=10_000_000,
-        description="Most conversations kept; the API key that has most makes room.",
+        description="Most conversations and responses kept; the API key that has most makes room.",
     )
     max_messages: int = Field(
         200, ge=2, le=100_000, description="Most messages kept of a conversation."
@@ -192,7 +192,7 @@ class ChatHistorySettings(Section):
         268_435_456,
         ge=4096,
         le=1_099_511_627_776,
-        description="Most bytes of all conversations, of which one may take a quarter.",
+        description="Most bytes of all of them, of which one may take a quarter.",
     )
 
 
