@@ -59,7 +59,8 @@ class ServedPipeline(HuggingFacePipeline):  # type: ignore[misc]
     ``stop``, ``max_tokens`` and the sampling fields (``temperature``, ``top_p``, ``top_k``,
     ``min_p``, ``repetition_penalty``, ``presence_penalty``, ``frequency_penalty``, ``seed``) on
     every call, batches requests that run at the same time, stops generating when its caller
-    leaves, and reports finish reason and token usage in ``generation_info`` and ``llm_output``.
+    leaves, and reports finish reason and token usage in ``generation_info`` and ``llm_output``,
+    and reasoning, if there is any, as ``reasoning_content`` in ``generation_info``.
 
     The synchronous methods wait for the event loop, so they are for threads other than its own.
     """
@@ -93,7 +94,10 @@ class ServedPipeline(HuggingFacePipeline):  # type: ignore[misc]
     ) -> Generation:
         chunks = [chunk async for chunk in self._astream(prompt, stop, None, **kwargs)]
         text = "".join(chunk.text for chunk in chunks)
-        return Generation(text=text, generation_info=chunks[-1].generation_info)
+        info = dict(chunks[-1].generation_info or {})
+        if reasoning := "".join(getattr(chunk.text, "reasoning", "") for chunk in chunks):
+            info["reasoning_content"] = reasoning
+        return Generation(text=text, generation_info=info)
 
     async def _agenerate(
         self,

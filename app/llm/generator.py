@@ -2,13 +2,13 @@
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 from msgspec import structs
 
-from app.llm.client.admission import Place
+from app.llm.answer_text import AnswerText, TextPiece
 from app.llm.client.client import EngineClient
-from app.llm.detokenizer import Detokenizer, StopMatcher
+from app.llm.client.place import Place
 from app.llm.ebnf.check import fit_grammar, grammar_param
 from app.llm.protocol import (
     NEUTRAL_SAMPLING,
@@ -17,10 +17,7 @@ from app.llm.protocol import (
     GenerationRequest,
     Grammar,
     SamplingParams,
-    TokenEvent,
 )
-from app.llm.reasoning import Thinking
-from app.llm.report import FinishReason, GenerationReport, TokenLogprob
 from app.llm.system_prompt import with_system_prompt
 from app.llm.tokenizer import PromptTokenizer
 from app.llm.tools import ChatMessage, Tool, ToolFormat
@@ -55,36 +52,6 @@ class GenerationOptions:
     grammar: Grammar | None = None
     thinking_budget: int | None = None
     place: Place | None = None
-
-
-class TextPiece(str):
-    """A piece of an answer's text, which may be empty.
-
-    LangChain passes strings on, so what belongs to a piece is an attribute of the string.
-
-    Attributes:
-        logprobs: Log-probabilities of the tokens that end in this piece, where they were asked for.
-        reasoning: A piece of the reasoning, which is before this piece of the text.
-        report: How the answer ended; on its last piece alone.
-    """
-
-    __slots__ = ("logprobs", "reasoning", "report")
-
-    logprobs: Sequence[TokenLogprob]
-    reasoning: str
-    report: GenerationReport | None
-
-    def __new__(
-        cls,
-        text: str,
-        logprobs: Sequence[TokenLogprob] = (),
-        report: GenerationReport | None = None,
-        reasoning: str = "",
-    ) -> Self:
-        """A string with these attributes."""
-        piece = super().__new__(cls, text)
-        piece.logprobs, piece.report, piece.reasoning = logprobs, report, reasoning
-        return piece
 
 
 class TextGenerator:
@@ -148,52 +115,70 @@ class TextGenerator:
                     yield piece
             return
         place = options.place
-        check_supported(options, self.info)
-        if options.grammar is not None:
-            grammar, _ = await fit_grammar(options.grammar, self.info)
-            options = replace(options, grammar=grammar)
-        thinking = self.tokenizer.thinking(
-            prompt, budget=options.thinking_budget, gated=options.grammar is not None
-        )
-        if thinking is not None and thinking.is_due:
-            prompt += thinking.turn()[1]
-        request = await self._prepare(prompt, options, place.id)
-        gated = thinking is not None and thinking.gated
-        place.start(structs.replace(request, grammar=None) if gated else request)
-        text = AnswerText(self.tokenizer, options, place, thinking)
+        request, text = await self._start(prompt, options, place)
         while text.report is None:
             for event in await place.events():
                 piece = text.add(event)
                 if text.stopped:
                     place.finish()
                 yield piece
+                if text.is_due:
+                    if not await self._go_on(request, text, place):
+                        place.finish("length")
+                        yield text.cut_off()
+                    break
                 if piece.report is not None:
                     break
-                if thinking is not None and thinking.is_due:
-                    rest = await self._behind_reasoning(request, text, thinking)
-                    if rest.max_tokens < 1:
-                        place.finish()
-                        yield text.cut_off()
-                    else:
-                        place.go_on(rest)
-                    break
 
-    async def _behind_reasoning(
-        self, request: GenerationRequest, text: "AnswerText", thinking: Thinking
-    ) -> GenerationRequest:
-        """The request for what follows the reasoning: its prompt has the reasoning.
-
-        The engine finds most of the prompt in its cache.
-        """
-        keeps, behind = thinking.turn()
-        ids = await self.tokenizer.run(self.tokenizer.encode_rendered, behind) if behind else []
-        said = text.begin_text([*(text.token_ids if keeps else ()), *ids])
-        return structs.replace(
-            request,
-            id=f"{request.id}-text",
-            prompt_token_ids=[*request.prompt_token_ids, *said],
-            max_tokens=request.max_tokens - len(said),
+    async def _start(
+        self, prompt: str, options: GenerationOptions, place: Place
+    ) -> tuple[GenerationRequest, AnswerText]:
+        """Start the place; returns the request of the answer's text."""
+        check_supported(options, self.info)
+        if options.grammar is not None:
+            grammar, _ = await fit_grammar(options.grammar, self.info)
+            options = replace(options, grammar=grammar)
+        tokenizer = self.tokenizer
+        thinking = tokenizer.thinking(
+            prompt, budget=options.thinking_budget, gated=options.grammar is not None
         )
+        text = AnswerText(
+            tokenizer,
+            place,
+            options.stop,
+            with_logprobs=options.logprobs is not None,
+            thinking=thinking,
+        )
+        if text.is_due:
+            prompt += text.turn()[1]
+        request = await self._prepare(prompt, options, place.id)
+        gated = thinking is not None and thinking.gated
+        place.start(structs.replace(request, grammar=None) if gated else request)
+        return request, text
+
+    async def _go_on(self, request: GenerationRequest, text: AnswerText, place: Place) -> bool:
+        """Ask the engine for what follows the reasoning; ``False`` where no token is left for it.
+
+        The prompt has the reasoning, most of which the engine finds in its cache.
+        """
+        said, behind = text.turn()
+        if behind:
+            said += await self.tokenizer.run(self.tokenizer.encode_rendered, behind)
+        left = request.max_tokens - len(said)
+        if left < 1:
+            return False
+        sampling = request.sampling
+        least = max(0, sampling.min_tokens - len(said))
+        place.go_on(
+            structs.replace(
+                request,
+                id=f"{request.id}-text",
+                prompt_token_ids=request.prompt_token_ids + said,
+                max_tokens=left,
+                sampling=structs.replace(sampling, min_tokens=least),
+            )
+        )
+        return True
 
     async def _prepare(
         self, prompt: str, options: GenerationOptions, request_id: str
@@ -230,145 +215,6 @@ class TextGenerator:
                 prompt_tokens=prompt_tokens, max_tokens=asked, context_length=context_length
             )
         return asked
-
-
-class AnswerText:
-    """The text of one answer, made from its tokens as they come.
-
-    Attributes:
-        report: How the answer ended, once it has.
-        stopped: Whether a stop string ended it, of which the engine does not know.
-        token_ids: Its tokens so far.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PromptTokenizer,
-        options: GenerationOptions,
-        place: Place,
-        thinking: Thinking | None = None,
-    ) -> None:
-        self.report: GenerationReport | None = None
-        self.stopped = False
-        self.token_ids: list[int] = []
-        self._tokenizer = tokenizer
-        self._with_logprobs = options.logprobs is not None
-        self._detokenizer = Detokenizer(tokenizer.decoder)
-        self._stops = StopMatcher(options.stop)
-        self._thinking = thinking
-        self._reasoning_stops = StopMatcher(options.stop)
-        # The text's first token.
-        self._text_begin = 0
-        self._has_text = thinking is None
-        self._place = place
-        # Characters decoded, and how many of them were passed on: the rest may be a stop string.
-        self._decoded = self._passed = 0
-        self._logprobs: list[TokenLogprob] = []
-
-    def add(self, event: TokenEvent) -> TextPiece:
-        """The text that an event's tokens complete.
-
-        Tokens behind the one at which the reasoning is due to end are left out.
-        """
-        if self._thinking is None:
-            texts, reasoning = [self._detokenizer.feed([token]) for token in event.token_ids], ""
-            self.token_ids += event.token_ids
-        else:
-            texts, reasoning = self._split(event, self._thinking)
-        if self._with_logprobs:
-            self._note_logprobs(event, texts)
-        text = ""
-        if not self.stopped:
-            text, self.stopped = self._stops.feed("".join(texts))
-        is_due = self._thinking is not None and self._thinking.is_due
-        ended = event.finish_reason is not None and not (self.stopped or is_due)
-        if ended:
-            text += self._stops.flush()
-        self._passed += len(text)
-        if ended or self.stopped:
-            is_cut = ended and event.finish_reason == "length"
-            self.report = self._make_report("length" if is_cut else "stop")
-        # The tokens of a stop string are not in the text; at a natural end all tokens are.
-        logprobs = self._logprobs if ended else self._take_logprobs()
-        return TextPiece(text, logprobs, self.report, reasoning)
-
-    def _split(self, event: TokenEvent, thinking: Thinking) -> tuple[list[str], str]:
-        """The text of each token of an event, and the reasoning that they complete."""
-        texts: list[str] = []
-        reasoning = ""
-        for token in event.token_ids:
-            marker = self._tokenizer.marker_tokens.get(token)
-            thought, text = thinking.add(marker or self._detokenizer.feed([token]))
-            reasoning += thought
-            if thinking.is_due:
-                text = ""
-            elif not text and not self._has_text:
-                self._text_begin = len(self.token_ids) + 1
-            self._has_text = self._has_text or bool(text)
-            self.token_ids.append(token)
-            texts.append(text)
-            if thinking.is_due:
-                break
-        if event.finish_reason is not None and not thinking.is_due:
-            thought, text = thinking.flush()
-            reasoning += thought
-            texts[-1:] = [*texts[-1:], text]
-        reasoning, self.stopped = self._reasoning_stops.feed(reasoning)
-        if not (thinking.inside or self.stopped):
-            reasoning += self._reasoning_stops.flush()
-        return texts, reasoning
-
-    def begin_text(self, token_ids: list[int]) -> list[int]:
-        """Take these for the answer's tokens so far, behind which the text begins."""
-        self.token_ids = token_ids
-        self._text_begin = len(token_ids)
-        self._detokenizer = Detokenizer(self._tokenizer.decoder)
-        return token_ids
-
-    def cut_off(self) -> TextPiece:
-        """The last piece of an answer that has no room for its text."""
-        self.report = self._make_report("length")
-        return TextPiece("", (), self.report)
-
-    def _make_report(self, reason: FinishReason) -> GenerationReport:
-        return GenerationReport(
-            finish_reason=reason,
-            prompt_tokens=self._place.prompt_tokens,
-            cached_tokens=self._place.cached_tokens,
-            completion_tokens=len(self.token_ids),
-            reasoning_tokens=self._thinking.tokens if self._thinking else 0,
-            token_ids=() if self.stopped else self._exact_tokens(),
-        )
-
-    def _note_logprobs(self, event: TokenEvent, texts: Sequence[str]) -> None:
-        """Keep an event's log-probabilities; special tokens are not in the text."""
-        bytes_of = self._tokenizer.token_bytes
-        top = event.top_logprobs or [[]] * len(event.token_ids)
-        for token, logprob, text, likeliest in zip(
-            event.token_ids, event.logprobs, texts, top, strict=False
-        ):
-            if token not in self._tokenizer.special_token_ids and not self._reasons_at(text):
-                told = tuple((bytes_of(t), p) for t, p in likeliest)
-                self._logprobs.append(TokenLogprob(bytes_of(token), logprob, self._decoded, told))
-            self._decoded += len(text)
-
-    def _reasons_at(self, text: str) -> bool:
-        """Whether a token without text is one of the reasoning, or of its markers."""
-        return self._thinking is not None and not (self._has_text or text)
-
-    def _take_logprobs(self) -> list[TokenLogprob]:
-        """Those of tokens whose text has begun to be passed on."""
-        count = sum(entry.start < self._passed for entry in self._logprobs)
-        taken, self._logprobs = self._logprobs[:count], self._logprobs[count:]
-        return taken
-
-    def _exact_tokens(self) -> tuple[int, ...]:
-        """The text's tokens; none where a special token stands in the middle of the text."""
-        special = self._tokenizer.special_token_ids
-        ids = self.token_ids[self._text_begin :]
-        if ids and ids[-1] in special:
-            ids = ids[:-1]
-        return tuple(ids) if special.isdisjoint(ids) else ()
 
 
 def check_supported(options: GenerationOptions, info: EngineInfo) -> None:

@@ -1,20 +1,30 @@
 """Reasoning: what a model thinks before it answers, told apart from the answer's text.
 
-A model writes it between two markers of its chat template, or in a channel of its own. The template
-may have opened it already, at the end of the prompt.
+A model writes it between two markers of its chat template. The template may have opened it already,
+at the end of the prompt.
 """
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
+from msgspec import structs
+
 from app.llm.detokenizer import overlap
+from app.llm.protocol import TokenEvent
 from app.utils.errors import UnsupportedParameterError
 
 # Variables by which templates switch reasoning on and off: Qwen's, and DeepSeek's and Granite's.
 _SWITCHES = ("enable_thinking", "thinking")
+# Variables that templates have already, and arguments of the function that renders them.
+_RESERVED = (
+    *("conversations", "messages", "tools", "documents", "chat_template"),
+    *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
+)
+REASONING_MEMBERS = ("reasoning_content", "reasoning", "thinking")
+"""Names by which templates read the reasoning of an earlier answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +37,6 @@ class ReasoningFormat:
         closing: The text behind it.
         before_text: What stands between ``closing`` and the answer's text.
         without: What stands before the text of an answer without reasoning.
-        channels: Whether the whole answer is in channels, as that of gpt-oss.
     """
 
     sign: str
@@ -35,273 +44,317 @@ class ReasoningFormat:
     closing: str
     before_text: str = ""
     without: str = ""
-    channels: bool = False
 
     @property
-    def end(self) -> str:
+    def forced_end(self) -> str:
         """What ends unfinished reasoning so that the text can begin."""
-        # Models write the marker of several lines on a line of its own.
+        # Markers that are followed by an empty line stand on a line of their own.
         line = "\n" if self.before_text.startswith("\n") else ""
         return f"{line}{self.closing}{self.before_text}"
 
-    @property
-    def markers(self) -> tuple[str, ...]:
-        """The texts that are no part of the answer, and that special tokens may spell."""
-        return (self.opening, self.end, self.without)
 
-
-_HARMONY_TEXT = "<|channel|>final<|message|>"
+_FINAL = "<|channel|>final<|message|>"
 _FORMATS = (
+    # Qwen 3, DeepSeek R1 and V3.1, QwQ, SmolLM3, GLM 4.5, Phi 4 reasoning, Nemotron and others.
     ReasoningFormat("</think>", "<think>", "</think>", "\n\n"),
+    # Mistral's Magistral and Ministral.
     ReasoningFormat("[/THINK]", "[THINK]", "[/THINK]"),
+    # Gemma 4.
     ReasoningFormat("<channel|>", "<|channel>thought\n", "<channel|>"),
     ReasoningFormat("</seed:think>", "<seed:think>", "</seed:think>"),
-    ReasoningFormat("<|END_THINKING|>", "<|START_THINKING|>", "<|END_THINKING|>"),
+    # gpt-oss: OpenAI's harmony has a channel for each kind of text.
     ReasoningFormat(
         "<|channel|>analysis",
         "<|channel|>analysis<|message|>",
-        "<|end|>",
-        f"<|start|>assistant{_HARMONY_TEXT}",
-        _HARMONY_TEXT,
-        channels=True,
+        f"<|end|><|start|>assistant{_FINAL}",
+        without=_FINAL,
     ),
 )
 
 
-def reasoning_format(template: str, added_tokens: Collection[str]) -> ReasoningFormat | None:
-    """How a model writes reasoning, by its chat template or its added tokens; ``None``: not."""
-    return next((f for f in _FORMATS if f.sign in template or f.sign in added_tokens), None)
+class ModelReasoning:
+    """What one model's chat template says of reasoning.
 
-
-def keeps_reasoning(template: str) -> bool:
-    """Whether a chat template reads the reasoning of earlier answers, by either of its names."""
-    return re.search(r"""reasoning_content|\.thinking\b|["']thinking["']""", template) is not None
-
-
-class Splitter(ABC):
-    """Splits the text of an answer, which comes in pieces, into reasoning and text.
-
-    The results do not depend on where the text is cut.
+    Args:
+        template: The chat template.
+        added_tokens: The tokenizer's added tokens: for each text its id, and whether it is special.
+        reserved: Variables of the template that callers may not set.
 
     Attributes:
-        inside: Whether the reasoning goes on.
-        over: Whether it has ended, or the answer has begun without.
+        form: How the model writes it; ``None`` where it does not reason.
+        is_kept: Whether the template reads the reasoning of earlier answers.
     """
 
-    inside = over = False
+    def __init__(
+        self,
+        template: str,
+        added_tokens: Mapping[str, tuple[int, bool]],
+        reserved: Collection[str] = (),
+    ) -> None:
+        self._template = template
+        self._reserved = {*_RESERVED, *reserved}
+        signs = (f for f in _FORMATS if f.sign in template or f.sign in added_tokens)
+        self.form = next(signs, None)
+        names = "|".join(REASONING_MEMBERS)
+        self.is_kept = re.search(rf"""["'.]({names})\b""", template) is not None
+        markers = (self.form.opening, self.form.closing, self.form.without) if self.form else ()
+        # Decoding leaves out special tokens.
+        self._marks = {
+            token: text
+            for text, (token, special) in added_tokens.items()
+            if special and any(text in marker for marker in markers)
+        }
 
-    @abstractmethod
-    def feed(self, piece: str) -> tuple[str, str]:
-        """The reasoning and the text that a further piece completes."""
+    def thinking(self, prompt: str, *, budget: int | None, gated: bool) -> "Thinking | None":
+        """Finds the reasoning in the answer to a chat; ``None`` where the prompt has ended it.
 
-    @abstractmethod
-    def flush(self) -> tuple[str, str]:
-        """What was held back, once no more text comes."""
+        For the other arguments see :class:`Thinking`.
+        """
+        form, end = self.form, prompt.rstrip()
+        if form is None or end.endswith(form.closing):
+            return None
+        inside = end.endswith(form.opening.rstrip())
+        return Thinking(form, self._marks, inside=inside, budget=budget, gated=gated)
 
-    @abstractmethod
-    def begin_text(self) -> None:
-        """What comes next is text; a part of a marker that was held back is dropped."""
+    def takes(self, name: str) -> bool:
+        """Whether the template mentions a variable that callers may set."""
+        mention = rf"""(?<![\w.'"]){re.escape(name)}\b"""
+        return name not in self._reserved and re.search(mention, self._template) is not None
 
+    def values(
+        self, given: Mapping[str, Any], effort: str | None
+    ) -> tuple[dict[str, Any], int | None]:
+        """What the template is told of a caller's wishes, and the budget that they come to.
 
-class _Markers(Splitter):
-    """Splits at two markers; the opening one counts at the beginning alone."""
+        Args:
+            given: The caller's ``chat_template_kwargs``.
+            effort: The caller's ``reasoning_effort``.
 
-    def __init__(self, form: ReasoningFormat, *, inside: bool) -> None:
-        self._form = form
-        self.inside = inside
-        self._held = ""
-        # White space on both sides of a marker is none of the reasoning's, nor of the text's.
-        self._drop_space = inside
-
-    def feed(self, piece: str) -> tuple[str, str]:
-        self._held += piece
-        reasoning = ""
-        if not (self.inside or self.over):
-            self._look_for_opening()
-        if self.inside:
-            reasoning = self._reason()
-        return reasoning, self._text() if self.over else ""
-
-    def _look_for_opening(self) -> None:
-        begun, opening = self._held.lstrip(), self._form.opening
-        if begun.startswith(opening):
-            self._held = begun[len(opening) :]
-            self.inside = self._drop_space = True
-        elif not opening.startswith(begun):
-            self.over = True
-
-    def _reason(self) -> str:
-        if self._drop_space:
-            self._held = self._held.lstrip()
-            self._drop_space = not self._held
-        reasoning, closing, rest = self._held.partition(self._form.closing)
-        if closing:
-            self.inside, self.over, self._drop_space = False, True, True
-            self._held = rest
-            return reasoning.rstrip()
-        keep = overlap(reasoning, self._form.closing)
-        passed = reasoning[: len(reasoning) - keep].rstrip()
-        self._held = reasoning[len(passed) :]
-        return passed
-
-    def _text(self) -> str:
-        if self._drop_space:
-            self._held = self._held.lstrip()
-            self._drop_space = not self._held
-        text, self._held = self._held, ""
-        return text
-
-    def flush(self) -> tuple[str, str]:
-        held, self._held = self._held, ""
-        return (held.rstrip(), "") if self.inside else ("", held)
-
-    def begin_text(self) -> None:
-        self.inside, self.over, self._drop_space, self._held = False, True, True, ""
-
-
-# What a channel's name and its body are between, by OpenAI's harmony format.
-_BODY, _STARTS = "<|message|>", ("<|end|>", "<|start|>", "<|call|>", "<|return|>")
+        Raises:
+            UnsupportedParameterError: The template has no such variable, or the model does not
+                reason.
+        """
+        values = {name: value for name, value in given.items() if self.takes(name)}
+        for name in given.keys() - values.keys():
+            # A model that does not reason need not be told so.
+            if self.form or name not in _SWITCHES or given[name]:
+                raise UnsupportedParameterError(
+                    f"chat_template_kwargs.{name}: the model's chat template has no such variable.",
+                    param=f"chat_template_kwargs.{name}",
+                )
+        switch = {name: effort != "none" for name in _SWITCHES if self.takes(name)}
+        if effort is None:
+            return values, None
+        if self.takes("reasoning_effort") and effort != "none":
+            return {"reasoning_effort": effort, **switch, **values}, None
+        if self.form is None and effort != "none":
+            raise UnsupportedParameterError(
+                "reasoning_effort: the model does not reason.", param="reasoning_effort"
+            )
+        # A template without levels has reasoning on or off; without a switch it is ended at once.
+        return {**switch, **values}, 0 if effort == "none" and not switch else None
 
 
-class _Channels(Splitter):
-    """Splits by the channel of each message: what is in ``analysis`` is reasoning."""
+class _State(Enum):
+    """How far an answer has come."""
 
-    def __init__(self) -> None:
-        self._in_header = True
-        self._held = ""
-
-    def feed(self, piece: str) -> tuple[str, str]:
-        self._held += piece
-        parts = ["", ""]
-        while True:
-            if self._in_header:
-                header, found, rest = self._held.partition(_BODY)
-                if not found:
-                    break
-                self._held, self._in_header = rest, False
-                self.inside = "analysis" in header
-                self.over = self.over or not self.inside
-            ends = [(at, mark) for mark in _STARTS if (at := self._held.find(mark)) >= 0]
-            at, mark = min(ends, default=(len(self._held), ""))
-            if not mark:
-                at -= max(overlap(self._held, start) for start in _STARTS)
-            parts[not self.inside] += self._held[:at]
-            self._held = self._held[at + len(mark) :]
-            if not mark:
-                break
-            self._in_header, self.inside, self.over = True, False, True
-        return parts[0], parts[1]
-
-    def flush(self) -> tuple[str, str]:
-        held, self._held = self._held, ""
-        if self._in_header:
-            return "", ""
-        return (held, "") if self.inside else ("", held)
-
-    def begin_text(self) -> None:
-        self._in_header, self.inside, self.over, self._held = False, False, True, ""
+    BEGINNING = auto()
+    REASONING = auto()
+    BEHIND = auto()
+    TEXT = auto()
 
 
 class Thinking:
-    """The reasoning of one answer, token by token.
+    """The reasoning of one answer, token by token, until its text begins.
 
     Args:
         form: How the model writes it.
+        marks: Texts of special tokens in its markers, by their ids.
         inside: Whether the prompt has opened it.
         budget: Most tokens of reasoning; ``None``: any number.
         gated: Whether the answer's text has a grammar, which must not hold for the reasoning.
 
     Attributes:
         tokens: How many tokens of reasoning there are.
+        token_ids: The answer's tokens before its text: reasoning, markers and white space.
         gated: Whether the grammar does not hold yet.
+        is_due: Whether the engine is to go on with another request, whose answer is text: the
+            budget is used up, or the grammar begins to hold.
     """
 
     def __init__(
-        self, form: ReasoningFormat, *, inside: bool, budget: int | None, gated: bool
+        self,
+        form: ReasoningFormat,
+        marks: Mapping[int, str],
+        *,
+        inside: bool,
+        budget: int | None,
+        gated: bool,
     ) -> None:
         self._form = form
-        self._splitter = _Channels() if form.channels else _Markers(form, inside=inside)
+        self._marks = marks
+        self._state = _State.REASONING if inside else _State.BEGINNING
         self._budget = budget
+        self._held = self._last = ""
+        self._is_new = self._has_marker = inside
+        # Tokens of which it is not clear yet whether they are text, and their texts.
+        self._unclear: tuple[TokenEvent, list[str]] | None = None
+        # What follows the marker in its last token.
+        self._rest = ""
         self.gated = gated
-        self._reasoned = inside
         self.tokens = 0
+        self.token_ids: list[int] = []
+        self.is_due = inside and budget == 0
 
     @property
-    def inside(self) -> bool:
-        """Whether the reasoning goes on."""
-        return self._splitter.inside
-
-    def add(self, text: str) -> tuple[str, str]:
-        """The reasoning and the text that a further token completes, by the token's own text."""
-        before = self.inside
-        parts = self._splitter.feed(text)
-        self._reasoned = self._reasoned or self.inside
-        self.tokens += before and self.inside
-        return parts
-
-    def flush(self) -> tuple[str, str]:
-        """The reasoning and the text that were held back, at the end of the answer."""
-        return self._splitter.flush()
+    def is_over(self) -> bool:
+        """Whether the reasoning has ended, or the answer has none."""
+        return self._state in (_State.BEHIND, _State.TEXT)
 
     @property
-    def is_due(self) -> bool:
-        """Whether the engine is to go on with another request, where the text begins.
+    def has_text(self) -> bool:
+        """Whether the text has begun: all further tokens are text."""
+        return self._state is _State.TEXT
 
-        Either the budget is used up, or the grammar begins to hold.
+    def split(self, event: TokenEvent, texts: list[str]) -> tuple[str, TokenEvent, list[str]]:
+        """The reasoning that an event completes, and what of the event is the answer's text.
+
+        Args:
+            event: The event; its tokens are left out from the one on at which the next request
+                :attr:`is_due`.
+            texts: The text that each of its tokens completes.
         """
-        if self.inside:
-            return self._budget is not None and self.tokens >= self._budget
-        return self.gated and self._splitter.over
+        if self._unclear is not None:
+            before, texts_before = self._unclear
+            event, texts = _joined(before, event), [*texts_before, *texts]
+            self._unclear, self._held = None, ""
+        reasoning, before_text = "", list[int]()
+        for token, text in zip(event.token_ids, texts, strict=True):
+            was_inside = self._state is _State.REASONING
+            reasoning += self._feed(self._marks.get(token, text), text)
+            if self._state is _State.TEXT:
+                break
+            before_text.append(token)
+            self.tokens += was_inside and self._state is _State.REASONING
+            if self._is_due_now():
+                break
+        used = len(before_text)
+        if event.finish_reason is not None and not self.is_due:
+            reasoning += self._finish(event.finish_reason)
+        if self._state is _State.BEGINNING and not self.is_due:
+            self._unclear = event, texts
+            return "", _rest_of(event, len(texts)), []
+        if self._state is _State.TEXT and not self._has_marker:
+            self.is_due = self.gated
+            used = len(texts) if self.gated else 0
+            return "", _rest_of(event, used), texts[used:]
+        self.token_ids += before_text
+        if self._state is _State.TEXT:
+            texts = [*texts[:used], self._held, *texts[used + 1 :]]
+            return reasoning, _rest_of(event, used), texts[used:]
+        return reasoning, _rest_of(event, len(texts)), []
 
-    def turn(self) -> tuple[bool, str]:
-        """Whether the tokens so far stay, and what follows them in the next request's prompt.
+    def _feed(self, marked: str, text: str) -> str:
+        if self._state is _State.BEHIND:
+            self._begin_text(text)
+            return ""
+        self._held += marked
+        self._last = marked
+        if self._state is _State.BEGINNING:
+            self._look_for_marker()
+        return self._reason() if self._state is _State.REASONING else ""
 
-        Called once :attr:`is_due`. From now on all is text.
+    def _look_for_marker(self) -> None:
+        begun, form = self._held.lstrip(), self._form
+        if begun.startswith(form.opening):
+            self._state, self._held = _State.REASONING, begun[len(form.opening) :]
+            self._is_new = self._has_marker = True
+        elif form.without and begun.startswith(form.without):
+            self._has_marker = True
+            self._close(begun[len(form.without) :])
+        elif not any(marker.startswith(begun) for marker in (form.opening, form.without)):
+            self._state = _State.TEXT
+
+    def _reason(self) -> str:
+        # White space on both sides of a marker is none of the reasoning's, nor of the text's.
+        if self._is_new:
+            self._held = self._held.lstrip()
+            self._is_new = not self._held
+        reasoning, closing, rest = self._held.partition(self._form.closing)
+        if closing:
+            self._close(rest)
+            return reasoning.rstrip()
+        keep = overlap(reasoning, self._form.closing)
+        passed = reasoning[: len(reasoning) - keep].rstrip()
+        self._held = reasoning[len(passed) :]
+        return passed
+
+    def _close(self, rest: str) -> None:
+        self._state, self._rest = _State.BEHIND, rest
+        if not self.gated:
+            self._begin_text(rest)
+
+    def _begin_text(self, text: str) -> None:
+        self._held = text.lstrip()
+        if self._held:
+            self._state = _State.TEXT
+
+    def _is_due_now(self) -> bool:
+        if self._state is _State.REASONING:
+            self.is_due = self._budget is not None and self.tokens >= self._budget
+        else:
+            self.is_due = self.gated and self._state is _State.BEHIND
+        return self.is_due
+
+    def _finish(self, reason: str) -> str:
+        """The engine is at the end before the text has begun; returns the reasoning held back."""
+        held, self._held = self._held, ""
+        if self.gated and reason == "stop":
+            # The model has ended its turn without an answer that the grammar wants.
+            self.is_due = True
+        elif self._state is _State.BEGINNING:
+            self._state = _State.TEXT
+        return held.rstrip() if self._state is _State.REASONING else ""
+
+    def turn(self, end_of_turn: Collection[int]) -> str:
+        """What follows :attr:`token_ids` in the next request's prompt, whose answer is text.
+
+        Called once :attr:`is_due`. ``end_of_turn`` are tokens that may have ended the answer.
         """
-        unfinished, form = self.inside, self._form
-        self._splitter.begin_text()
-        self._budget, self.gated = None, False
-        if not self._reasoned:
-            return False, form.without
-        return True, form.end if unfinished else form.before_text
+        form = self._form
+        if self._state is _State.REASONING:
+            behind = form.forced_end
+            if self.token_ids and self.token_ids[-1] in end_of_turn - self._marks.keys():
+                self.token_ids.pop()
+        elif not self._has_marker:
+            self.token_ids.clear()
+            behind = form.without
+        else:
+            behind = form.before_text
+            if self._rest:
+                # The marker's last token holds more, which the text does not begin with.
+                self.token_ids.pop()
+                behind = self._last.removesuffix(self._rest) + behind
+        self._state, self._held, self._unclear = _State.BEHIND, "", None
+        self._budget, self.gated, self.is_due = None, False, False
+        self._has_marker = True
+        return behind
 
 
-def template_values(
-    given: Mapping[str, Any],
-    effort: str | None,
-    *,
-    mentions: Callable[[str], bool],
-    reasons: bool,
-) -> tuple[dict[str, Any], int | None]:
-    """What a template is told of a caller's wishes, and the budget of reasoning that they mean.
+def _rest_of(event: TokenEvent, first: int) -> TokenEvent:
+    """An event with its tokens from one on alone."""
+    return structs.replace(
+        event,
+        token_ids=event.token_ids[first:],
+        logprobs=event.logprobs[first:],
+        top_logprobs=event.top_logprobs[first:],
+    )
 
-    Args:
-        given: The caller's ``chat_template_kwargs``.
-        effort: The caller's ``reasoning_effort``.
-        mentions: Whether the template has a variable of a name.
-        reasons: Whether the model has a format of reasoning.
 
-    Raises:
-        UnsupportedParameterError: The template has no such variable, or the model does not reason.
-    """
-    for name, value in given.items():
-        asks_for_nothing = name in _SWITCHES and not value and not reasons
-        if not mentions(name) and not asks_for_nothing:
-            raise UnsupportedParameterError(
-                f"chat_template_kwargs.{name}: the model's chat template has no such variable.",
-                param=f"chat_template_kwargs.{name}",
-            )
-    values = {name: value for name, value in given.items() if mentions(name)}
-    switch = next((name for name in _SWITCHES if mentions(name)), None)
-    if effort is None or (effort == "none" and not reasons):
-        return values, None
-    if effort == "none":
-        return ({switch: False, **values}, None) if switch else (values, 0)
-    if mentions("reasoning_effort"):
-        return {"reasoning_effort": effort, **values}, None
-    if not reasons:
-        raise UnsupportedParameterError(
-            "reasoning_effort: the model does not reason.", param="reasoning_effort"
-        )
-    # A template without levels has reasoning on or off.
-    return ({switch: True, **values} if switch else values), None
+def _joined(before: TokenEvent, event: TokenEvent) -> TokenEvent:
+    return structs.replace(
+        event,
+        token_ids=before.token_ids + event.token_ids,
+        logprobs=before.logprobs + event.logprobs,
+        top_logprobs=before.top_logprobs + event.top_logprobs,
+    )

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, pairwise
 from operator import itemgetter
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from tokenizers import AddedToken, Encoding, Tokenizer
@@ -27,7 +26,7 @@ from app.llm.models.chat_template import LOOK_SECONDS, RENDER_SECONDS, ChatTempl
 from app.llm.models.load_errors import is_failure
 from app.llm.models.renamed_tokens import rename_added_tokens
 from app.llm.protocol import EngineInfo
-from app.llm.reasoning import Thinking, keeps_reasoning, reasoning_format
+from app.llm.reasoning import REASONING_MEMBERS, ModelReasoning, Thinking
 from app.llm.spellings import Spellings
 from app.llm.tools import Tool, tool_format
 from app.utils.errors import ChatTemplateError, ValidationFailedError
@@ -39,9 +38,6 @@ _DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
-
-
-_NO_VALUES: Mapping[str, Any] = MappingProxyType({})
 
 
 class _Answer(NamedTuple):
@@ -58,9 +54,8 @@ class PromptTokenizer:
 
     ``decoder`` is the copy of the tokenizer for the event loop. ``template_tokens`` are the
     spellings of the special tokens that frame turns in the chat template. ``frames_turns`` is false
-    where plain text does, which a message can imitate. ``reasoning`` is the form of reasoning, if
-    the model has one, and ``marker_tokens`` are the special tokens of its markers;
-    ``keeps_reasoning`` says whether the template reads that of earlier answers.
+    where plain text does, which a message can imitate. ``reasoning`` is what the template says of
+    reasoning.
     """
 
     def __init__(self, info: EngineInfo) -> None:
@@ -74,10 +69,9 @@ class PromptTokenizer:
         # The other special tokens, such as <s>, may be meant in an answer.
         self.template_tokens = tuple(t for t in special if t in template)
         self.special_token_ids = frozenset(special.values())
-        self.reasoning = reasoning_format(template, {t.content for t in added.values()})
-        self.keeps_reasoning = keeps_reasoning(template)
-        markers = "\n".join(self.reasoning.markers) if self.reasoning else ""
-        self.marker_tokens = {i: text for text, i in special.items() if text in markers}
+        self.reasoning = ModelReasoning(
+            template, {t.content: (i, t.special) for i, t in added.items()}, info.special_tokens
+        )
         self._chat_mark = self._write("!")
         self._message_mark = spellings.marked(r"#(\d+)")
         self._kept = re.compile(spellings.mark(r"@([\d,]+)") + "(?s:(.*?))" + self._write("/"))
@@ -125,29 +119,20 @@ class PromptTokenizer:
         """End the encoder's thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def takes(self, name: str) -> bool:
-        """Whether the chat template has a variable that callers may set."""
-        return self._template.takes(name)
-
     def chat_prompt(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Tool] = (),
-        values: Mapping[str, Any] = _NO_VALUES,
+        values: Mapping[str, Any] | None = None,
     ) -> str:
         """What :meth:`render_chat` returns, marked so that :meth:`encode` knows what it is."""
         return self._chat_mark + self.render_chat(messages, tools, values)
 
     def thinking(self, prompt: str, *, budget: int | None, gated: bool) -> Thinking | None:
-        """Finds the reasoning in the answer to a prompt; ``None`` where there is none.
-
-        For the other arguments see :class:`Thinking`.
-        """
-        form, end = self.reasoning, prompt.rstrip()
-        if form is None or not prompt.startswith(self._chat_mark) or end.endswith(form.closing):
+        """See :meth:`ModelReasoning.thinking`; a bare prompt's answer has no reasoning."""
+        if not prompt.startswith(self._chat_mark):
             return None
-        inside = end.endswith(form.opening.rstrip())
-        return Thinking(form, inside=inside, budget=budget, gated=gated)
+        return self.reasoning.thinking(prompt, budget=budget, gated=gated)
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt: of bare text, or of what :meth:`chat_prompt` returned."""
@@ -159,7 +144,7 @@ class PromptTokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Tool] = (),
-        values: Mapping[str, Any] = _NO_VALUES,
+        values: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a chat's prompt; see :meth:`render_chat`."""
         return self.encode_rendered(self.render_chat(messages, tools, values))
@@ -168,13 +153,13 @@ class PromptTokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Tool] = (),
-        values: Mapping[str, Any] = _NO_VALUES,
+        values: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt for a chat, which ends where the assistant's turn begins.
 
         Each message has ``role`` and ``content``. An earlier answer may have ``token_ids``, which
         are then used in place of encoding its content, and ``reasoning_content``. ``values`` are
-        further variables of the template, see :meth:`takes`.
+        further variables of the template, see :meth:`ModelReasoning.values`.
 
         Returns:
             Text for :meth:`encode_rendered`, with placeholders for spellings of special tokens.
@@ -242,13 +227,13 @@ class PromptTokenizer:
         messages: Sequence[Mapping[str, Any]],
         contents: Sequence[str],
         tools: Sequence[dict[str, Any]] = (),
-        values: Mapping[str, Any] = _NO_VALUES,
+        values: Mapping[str, Any] | None = None,
     ) -> str:
         chat: list[dict[str, str]] = []
         for message, content in zip(messages, contents, strict=True):
             chat.append({"role": message["role"], "content": content})
             if reasoning := message.get("reasoning_content"):
-                chat[-1]["reasoning_content"] = self._spellings.escape(reasoning)
+                chat[-1] |= dict.fromkeys(REASONING_MEMBERS, self._spellings.escape(reasoning))
         return self._template.render(chat, tools, values)
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -5,18 +5,18 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from app.core.config import ModelSettings
 from app.core.config.security import SecuritySettings
 from app.core.usage import UsageLedger
-from app.llm.client.admission import Place
+from app.llm.answer_text import TextPiece
 from app.llm.client.client import EngineClient
+from app.llm.client.place import Place
 from app.llm.ebnf.check import fit_grammar
-from app.llm.generator import GenerationOptions, TextGenerator, TextPiece
+from app.llm.generator import GenerationOptions, TextGenerator
 from app.llm.models.recommended_sampling import DEFAULT_SAMPLING
 from app.llm.protocol import Grammar, SamplingParams
-from app.llm.reasoning import template_values
 from app.llm.report import GenerationReport
 from app.llm.system_prompt import SYSTEM_PROMPT
 from app.llm.tool_calls import ToolCallParser
@@ -24,7 +24,7 @@ from app.llm.tools import ChatMessage, Tool, ToolCall, ToolUse
 from app.services.answers import Answer, Job
 from app.services.flights import Flight
 from app.services.response_cache import ResponseCache, cache_key
-from app.services.screening import AnswerScreen, Screening
+from app.services.screening import Screening
 from app.utils.errors import (
     InternalError,
     PromptTooLongError,
@@ -143,38 +143,34 @@ class GenerationService:
         self, flight: Flight, job: Job, options: GenerationOptions, place: Place
     ) -> GenerationReport:
         trigger = self._generator.tool_format.trigger if job.tools else None
-        screen = self._screening.answer(self._engine.template_tokens, job.grammar, trigger)
+        tokens = self._engine.template_tokens
+        thoughts = self._screening.answer(tokens)
+        screen = self._screening.answer(tokens, job.grammar, trigger)
         calls = self._parser(job.tools)
         report: GenerationReport | None = None
-        # Screens the reasoning, which comes before the text.
-        thoughts: AnswerScreen | None = None
+        is_over = False
         async with aclosing(self._stream(job, options)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, TextPiece):
                     flight.logprobs += piece.logprobs
                     report = piece.report
-                    if piece.reasoning:
-                        thoughts = thoughts or self._screening.answer(self._engine.template_tokens)
-                        flight.add_reasoning(thoughts.feed(piece.reasoning))
-                if thoughts is not None and (piece or report is not None):
-                    flight.add_reasoning(thoughts.flush())
-                if thoughts is not None and thoughts.blocked:
-                    place.finish()
-                    break
+                    flight.add_reasoning(thoughts.feed(piece.reasoning))
                 if piece:
-                    thoughts = None
+                    flight.add_reasoning(thoughts.flush())
                 passed = screen.feed(piece)
                 flight.add(passed)
                 if calls is not None:
                     calls.feed(passed)
-                if screen.blocked or (calls is not None and calls.repeats):
+                is_over = thoughts.blocked or screen.blocked or bool(calls and calls.repeats)
+                if is_over:
                     place.finish()
                     break
+        flight.add_reasoning(thoughts.flush())
         flight.add(screen.flush())
-        blocked = screen.blocked or (thoughts is not None and thoughts.blocked)
-        if blocked or (calls is not None and calls.repeats):
-            tokens = place.prompt_tokens, place.cached_tokens, place.completion_tokens
-            return GenerationReport("content_filter" if blocked else "stop", *tokens)
+        blocked = thoughts.blocked or screen.blocked
+        if blocked or is_over:
+            counts = place.prompt_tokens, place.cached_tokens, place.completion_tokens
+            return GenerationReport("content_filter" if blocked else "stop", *counts)
         if report is None:
             raise InternalError
         return replace(report, token_ids=()) if screen.changed else report
@@ -283,8 +279,7 @@ class GenerationService:
         if job.prompt is not None:
             return replace(job, prompt=clean(job.prompt, param="prompt"))
         messages: list[ChatMessage] = [
-            {**m, **self._clean_reasoning(m), "content": clean(m["content"], param="messages")}
-            for m in job.messages
+            {**m, "content": clean(m["content"], param="messages")} for m in job.messages
         ]
         if job.tools is None:
             return replace(job, messages=messages)
@@ -300,28 +295,24 @@ class GenerationService:
     def _with_reasoning(self, job: Job) -> Job:
         """What a job asks of reasoning, in the words of the model's template."""
         if job.template_values or job.reasoning_effort is not None:
-            tokenizer = self._generator.tokenizer
-            values, budget = template_values(
+            values, budget = self._generator.tokenizer.reasoning.values(
                 self._screening.values(job.template_values, param="chat_template_kwargs"),
                 job.reasoning_effort,
-                mentions=tokenizer.takes,
-                reasons=tokenizer.reasoning is not None,
             )
             budget = job.thinking_budget if budget is None else budget
             job = replace(
                 job, template_values=values, reasoning_effort=None, thinking_budget=budget
             )
-        told = [m for m in job.messages if "reasoning_content" in m]
-        if told and not self._generator.tokenizer.keeps_reasoning:
-            plain = [{n: v for n, v in m.items() if n != "reasoning_content"} for m in job.messages]
-            return replace(job, messages=cast("list[ChatMessage]", plain))
+        if any("reasoning_content" in m for m in job.messages):
+            job = replace(job, messages=[self._with_clean_reasoning(m) for m in job.messages])
         return job
 
-    def _clean_reasoning(self, message: ChatMessage) -> dict[str, str]:
-        reasoning = message.get("reasoning_content")
-        if not reasoning:
-            return {}
-        return {"reasoning_content": self._screening.prompt(reasoning, param="messages")}
+    def _with_clean_reasoning(self, message: ChatMessage) -> ChatMessage:
+        message = {**message}
+        reasoning = message.pop("reasoning_content", "")
+        if reasoning and self._generator.tokenizer.reasoning.is_kept:
+            message["reasoning_content"] = self._screening.prompt(reasoning, param="messages")
+        return message
 
     def _with_clean_calls(self, message: ChatMessage) -> ChatMessage:
         calls: list[ToolCall] = []
@@ -332,7 +323,9 @@ class GenerationService:
         return {**message, "tool_calls": calls} if calls else message
 
     def _check_length(self, job: Job) -> None:
-        characters = len(job.prompt or "") + sum(len(m["content"]) for m in job.messages)
+        characters = len(job.prompt or "") + sum(
+            len(m["content"]) + len(m.get("reasoning_content", "")) for m in job.messages
+        )
         characters += sum(len(json.dumps(t.definition())) for t in _tools_of(job))
         if characters > self._max_prompt_chars:
             raise PromptTooLongError(

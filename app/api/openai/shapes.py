@@ -136,12 +136,16 @@ class ChatCompletionShape(OpenAIShape):
     begin: ClassVar = {"delta": {"role": "assistant", "content": ""}}
     ending: ClassVar = {"delta": {}}
 
+    def __init__(self, *args: Any, reasoning_names: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reasoning_names = reasoning_names
+
     def delta(self, piece: Piece) -> Event:
         """Text, or a part of a call."""
         if isinstance(piece, str):
             return {"delta": {"content": piece}}
         if isinstance(piece, ReasoningPiece):
-            return {"delta": {"reasoning_content": piece.text}}
+            return {"delta": dict.fromkeys(self._reasoning_names, piece.text)}
         function: Event = {"arguments": piece.arguments}
         call: Event = {"index": piece.index, "function": function}
         if piece.name is not None:
@@ -162,7 +166,7 @@ class ChatCompletionShape(OpenAIShape):
             calls[piece.index]["function"]["arguments"] += piece.arguments
         message: Event = {"role": "assistant", "content": text, "refusal": None}
         if reasoning := "".join(p.text for p in pieces if isinstance(p, ReasoningPiece)):
-            message["reasoning_content"] = reasoning
+            message |= dict.fromkeys(self._reasoning_names, reasoning)
         if calls:
             message |= {"content": text or None, "tool_calls": calls}
         return {"message": message}

@@ -5,19 +5,16 @@ from the machine but limits neither its time nor the length of its text.
 """
 
 import ctypes
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any, Final
 
 import jinja2
-from jinja2 import meta
 
 from app.utils.errors import ChatTemplateError, ModelLoadError
 
@@ -31,13 +28,6 @@ LOOK_SECONDS: Final = 0.5
 _MAX_TEMPLATE = 1_000_000
 # Most characters of a prompt: so many times those of its messages, and so many more.
 _MAX_GROWTH, _MAX_ADDED = 10, 1_000_000
-# Names by which transformers takes something else than a variable, or has one already.
-_RESERVED = frozenset(
-    (
-        *("conversations", "messages", "tools", "documents", "chat_template"),
-        *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
-    )
-)
 
 
 class _OverdueError(BaseException):
@@ -66,37 +56,22 @@ class ChatTemplate:
         # The thread that renders, and since when.
         self._rendering: tuple[int, float] | None = None
 
-    def takes(self, name: str) -> bool:
-        """Whether a caller may set a variable, and the template reads it."""
-        taken = name in _RESERVED or name in self._variables
-        return not taken and name in self._read_variables
-
-    @cached_property
-    def _read_variables(self) -> set[str]:
-        # The library's own tags would be unknown to this parser; they hold no variables.
-        source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.source)
-        parser = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])  # noqa: S701  # nosec B701
-        try:
-            return meta.find_undeclared_variables(parser.parse(source))
-        except jinja2.TemplateError:
-            return set()
-
     def render(
         self,
         chat: Sequence[Mapping[str, str]],
         tools: Sequence[Mapping[str, Any]] = (),
-        values: Mapping[str, Any] = MappingProxyType({}),
+        values: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt for a chat, which ends where the assistant's turn begins.
 
-        ``values`` are further variables, see :meth:`takes`.
+        ``values`` are further variables.
 
         Raises:
             ChatTemplateError: The template rejects the messages, fails, takes too long or makes too
                 much of them.
         """
         try:
-            text = self._render(chat, tools, values)
+            text = self._render(chat, tools, values or {})
         except jinja2.TemplateError as error:
             # The template's author wrote the text for callers; what is longer is something else.
             reason = " ".join(str(error).split())[:200]
