@@ -19,10 +19,10 @@ from app.utils.errors import UnsupportedParameterError
 # Variables by which templates switch reasoning on and off: Qwen's, and DeepSeek's and Granite's.
 _SWITCHES = ("enable_thinking", "thinking")
 # Variables that templates have already, and arguments of the function that renders them.
-_RESERVED = (
+_RESERVED = {
     *("conversations", "messages", "tools", "documents", "chat_template"),
     *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
-)
+}
 REASONING_MEMBERS = ("reasoning_content", "reasoning", "thinking")
 """Names by which templates read the reasoning of an earlier answer."""
 
@@ -78,7 +78,7 @@ class ModelReasoning:
     Args:
         template: The chat template.
         added_tokens: The tokenizer's added tokens: for each text its id, and whether it is special.
-        reserved: Variables of the template that callers may not set.
+        variables: Names that the template reads, but for those of special tokens.
 
     Attributes:
         form: How the model writes it; ``None`` where it does not reason.
@@ -89,10 +89,9 @@ class ModelReasoning:
         self,
         template: str,
         added_tokens: Mapping[str, tuple[int, bool]],
-        reserved: Collection[str] = (),
+        variables: Collection[str],
     ) -> None:
-        self._template = template
-        self._reserved = {*_RESERVED, *reserved}
+        self._variables = set(variables) - _RESERVED
         signs = (f for f in _FORMATS if f.sign in template or f.sign in added_tokens)
         self.form = next(signs, None)
         names = "|".join(REASONING_MEMBERS)
@@ -116,11 +115,6 @@ class ModelReasoning:
         inside = end.endswith(form.opening.rstrip())
         return Thinking(form, self._marks, inside=inside, budget=budget, gated=gated)
 
-    def takes(self, name: str) -> bool:
-        """Whether the template mentions a variable that callers may set."""
-        mention = rf"""(?<![\w.'"]){re.escape(name)}\b"""
-        return name not in self._reserved and re.search(mention, self._template) is not None
-
     def values(
         self, given: Mapping[str, Any], effort: str | None
     ) -> tuple[dict[str, Any], int | None]:
@@ -134,7 +128,7 @@ class ModelReasoning:
             UnsupportedParameterError: The template has no such variable, or the model does not
                 reason.
         """
-        values = {name: value for name, value in given.items() if self.takes(name)}
+        values = {name: value for name, value in given.items() if name in self._variables}
         for name in given.keys() - values.keys():
             # A model that does not reason need not be told so.
             if self.form or name not in _SWITCHES or given[name]:
@@ -142,17 +136,18 @@ class ModelReasoning:
                     f"chat_template_kwargs.{name}: the model's chat template has no such variable.",
                     param=f"chat_template_kwargs.{name}",
                 )
-        switch = {name: effort != "none" for name in _SWITCHES if self.takes(name)}
+        switch = {name: effort != "none" for name in _SWITCHES if name in self._variables}
         if effort is None:
             return values, None
-        if self.takes("reasoning_effort") and effort != "none":
+        if "reasoning_effort" in self._variables and effort != "none":
             return {"reasoning_effort": effort, **switch, **values}, None
         if self.form is None and effort != "none":
             raise UnsupportedParameterError(
                 "reasoning_effort: the model does not reason.", param="reasoning_effort"
             )
         # A template without levels has reasoning on or off; without a switch it is ended at once.
-        return {**switch, **values}, 0 if effort == "none" and not switch else None
+        ends = effort == "none" and not switch and self.form is not None
+        return {**switch, **values}, 0 if ends else None
 
 
 class _State(Enum):
@@ -308,13 +303,12 @@ class Thinking:
 
     def _finish(self, reason: str) -> str:
         """The engine is at the end before the text has begun; returns the reasoning held back."""
-        held, self._held = self._held, ""
         if self.gated and reason == "stop":
             # The model has ended its turn without an answer that the grammar wants.
             self.is_due = True
         elif self._state is _State.BEGINNING:
             self._state = _State.TEXT
-        return held.rstrip() if self._state is _State.REASONING else ""
+        return self._held.rstrip() if self._state is _State.REASONING else ""
 
     def turn(self, end_of_turn: Collection[int]) -> str:
         """What follows :attr:`token_ids` in the next request's prompt, whose answer is text.

@@ -70,7 +70,9 @@ class PromptTokenizer:
         self.template_tokens = tuple(t for t in special if t in template)
         self.special_token_ids = frozenset(special.values())
         self.reasoning = ModelReasoning(
-            template, {t.content: (i, t.special) for i, t in added.items()}, info.special_tokens
+            template,
+            {t.content: (i, t.special) for i, t in added.items()},
+            self._template.variables - info.special_tokens.keys(),
         )
         self._chat_mark = self._write("!")
         self._message_mark = spellings.marked(r"#(\d+)")

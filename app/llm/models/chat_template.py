@@ -5,6 +5,7 @@ from the machine but limits neither its time nor the length of its text.
 """
 
 import ctypes
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any, Final
 
 import jinja2
+from jinja2 import meta
 
 from app.utils.errors import ChatTemplateError, ModelLoadError
 
@@ -55,6 +57,17 @@ class ChatTemplate:
         self._lock = threading.Lock()
         # The thread that renders, and since when.
         self._rendering: tuple[int, float] | None = None
+
+    @property
+    def variables(self) -> set[str]:
+        """Names that the template reads, its functions included; none where it is broken."""
+        # The library's own tags would be unknown to this parser; they have no variables.
+        source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.source)
+        parser = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])  # noqa: S701 - parses alone  # nosec B701
+        try:
+            return meta.find_undeclared_variables(parser.parse(source))
+        except (jinja2.TemplateError, SyntaxError, RecursionError):
+            return set()
 
     def render(
         self,
