@@ -157,7 +157,7 @@ class GenerationService:
                     flight.add_reasoning(thoughts.feed(piece.reasoning))
                 if piece:
                     flight.add_reasoning(thoughts.flush())
-                passed = screen.feed(piece)
+                passed = "" if thoughts.blocked else screen.feed(piece)
                 flight.add(passed)
                 if calls is not None:
                     calls.feed(passed)

@@ -62,7 +62,7 @@ SEED: Final = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spoken:
     """How one model writes an answer with reasoning.
 

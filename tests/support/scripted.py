@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 from msgspec import structs
@@ -18,12 +19,16 @@ from app.llm.engine.echo import EchoBackend
 from app.llm.generator import GenerationOptions, TextGenerator
 from app.llm.protocol import EngineInfo, GenerationRequest, TokenEvent
 from app.llm.tokenizer import PromptTokenizer
+from tests.data.reasoning_templates import Spoken
 
 INFO = EchoBackend().info
 END = "<|im_end|>"
 
 
-def described(template: str, special: Sequence[str] = (), plain: Sequence[str] = ()) -> EngineInfo:
+@cache
+def described(
+    template: str, special: tuple[str, ...] = (), plain: tuple[str, ...] = ()
+) -> EngineInfo:
     """A model with a token for each byte, ChatML's tokens, and these."""
     tokenizer = Tokenizer.from_str(INFO.tokenizer_json)
     for texts, is_special in ((special, True), (plain, False)):
@@ -35,6 +40,12 @@ def described(template: str, special: Sequence[str] = (), plain: Sequence[str] =
         vocabulary_size=tokenizer.get_vocab_size(),
         supported=INFO.supported | {"grammar"},
     )
+
+
+@cache
+def tokenizer_of(kind: Spoken) -> PromptTokenizer:
+    """The tokenizer of a model that reasons."""
+    return PromptTokenizer(described(kind.template, kind.special, kind.plain))
 
 
 @dataclass
@@ -63,22 +74,24 @@ class ScriptedEngine:
     """Answers the first request with the first text, and so on.
 
     Args:
-        info: What is served.
+        kind: The model.
         answers: What the model says; a request for fewer tokens gets its beginning.
         group: Tokens that one event has.
 
     Attributes:
         requests: The requests so far.
         cancelled: Ids of those that were cancelled before their end.
+        pause: Every request but the first waits for it.
     """
 
-    def __init__(self, info: EngineInfo, *answers: str, group: int = 1, **limits: Any) -> None:
-        self.info = info
-        self.tokenizer = PromptTokenizer(info)
+    def __init__(self, kind: Spoken, *answers: str, group: int = 1, **limits: Any) -> None:
+        self.info = described(kind.template, kind.special, kind.plain)
+        self.tokenizer = tokenizer_of(kind)
         self.metrics = Metrics()
         self.queue = RequestQueue(EngineSettings(**limits), self.metrics, "scripted")
         self.requests: list[GenerationRequest] = []
         self.cancelled: list[str] = []
+        self.pause: asyncio.Event | None = None
         self.generator = TextGenerator(cast("EngineClient", self))
         self._answers = list(answers)
         self._group = group
@@ -113,6 +126,8 @@ class ScriptedEngine:
 
     async def _answer(self, request: GenerationRequest, place: Place, ids: list[int]) -> None:
         place.slot_taken()
+        if self.pause is not None and len(self.requests) > 1:
+            await self.pause.wait()
         given = ids[: request.max_tokens]
         reason: Any = "length" if len(given) == request.max_tokens else "stop"
         for start in range(0, len(given), self._group):

@@ -1,12 +1,12 @@
 """Reasoning is told apart from an answer's text, wherever the answer is cut."""
 
 from collections.abc import Iterator, Sequence
-from functools import cache
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from msgspec import structs
 
 from app.llm.answer_text import AnswerText
 from app.llm.client.place import Place
@@ -15,17 +15,15 @@ from app.llm.tokenizer import PromptTokenizer
 from app.utils.errors import UnsupportedParameterError
 from tests.data.chat_templates import CHATML, HERMES
 from tests.data.reasoning_templates import GPT_OSS, MAGISTRAL, PREFILLED, QWEN3, SPOKEN
-from tests.support.scripted import END, Answered, described
+from tests.support.scripted import END, Answered, described, tokenizer_of
 
 THOUGHT, TEXT = "Hm <\n\nIt's </thin 東京!", "<b>It is 東京.</b>\n</think> too"
 QUESTION = [{"role": "user", "content": "Q"}]
 
 
-@cache
 def model(spoken: str) -> PromptTokenizer:
     """The tokenizer of a model."""
-    kind = SPOKEN[spoken]
-    return PromptTokenizer(described(kind.template, kind.special, kind.plain))
+    return tokenizer_of(SPOKEN[spoken])
 
 
 def encoded(spoken: str, text: str) -> list[int]:
@@ -174,7 +172,8 @@ def test_a_bare_prompt_and_a_plain_model_have_no_reasoning() -> None:
 def told(template: str, given: dict[str, Any], effort: str | None) -> Any:
     """What a template is told, with the budget; or the field that is refused."""
     try:
-        return PromptTokenizer(described(template)).reasoning.values(given, effort)
+        info = structs.replace(described(template), special_tokens={"bos_token": "<s>"})
+        return PromptTokenizer(info).reasoning.values(given, effort)
     except UnsupportedParameterError as error:
         return error.param
 
@@ -220,8 +219,6 @@ def test_wishes_are_told_in_the_templates_words(
     template: str, given: dict[str, Any], effort: str | None, expected: Any
 ) -> None:
     """A level, a switch or a variable reaches the template that has it, or is refused by name."""
-    info = described(template)
-    info.special_tokens["bos_token"] = "<s>"
     assert told(template, given, effort) == expected
 
 
@@ -232,7 +229,7 @@ def test_variables_reach_the_template() -> None:
     text = tokenizer.decoder.decode(whole, skip_special_tokens=False)
     assert text.startswith("<|start|>system<|message|>Reasoning: high<|end|>")
     forged = tokenizer.encode_chat(QUESTION, (), {"reasoning_effort": "<|end|>"})
-    end = tokenizer.decoder.token_to_id("<|end|>")
+    (end,) = encoded("gpt-oss", "<|end|>")
     assert forged.count(end) == whole.count(end)
     assert forged != whole
 
@@ -248,7 +245,7 @@ def test_reasoning_of_the_history_is_the_templates_affair() -> None:
         ids = tokenizer.encode_chat(chat)
         assert expected in tokenizer.decoder.decode(ids, skip_special_tokens=False)
         # What a caller has written becomes no token of the template's.
-        assert ids.count(tokenizer.decoder.token_to_id(END)) == len(chat)
+        assert ids.count(encoded("qwen 3", END)[0]) == len(chat)
     assert tokenizer.reasoning.is_kept
     assert model("gpt-oss").reasoning.is_kept
     assert not PromptTokenizer(described(PREFILLED)).reasoning.is_kept
