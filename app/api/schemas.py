@@ -27,8 +27,9 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails | None = Field(
-        None, description="Left out where there is no reasoning."
+    completion_tokens_details: CompletionTokensDetails = Field(
+        CompletionTokensDetails(reasoning_tokens=0),
+        description="Left out where there is no reasoning.",
     )
     dropped_messages: int = Field(
         0, description="Messages of the history that did not fit; left out where none."

@@ -132,7 +132,7 @@ class PromptTokenizer:
 
     def thinking(self, prompt: str, *, budget: int | None, gated: bool) -> Thinking | None:
         """See :meth:`ModelReasoning.thinking`; a bare prompt's answer has no reasoning."""
-        if not prompt.startswith(self._chat_mark):
+        if self.reasoning.form is None or not prompt.startswith(self._chat_mark):
             return None
         return self.reasoning.thinking(prompt, budget=budget, gated=gated)
 

@@ -116,7 +116,7 @@ class ResponseObject(BaseModel):
     instructions: str | None
     max_output_tokens: int | None
     metadata: Any
-    reasoning: dict[str, Any]
+    reasoning: dict[str, Any] = Field({}, description="The effort, if one was asked for.")
     parallel_tool_calls: bool
     previous_response_id: str | None
     prompt_cache_key: Any = Field("", description="As it was sent.")

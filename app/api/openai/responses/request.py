@@ -252,7 +252,7 @@ class ResponsesRequest(OpenAISampling, PlatformHints):
             "metadata": {},
             "parallel_tool_calls": self.parallel_tool_calls,
             "previous_response_id": self.previous_response_id,
-            "reasoning": {"effort": self.effort, "summary": None},
+            **({"reasoning": {"effort": self.effort}} if self.effort else {}),
             **({"conversation": {"id": self.conversation}} if self.conversation else {}),
             "text": {"format": {"type": "text"}} | (_dump(self.text) if self.text else {}),
             "tool_choice": choice if isinstance(choice, str) else _dump(choice),
