@@ -18,9 +18,10 @@ from app.utils.errors import UnsupportedParameterError
 
 # Variables by which templates switch reasoning on and off: Qwen's, and DeepSeek's and Granite's.
 _SWITCHES = ("enable_thinking", "thinking")
-# Variables that templates have already, and arguments of the function that renders them.
+# What templates have already, and arguments of the function that renders them.
 _RESERVED = {
     *("conversations", "messages", "tools", "documents", "chat_template"),
+    *("raise_exception", "strftime_now"),
     *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
 }
 REASONING_MEMBERS = ("reasoning_content", "reasoning", "thinking")
@@ -303,6 +304,9 @@ class Thinking:
 
     def _finish(self, reason: str) -> str:
         """The engine is at the end before the text has begun; returns the reasoning held back."""
+        if reason == "stop" and self._state is _State.REASONING:
+            # The last token is the end of the turn.
+            self.tokens -= 1
         if self.gated and reason == "stop":
             # The model has ended its turn without an answer that the grammar wants.
             self.is_due = True

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from app.llm.chain import ServedPipeline
 from app.llm.generator import GenerationOptions
 from app.llm.protocol import JsonSchemaGrammar, RegexGrammar, SamplingParams
 from app.utils.errors import DeadlineExceededError
@@ -48,7 +49,6 @@ async def test_a_grammar_holds_behind_the_reasoning_alone(group: int) -> None:
     assert scripted.queue.is_empty
     assert scripted.value("llm_request_duration_seconds_count", finish_reason="stop") == 1
     assert scripted.value("llm_request_queue_seconds_count") == 1
-    assert scripted.cancelled == ([first.id] if group < 1000 else [])
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,14 @@ async def test_where_a_grammar_begins(spoken: str, first: str, behind: str, grou
     assert answered.text == "{}"
     assert answered.reasoning == ("Hm" if "Hm" in first else "")
     assert prompts(scripted) == ["", behind]
+
+
+async def test_the_first_request_is_cancelled() -> None:
+    """The engine stops the first request where the second begins, and it is no caller's leaving."""
+    scripted = engine("<think>\nHm\n</think>\n\n", f"{{}}{END}")
+    assert (await scripted.ask(grammar=GRAMMAR)).text == "{}"
+    assert scripted.cancelled == [scripted.requests[0].id]
+    assert scripted.value("llm_requests_cancelled_total") == 0
 
 
 async def test_a_prompt_without_reasoning_needs_one_request() -> None:
@@ -149,7 +157,7 @@ async def test_fields_of_the_second_request() -> None:
 @pytest.mark.parametrize("leg", [1, 2])
 async def test_a_caller_that_leaves_stops_either_request(leg: int) -> None:
     """Whoever leaves in the reasoning or in the text leaves nothing behind."""
-    scripted = engine(f"<think>\n{'m' * 50}{END}", f"{'t' * 50}{END}")
+    scripted = engine(f"<think>\n{'m' * 50}", f"{'t' * 50}")
     options = GenerationOptions(thinking_budget=10, max_tokens=500)
     prompt = scripted.tokenizer.chat_prompt([{"role": "user", "content": "Q"}])
     async with aclosing(scripted.generator.stream(prompt, options)) as pieces:
@@ -172,3 +180,19 @@ async def test_the_deadline_holds_for_both_requests() -> None:
         await scripted.ask(grammar=GRAMMAR, max_tokens=6000)
     assert len(scripted.requests) == 2
     assert scripted.queue.is_empty
+
+
+async def test_langchain_has_the_reasoning_beside_the_text() -> None:
+    """A LangChain program gets the text, and the reasoning in generation_info."""
+    scripted = engine(*(f"<think>\nHm\n</think>\n\nSo{END}" for _ in range(2)))
+    pipeline = ServedPipeline(
+        model_id="scripted", generator=scripted.generator, loop=asyncio.get_running_loop()
+    )
+    prompt = scripted.tokenizer.chat_prompt([{"role": "user", "content": "Q"}])
+    ((generation,),) = (await pipeline.agenerate([prompt])).generations
+    info = generation.generation_info or {}
+    assert (generation.text, info["reasoning_content"], info["finish_reason"]) == (
+        *("So", "Hm"),
+        "stop",
+    )
+    assert "".join([piece async for piece in pipeline.astream(prompt)]) == "So"

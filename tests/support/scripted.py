@@ -75,7 +75,8 @@ class ScriptedEngine:
 
     Args:
         kind: The model.
-        answers: What the model says; a request for fewer tokens gets its beginning.
+        answers: What the model says; a request for fewer tokens gets its beginning. One without
+            the token that ends a turn says no more, and does not end.
         group: Tokens that one event has.
 
     Attributes:
@@ -129,17 +130,21 @@ class ScriptedEngine:
         if self.pause is not None and len(self.requests) > 1:
             await self.pause.wait()
         given = ids[: request.max_tokens]
-        reason: Any = "length" if len(given) == request.max_tokens else "stop"
+        reason: Any = None
+        if len(given) == request.max_tokens:
+            reason = "length"
+        elif given[-1:] == self.ids(END):
+            reason = "stop"
         for start in range(0, len(given), self._group):
             await asyncio.sleep(0)
             tokens = given[start : start + self._group]
-            is_last = start + self._group >= len(given)
-            if is_last:
+            ends = reason if start + self._group >= len(given) else None
+            if ends is not None:
                 self._ended.add(request.id)
             logprobs = [-float(t) for t in tokens] if request.logprobs else []
-            place.deliver(
-                TokenEvent(request.id, tokens, logprobs, finish_reason=reason if is_last else None)
-            )
+            place.deliver(TokenEvent(request.id, tokens, logprobs, finish_reason=ends))
+        if reason is None:
+            await asyncio.Event().wait()
 
     async def ask(self, **options: Any) -> Answered:
         """Answer a chat of one message."""

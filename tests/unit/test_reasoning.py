@@ -139,6 +139,15 @@ def test_an_answer_cut_inside_its_reasoning_has_no_text(spoken: str) -> None:
         assert answered.report.completion_tokens == length
 
 
+def test_a_turn_that_ends_inside_the_reasoning() -> None:
+    """The token that ends the turn is none of the reasoning's."""
+    answered = read("qwen 3", encoded("qwen 3", f"<think>Hm{END}"))
+    assert (answered.reasoning, answered.text) == ("Hm", "")
+    report = answered.report
+    assert (report.reasoning_tokens, report.completion_tokens) == (2, 4)
+    assert report.finish_reason == "stop"
+
+
 @pytest.mark.parametrize(
     ("stop", "expected"),
     [
@@ -211,6 +220,13 @@ ON, OFF = {"enable_thinking": True}, {"enable_thinking": False}
         ),
         ("{{ bos_token }}", {"bos_token": "x"}, None, "chat_template_kwargs.bos_token"),
         ("{{ chat_template }}", {"chat_template": "x"}, None, "chat_template_kwargs.chat_template"),
+        ("{{ range(strftime_now('%d')) }}", {"range": 1}, None, "chat_template_kwargs.range"),
+        (
+            "{{ strftime_now('%d') }}",
+            {"strftime_now": 1},
+            None,
+            "chat_template_kwargs.strftime_now",
+        ),
         # A member of a message is no variable.
         (CHATML, {"content": "x"}, None, "chat_template_kwargs.content"),
     ],

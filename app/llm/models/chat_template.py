@@ -60,14 +60,15 @@ class ChatTemplate:
 
     @property
     def variables(self) -> set[str]:
-        """Names that the template reads, its functions included; none where it is broken."""
+        """Names that the template reads, those of Jinja left out; none where it is broken."""
         # The library's own tags would be unknown to this parser; they have no variables.
         source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.source)
         parser = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])  # noqa: S701 - parses alone  # nosec B701
         try:
-            return meta.find_undeclared_variables(parser.parse(source))
+            names = meta.find_undeclared_variables(parser.parse(source))
         except (jinja2.TemplateError, SyntaxError, RecursionError):
             return set()
+        return names - parser.globals.keys()
 
     def render(
         self,
