@@ -11,7 +11,7 @@ from app.llm.chain import ServedPipeline
 from app.llm.generator import GenerationOptions
 from app.llm.protocol import JsonSchemaGrammar, RegexGrammar, SamplingParams
 from app.utils.errors import DeadlineExceededError
-from tests.data.reasoning_templates import SPOKEN
+from tests.data.reasoning_templates import QWEN3, SPOKEN, Spoken
 from tests.support.scripted import END, ScriptedEngine
 
 ANALYSIS = "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|message|>"
@@ -86,6 +86,18 @@ async def test_the_first_request_is_cancelled() -> None:
     assert (await scripted.ask(grammar=GRAMMAR)).text == "{}"
     assert scripted.cancelled == [scripted.requests[0].id]
     assert scripted.value("llm_requests_cancelled_total") == 0
+
+
+async def test_a_token_that_has_the_markers_end_and_more() -> None:
+    """Text in the marker's last token is the answer's; before a grammar it is generated anew."""
+    joined = Spoken(QWEN3, ("<think>", "</think>\n\n"), {}, plain=("k>\n\nHi",))
+    first = f"<think>Hm</think>\n\nHi there{END}"
+    answered = await ScriptedEngine(joined, first).ask()
+    assert (answered.reasoning, answered.text) == ("Hm", "Hi there")
+    scripted = ScriptedEngine(joined, first, f"{{}}{END}")
+    answered = await scripted.ask(grammar=GRAMMAR)
+    assert (answered.reasoning, answered.text) == ("Hm", "{}")
+    assert prompts(scripted) == ["", "<think>Hm</think>\n\n"]
 
 
 async def test_a_prompt_without_reasoning_needs_one_request() -> None:
