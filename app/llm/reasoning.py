@@ -18,6 +18,8 @@ from app.utils.errors import UnsupportedParameterError
 
 # Variables by which templates switch reasoning on and off: Qwen's, and DeepSeek's and Granite's.
 _SWITCHES = ("enable_thinking", "thinking")
+# Characters before the first marker, white space included; a marker has at most 60.
+_MOST_HELD = 128
 # What templates have already, and arguments of the function that renders them.
 _RESERVED = {
     *("conversations", "messages", "tools", "documents", "chat_template"),
@@ -142,7 +144,7 @@ class ModelReasoning:
             return values, None
         if "reasoning_effort" in self._variables and effort != "none":
             return {"reasoning_effort": effort, **switch, **values}, None
-        if self.form is None and effort != "none":
+        if self.form is None and not switch and effort != "none":
             raise UnsupportedParameterError(
                 "reasoning_effort: the model does not reason.", param="reasoning_effort"
             )
@@ -268,7 +270,9 @@ class Thinking:
         elif form.without and begun.startswith(form.without):
             self._has_marker = True
             self._close(begun[len(form.without) :])
-        elif not any(marker.startswith(begun) for marker in (form.opening, form.without)):
+        elif len(self._held) > _MOST_HELD or not any(
+            marker.startswith(begun) for marker in (form.opening, form.without)
+        ):
             self._state = _State.TEXT
 
     def _reason(self) -> str:

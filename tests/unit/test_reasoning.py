@@ -102,6 +102,14 @@ def test_an_answer_without_reasoning_is_text_at_any_cut(spoken: str) -> None:
         assert sum(len(piece.logprobs) for piece in answered.pieces) == len(answer) - 1
 
 
+def test_white_space_is_not_held_for_long() -> None:
+    """An answer that begins with line breaks is passed on, and so costs no more than another."""
+    lines = encoded("qwen 3", "\n" * 300)
+    answered = read("qwen 3", lines, range(1, 300), reason="length")
+    assert answered.text == "\n" * 300
+    assert sum(map(len, answered.pieces[:200])) == 200
+
+
 def test_the_final_channel_alone_is_text() -> None:
     """An answer of gpt-oss that begins with its final channel has the text of that channel."""
     answer = encoded("gpt-oss", f"<|channel|>final<|message|>Hello{END}")
@@ -178,6 +186,9 @@ def test_a_bare_prompt_and_a_plain_model_have_no_reasoning() -> None:
 # --- What the template is told --------------------------------------------------------------------
 
 
+GRANITE = "{% if thinking %}Think first.{% endif %}{{ messages[0].content }}"
+
+
 def told(template: str, given: dict[str, Any], effort: str | None) -> Any:
     """What a template is told, with the budget; or the field that is refused."""
     try:
@@ -205,6 +216,8 @@ ON, OFF = {"enable_thinking": True}, {"enable_thinking": False}
         (PREFILLED, {}, "none", ({}, 0)),
         (MAGISTRAL, {}, "high", ({}, None)),
         (CHATML, {}, "none", ({}, None)),
+        # Granite has a switch, and writes its reasoning into the text.
+        (GRANITE, {}, "low", ({"thinking": True}, None)),
         (CHATML, OFF, "none", ({}, None)),
         (CHATML, {}, "low", "reasoning_effort"),
         (CHATML, ON, None, "chat_template_kwargs.enable_thinking"),
