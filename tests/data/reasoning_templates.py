@@ -5,21 +5,17 @@ from typing import Final
 
 # Qwen 3 writes the reasoning of answers behind the last question, and none before it.
 QWEN3: Final = (
-    "{% set ns = namespace(last=0) %}"
-    "{% for m in messages %}{% if m.role == 'user' and not (m.content.startswith('<tool_response>')"
-    " and m.content.endswith('</tool_response>')) %}{% set ns.last = loop.index0 %}{% endif %}"
-    "{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' %}{% set text, thought = m.content, '' %}"
-    "{% if m.reasoning_content is string %}{% set thought = m.reasoning_content %}"
-    "{% elif '</think>' in text %}"
-    "{% set thought = text.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}"
-    "{% set text = text.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
-    "{% if loop.index0 > ns.last and (loop.last or thought) %}"
-    "{{ '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + text.lstrip('\\n') }}"
-    "{% else %}{{ text }}{% endif %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and enable_thinking is false %}"
-    "<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{% set at = namespace(question=0) %}{% for m in messages %}"
+    "{% if m.role == 'user' and '<tool_response>' not in m.content %}"
+    "{% set at.question = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% set thought = m.reasoning_content if m.reasoning_content is string else '' %}"
+    "{% if loop.index0 > at.question and (thought or loop.last) %}"
+    "{{ '<think>\\n' ~ thought.strip('\\n') ~ '\\n</think>\\n\\n' }}{% endif %}"
+    "{{ m.content.split('</think>') | last }}{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}"
+    "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
 )
 _CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 # The thinking models of Qwen 3, QwQ and DeepSeek R1: the prompt opens the reasoning.
