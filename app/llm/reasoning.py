@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cached_property
 from typing import Any
 
 from msgspec import structs
@@ -30,7 +31,7 @@ REASONING_MEMBERS = ("reasoning_content", "reasoning", "thinking")
 """Names by which templates read the reasoning of an earlier answer."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ReasoningFormat:
     """How a model writes reasoning.
 
@@ -39,24 +40,36 @@ class ReasoningFormat:
         opening: The text before the reasoning.
         closing: The text behind it.
         before_text: What stands between ``closing`` and the answer's text.
-        without: What stands before the text of an answer without reasoning.
+        turn: What begins a further message of the answer, where its text is one of its own.
+        header: What begins the text of such a message; the model may add a word at its last token.
     """
 
     sign: str
     opening: str
     closing: str
     before_text: str = ""
-    without: str = ""
+    turn: str = ""
+    header: str = ""
+
+    @cached_property
+    def begin(self) -> re.Pattern[str]:
+        """Finds the header."""
+        name, mark, rest = self.header.rpartition("<|")
+        return re.compile(re.escape(name) + "[^<]*" * bool(mark) + re.escape(mark + rest))
+
+    @cached_property
+    def end(self) -> re.Pattern[str]:
+        """Finds the end of the reasoning, with what stands there before the text."""
+        return re.compile(re.escape(self.closing + self.turn) + self.begin.pattern)
 
     @property
     def forced_end(self) -> str:
         """What ends unfinished reasoning so that the text can begin."""
         # Markers that are followed by an empty line stand on a line of their own.
         line = "\n" if self.before_text.startswith("\n") else ""
-        return f"{line}{self.closing}{self.before_text}"
+        return f"{line}{self.closing}{self.turn}{self.header}{self.before_text}"
 
 
-_FINAL = "<|channel|>final<|message|>"
 _FORMATS = (
     # Qwen 3, DeepSeek R1 and V3.1, QwQ, SmolLM3, GLM 4.5, Phi 4 reasoning, Nemotron and others.
     ReasoningFormat("</think>", "<think>", "</think>", "\n\n"),
@@ -69,8 +82,9 @@ _FORMATS = (
     ReasoningFormat(
         "<|channel|>analysis",
         "<|channel|>analysis<|message|>",
-        f"<|end|><|start|>assistant{_FINAL}",
-        without=_FINAL,
+        "<|end|>",
+        turn="<|start|>assistant",
+        header="<|channel|>final<|message|>",
     ),
 )
 
@@ -99,12 +113,12 @@ class ModelReasoning:
         self.form = next(signs, None)
         names = "|".join(REASONING_MEMBERS)
         self.is_kept = re.search(rf"""["'.]({names})\b""", template) is not None
-        markers = (self.form.opening, self.form.closing, self.form.without) if self.form else ()
+        markers = self.form.opening + self.form.forced_end if self.form else ""
         # Decoding leaves out special tokens.
         self._marks = {
             token: text
             for text, (token, special) in added_tokens.items()
-            if special and any(text in marker for marker in markers)
+            if special and text in markers
         }
 
     def thinking(self, prompt: str, *, budget: int | None, gated: bool) -> "Thinking | None":
@@ -267,11 +281,12 @@ class Thinking:
         if begun.startswith(form.opening):
             self._state, self._held = _State.REASONING, begun[len(form.opening) :]
             self._is_new = self._has_marker = True
-        elif form.without and begun.startswith(form.without):
+        elif form.header and (header := form.begin.match(begun)):
             self._has_marker = True
-            self._close(begun[len(form.without) :])
-        elif len(self._held) > _MOST_HELD or not any(
-            marker.startswith(begun) for marker in (form.opening, form.without)
+            self._close(begun[header.end() :])
+        elif len(self._held) > _MOST_HELD or not (
+            any(marker.startswith(begun) for marker in (form.opening, form.header))
+            or (form.header and begun.startswith(form.header.rpartition("<|")[0]))
         ):
             self._state = _State.TEXT
 
@@ -280,13 +295,14 @@ class Thinking:
         if self._is_new:
             self._held = self._held.lstrip()
             self._is_new = not self._held
-        reasoning, closing, rest = self._held.partition(self._form.closing)
-        if closing:
-            self._close(rest)
-            return reasoning.rstrip()
-        keep = overlap(reasoning, self._form.closing)
-        passed = reasoning[: len(reasoning) - keep].rstrip()
-        self._held = reasoning[len(passed) :]
+        held, form = self._held, self._form
+        if end := form.end.search(held):
+            self._close(held[end.end() :])
+            return held[: end.start()].rstrip()
+        # A header may follow the closing marker.
+        at = held.rfind(form.closing)
+        passed = held[: at if at >= 0 else len(held) - overlap(held, form.closing)].rstrip()
+        self._held = held[len(passed) :]
         return passed
 
     def _close(self, rest: str) -> None:
@@ -330,7 +346,7 @@ class Thinking:
                 self.token_ids.pop()
         elif not self._has_marker:
             self.token_ids.clear()
-            behind = form.without
+            behind = form.header
         else:
             behind = form.before_text
             if self._rest:

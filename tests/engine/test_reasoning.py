@@ -15,6 +15,7 @@ from tests.data.reasoning_templates import QWEN3, SPOKEN, Spoken
 from tests.support.scripted import END, ScriptedEngine
 
 ANALYSIS = "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|message|>"
+JSON = ANALYSIS.replace("final", "final json")
 GRAMMAR = JsonSchemaGrammar('{"type": "object"}')
 
 
@@ -64,6 +65,7 @@ async def test_a_grammar_holds_behind_the_reasoning_alone(group: int) -> None:
         # The reasoning is empty.
         ("qwen 3", f"<think>\n\n</think>\n\n{END}", "<think>\n\n</think>\n\n"),
         ("gpt-oss", f"{ANALYSIS}x{END}", ANALYSIS),
+        ("gpt-oss", f"{JSON}x{END}", JSON),
         ("magistral", f"[THINK]Hm[/THINK]x{END}", "[THINK]Hm[/THINK]"),
         ("gemma 4", f"<|channel>thought\nHm<channel|>x{END}", "<|channel>thought\nHm<channel|>"),
         ("deepseek v3.1", f"Hm</think>x{END}", "Hm</think>\n\n"),

@@ -111,11 +111,14 @@ def test_white_space_is_not_held_for_long() -> None:
 
 
 def test_the_final_channel_alone_is_text() -> None:
-    """An answer of gpt-oss that begins with its final channel has the text of that channel."""
-    answer = encoded("gpt-oss", f"<|channel|>final<|message|>Hello{END}")
-    for cuts in every_cut(answer):
-        answered = read("gpt-oss", answer, cuts)
-        assert (answered.reasoning, answered.text) == ("", "Hello"), cuts
+    """gpt-oss's text is that of its final channel, whose header may name a format."""
+    analysis = "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant"
+    for before, thought in (("", ""), (analysis, "Hm")):
+        for channel in ("final", "final json"):
+            answer = encoded("gpt-oss", f"{before}<|channel|>{channel}<|message|>Hello{END}")
+            for cuts in every_cut(answer):
+                answered = read("gpt-oss", answer, cuts)
+                assert (answered.reasoning, answered.text) == (thought, "Hello"), cuts
 
 
 @pytest.mark.parametrize(
