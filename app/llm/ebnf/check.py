@@ -47,6 +47,11 @@ def _fit(packed: bytes, vocabulary_size: int | None) -> tuple[Grammar, frozenset
         raise _invalid(grammar, f"cannot be used: {where}{error}") from error
 
 
+def refused(grammar: Grammar | None) -> InvalidGrammarError | None:
+    """The error for a grammar that an engine's library refuses, although it was fitted."""
+    return _invalid(grammar, "is refused by the engine's library") if grammar else None
+
+
 def grammar_param(grammar: Grammar) -> str:
     """Name of the request field that holds the grammar."""
     return "tools" if isinstance(grammar, TagsGrammar) else "response_format"

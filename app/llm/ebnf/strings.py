@@ -24,9 +24,8 @@ _MUST_BE_ESCAPED: list[Range] = [(0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C)]
 _PLAIN = Characters(tuple(writer.complement(_MUST_BE_ESCAPED)))
 _SHORT_ESCAPES = {'"': '"', "\\": "\\", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
 # \uXXXX is left out: a small model writes half characters with it, and nothing else needs it.
-_ESCAPE = Sequence(
-    (Characters(((0x5C, 0x5C),)), Characters(tuple((ord(c), ord(c)) for c in sorted('"\\/bfnrt'))))
-)
+_ESCAPABLE = Characters(tuple((ord(c), ord(c)) for c in sorted('"\\/bfnrt')))
+_ESCAPE = Sequence((Characters(((0x5C, 0x5C),)), _ESCAPABLE))
 _OPEN_END = Repeat(Alternatives((_PLAIN, _ESCAPE)), 0, None)
 
 _YEAR = "(000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
@@ -63,16 +62,17 @@ FORMATS: Final = {
 
 def plain(rules: Rules, least: int, most: int | None) -> str:
     """A string of ``least`` to ``most`` characters; counted characters need no escape."""
-    longest = _MAX_COMPILED_LENGTH if rules.is_compiled else _MAX_LENGTH
+    longest = _MAX_LENGTH if rules.counts else _MAX_COMPILED_LENGTH
     if max(least, most or 0) > longest:
         raise GrammarError(f"minLength or maxLength is above {longest}")
     if most is not None and least > most:
         raise GrammarError("minLength is above maxLength")
+    if rules.counts and (least or most is not None):
+        escape = sequence([literal("\\"), one_of(_ESCAPABLE.ranges)])
+        character = rules.name(alternatives([one_of(_PLAIN.ranges), escape]))
+        return sequence([_QUOTE, writer.repeat(character, least, most), _QUOTE])
     counted = Repeat(_PLAIN, least, least if most is None else most)
     node = counted if most is not None else Sequence((counted, _OPEN_END))
-    if not rules.is_compiled:
-        # Nobody reads the text, and thousands of characters would take seconds.
-        return _QUOTE
     return rules.once(node, lambda: _written(rules, automaton.of_expression(node), one_of))
 
 
