@@ -46,7 +46,10 @@ _GRAMMARS: dict[str, Grammar] = {
     **{pattern: RegexGrammar(pattern) for pattern in _AMBIGUOUS},
     **{f"a string of {pattern}": strings_of(f"^({pattern})$") for pattern in _AMBIGUOUS},
     "[a-z]{0,128}": RegexGrammar("[a-z]{0,128}"),
-    "13 lengths": of_schema({"anyOf": [{"type": "string", "maxLength": i} for i in range(1, 14)]}),
+    "80 lengths": of_schema({"anyOf": [{"type": "string", "maxLength": i} for i in range(1, 81)]}),
+    "49 long lengths": of_schema(
+        {"prefixItems": [{"type": "string", "maxLength": 37 * i} for i in range(1, 50)]}
+    ),
     "100 arrays": of_schema(
         {"anyOf": [{"items": {"items": {"type": "string"}}, "maxItems": i} for i in range(2, 102)]}
     ),
