@@ -31,6 +31,15 @@ from pydantic import (
 
 Schema = dict[str, Any]
 
+# Schemas of older dialects, which the validator of the newest does not read.
+OLD = {
+    "openapi: tuple of draft 7",
+    "openapi: exclusive minimum of draft 4",
+    "openapi: inclusive minimum of draft 4",
+    "openapi: type in capitals",
+    "openapi: nulls",
+}
+
 _TEXT = {"type": "string"}
 _INT = {"type": "integer", "minimum": -9007199254740991, "maximum": 9007199254740991}
 

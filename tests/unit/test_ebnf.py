@@ -55,11 +55,15 @@ def as_python(node: regex.Node) -> re.Pattern[str]:
     ("schema", "reason"),
     [
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
-        ({"type": "integer", "multipleOf": 3}, "multipleOf"),
+        ({"type": "integer", "multipleOf": 3, "minimum": 4, "maximum": 5}, "no number"),
+        ({"type": "integer", "multipleOf": 9973}, "multipleOf"),
+        ({"type": "number", "multipleOf": 0}, "multipleOf"),
         ({"not": {"type": "string"}}, "not"),
         ({"if": {}, "then": {}}, "if"),
         ({"type": "object", "patternProperties": {}}, "patternProperties"),
-        ({"type": "object", "minProperties": 1}, "minProperties"),
+        ({"type": "object", "minProperties": 2}, "minProperties"),
+        ({"type": "object", "minProperties": 1, "properties": {"a": {}}}, "minProperties"),
+        ({"type": "object", "propertyNames": {"enum": ["a"]}}, "propertyNames"),
         ({"type": "array", "contains": {}}, "contains"),
         ({"type": "string", "contentEncoding": "base64"}, "contentEncoding"),
         ({"type": "string", "nullable": True}, "nullable"),
@@ -358,6 +362,31 @@ def test_a_strings_characters_are_counted(least: int, most: int | None) -> None:
         allowed = least <= count and (most is None or count <= most)
         for text in ("a" * count, '"' * count):
             assert reads(grammar, json.dumps(text)) is allowed, count
+
+
+@pytest.mark.parametrize("step", ["1", "5", "2.5", "0.01", "0.25", "60", "1000"])
+def test_numbers_are_multiples(step: str) -> None:
+    """No number that is no multiple is matched, and multiples with few decimals are."""
+    grammar = ebnf({"type": "number", "multipleOf": float(step)})
+    for number in (*range(-250, 250), *range(10_000, 10_020), 120_000):
+        for text in (str(Decimal(number) / 100), str(number)):
+            is_multiple = Decimal(text) % Decimal(step) == 0
+            assert reads(grammar, text) is (is_multiple and "E" not in text), text
+
+
+def test_objects_with_any_names_are_bounded() -> None:
+    """The names of members have a form, and one may be wanted."""
+    names = {"type": "string", "pattern": "^x-[a-z]$"}
+    grammar = ebnf(
+        {
+            "propertyNames": names,
+            "minProperties": 1,
+            "additionalProperties": {"const": 1},
+        }
+    )
+    members = [f'"x-{letter}": 1' for letter in "abc"]
+    assert [reads(grammar, f"{{{', '.join(members[:i])}}}") for i in range(4)] == [0, 1, 1, 1]
+    assert not reads(grammar, '{"y-a": 1}')
 
 
 def test_all_lengths_share_the_rules_that_count() -> None:
