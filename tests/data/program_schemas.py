@@ -102,6 +102,13 @@ OPENAPI: dict[str, Schema] = {
         "not": {"required": ["a", "b"]},
     },
     "minProperties": {"type": "object", "properties": {"a": _TEXT}, "minProperties": 1},
+    "a map of some": {
+        "type": "object",
+        "additionalProperties": {"type": "boolean"},
+        "propertyNames": {"type": "string", "minLength": 2, "maxLength": 30},
+        "minProperties": 1,
+        "maxProperties": 3,
+    },
     "maxProperties": {"type": "object", "additionalProperties": _TEXT, "maxProperties": 3},
     "dependentRequired": {"type": "object", "dependentRequired": {"a": ["b"]}},
     "if then else": {"type": "object", "if": {"required": ["a"]}, "then": {}, "else": {}},

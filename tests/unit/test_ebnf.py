@@ -374,21 +374,6 @@ def test_numbers_are_multiples(step: str) -> None:
             assert reads(grammar, text) is (is_multiple and "E" not in text), text
 
 
-def test_objects_with_any_names_are_bounded() -> None:
-    """The names of members have a form, and one may be wanted."""
-    names = {"type": "string", "pattern": "^x-[a-z]$"}
-    grammar = ebnf(
-        {
-            "propertyNames": names,
-            "minProperties": 1,
-            "additionalProperties": {"const": 1},
-        }
-    )
-    members = [f'"x-{letter}": 1' for letter in "abc"]
-    assert [reads(grammar, f"{{{', '.join(members[:i])}}}") for i in range(4)] == [0, 1, 1, 1]
-    assert not reads(grammar, '{"y-a": 1}')
-
-
 def test_all_lengths_share_the_rules_that_count() -> None:
     """Strings of many lengths cost no more together than the longest."""
     texts = [{"type": "string", "minLength": i % 7, "maxLength": 37 * i} for i in range(1, 50)]
