@@ -176,6 +176,15 @@ def test_a_schema_that_is_not_strict_is_widened(bundled_service: Service) -> Non
     assert "X-Schema-Not-Held" not in chat(bundled_service, response_format=held).headers
 
 
+@pytest.mark.parametrize("extra", [{"min_tokens": 3}, {"ignore_eos": True}])
+def test_a_form_ends_by_itself(bundled_service: Service, extra: dict[str, Any]) -> None:
+    """What keeps an answer from ending is refused by name beside a form, and beside tools."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    for form in ({"response_format": {"type": "json_object"}}, {"tools": [tool]}):
+        answer = chat(bundled_service, **form, **extra)
+        assert refused(answer) == (400, "unsupported_parameter", "min_tokens")
+
+
 def test_a_bad_pattern_is_refused(bundled_service: Service) -> None:
     """An unsupported regular expression is 400 and named."""
     response = chat(bundled_service, response_format={"type": "regex", "regex": "(a"})

@@ -46,9 +46,9 @@ _GRAMMARS: dict[str, Grammar] = {
     **{pattern: RegexGrammar(pattern) for pattern in _AMBIGUOUS},
     **{f"a string of {pattern}": strings_of(f"^({pattern})$") for pattern in _AMBIGUOUS},
     "[a-z]{0,128}": RegexGrammar("[a-z]{0,128}"),
-    "80 lengths": of_schema({"anyOf": [{"type": "string", "maxLength": i} for i in range(1, 81)]}),
-    "49 long lengths": of_schema(
-        {"prefixItems": [{"type": "string", "maxLength": 37 * i} for i in range(1, 50)]}
+    "69 lengths": of_schema({"anyOf": [{"type": "string", "maxLength": i} for i in range(1, 70)]}),
+    "17 long lengths": of_schema(
+        {"prefixItems": [{"type": "string", "maxLength": 37 * i} for i in range(1, 18)]}
     ),
     "100 arrays": of_schema(
         {"anyOf": [{"items": {"items": {"type": "string"}}, "maxItems": i} for i in range(2, 102)]}

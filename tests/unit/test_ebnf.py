@@ -376,8 +376,8 @@ def test_numbers_are_multiples(step: str) -> None:
 
 def test_all_lengths_share_the_rules_that_count() -> None:
     """Strings of many lengths cost no more together than the longest."""
-    texts = [{"type": "string", "minLength": i % 7, "maxLength": 37 * i} for i in range(1, 50)]
-    assert ebnf({"type": "array", "prefixItems": texts, "items": False, "minItems": 49})
+    texts = [{"type": "string", "minLength": i % 7, "maxLength": 37 * i} for i in range(1, 18)]
+    assert ebnf({"type": "array", "prefixItems": texts, "items": False, "minItems": 17})
 
 
 def test_a_larger_vocabulary_allows_fewer_counted_characters() -> None:
