@@ -17,12 +17,11 @@ from typing import Protocol, Self
 
 from app.core.config.engine import EngineSettings
 from app.core.metrics import Metrics
-from app.llm.ebnf.check import refused
+from app.llm.ebnf.check import error_of
 from app.llm.prefix_index import PrefixIndex
 from app.llm.protocol import FinishReason, GenerationRequest, TokenEvent
 from app.utils.errors import (
     DeadlineExceededError,
-    InternalError,
     OverloadedError,
     ServiceError,
 )
@@ -212,8 +211,7 @@ class Place:
     def deliver(self, event: TokenEvent) -> None:
         """Take an event from the engine."""
         if event.finish_reason == "error":
-            refusal = refused(self.request.grammar) if event.refused else None
-            self._error = self._error or refusal or InternalError()
+            self._error = self._error or error_of(event, self.request.grammar)
         else:
             self._events.append(event)
         if event.finish_reason is not None:

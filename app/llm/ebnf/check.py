@@ -8,8 +8,15 @@ from functools import lru_cache
 
 import msgspec
 
-from app.llm.protocol import EngineInfo, Grammar, JsonSchemaGrammar, RegexGrammar, TagsGrammar
-from app.utils.errors import InvalidGrammarError
+from app.llm.protocol import (
+    EngineInfo,
+    Grammar,
+    JsonSchemaGrammar,
+    RegexGrammar,
+    TagsGrammar,
+    TokenEvent,
+)
+from app.utils.errors import InternalError, InvalidGrammarError, ServiceError
 
 # Limit for a grammar's schemas and texts together, whose check takes tens of milliseconds.
 _MAX_CHARACTERS = 64 * 1024
@@ -47,9 +54,11 @@ def _fit(packed: bytes, vocabulary_size: int | None) -> tuple[Grammar, frozenset
         raise _invalid(grammar, f"cannot be used: {where}{error}") from error
 
 
-def refused(grammar: Grammar | None) -> InvalidGrammarError | None:
-    """The error for a grammar that an engine's library refuses, although it was fitted."""
-    return _invalid(grammar, "is refused by the engine's library") if grammar else None
+def error_of(event: TokenEvent, grammar: Grammar | None) -> ServiceError:
+    """The error of a request that failed in the engine, whose library may refuse its grammar."""
+    if event.refused and grammar is not None:
+        return _invalid(grammar, "is refused by the engine's library")
+    return InternalError()
 
 
 def grammar_param(grammar: Grammar) -> str:
