@@ -11,8 +11,9 @@ from contextvars import copy_context
 from enum import IntEnum
 from typing import TYPE_CHECKING, Protocol, Self
 
+from app.llm.ebnf.check import error_of
 from app.llm.protocol import FinishReason, GenerationRequest, TokenEvent
-from app.utils.errors import DeadlineExceededError, InternalError, ServiceError
+from app.utils.errors import DeadlineExceededError, ServiceError
 
 if TYPE_CHECKING:
     from app.llm.client.admission import RequestQueue
@@ -154,6 +155,7 @@ class Place:
             DeadlineExceededError: The request took too long.
             EngineUnavailableError: The engine process died.
             DrainingError: The service is shutting down.
+            InvalidGrammarError: The engine's library refuses the request's grammar.
             InternalError: This request failed inside the engine.
         """
         while not self._events:
@@ -215,7 +217,7 @@ class Place:
     def deliver(self, event: TokenEvent) -> None:
         """Take an event from the engine."""
         if event.finish_reason == "error":
-            self._error = self._error or InternalError()
+            self._error = self._error or error_of(event, self.request.grammar)
         else:
             self._events.append(event)
         if event.finish_reason is not None:
