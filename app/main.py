@@ -45,16 +45,13 @@ from app.core.config import Settings, load_settings, settings_files
 from app.core.config.doubts import doubts
 from app.core.config.security import SecuritySettings
 from app.core.event_loop import EventLoopMonitor
-from app.core.idempotency import IdempotencyStore
 from app.core.logging import configure_logging, get_logger
 from app.core.metrics import Metrics
 from app.core.rate_limit import CallerLimits, ClientAddress
 from app.core.reload import reloading_on_hangup
 from app.core.security import KeyRing
-from app.core.sessions import SessionStore
 from app.core.shutdown import GracefulShutdown
 from app.core.tracing import limit_tracing
-from app.core.usage import UsageLedger
 from app.llm.client.client import EngineClient
 from app.llm.generator import GenerationOptions, TextGenerator
 from app.llm.models.chat_template import template_library
@@ -62,6 +59,10 @@ from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
 from app.services.response_cache import ResponseCache
 from app.services.screening import Screening
+from app.state.answers import MemoryAnswers
+from app.state.idempotency import MemoryIdempotency
+from app.state.sessions import MemorySessions
+from app.state.usage import UsageLedger
 from app.utils.errors import StartupError
 from app.utils.garbage import no_collections
 
@@ -108,7 +109,7 @@ def create_app(
         engine=engine,
         generator=generator,
         chains=chains,
-        cache=ResponseCache(settings.cache, metrics),
+        cache=ResponseCache(settings.cache, metrics, MemoryAnswers(settings.cache)),
         screening=Screening(settings.pii, settings.output, metrics),
         model=settings.model,
         usage=ledger,
@@ -121,13 +122,13 @@ def create_app(
         keys=keys,
         limits=CallerLimits(settings.rate_limit, metrics),
         addresses=ClientAddress(settings.security.trusted_proxies),
-        idempotency=IdempotencyStore(settings.idempotency, metrics),
+        idempotency=MemoryIdempotency(settings.idempotency, metrics),
         shedding=LoadShedding(engine, remembered=2 * settings.cache.size),
         usage=ledger,
         engine=engine,
         generation=generation,
         conversation=ConversationService(
-            store=SessionStore(settings.chat_history),
+            store=MemorySessions(settings.chat_history),
             generation=generation,
             generator=generator,
             metrics=metrics,
