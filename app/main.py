@@ -59,10 +59,7 @@ from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
 from app.services.response_cache import ResponseCache
 from app.services.screening import Screening
-from app.state.answers import MemoryAnswers
-from app.state.idempotency import MemoryIdempotency
-from app.state.sessions import MemorySessions
-from app.state.usage import UsageLedger
+from app.state.shared import State, make_state
 from app.utils.errors import StartupError
 from app.utils.garbage import no_collections
 
@@ -101,7 +98,7 @@ def create_app(
     limit_tracing(settings.tracing, os.environ)
     metrics = Metrics(lines.take_dropped)
     keys = KeyRing(settings.security)
-    ledger = UsageLedger(keys, metrics)
+    state = make_state(settings, metrics, keys)
     engine = _make_engine(settings, metrics, on_fatal)
     generator = TextGenerator(engine)
     chains = cache(partial(_make_chains, settings, generator))
@@ -109,10 +106,10 @@ def create_app(
         engine=engine,
         generator=generator,
         chains=chains,
-        cache=ResponseCache(settings.cache, metrics, MemoryAnswers(settings.cache)),
+        cache=ResponseCache(settings.cache, metrics, state.answers),
         screening=Screening(settings.pii, settings.output, metrics),
         model=settings.model,
-        usage=ledger,
+        usage=state.usage,
         security=settings.security,
     )
     services = Services(
@@ -120,22 +117,22 @@ def create_app(
         started=time.monotonic(),
         metrics=metrics,
         keys=keys,
-        limits=CallerLimits(settings.rate_limit, metrics),
+        limits=CallerLimits(settings.rate_limit, metrics, state.share),
         addresses=ClientAddress(settings.security.trusted_proxies),
-        idempotency=MemoryIdempotency(settings.idempotency, metrics),
+        idempotency=state.idempotency,
         shedding=LoadShedding(engine, remembered=2 * settings.cache.size),
-        usage=ledger,
+        usage=state.usage,
         engine=engine,
         generation=generation,
         conversation=ConversationService(
-            store=MemorySessions(settings.chat_history),
+            store=state.sessions,
             generation=generation,
             generator=generator,
             metrics=metrics,
             enabled=settings.chat_history.enabled,
         ),
     )
-    return _build(settings, services, chains)
+    return _build(settings, services, chains, state)
 
 
 def _make_engine(
@@ -165,13 +162,15 @@ def _make_chains(settings: Settings, generator: TextGenerator) -> "Chains":
     return Chains(pipeline, generator)
 
 
-def _build(settings: Settings, services: Services, chains: "Callable[[], Chains]") -> FastAPI:
+def _build(
+    settings: Settings, services: Services, chains: "Callable[[], Chains]", state: State
+) -> FastAPI:
     interactive = settings.app.environment != "production"
     app = GuardedApplication(
         connections=Connections(settings.server, services.addresses, services.metrics),
         title=settings.app.name,
         version=__version__,
-        lifespan=_lifespan(settings, services, chains),
+        lifespan=_lifespan(settings, services, chains, state),
         docs_url="/docs" if interactive else None,
         redoc_url=None,
         openapi_url="/openapi.json" if interactive else None,
@@ -206,7 +205,7 @@ def _build(settings: Settings, services: Services, chains: "Callable[[], Chains]
 
 
 def _lifespan(
-    settings: Settings, services: Services, chains: "Callable[[], Chains]"
+    settings: Settings, services: Services, chains: "Callable[[], Chains]", state: State
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -220,7 +219,7 @@ def _lifespan(
                 chains().pipeline.loop = loop
                 template_library()
 
-        async with EventLoopMonitor(services.metrics):
+        async with EventLoopMonitor(services.metrics), state.connected:
             with (
                 GracefulShutdown(services.engine, settings.app),
                 reloading_on_hangup(partial(_replace_keys, services)),
