@@ -84,6 +84,8 @@ class RedisLink:
                 # What may be repeated is repeated here.
                 retry=Retry(NoBackoff(), 0),
                 protocol=2,
+                # Each new connection would read the library's version from the disk.
+                driver_info=None,
             )
         except ValueError:
             raise ConfigurationError(
