@@ -59,7 +59,7 @@ def value(client: Client, name: str, **labels: str) -> float:
 async def until(condition: Any) -> None:
     """Wait until something holds."""
     async with asyncio.timeout(30):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110 - another replica
             await asyncio.sleep(0.01)
 
 
