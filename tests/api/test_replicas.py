@@ -1,282 +1,136 @@
-"""Two applications and a real Redis behave as one service, and each alone without Redis."""
+"""Two copies of the service behind a real HAProxy; `make test-replicas` restarts them often."""
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+import itertools
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
+import httpx
 import pytest
-import pytest_asyncio
+import yaml
 
-from app.core.logging import get_logger
-from tests.support.application import KEY, Client, start
-from tests.support.redis_server import RedisServer, redis_server
+from tests.support.balancer import load
+from tests.support.live import generate
+from tests.support.replicas import CONFIG, Replica, balanced, needs_haproxy
+from tests.support.service import Service, open_client
+from tests.support.sse import parse
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = needs_haproxy
 
-BURST = 60
-IDEMPOTENT = {"Idempotency-Key": "k"}
+CLIENTS = 12
+STREAMS = 8
+# Three seconds, so that all streams run when the copy is killed.
+TEXT = "x" * 60
 
 
 @pytest.fixture(scope="module")
-def redis() -> Iterator[RedisServer]:
-    """A Redis for the tests of this file."""
-    with redis_server() as server:
-        yield server
+def replicas() -> Iterator[list[Replica]]:
+    """Two copies whose tokens take time, with the settings of deploy/compose.scale.yml."""
+    scale = yaml.safe_load((CONFIG.parents[1] / "compose.scale.yml").read_text(encoding="utf-8"))
+    settings = scale["services"]["llm-service"]["environment"]
+    with ExitStack() as stack:
+        running = []
+        for _ in range(2):
+            running.append(Replica(ENGINE__ECHO_STEP_SECONDS="0.05", **settings))
+            stack.callback(running[-1].close)
+        yield running
 
 
-@asynccontextmanager
-async def replica(redis: RedisServer, **sections: Any) -> AsyncIterator[Client]:
-    """An application that shares its state; ``sections`` are further settings."""
-    values: dict[str, dict[str, Any]] = {
-        "state": {"backend": "redis", "url": redis.url, "session_lease_seconds": 1},
-        "engine": {"echo_step_seconds": 0.003},
-    }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    async with start(**values) as client:
-        yield client
+@pytest.fixture(scope="module")
+def balancer(replicas: list[Replica]) -> Iterator[Service]:
+    """HAProxy before the two."""
+    with balanced(replicas) as running:
+        yield running
 
 
-Pair = tuple[Client, Client]
+class Straight:
+    """Sends each request to HAProxy, once."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+
+    async def post(self, body: dict[str, object]) -> httpx.Response:
+        """The answer, whatever it is."""
+        return await self._client.post("/v1/generate", json=body)
+
+    async def probe(self) -> None:
+        """HAProxy asks the copies itself."""
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def pair(redis: RedisServer) -> AsyncIterator[Pair]:
-    """Two replicas."""
-    async with AsyncExitStack() as stack:
-        one = await stack.enter_async_context(replica(redis))
-        two = await stack.enter_async_context(replica(redis))
-        yield one, two
+def test_a_sessions_turns_go_to_one_copy(balancer: Service, replicas: list[Replica]) -> None:
+    """Six turns with the header X-Session-ID leave twelve messages, in each of four sessions."""
+    with balancer.client() as client:
+        for turn in range(6):
+            for session in "abcd":
+                messages = [{"role": "user", "content": f"{turn}"}]
+                headers = {"X-Session-ID": session, "Connection": "close"}
+                body = {"model": "default", "messages": messages}
+                answer = client.post("/v1/chat/completions", json=body, headers=headers)
+                assert answer.status_code == 200, answer.text
+        for session in "abcd":
+            kept = client.get(f"/v1/sessions/{session}", headers={"X-Session-ID": session})
+            assert len(kept.json()["messages"]) == 12
+    assert all(replica.service.metric("chat_sessions_active") for replica in replicas)
 
 
-def value(client: Client, name: str, **labels: str) -> float:
-    """A metric's sample."""
-    return client.services.metrics.registry.get_sample_value(name, labels) or 0.0
+def test_the_metrics_of_one_copy_are_no_answer(balancer: Service) -> None:
+    """HAProxy shows nobody /metrics, which would be those of one copy or the other."""
+    assert balancer.get("/metrics").status_code == 404
 
 
-async def until(condition: Any) -> None:
-    """Wait until something holds."""
-    async with asyncio.timeout(30):
-        while not await condition():  # noqa: ASYNC110 - another replica
-            await asyncio.sleep(0.01)
-
-
-async def ask(client: Client, **body: Any) -> Any:
-    """A response of /v1/responses."""
-    return await client.http.post("/v1/responses", json={"model": "echo", **body})
-
-
-async def test_a_sessions_turns_may_go_to_any_replica(pair: Pair) -> None:
-    """Turns that alternate between two replicas make one history, which both show and delete."""
-    said = []
-    for number in range(6):
-        text = f"turn {number}"
-        assert (await pair[number % 2].say(text)).status_code == 200
-        said += [("user", text), ("assistant", text)]
-    assert await pair[0].history() == await pair[1].history() == said
-    assert (await pair[1].http.delete("/v1/sessions/s")).status_code == 204
-    assert await pair[0].history() is None
-    assert (await pair[0].http.delete("/v1/sessions/s")).status_code == 404
-
-
-async def test_of_two_turns_at_once_one_is_refused(pair: Pair) -> None:
-    """Of two turns of one session on two replicas one is 409, and the other is kept."""
-    answers = await asyncio.gather(*(client.say("x" * 100, "both") for client in pair))
-    assert sorted(answer.status_code for answer in answers) == [200, 409]
-    assert len(await pair[0].history("both") or []) == 2
-
-
-async def test_a_session_deleted_elsewhere_during_a_turn_stays_deleted(pair: Pair) -> None:
-    """A turn that runs during DELETE on another replica is answered and not kept."""
-    turn = asyncio.create_task(pair[0].say("x" * 300, "gone"))
-    await pair[0].until_running()
-    assert (await pair[1].http.delete("/v1/sessions/gone")).status_code == 204
-    assert (await turn).status_code == 200
-    assert await pair[1].history("gone") is None
-
-
-async def test_a_turn_outlasts_its_lease(pair: Pair) -> None:
-    """A session is busy for as long as a turn runs, longer than its lease of a second."""
-    turn = asyncio.create_task(pair[0].say("x" * 1500, "long"))
-    await pair[0].until_running()
-    await asyncio.sleep(1.2)
-    assert not turn.done()
-    assert (await pair[1].say("me too", "long")).status_code == 409
-    assert (await turn).status_code == 200
-
-
-async def test_responses_are_continued_on_the_other_replica(pair: Pair) -> None:
-    """previous_response_id, conversation and item references work on either replica."""
-    first = (await ask(pair[0], input="one")).json()
-    second = (await ask(pair[1], input="two", previous_response_id=first["id"])).json()
-    assert second["usage"]["input_tokens"] > first["usage"]["input_tokens"]
-    shown = await pair[0].http.get(f"/v1/responses/{second['id']}")
-    assert shown.json()["output"] == second["output"]
-    referred = {"type": "item_reference", "id": first["output"][0]["id"]}
-    asked = {"role": "user", "content": "and?"}
-    assert (await ask(pair[1], input=[referred, asked])).status_code == 200
-    for number, client in enumerate(pair):
-        assert (await ask(client, input=f"{number}", conversation="conv")).status_code == 200
-    assert len(await pair[0].history("conv") or []) == 4
-    assert (await pair[1].http.delete(f"/v1/responses/{first['id']}")).status_code == 200
-    assert (await ask(pair[0], input="x", previous_response_id=first["id"])).status_code == 404
-
-
-async def test_a_key_is_replayed_by_the_other_replica(pair: Pair) -> None:
-    """A request that is repeated on the other replica gets the same bytes; another one 422."""
-    body = {"messages": [{"role": "user", "content": "once"}], "cache": False}
-    first = await pair[0].http.post("/v1/chat", json=body, headers=IDEMPOTENT)
-    again = await pair[1].http.post("/v1/chat", json=body, headers=IDEMPOTENT)
-    assert again.content == first.content
-    assert again.headers["Idempotency-Replayed"] == "true"
-    other = await pair[1].http.post("/v1/chat", json={**body, "cache": True}, headers=IDEMPOTENT)
-    assert other.json()["error"]["code"] == "idempotency_key_reused"
-
-
-async def test_a_key_in_use_is_in_use_everywhere(pair: Pair) -> None:
-    """A request under way on one replica is 409 on the other, and free once it has failed."""
-    headers = {"Idempotency-Key": "running"}
-    body = {"messages": [{"role": "user", "content": "x" * 300}], "cache": False}
-    first = asyncio.create_task(pair[0].http.post("/v1/chat", json=body, headers=headers))
-    await pair[0].until_running()
-    second = await pair[1].http.post("/v1/chat", json=body, headers=headers)
-    assert second.json()["error"]["code"] == "idempotency_key_in_use"
-    assert (await first).status_code == 200
-    fault = {"messages": [{"role": "user", "content": "[echo:fault]"}]}
-    for client in pair:
-        failed = await client.http.post("/v1/chat", json=fault, headers={"Idempotency-Key": "f"})
-        assert failed.status_code == 500
-
-
-async def test_an_answer_is_kept_for_both(pair: Pair) -> None:
-    """A request that one replica has answered is answered from the cache by the other."""
-    answer = await pair[0].say("a cached answer", session=None)
-
-    async def is_cached() -> bool:
-        return bool((await pair[1].say("a cached answer", session=None)).json()["cached"])
-
-    assert not answer.json()["cached"]
-    await until(is_cached)
-
-
-async def test_usage_is_the_same_on_both(pair: Pair) -> None:
-    """Both replicas show the sum of what both have counted, since the same time."""
-    # A replica shows, and first sends, what it has counted itself.
-    shown = [(await client.http.get("/v1/usage")).json() for client in pair]
-    before = shown[1]["keys"][0]["total"]["requests"]
-    for client in pair * 2:
-        await client.say("counted", session=None, cache=False)
-
-    async def is_equal() -> bool:
-        shown = [(await client.http.get("/v1/usage")).json() for client in pair]
-        for usage in shown:
-            del usage["seconds_left"]
-        return bool(shown[0] == shown[1] and shown[0]["keys"][0]["total"]["requests"] == before + 4)
-
-    await until(is_equal)
-
-
-async def test_a_burst_is_one_for_all_replicas(redis: RedisServer) -> None:
-    """Of 120 requests to two replicas the burst passes, and what was refilled meanwhile."""
-    limits = {"enabled": True, "requests_per_minute": 60, "burst_size": BURST}
-    async with AsyncExitStack() as stack:
-        clients = [
-            await stack.enter_async_context(
-                replica(redis, rate_limit=limits, state={"prefix": "burst"})
-            )
-            for _ in range(2)
-        ]
-        began = time.monotonic()
-        answers = await asyncio.gather(
-            *(clients[i % 2].http.get("/v1/sessions/none") for i in range(120))
-        )
-        passed = [a for a in answers if a.status_code == 404]
-        assert BURST <= len(passed) <= BURST + 1 + (time.monotonic() - began)
-        assert {a.status_code for a in answers} == {404, 429}
-        assert all(int(a.headers["x-ratelimit-limit"]) == BURST for a in answers)
-
-
-async def test_usage_and_budgets_survive_a_restart(redis: RedisServer) -> None:
-    """A new replica refuses a caller whose budget an earlier one has seen spent."""
-    keys = [{"name": "bob", "key": "key-of-bob", "daily_tokens": 10}]
-    sections: dict[str, Any] = {"security": {"api_keys": keys}, "state": {"prefix": "restart"}}
-    async with replica(redis, **sections) as client:
-        assert (await client.say("spend it all", None, key="key-of-bob")).status_code == 200
-        used = (await client.http.get("/v1/usage")).json()
-    async with replica(redis, **sections) as client:
-        refused = await client.say("more", None, key="key-of-bob")
-        assert refused.json()["error"]["code"] == "token_budget_exceeded"
-        again = (await client.http.get("/v1/usage")).json()
-        assert (again["keys"], again["since"]) == (used["keys"], used["since"])
-
-
-async def check_alone(client: Client) -> None:
-    """Assert what a replica does without Redis."""
-    began = time.process_time()
-    for _ in range(3):
-        plain = await client.say("hello", session=None)
-        assert plain.status_code == 200
-        assert not plain.json()["cached"]
-    refusals = [
-        await client.say("hello"),
-        await client.http.get("/v1/sessions/s"),
-        await client.http.delete("/v1/sessions/s"),
-        await ask(client, input="x", conversation="c"),
-        await client.http.post(
-            "/v1/generate", json={"prompt": "x"}, headers={"Idempotency-Key": "alone"}
-        ),
-    ]
-    for refused in refusals:
-        assert refused.status_code == 503
-        assert refused.json()["error"]["code"] == "state_unavailable"
-        assert refused.headers["Retry-After"] == "1"
-    assert (await client.http.get("/readyz")).status_code == 200
-    assert (await client.http.get("/v1/usage")).status_code == 200
-    assert time.process_time() - began < 5
-    assert value(client, "llm_shared_state_up", backend="redis") == 0
-    for part in ("limits", "answers", "sessions", "idempotency", "usage"):
-        assert value(client, "llm_shared_state_failures_total", part=part) > 0
-
-
-async def check_together(client: Client) -> None:
-    """Assert that a replica finds its way back."""
-
-    async def is_up() -> bool:
-        return value(client, "llm_shared_state_up", backend="redis") == 1
-
-    await until(is_up)
-    assert (await client.say("again", session="later")).status_code == 200
-
-
-@pytest.mark.parametrize("fault", ["stopped", "gone"])
-async def test_without_redis_a_replica_goes_on_alone(
-    fault: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.timeout(3600)
+async def test_no_accepted_request_is_lost_when_both_copies_are_restarted(
+    balancer: Service, replicas: list[Replica], pytestconfig: pytest.Config
 ) -> None:
-    """Redis hung or gone: limits are the replica's own, sessions 503, chats go on; it heals."""
-    limits = {"enabled": True, "requests_per_minute": 60, "burst_size": 13}
-    keys = [{"name": "bob", "key": "key-of-bob", "daily_tokens": 1000}]
-    security = {"api_keys": keys}
-    with redis_server() as server:
-        async with replica(
-            server, rate_limit=limits, security=security, logging={"level": "WARNING"}
-        ) as client:
-            monkeypatch.setattr(get_logger("state"), "handlers", [caplog.handler])
-            assert (await client.say("first", session="before")).status_code == 200
-            if fault == "stopped":
-                with server.stopped():
-                    await check_alone(client)
-                    answers = [await client.http.get("/v1/usage") for _ in range(5)]
-            else:
-                server.end()
-                await check_alone(client)
-                answers = [await client.http.get("/v1/usage") for _ in range(5)]
-                server.start()
-            assert [a.status_code for a in answers].count(429) >= 1
-            await check_together(client)
-    lines = [r.message for r in caplog.records if r.name == "llm_service.state"]
-    assert len(lines) == 2
-    assert lines[0].startswith("shared state: Redis is away")
-    assert lines[1] == "shared state: Redis is back"
-    assert KEY not in caplog.text
+    """Under load one copy after the other ends and starts again, and every answer is complete."""
+    restarts: int = pytestconfig.getoption("--restarts")
+    async with (
+        open_client(balancer) as client,
+        load(Straight(client), CLIENTS) as outcomes,
+    ):
+        for replica in itertools.islice(itertools.cycle(replicas), restarts):
+            await asyncio.to_thread(replica.restart)
+            while not await asyncio.to_thread(_is_used, replica.service):  # noqa: ASYNC110 - polls the copy
+                await asyncio.sleep(0.05)
+    assert set(outcomes) == {"whole"}, outcomes
+
+
+def _is_used(service: Service) -> bool:
+    return service.metric("llm_time_to_first_token_seconds_count") > 0
+
+
+def test_a_killed_copy_costs_its_own_streams_alone(
+    balancer: Service, replicas: list[Replica]
+) -> None:
+    """Streams of a copy that is killed break off; others, and all later requests, are whole."""
+    killed, other = (replica.service for replica in replicas)
+    with ThreadPoolExecutor(STREAMS) as pool, balancer.client() as client:
+
+        def ask(text: str, *, stream: bool) -> str:
+            try:
+                answer = client.post("/v1/generate", json=generate(text, stream=stream))
+            except httpx.TransportError:
+                return ""
+            assert answer.status_code == 200, answer.text
+            return (
+                parse(answer.text, answer.headers).text
+                if stream
+                else answer.json()["generated_text"]
+            )
+
+        streams = [pool.submit(ask, TEXT, stream=True) for _ in range(STREAMS)]
+        running = "llm_requests_running"
+        killed.wait_for(
+            lambda: killed.metric(running) + other.metric(running) == STREAMS, "all streams"
+        )
+        lost = int(killed.metric(running))
+        assert 0 < lost < STREAMS
+        os.killpg(killed.process.pid, signal.SIGKILL)
+        # What it was sent while it died is its own, too.
+        killed.process.wait(10)
+        assert [ask("again", stream=False) for _ in range(10)] == ["again"] * 10
+        whole = [stream.result() for stream in streams].count(TEXT)
+    assert whole == STREAMS - lost
