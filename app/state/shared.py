@@ -41,6 +41,7 @@ def make_state(settings: Settings, metrics: Metrics, keys: KeyRing) -> State:
         ConfigurationError: Redis' client is not installed, or its URL is none.
     """
     if settings.state.backend == "memory":
+        metrics.state_up.labels("memory").set(1)
         return State(
             share=lambda own: own,
             sessions=MemorySessions(settings.chat_history),
