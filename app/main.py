@@ -97,7 +97,7 @@ def create_app(
         log.warning(doubt)
     limit_tracing(settings.tracing, os.environ)
     metrics = Metrics(lines.take_dropped)
-    keys = KeyRing(settings.security)
+    keys = KeyRing(settings.security, are_told=settings.metrics.require_key)
     state = make_state(settings, metrics, keys)
     engine = _make_engine(settings, metrics, on_fatal)
     generator = TextGenerator(engine)

@@ -19,6 +19,8 @@ from app.core.log_queue import LogQueue
 from app.utils.timing import utc_timestamp
 
 LOGGER_NAME = "llm_service"
+AUDIT = "audit"
+"""The logger of who asked for what, see ``logging.audit``."""
 STDERR = 2
 """The descriptor of standard error."""
 
@@ -107,6 +109,7 @@ def configure_logging(settings: LoggingSettings, descriptor: int = STDERR) -> Lo
     logging.captureWarnings(True)
     root.setLevel(logging.WARNING)
     get_logger().setLevel(settings.level)
+    get_logger(AUDIT).setLevel(logging.INFO if settings.audit else logging.CRITICAL)
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True

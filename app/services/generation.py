@@ -129,7 +129,10 @@ class GenerationService:
         """Generate an answer into its flight; runs in the flight's task."""
         await self._usage.check(job.caller)
         report: GenerationReport | None = None
-        with self._engine.admit(job.caller, flight) as place:
+        with (
+            self._usage.generating(job.caller),
+            self._engine.admit(job.caller, flight) as place,
+        ):
             try:
                 report = await self._fill(flight, job, replace(options, place=place), place)
                 return report

@@ -22,3 +22,8 @@ class LoggingSettings(Section):
     format: Literal["json", "text"] = Field(
         "json", description="json: one object a line; text: lines for a terminal."
     )
+    audit: bool = Field(
+        False,
+        description="One line more, at any level, for each request for an answer: key, model, "
+        "tokens, outcome; never text.",
+    )
