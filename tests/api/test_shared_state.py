@@ -3,9 +3,10 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
+import httpx
 import pytest
 import pytest_asyncio
 
@@ -240,6 +241,45 @@ async def check_alone(client: Client) -> None:
         assert value(client, "llm_shared_state_failures_total", part=part) > 0
 
 
+Requests = list[asyncio.Task[httpx.Response]]
+
+
+async def begin_requests(client: Client) -> Requests:
+    """Turns, a streamed one too, and a request with an idempotency key, which take a second."""
+    message = {"messages": [{"role": "user", "content": "x" * 300}], "cache": False}
+    requests = (
+        client.say("x" * 300, "whole", cache=False),
+        client.say("x" * 300, "streamed", stream=True, cache=False),
+        client.http.post("/v1/chat", json=message, headers={"Idempotency-Key": "under way"}),
+    )
+    tasks = [asyncio.create_task(request) for request in requests]
+
+    async def all_run() -> bool:
+        return client.services.engine.queue.snapshot().running == len(tasks)
+
+    await until(all_run)
+    return tasks
+
+
+async def check_ended(tasks: Requests) -> None:
+    """Assert what becomes of :func:`begin_requests` where Redis is away at their end."""
+    whole, streamed, once = await asyncio.gather(*tasks)
+    # A history without the turn would be wrong, and the caller has to know.
+    assert whole.json()["error"]["code"] == "state_unavailable"
+    assert '"code":"state_unavailable"' in streamed.text
+    assert once.status_code == 200
+
+
+@contextmanager
+def gone(server: RedisServer) -> Iterator[None]:
+    """Inside it there is no server."""
+    server.end()
+    try:
+        yield
+    finally:
+        server.start()
+
+
 async def check_together(client: Client) -> None:
     """Assert that a replica finds its way back."""
 
@@ -264,15 +304,11 @@ async def test_without_redis_a_replica_goes_on_alone(
         ) as client:
             monkeypatch.setattr(get_logger("state"), "handlers", [caplog.handler])
             assert (await client.say("first", session="before")).status_code == 200
-            if fault == "stopped":
-                with server.stopped():
-                    await check_alone(client)
-                    answers = [await client.http.get("/v1/usage") for _ in range(5)]
-            else:
-                server.end()
+            begun = await begin_requests(client)
+            with server.stopped() if fault == "stopped" else gone(server):
                 await check_alone(client)
-                answers = [await client.http.get("/v1/usage") for _ in range(5)]
-                server.start()
+                answers = [await client.http.get("/v1/usage") for _ in range(12)]
+                await check_ended(begun)
             assert [a.status_code for a in answers].count(429) >= 1
             await check_together(client)
     lines = [r.message for r in caplog.records if r.name == "llm_service.state"]
