@@ -43,7 +43,8 @@ async def shared(
     server: RedisServer, metrics: Metrics | None = None, **sections: Any
 ) -> AsyncIterator[State]:
     """The state of one replica."""
-    values: dict[str, Any] = {"backend": "redis", "url": server.url, **sections.pop("state", {})}
+    values: dict[str, Any] = {"backend": "redis", "url": server.url, "timeout_seconds": 20}
+    values |= sections.pop("state", {})
     configured = Settings(_env_file=None, state=values, **sections)
     state = make_state(configured, metrics or Metrics(), KeyRing(SecuritySettings()))
     async with state.connected:
@@ -138,6 +139,21 @@ async def test_a_turn_that_lost_its_lease_is_not_stored(server: RedisServer) -> 
         assert len(found.messages) == 2
 
 
+async def test_a_turn_outlasts_its_lease(server: RedisServer) -> None:
+    """A session is busy for as long as its turn runs, and stored at its end, a deletion too."""
+    lease = {"session_lease_seconds": 2}
+    async with shared(server, state=lease) as one, shared(server, state=lease) as two:
+        kept, deleted = [await one.sessions.begin_turn("k", name) for name in ("long", "gone")]
+        assert await two.sessions.forget("k", "gone")
+        await asyncio.sleep(3)
+        with pytest.raises(SessionBusyError):
+            await two.sessions.begin_turn("k", "long")
+        for session in (kept, deleted):
+            await one.sessions.end_turn(session, TURN)
+        assert await two.sessions.find("k", "long")
+        assert await two.sessions.find("k", "gone") is None
+
+
 async def test_a_caller_that_leaves_leaves_no_lock(server: RedisServer) -> None:
     """A begin that is cancelled on its way is undone."""
     async with shared(server) as state:
@@ -201,7 +217,7 @@ async def test_more_callers_than_connections_wait(server: RedisServer) -> None:
 async def test_after_one_time_out_calls_cost_nothing() -> None:
     """While Redis hangs only the first call waits, and the calls after it take microseconds."""
     with redis_server() as server:
-        async with shared(server) as state:
+        async with shared(server, state={"timeout_seconds": 0.25}) as state:
             await turn(state, "before")
             with server.stopped():
                 with pytest.raises(StateUnavailableError):
