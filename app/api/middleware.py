@@ -40,8 +40,8 @@ _POLICY = b"content-security-policy"
 _DATA_POLICY = b"default-src 'none'; frame-ancestors 'none'"
 _PAGE_POLICY = b"base-uri 'none'; frame-ancestors 'none'; object-src 'none'"
 CLOSE = (b"connection", b"close")
-# Monitoring calls these every few seconds, and their lines would hide all others.
-_QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/metrics"})
+# Monitoring and the playground call these every few seconds, and their lines would hide all others.
+_QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/metrics", "/status"})
 
 
 class RequestContextMiddleware:
