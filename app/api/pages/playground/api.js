@@ -42,8 +42,10 @@ export async function ask(path, { method = "GET", body, headers = {}, signal } =
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
+  let isComplete = false;
   for (;;) {
     const { value, done } = await read(reader);
+    if (done && isComplete) return;
     if (done) throw new Refusal(0, { message: "The answer broke off: the connection ended." });
     buffer += value;
     const lines = buffer.split("\n");
@@ -51,7 +53,8 @@ export async function* events(response) {
     for (const line of lines) {
       if (!line.startsWith("data:")) continue;
       const data = line.slice(5).trim();
-      if (data === "[DONE]") return;
+      if (data === "[DONE]") isComplete = true;
+      if (isComplete) continue;
       const event = JSON.parse(data);
       if (event.error) throw new Refusal(503, event.error, response.headers);
       yield event;

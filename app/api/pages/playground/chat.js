@@ -224,7 +224,7 @@ function asSent({ role, content, id, answer }) {
 }
 
 function nameOf(text) {
-  const line = text.trim().split("\n")[0];
+  const line = text.trim().split("\n")[0].replace(/^[#>*\s-]+(?=\S)/, "");
   return line.length > NAME_LENGTH ? `${line.slice(0, NAME_LENGTH - 1)}…` : line || "Conversation";
 }
 

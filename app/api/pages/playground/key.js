@@ -37,7 +37,7 @@ async function accept(entered) {
   if (!entered) return;
   key.set(entered);
   try {
-    await ask("/v1/models");
+    await (await ask("/v1/models")).json();
   } catch (error) {
     const { title, advice } = explain(error);
     if (before) key.set(before);
@@ -56,7 +56,7 @@ async function accept(entered) {
 
 function show() {
   const has = Boolean(key.get());
-  $("key-button").textContent = has ? "Key set" : "Enter a key";
+  $("key-button").textContent = has ? "Change the key" : "Enter a key";
   $("key-button").classList.toggle("primary", !has);
   document.body.classList.toggle("without-key", !has);
 }

@@ -37,7 +37,8 @@ export function startSettings() {
     tools.text = "";
     changed();
   });
-  onStatus(({ model, limits }) => {
+  onStatus(({ model, limits, environment }) => {
+    $("docs-link").hidden = environment === "production";
     $("temperature").placeholder = model.sampling.temperature ?? 0.7;
     $("top_p").placeholder = model.sampling.top_p ?? 1;
     $("max_tokens").placeholder = limits.max_tokens;
