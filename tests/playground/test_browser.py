@@ -2,17 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator
-from typing import Any
 
-import pytest
+from tests.support.browser import POOR, Visitor
+from tests.support.service import API_KEY
 
-from tests.support.browser import Visitor, running_browser
-from tests.support.service import API_KEY, Service, running_service
-
-STEP = 0.02
 LONG = "x" * 400
-POOR = "key-of-a-caller-with-a-budget-of-one-token"
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 
@@ -40,33 +34,6 @@ XSS = [
     "<details open ontoggle=boom()><object data=x><embed src=x>",
     "\\<img src=x onerror=boom()\\>&lt;script&gt;boom()&lt;/script&gt;",
 ]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """One Chromium for all tests."""
-    with running_browser() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    """A service that takes 20 ms for a token."""
-    keys = [{"name": "poor", "key": POOR, "daily_tokens": 1}]
-    with running_service(
-        ENGINE__ECHO_STEP_SECONDS=str(STEP), SECURITY__API_KEYS=json.dumps(keys)
-    ) as running:
-        yield running
-
-
-@pytest.fixture
-def visitor(browser: Any, service: Service) -> Iterator[Visitor]:
-    """A new visitor, whose console is silent at the end: no violation of the policy, no error."""
-    visitor = Visitor(browser, service, viewport={"width": 1280, "height": 800})
-    yield visitor
-    visitor.context.close()
-    assert visitor.complaints == []
-    assert len(visitor.hosts) == 1
 
 
 def test_a_first_visit_asks_for_a_key(visitor: Visitor) -> None:

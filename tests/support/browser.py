@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.service import API_KEY, Service
 
+POOR = "key-of-a-caller-with-a-budget-of-one-token"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 # Chromium reports an answer of 4xx or 5xx as an error; the page shows it too.
 _EXPECTED = "Failed to load resource: the server responded with a status of"
@@ -76,13 +77,16 @@ class Visitor:
         self.enter_key(key)
         self.page.wait_for_selector("#key-dialog", state="hidden")
 
-    def say(self, text: str, *, wait: bool = True) -> None:
-        """Send a message, and wait until there is its whole answer."""
+    def say(self, text: str, *, wait: bool = True, answers: int | None = None) -> None:
+        """Send a message, and wait until there is its whole answer, the one after the others.
+
+        ``answers`` is how many there are then, where it takes the place of one that failed.
+        """
         before = self.page.locator(".message.assistant").count()
         self.page.fill("#message", text)
         self.page.press("#message", "Enter")
         if wait:
-            self.wait_for_answers(before + 1)
+            self.wait_for_answers(answers or before + 1)
 
     def wait_for_answers(self, count: int) -> None:
         """Wait for so many answers, the last of which is complete."""
