@@ -202,10 +202,10 @@ class GenerationService:
         tokens = await self.prompt_tokens(self.screen(job))
         return tokens, self._generator.info.context_length
 
-    def token_texts(self, tokens: Sequence[int]) -> list[str]:
+    async def token_texts(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token; a part of a character is U+FFFD."""
-        bytes_of = self._generator.tokenizer.token_bytes
-        return [bytes_of(token).decode(errors="replace") for token in tokens]
+        tokenizer = self._generator.tokenizer
+        return await tokenizer.run(tokenizer.token_texts, tokens)
 
     async def prompt_tokens(self, job: Job) -> list[int]:
         """Token ids of a screened job's prompt, as the model gets them."""

@@ -30,7 +30,8 @@ XSS = [
     "<math><mtext><table><mglyph><style><img src=x onerror=boom()>",
     "<form action='https://example.org'><input name=attributes><button>h</button></form>",
     "<style>@import 'https://example.org/x.css'; * { display: none }</style>",
-    "<base href='https://example.org/'><link rel=stylesheet href=x><meta http-equiv=refresh content=0>",
+    "<base href='https://example.org/'><link rel=stylesheet href=x>",
+    "<meta http-equiv=refresh content='0; url=javascript:boom()'>",
     "<details open ontoggle=boom()><object data=x><embed src=x>",
     "\\<img src=x onerror=boom()\\>&lt;script&gt;boom()&lt;/script&gt;",
 ]

@@ -32,8 +32,12 @@ def fill_panel(visitor: Visitor) -> None:
     """Give every field of the panel a value."""
     page = visitor.page
     for name, value in {
-        **{"system": 'Be brief; it\'s "wise".', "temperature": "0.5", "top_p": "0.9"},
-        **{"max_tokens": "30", "seed": "7", "stop": "END\nSTOP"},
+        "system": 'Be brief; it\'s "wise".',
+        "temperature": "0.5",
+        "top_p": "0.9",
+        "max_tokens": "30",
+        "seed": "7",
+        "stop": "END\nSTOP",
     }.items():
         page.fill(f"#{name}", value)
     page.fill("#tools", json.dumps([TOOL]))

@@ -23,5 +23,7 @@ async def tokenize(
     """Count the tokens of a text or a chat, exactly as a request with it would."""
     job = Job(prompt=body.text, messages=chat_messages(body.messages or []))
     tokens, context_length = await within(deadline, generation.tokenize(job))
-    texts = {"token_strs": generation.token_texts(tokens)} if body.return_token_strs else {}
+    texts = {}
+    if body.return_token_strs:
+        texts["token_strs"] = await within(deadline, generation.token_texts(tokens))
     return TokenizeResponse(tokens=tokens, count=len(tokens), max_tokens=context_length, **texts)

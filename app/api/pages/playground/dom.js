@@ -1,4 +1,4 @@
-// Elements, without innerHTML: text is text.
+// Elements, made without any HTML: text is text.
 
 /**
  * Make an element.
