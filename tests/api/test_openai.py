@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -335,7 +334,7 @@ def test_x_session_id_keeps_a_conversation(client: TestClient) -> None:
 def test_a_turn_may_replace_the_last_messages(client: TestClient) -> None:
     """X-Session-Replace puts a complete turn in the place of messages, a failed one does not."""
 
-    def turn(text: str, replaced: int, **fields: Any) -> httpx.Response:
+    def turn(text: str, replaced: int, **fields: Any) -> Any:
         headers = {"X-Session-ID": "replaced", "X-Session-Replace": str(replaced)}
         return chat(client, text, headers=headers, **fields)
 

@@ -7,9 +7,8 @@ import mimetypes
 from functools import cache
 from pathlib import Path
 
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from fastapi import Response
+from fastapi.routing import APIRoute
 
 from app.utils.errors import NotFoundError
 
@@ -21,32 +20,31 @@ POLICY = (
 _SENT = (".html", ".css", ".js", ".gz")
 
 
-def playground_routes() -> list[Route]:
+def playground_routes() -> list[APIRoute]:
     """The playground, which talks to the model."""
     return _routes("/", "playground")
 
 
-def documentation_routes() -> list[Route]:
+def documentation_routes() -> list[APIRoute]:
     """Swagger UI, which shows /openapi.json."""
     return _routes("/docs", "docs")
 
 
-def _routes(address: str, folder: str) -> list[Route]:
+def _routes(address: str, folder: str) -> list[APIRoute]:
     """Routes of a folder's index.html and of the other files in it, which no document lists."""
+    files = _files(folder)
 
-    async def page(_: Request) -> Response:
-        return _files(folder)["index.html"]
+    async def page() -> Response:
+        return files["index.html"]
 
-    async def file(request: Request) -> Response:
-        found = _files(folder).get(request.path_params["name"])
-        if found is None:
+    async def file(name: str) -> Response:
+        if name not in files:
             raise NotFoundError
-        return found
+        return files[name]
 
-    _files(folder)
     return [
-        Route(address, page, include_in_schema=False),
-        Route(f"/{folder}/{{name:path}}", file, include_in_schema=False),
+        APIRoute(path, endpoint, methods=["GET", "HEAD"], include_in_schema=False)
+        for path, endpoint in ((address, page), (f"/{folder}/{{name:path}}", file))
     ]
 
 
