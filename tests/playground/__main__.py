@@ -14,7 +14,7 @@ FOLDER: Final = PROJECT_ROOT / "docs" / "images"
 WIDE: Final = {"width": 1360, "height": 850}
 PHONE: Final = {"width": 390, "height": 780}
 MOST_BYTES: Final = 150_000
-EARLIER: Final = ("Name three colours.", "How do I read a file in Python?")
+EARLIER: Final = ("Name three colours.", "How does photosynthesis work?")
 QUESTIONS: Final = (
     "What is the capital of France?",
     "Show me in Python how to reverse a string.",
@@ -23,6 +23,7 @@ QUESTIONS: Final = (
 
 def talk(visitor: Visitor) -> None:
     """Three short conversations, of likeliest tokens."""
+    visitor.page.set_default_timeout(120_000)
     visitor.page.add_init_script(
         """sessionStorage.setItem("playground.settings", '{"temperature": "0"}')"""
     )

@@ -32,11 +32,17 @@ def service() -> Iterator[Service]:
         yield running
 
 
+@pytest.fixture(scope="package")
+def tab(browser: Any, service: Service) -> Visitor:
+    """The one page."""
+    return Visitor(browser, service)
+
+
 @pytest.fixture
-def visitor(browser: Any, service: Service) -> Iterator[Visitor]:
+def visitor(tab: Visitor) -> Iterator[Visitor]:
     """A new visitor, whose console is silent at the end: no violation of the policy, no error."""
-    visitor = Visitor(browser, service, viewport={"width": 1280, "height": 800})
-    yield visitor
-    visitor.context.close()
-    assert visitor.complaints == []
-    assert len(visitor.hosts) == 1
+    yield tab
+    complaints, hosts = [*tab.complaints], {*tab.hosts}
+    tab.leave()
+    assert complaints == []
+    assert len(hosts) == 1

@@ -1,9 +1,15 @@
-"""The playground in a real Chromium, over the echo engine, which answers with the question."""
+"""The playground in a real Chromium, over the echo engine, which answers with the question.
+
+A second of a browser takes as much processor time as many other tests; what takes longest, or
+guards least, is left to `make test-browser`.
+"""
 
 import json
 import re
 
-from tests.support.browser import POOR, Visitor
+import pytest
+
+from tests.support.browser import POLLING, POOR, Visitor
 from tests.support.service import API_KEY
 
 LONG = "x" * 400
@@ -66,7 +72,8 @@ def test_an_answer_streams_with_its_figures(visitor: Visitor) -> None:
     )
     visitor.say(LONG[:60], wait=False)
     page.wait_for_function(
-        "() => /^x+$/.test(document.querySelector('.message.assistant .prose').innerText.trim())"
+        "() => /^x+$/.test(document.querySelector('.message.assistant .prose').innerText.trim())",
+        polling=POLLING,
     )
     assert page.inner_text("#send") == "Stop"
     assert len(visitor.answer()) < 60
@@ -94,7 +101,8 @@ def test_escape_stops_and_frees_the_slot(visitor: Visitor) -> None:
     visitor.say(LONG, wait=False)
     page.wait_for_selector("#status-slots:has-text('1 / ')")
     page.wait_for_function(
-        "() => document.querySelector('.message.assistant .prose').innerText.includes('x')"
+        "() => document.querySelector('.message.assistant .prose').innerText.includes('x')",
+        polling=POLLING,
     )
     page.keyboard.press("Escape")
     visitor.wait_for_answers(1)
@@ -157,9 +165,9 @@ def test_another_answer_and_another_question_replace_the_old_ones(visitor: Visit
 def test_markup_of_the_model_does_nothing(visitor: Visitor) -> None:
     """No script, handler, address or element of an answer's text takes effect."""
     page = visitor.page
-    page.add_init_script("window.boomed = 0; window.boom = () => window.boomed++;")
     visitor.come_with_key()
-    visitor.say("\n\n".join(XSS[:4]))
+    page.evaluate("() => { window.boomed = 0; window.boom = () => window.boomed++; }")
+    visitor.say("\n\n".join(XSS[:2]))
     page.evaluate(
         "async (texts) => { const { render } = await import('./playground/markdown.js');"
         " const host = document.createElement('div'); host.id = 'host';"
@@ -204,6 +212,7 @@ def test_errors_say_what_to_do(visitor: Visitor) -> None:
     assert visitor.answer() == "c"
 
 
+@pytest.mark.full_size
 def test_what_loads_is_shown(visitor: Visitor) -> None:
     """While the model loads a bar says what is done, by its share where the message has one."""
     page = visitor.page
@@ -219,6 +228,7 @@ def test_what_loads_is_shown(visitor: Visitor) -> None:
     assert page.is_hidden("#loading")
 
 
+@pytest.mark.full_size
 def test_reasoning_is_folded_away(visitor: Visitor) -> None:
     """Reasoning in a stream is shown on demand, and is no part of the answer."""
     deltas = [{"reasoning_content": "Let me see."}, {"content": "42"}]
@@ -236,6 +246,7 @@ def test_reasoning_is_folded_away(visitor: Visitor) -> None:
     assert visitor.page.inner_text(".thought") == "Let me see."
 
 
+@pytest.mark.full_size
 def test_a_call_is_answered_in_a_form(visitor: Visitor) -> None:
     """A call of a tool has a form for its result, and the conversation goes on with that."""
     page = visitor.page

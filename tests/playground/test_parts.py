@@ -43,6 +43,7 @@ def fill_panel(visitor: Visitor) -> None:
     page.fill("#tools", json.dumps([TOOL]))
 
 
+@pytest.mark.full_size
 def test_the_snippets_are_the_request(visitor: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command and the program send what the page sends, and run as they are shown."""
     page = visitor.page
@@ -103,6 +104,7 @@ def test_a_mistake_in_a_schema_is_shown_where_it_is(visitor: Visitor) -> None:
     assert page.inner_text("#schema-error") in told
 
 
+@pytest.mark.full_size
 def test_bare_prompts_and_tokens(visitor: Visitor) -> None:
     """Generate continues a prompt; Tokens shows each token with its id, and the count."""
     page = visitor.page
@@ -123,6 +125,7 @@ def test_bare_prompts_and_tokens(visitor: Visitor) -> None:
     assert page.inner_text("#token-count").startswith("5 tokens of 4 characters; the context holds")
 
 
+@pytest.mark.full_size
 def test_keys_of_the_keyboard(visitor: Visitor) -> None:
     """Shift+Enter breaks the line and Enter sends; an open dialog keeps Esc to itself."""
     page = visitor.page
@@ -139,6 +142,14 @@ def test_keys_of_the_keyboard(visitor: Visitor) -> None:
     assert page.is_hidden("#key-dialog")
 
 
+def test_a_conversation_has_no_serious_fault(visitor: Visitor) -> None:
+    """axe-core finds no serious fault in a conversation; the next test looks at everything."""
+    visitor.come_with_key()
+    visitor.say("`a`")
+    assert faults(visitor) == []
+
+
+@pytest.mark.full_size
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_serious_stands_in_the_way(visitor: Visitor, scheme: Any) -> None:
     """axe-core finds no serious fault in any tab, with an answer, an error and the dialogs."""
@@ -170,6 +181,7 @@ def test_nothing_serious_stands_in_the_way(visitor: Visitor, scheme: Any) -> Non
     assert found + faults(visitor) == []
 
 
+@pytest.mark.full_size
 @pytest.mark.parametrize("width", [320, 600, 1000, 2560])
 def test_no_width_scrolls_sideways(visitor: Visitor, width: int) -> None:
     """From 320 px on the page fits its width, and what is beside the conversation is reached."""
@@ -187,6 +199,7 @@ def test_no_width_scrolls_sideways(visitor: Visitor, width: int) -> None:
         page.keyboard.press("Escape")
 
 
+@pytest.mark.full_size
 def test_the_documentation_needs_no_internet(visitor: Visitor) -> None:
     """/docs shows every route with files of this service alone, under the same policy."""
     page = visitor.page
