@@ -3,7 +3,6 @@
 They are public, and call the routes that other clients call, with the key that a person enters.
 """
 
-import mimetypes
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +16,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
-_SENT = (".html", ".css", ".js", ".gz")
+_KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 
 def playground_routes() -> list[APIRoute]:
@@ -52,16 +51,13 @@ def _routes(address: str, folder: str) -> list[APIRoute]:
 def _files(folder: str) -> dict[str, Response]:
     """The responses of a folder's files by their names; read once, so that no request reads."""
     root = Path(__file__).parent / folder
-    return {
-        path.relative_to(root).as_posix().removesuffix(".gz"): _response(path)
-        for path in root.rglob("*")
-        if path.suffix in _SENT
-    }
-
-
-def _response(path: Path) -> Response:
-    kind, encoding = mimetypes.guess_type(path.name)
-    headers = {"Content-Security-Policy": POLICY}
-    if encoding:
-        headers["Content-Encoding"] = encoding
-    return Response(path.read_bytes(), media_type=kind, headers=headers)
+    found = {}
+    for path in root.rglob("*.*"):
+        # Large files are packed, and sent so.
+        name = path.relative_to(root).as_posix().removesuffix(".gz")
+        if kind := _KINDS.get(Path(name).suffix):
+            headers = {"Content-Security-Policy": POLICY}
+            if path.suffix == ".gz":
+                headers["Content-Encoding"] = "gzip"
+            found[name] = Response(path.read_bytes(), media_type=kind, headers=headers)
+    return found
