@@ -50,7 +50,7 @@ export class Chat {
     this.begin(id);
     open.set(id);
     this.onchange();
-    const session = await (await ask(`/v1/sessions/${encodeURIComponent(id)}`)).json();
+    const session = await (await askSession(id)).json();
     if (this.id !== id) return;
     this.keptSystem = session.system || "";
     this.messages = session.messages.map(({ role, content }) => ({ role, content, kept: true }));
@@ -59,7 +59,7 @@ export class Chat {
 
   async remove(id) {
     try {
-      await ask(`/v1/sessions/${encodeURIComponent(id)}`, { method: "DELETE" });
+      await askSession(id, "DELETE");
     } catch (error) {
       if (error.code !== "session_not_found") throw error;
     }
@@ -226,6 +226,11 @@ function asSent({ role, content, id, answer }) {
 function nameOf(text) {
   const line = text.trim().split("\n")[0].replace(/^[#>*\s-]+(?=\S)/, "");
   return line.length > NAME_LENGTH ? `${line.slice(0, NAME_LENGTH - 1)}…` : line || "Conversation";
+}
+
+/** A balancer before several copies of the service finds the session's copy by the header. */
+function askSession(id, method = "GET") {
+  return ask(`/v1/sessions/${encodeURIComponent(id)}`, { method, headers: { "X-Session-ID": id } });
 }
 
 const keepsSessions = () => status?.sessions.enabled ?? true;
