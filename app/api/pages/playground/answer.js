@@ -59,7 +59,8 @@ export function figures(answer) {
   if (tokens !== undefined) {
     const thought = usage.completion_tokens_details?.reasoning_tokens;
     add(`${tokens} tokens${thought ? `, ${thought} of them reasoning` : ""}`, "Tokens of the answer, its end included");
-    if (!answer.cached && tokens > 1 && last > first) {
+    // What came in one packet tells nothing of the speed.
+    if (!answer.cached && tokens > 1 && last - first > 50) {
       add(`${(((tokens - 1) * 1000) / (last - first)).toFixed(1)} tokens/s`, "Tokens a second, from the first to the last");
     }
   }

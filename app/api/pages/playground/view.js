@@ -8,9 +8,12 @@ import { Growing } from "./markdown.js";
 /** @param {import("./chat.js").Chat} chat */
 export function showMessages(chat) {
   const list = $("messages");
+  // A button that was pressed is gone; the keyboard goes on from the conversation.
+  const hadFocus = list.contains(document.activeElement);
   list.replaceChildren(...chat.messages.map((message, place) => element(chat, message, place)));
   $("welcome").hidden = chat.messages.length > 0;
   if (!chat.isBusy && chat.openCalls.length) list.append(callForm(chat));
+  if (hadFocus) $("conversation").focus();
   scrollDown(true);
 }
 
@@ -126,13 +129,14 @@ function answerElement(chat, message, place) {
   return article;
 }
 
-/** The service keeps an answer's calls as the model wrote them. */
+/** The service keeps an answer's calls as the model wrote them, with a repeated one that ended it. */
 function callsInText({ content }) {
   const calls = [];
-  const text = content.replace(/<tool_call>\s*(\{[\s\S]*?\})\s*<\/tool_call>/g, (all, json) => {
+  const text = content.replace(/<tool_call>\s*(\{[\s\S]*?\})\s*(?:<\/tool_call>|$)/g, (all, json) => {
     try {
       const { name, arguments: given } = JSON.parse(json);
-      calls.push({ name, arguments: JSON.stringify(given) });
+      const call = { name, arguments: JSON.stringify(given) };
+      if (!calls.some((c) => c.name === call.name && c.arguments === call.arguments)) calls.push(call);
       return "";
     } catch {
       return all;
