@@ -199,7 +199,7 @@ restarts: install ## Restart the service again and again under load, losing noth
 
 .PHONY: test-replicas
 test-replicas: install ## Restart and kill copies of the service behind a real HAProxy (COUNT=20)
-	$(RUN) pytest tests/api/test_replicas.py --restarts $(or $(COUNT),20) -v
+	$(RUN) pytest tests/api/test_behind_haproxy.py --restarts $(or $(COUNT),20) -v
 
 .PHONY: failures
 failures: install ## Failure modes at their full size: 10,000 connections, half a minute of silence

@@ -10,7 +10,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from pydantic_core import PydanticCustomError
 
 from app.api.openai.messages import MAX_TOOLS, Hint, OpenAIMessage, OpenAIModel
-from app.api.requests import MAX_STOP_CHARS, Sampling, SamplingFields, StopString
+from app.api.requests import (
+    MAX_STOP_CHARS,
+    ReasoningFields,
+    Sampling,
+    SamplingFields,
+    StopString,
+)
 from app.llm.tools import Tool, ToolUse
 
 MAX_CHOICES = 16
@@ -160,7 +166,7 @@ class PlatformHints(OpenAIModel):
     service_tier: Hint = None
 
 
-class ChatCompletionRequest(OpenAIFields, PlatformHints):
+class ChatCompletionRequest(OpenAIFields, ReasoningFields, PlatformHints):
     """Body of POST /v1/chat/completions."""
 
     model_config = ConfigDict(
@@ -181,7 +187,6 @@ class ChatCompletionRequest(OpenAIFields, PlatformHints):
         "modalities": (["text"],),
         "moderation": (),
         "prediction": (),
-        "reasoning_effort": ("none",),
         "web_search_options": (),
     }
 

@@ -13,6 +13,7 @@ from app.api.openai.messages import chat_messages
 from app.api.openai.routes import OpenAIRoute, answer, jobs_for, take
 from app.api.openai.schemas import ChatCompletionRequest
 from app.api.openai.shapes import ChatCompletionShape
+from app.api.requests import reasoning_fields
 from app.utils.errors import (
     GENERATION_ERRORS,
     ModelNotFoundError,
@@ -69,6 +70,7 @@ async def chat_completions(
             messages=messages,
             tools=body.tool_use,
             logprobs=body.top_logprobs if body.logprobs else None,
+            **reasoning_fields(body),
         )
         for job in jobs_for(body, caller, deadline, request)
     ]
@@ -77,6 +79,7 @@ async def chat_completions(
         n=body.n,
         logprobs=body.logprobs,
         include_usage=body.include_usage,
+        reasoning_names=services.settings.model.reasoning_names,
     )
     openings = [
         services.conversation.open(job, session_id, replaced=replaced)

@@ -119,6 +119,12 @@ class ModelSettings(Section):
         description="What OpenAI's routes do with a larger max_tokens; clamp cuts it "
         "(X-Max-Tokens-Applied).",
     )
+    reasoning_names: list[Literal["reasoning_content", "reasoning"]] = Field(
+        ["reasoning_content"],
+        min_length=1,
+        max_length=2,
+        description="Members of /v1/chat/completions that have the reasoning.",
+    )
     temperature: float = Field(
         0.7,
         ge=0,
