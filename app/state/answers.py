@@ -19,6 +19,7 @@ class GeneratedAnswer(msgspec.Struct, frozen=True):
     """
 
     text: str
+    reasoning: str
     logprobs: list[TokenLogprob]
     report: GenerationReport
     size: int

@@ -155,7 +155,12 @@ def test_a_schema_that_is_not_strict_is_widened(bundled_service: Service) -> Non
     members = {
         "kind": {"enum": ["a", "b"]},
         "when": {"type": "string", "maxLength": 9, "format": "iso-week"},
-        "tags": {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True, "maxItems": 3},
+        "tags": {
+            "type": "array",
+            "items": {"enum": [*range(8)]},
+            "uniqueItems": True,
+            "maxItems": 3,
+        },
     }
     form = {"type": "object", "properties": members, "required": list(members)}
     named = {"type": "json_schema", "json_schema": {"name": "x", "schema": form}}
@@ -170,6 +175,15 @@ def test_a_schema_that_is_not_strict_is_widened(bundled_service: Service) -> Non
     assert called.headers["X-Schema-Not-Held"] == "format, uniqueItems"
     held = {**named, "json_schema": {"name": "x", "schema": {"type": "boolean"}}}
     assert "X-Schema-Not-Held" not in chat(bundled_service, response_format=held).headers
+
+
+@pytest.mark.parametrize("extra", [{"min_tokens": 3}, {"ignore_eos": True}])
+def test_a_form_ends_by_itself(bundled_service: Service, extra: dict[str, Any]) -> None:
+    """What keeps an answer from ending is refused by name beside a form, and beside tools."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    for form in ({"response_format": {"type": "json_object"}}, {"tools": [tool]}):
+        answer = chat(bundled_service, **form, **extra)
+        assert refused(answer) == (400, "unsupported_parameter", "min_tokens")
 
 
 def test_a_bad_pattern_is_refused(bundled_service: Service) -> None:

@@ -47,7 +47,10 @@ _GRAMMARS: dict[str, Grammar] = {
     **{pattern: RegexGrammar(pattern) for pattern in _AMBIGUOUS},
     **{f"a string of {pattern}": strings_of(f"^({pattern})$") for pattern in _IN_STRINGS},
     "[a-z]{0,128}": RegexGrammar("[a-z]{0,128}"),
-    "13 lengths": of_schema({"anyOf": [{"type": "string", "maxLength": i} for i in range(1, 14)]}),
+    "69 lengths": of_schema({"anyOf": [{"type": "string", "maxLength": i} for i in range(1, 70)]}),
+    "17 long lengths": of_schema(
+        {"prefixItems": [{"type": "string", "maxLength": 37 * i} for i in range(1, 18)]}
+    ),
     "100 arrays": of_schema(
         {"anyOf": [{"items": {"items": {"type": "string"}}, "maxItems": i} for i in range(2, 102)]}
     ),

@@ -70,7 +70,10 @@ async def test_histories_are_those_of_memory(
         for number in range(4):
             added = [HistoryMessage(role, f"{number}", (number,), 3) for role in roles]
             for store in stores:
-                await store.end_turn(await store.begin_turn("k", "alike"), added, f"{number}")
+                session = await store.begin_turn("k", "alike")
+                # The last turn stands in place of the messages before it.
+                replaced = len(roles) if number == 3 else 0
+                await store.end_turn(session, added, f"{number}", replaced=replaced)
         in_redis, in_memory = [await store.find("k", "alike") for store in stores]
     # One whose messages were all dropped is there without any.
     assert (in_redis.messages if in_redis else []) == (in_memory.messages if in_memory else [])
