@@ -53,6 +53,17 @@ class Flight:
         return flight
 
     @property
+    def answer(self) -> GeneratedAnswer | None:
+        """What it came to; ``None`` where it has not ended well."""
+        if self.report is None:
+            return None
+        text, reasoning = self.text, self.reasoning
+        logprobs = sum(1 + len(entry.top) for entry in self.logprobs)
+        size = len(text.encode()) + len(reasoning.encode())
+        size += _LOGPROB_BYTES * logprobs + _ANSWER_OVERHEAD_BYTES
+        return GeneratedAnswer(text, reasoning, self.logprobs, self.report, size)
+
+    @property
     def text(self) -> str:
         """The text so far."""
         return "".join(piece for piece in self.said if isinstance(piece, str))
@@ -61,16 +72,6 @@ class Flight:
     def reasoning(self) -> str:
         """The reasoning so far."""
         return "".join(piece.text for piece in self.said if isinstance(piece, ReasoningPiece))
-
-    @property
-    def answer(self) -> GeneratedAnswer | None:
-        """What it came to; ``None`` where it has not ended well."""
-        if self.report is None:
-            return None
-        text, reasoning = self.text, self.reasoning
-        size = len(text.encode()) + len(reasoning.encode()) + _ANSWER_OVERHEAD_BYTES
-        size += _LOGPROB_BYTES * sum(1 + len(entry.top) for entry in self.logprobs)
-        return GeneratedAnswer(text, reasoning, self.logprobs, self.report, size)
 
     def start(self, work: Coroutine[Any, Any, GenerationReport]) -> None:
         """Run the generation; it calls :meth:`add`, and returns the report."""

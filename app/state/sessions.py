@@ -64,19 +64,25 @@ class Session:
         text = len((self.system or "").encode()) + len(self.response)
         return sum(m.size for m in self.messages) + text + _MESSAGE_OVERHEAD_BYTES
 
-    def add(self, added: Sequence[HistoryMessage], system: str | None, most: int) -> int:
-        """Add a turn, and drop the oldest turns past ``most`` messages.
+    def add(
+        self, added: Sequence[HistoryMessage], system: str | None, most: int, replaced: int = 0
+    ) -> int:
+        """Add a turn in place of the last ``replaced`` messages, and drop the oldest past ``most``.
 
         Returns:
             How many messages were dropped.
         """
         self.system = system
-        messages = [*self.messages, *added]
+        messages = [*self.messages_before(replaced), *added]
         dropped = max(len(messages) - most, 0)
         while 0 < dropped < len(messages) and messages[dropped].role != "user":
             dropped += 1
         self.messages = messages[dropped:]
         return dropped
+
+    def messages_before(self, last: int) -> list[HistoryMessage]:
+        """The messages without the last ``last`` ones."""
+        return self.messages[: max(0, len(self.messages) - last)]
 
     def after(self, session_id: str, added: Sequence[HistoryMessage], system: str | None) -> Self:
         """Another conversation: this one and one turn more. This one does not change."""
@@ -123,9 +129,16 @@ class SessionStore(ABC):
 
     @abstractmethod
     async def end_turn(
-        self, session: Session, added: Sequence[HistoryMessage] = (), system: str | None = None
+        self,
+        session: Session,
+        added: Sequence[HistoryMessage] = (),
+        system: str | None = None,
+        *,
+        replaced: int = 0,
     ) -> None:
         """End a turn and store its messages; without ``added`` the conversation does not change.
+
+        The messages stand in the place of the last ``replaced`` ones.
 
         Raises:
             StateUnavailableError: The messages could not be stored; never without ``added``.
@@ -177,7 +190,12 @@ class MemorySessions(SessionStore):
         return session
 
     async def end_turn(
-        self, session: Session, added: Sequence[HistoryMessage] = (), system: str | None = None
+        self,
+        session: Session,
+        added: Sequence[HistoryMessage] = (),
+        system: str | None = None,
+        *,
+        replaced: int = 0,
     ) -> None:
         """See :class:`SessionStore`."""
         session.turn = ""
@@ -187,7 +205,7 @@ class MemorySessions(SessionStore):
             if not session.messages:
                 self._sessions.pop(session.id, session.owner)
             return
-        session.add(added, system, self._max_messages)
+        session.add(added, system, self._max_messages, replaced)
         await self.keep(session)
 
     async def keep(self, session: Session) -> None:

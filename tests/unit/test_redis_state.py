@@ -46,7 +46,8 @@ async def shared(
     **sections: Any,
 ) -> AsyncIterator[State]:
     """The state of one replica."""
-    values: dict[str, Any] = {"backend": "redis", "url": server.url, **sections.pop("state", {})}
+    values: dict[str, Any] = {"backend": "redis", "url": server.url, "timeout_seconds": 20}
+    values |= sections.pop("state", {})
     configured = Settings(_env_file=None, state=values, **sections)
     state = make_state(configured, metrics or Metrics(), keys or KeyRing(SecuritySettings()))
     async with state.connected:
@@ -72,7 +73,10 @@ async def test_histories_are_those_of_memory(
         for number in range(4):
             added = [HistoryMessage(role, f"{number}", (number,), 3) for role in roles]
             for store in stores:
-                await store.end_turn(await store.begin_turn("k", "alike"), added, f"{number}")
+                session = await store.begin_turn("k", "alike")
+                # The last turn stands in place of the messages before it.
+                replaced = len(roles) if number == 3 else 0
+                await store.end_turn(session, added, f"{number}", replaced=replaced)
         in_redis, in_memory = [await store.find("k", "alike") for store in stores]
     # One whose messages were all dropped is there without any.
     assert (in_redis.messages if in_redis else []) == (in_memory.messages if in_memory else [])
@@ -139,6 +143,21 @@ async def test_a_turn_that_lost_its_lease_is_not_stored(server: RedisServer) -> 
         found = await alive.sessions.find("k", "lost")
         assert found is not None
         assert len(found.messages) == 2
+
+
+async def test_a_turn_outlasts_its_lease(server: RedisServer) -> None:
+    """A session is busy for as long as its turn runs, and stored at its end, a deletion too."""
+    lease = {"session_lease_seconds": 2}
+    async with shared(server, state=lease) as one, shared(server, state=lease) as two:
+        kept, deleted = [await one.sessions.begin_turn("k", name) for name in ("long", "gone")]
+        assert await two.sessions.forget("k", "gone")
+        await asyncio.sleep(3)
+        with pytest.raises(SessionBusyError):
+            await two.sessions.begin_turn("k", "long")
+        for session in (kept, deleted):
+            await one.sessions.end_turn(session, TURN)
+        assert await two.sessions.find("k", "long")
+        assert await two.sessions.find("k", "gone") is None
 
 
 async def test_a_caller_that_leaves_leaves_no_lock(server: RedisServer) -> None:
@@ -227,7 +246,7 @@ async def test_more_callers_than_connections_wait(server: RedisServer) -> None:
 async def test_after_one_time_out_calls_cost_nothing() -> None:
     """While Redis hangs only the first call waits, and the calls after it take microseconds."""
     with redis_server() as server:
-        async with shared(server) as state:
+        async with shared(server, state={"timeout_seconds": 0.25}) as state:
             await turn(state, "before")
             with server.stopped():
                 with pytest.raises(StateUnavailableError):

@@ -43,7 +43,7 @@ NOTE = """
 local function note(index, key, milliseconds, most)
   -- Adds a key to its owner's index, and deletes those of the owner that expire first past `most`.
   local time = redis.call('TIME')
-  local now = time[1] * 1000 + math.floor(time[2] / 1000)
+  local now = time[1] * 1000 + time[2] / 1000
   redis.call('ZREMRANGEBYSCORE', index, '-inf', now)
   redis.call('ZADD', index, now + milliseconds, key)
   redis.call('PEXPIRE', index, milliseconds)

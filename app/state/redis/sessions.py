@@ -27,8 +27,8 @@ redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
 return redis.call('LRANGE', KEYS[1], 0, -1)
 """)
 
-# KEYS: session, index, lock. ARGV: lifetime, most sessions, token, lease, messages to drop, and
-# the elements.
+# KEYS: session, index, lock. ARGV: lifetime, most sessions, token, lease, messages to drop at the
+# beginning and at the end, and the elements.
 _END = Script(
     NOTE
     + """
@@ -36,9 +36,9 @@ local held = redis.call('GET', KEYS[3])
 if held == '~' .. ARGV[3] then return redis.call('ZCARD', KEYS[2]) end
 if held == '~' then return 0 end
 if held ~= ARGV[3] then return -1 end
-redis.call('LTRIM', KEYS[1], 1 + ARGV[5], -1)
-for i = 7, #ARGV do redis.call('RPUSH', KEYS[1], ARGV[i]) end
-redis.call('LPUSH', KEYS[1], ARGV[6])
+redis.call('LTRIM', KEYS[1], 1 + ARGV[5], -1 - ARGV[6])
+for i = 8, #ARGV do redis.call('RPUSH', KEYS[1], ARGV[i]) end
+redis.call('LPUSH', KEYS[1], ARGV[7])
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 redis.call('SET', KEYS[3], '~' .. ARGV[3], 'PX', ARGV[4])
 return note(KEYS[2], KEYS[1], ARGV[1], ARGV[2])
@@ -118,27 +118,37 @@ class RedisSessions(SessionStore):
         return session
 
     async def end_turn(
-        self, session: Session, added: Sequence[HistoryMessage] = (), system: str | None = None
+        self,
+        session: Session,
+        added: Sequence[HistoryMessage] = (),
+        system: str | None = None,
+        *,
+        replaced: int = 0,
     ) -> None:
         """See :class:`SessionStore`."""
         # A caller that leaves now must not leave half of it undone.
-        await asyncio.shield(self._link.begin(self._end(session, added, system)))
+        await asyncio.shield(self._link.begin(self._end(session, added, system, replaced)))
 
     async def _end(
-        self, session: Session, added: Sequence[HistoryMessage], system: str | None
+        self,
+        session: Session,
+        added: Sequence[HistoryMessage],
+        system: str | None,
+        replaced: int,
     ) -> None:
         lock = self._lock(session.owner, session.id)
         try:
             if not added:
                 await self._link.release(_PART, lock, session.turn)
                 return
-            before = len(session.messages)
-            dropped = min(session.add(added, system, self._settings.max_messages), before)
+            before = len(session.messages_before(replaced))
+            most = self._settings.max_messages
+            dropped = min(session.add(added, system, most, replaced), before)
             if self._is_too_large(session):
                 await self.forget(session.owner, session.id)
                 return
             new = session.messages[before - dropped :]
-            turn = (session.turn, self._leases.milliseconds, dropped)
+            turn = (session.turn, self._leases.milliseconds, dropped, replaced)
             ended = await self._write(_END, session, new, *turn, lock=lock)
         finally:
             self._leases.drop(lock)
