@@ -27,6 +27,9 @@ STDERR = 2
 request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 """Id of the request that is being served; set by the outermost middleware."""
 
+trace_var: ContextVar[dict[str, str] | None] = ContextVar("trace", default=None)
+"""Members that name the request's span in each of its lines, where it is traced."""
+
 # Libraries whose lines at INFO are noise, or repeat the access log.
 _QUIET = ("httpx", "httpcore", "huggingface_hub", "transformers", "filelock", "sse_starlette")
 
@@ -73,6 +76,7 @@ class ServiceJsonFormatter(_WithoutMessages, JsonFormatter):
         log_data["message"] = record.getMessage()
         if request_id := request_id_var.get():
             log_data["request_id"] = request_id
+        log_data.update(trace_var.get() or {})
         super().add_fields(log_data, record, message_dict)
         # uvicorn repeats its messages here with a terminal's escape codes.
         log_data.pop("color_message", None)
