@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 # Of requests whose caller has not decided.
 _SAMPLED_PART = "0.05"
+# A collector that hangs delays the exit by twice this. OpenTelemetry's default is 10.
+_TIMEOUT_SECONDS = "1"
 
 
 def make_tracer_provider(
@@ -20,7 +22,7 @@ def make_tracer_provider(
 
     Args:
         service: Name of the service where the environment has none.
-        environment: The process' own; it gets the default sampler.
+        environment: The process' own; it gets defaults.
 
     Raises:
         ConfigurationError: OpenTelemetry's SDK is not installed.
@@ -34,6 +36,7 @@ def make_tracer_provider(
     if not environment.get("OTEL_TRACES_SAMPLER"):
         environment["OTEL_TRACES_SAMPLER"] = "parentbased_traceidratio"
         environment.setdefault("OTEL_TRACES_SAMPLER_ARG", _SAMPLED_PART)
+    environment.setdefault("OTEL_EXPORTER_OTLP_TIMEOUT", _TIMEOUT_SECONDS)
     if "service.name=" not in environment.get("OTEL_RESOURCE_ATTRIBUTES", ""):
         environment.setdefault("OTEL_SERVICE_NAME", service)
     try:
