@@ -3,10 +3,16 @@
 import asyncio
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, Self
 
 from app.llm.report import GenerationReport, TokenLogprob
+from app.state.answers import GeneratedAnswer
 from app.utils.errors import InternalError, ServiceError
+
+# What an answer takes beside its text: keys, numbers, and Python's own overhead.
+_ANSWER_OVERHEAD_BYTES = 1024
+# A token's bytes, its number, and the objects that hold them.
+_LOGPROB_BYTES = 160
 
 
 class Flight:
@@ -35,13 +41,24 @@ class Flight:
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    def again(self) -> "Flight":
-        """The answer, which has ended, in one piece and under another id."""
-        flight = Flight()
-        flight.text = ["".join(self.text)] if self.text else []
-        flight.logprobs, flight.report = self.logprobs, self.report
+    @classmethod
+    def of(cls, answer: GeneratedAnswer) -> Self:
+        """The generation of an answer, which has ended, in one piece and under another id."""
+        flight = cls()
+        flight.text = [answer.text] if answer.text else []
+        flight.logprobs, flight.report = answer.logprobs, answer.report
         flight._accepted = flight._ended = True
         return flight
+
+    @property
+    def answer(self) -> GeneratedAnswer | None:
+        """What it came to; ``None`` where it has not ended well."""
+        if self.report is None:
+            return None
+        text = "".join(self.text)
+        logprobs = sum(1 + len(entry.top) for entry in self.logprobs)
+        size = len(text.encode()) + _LOGPROB_BYTES * logprobs + _ANSWER_OVERHEAD_BYTES
+        return GeneratedAnswer(text, self.logprobs, self.report, size)
 
     def start(self, work: Coroutine[Any, Any, GenerationReport]) -> None:
         """Run the generation; it calls :meth:`add`, and returns the report."""
