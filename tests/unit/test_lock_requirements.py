@@ -62,3 +62,15 @@ def test_a_package_of_two_groups_has_the_marker_of_either(tmp_path: Path) -> Non
     assert lines == {"both": "==1 ; os_name == 'a' or os_name == 'b'", "one": "==1"}
     lines = written(tmp_path, "--variant", "cuda", lock=lock)["requirements"]
     assert lines == {"both": "==1 ; os_name == 'a'", "one": "==1"}
+
+
+def test_the_image_has_every_extra(tmp_path: Path) -> None:
+    """What an extra needs is installed, under the other conditions that it has."""
+    lock = tmp_path / "lock"
+    lock.write_text(
+        '[[package]]\nname = "client"\nversion = "1"\ngroups = ["main"]\nfiles = []\n'
+        'markers = "os_name == \\"posix\\" and extra == \\"redis\\""\n',
+        encoding="utf-8",
+    )
+    line = written(tmp_path, "--variant", "cuda", lock=lock)["requirements"]["client"]
+    assert line == '==1 ; os_name == "posix" and python_version >= "3"'
