@@ -16,12 +16,11 @@ from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, Field, SecretStr
 
-from tests.support.curl import run_curl
 from tests.support.live import LONG, background
 from tests.support.service import API_KEY, Service, running_service
-from tests.support.user_commands import CHAT, GENERATE
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+# The service is another process, so nothing of it is covered here.
+pytestmark = [pytest.mark.model, pytest.mark.no_cover, pytest.mark.timeout(300)]
 
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = "The capital of France is Paris."
@@ -64,16 +63,6 @@ def test_chat(sdk: OpenAI) -> None:
     assert completion.choices[0].finish_reason == "stop"
     assert completion.usage is not None
     assert completion.usage.total_tokens > completion.usage.completion_tokens > 0
-
-
-def test_both_apis_on_one_service(bundled_service: Service, sdk: OpenAI) -> None:
-    """The user's curl commands and the official client work on one service."""
-    for command, member in ((GENERATE, "generated_text"), (CHAT, "message")):
-        answered = run_curl(bundled_service, command, seconds=200)
-        assert answered.status == 200, answered.body
-        assert json.loads(answered.body)[member] is not None
-    completion = sdk.chat.completions.create(model="default", messages=QUESTION, temperature=0)
-    assert completion.choices[0].message.content == ANSWER
 
 
 def test_stream(sdk: OpenAI) -> None:

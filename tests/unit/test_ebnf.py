@@ -225,6 +225,7 @@ def expressions(characters: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     )
 
 
+@pytest.mark.no_cover
 @settings(max_examples=150)
 @given(
     expressions(st.sampled_from(["a", "b", "[ab]", "[b-d]", ".", "ab", '"', "[^a]"])),
@@ -279,6 +280,7 @@ def test_whole_numbers_are_those_between_the_bounds(
     assert maximum is None or int(said) < maximum
 
 
+@pytest.mark.no_cover
 @settings(max_examples=60)
 @given(_BOUND, _BOUND, st.data())
 def test_numbers_are_between_the_bounds(
@@ -301,6 +303,7 @@ def test_numbers_are_between_the_bounds(
 @settings(max_examples=60)
 @given(st.sets(st.characters(exclude_categories=["Cs"]), min_size=1), st.booleans())
 # A class of one character is written as a string, which has shorter escapes.
+@pytest.mark.no_cover
 @example(characters={"\\"}, negated=False)
 @example(characters={'"'}, negated=False)
 @example(characters={"\n"}, negated=False)
