@@ -27,7 +27,7 @@ class RedisServer:
     def start(self) -> None:
         """Start it, empty, and wait until it listens."""
         command = ["redis-server", "--port", f"{self.port}", "--bind", "127.0.0.1", "--save", ""]
-        self.process = subprocess.Popen([*command, "--loglevel", "warning"])
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             with socket.socket() as probe:

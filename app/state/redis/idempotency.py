@@ -64,13 +64,8 @@ class RedisIdempotency(IdempotencyStore):
         # The key is any text of a caller.
         entry = self._link.key(_PART, caller, hashlib.sha256(key.encode()).hexdigest())
         value = b"?" + fingerprint + uuid.uuid4().bytes
-        arguments = (value, self._leases.milliseconds)
-        try:
-            found: bytes = await self._link.run(_PART, _CLAIM, [entry], arguments)
-        except BaseException:
-            # It may be claimed.
-            self._link.begin(self._link.release(_PART, entry, value))
-            raise
+        lease = self._leases.milliseconds
+        found: bytes = await self._link.claim(_PART, _CLAIM, [entry], entry, value, lease)
         if found == b"reused":
             return "reused"
         if found == b"in_use":

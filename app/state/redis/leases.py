@@ -6,9 +6,13 @@ import contextlib
 from app.state.redis.link import RedisLink, Script
 from app.utils.errors import StateUnavailableError
 
-_RENEW = Script("""
+DELETED = "~"
+"""The value of a claimed key whose object was deleted meanwhile; the end of the claim sees it."""
+
+_RENEW = Script(f"""
 for i, key in ipairs(KEYS) do
-  if redis.call('GET', key) == ARGV[i + 1] then redis.call('PEXPIRE', key, ARGV[1]) end
+  local value = redis.call('GET', key)
+  if value == ARGV[i + 1] or value == '{DELETED}' then redis.call('PEXPIRE', key, ARGV[1]) end
 end
 """)
 

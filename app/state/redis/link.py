@@ -5,7 +5,7 @@ import contextlib
 import contextvars
 import hashlib
 from collections.abc import Coroutine, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -27,6 +27,7 @@ _LOOK_SECONDS = 0.5
 _FAULTS = (RedisError, OSError, TimeoutError)
 
 Argument = str | bytes | int | float
+T = TypeVar("T")
 
 
 class Script:
@@ -84,6 +85,8 @@ class RedisLink:
                 # What may be repeated is repeated here.
                 retry=Retry(NoBackoff(), 0),
                 protocol=2,
+                # Each new connection would read the library's version from the disk.
+                driver_info=None,
             )
         except ValueError:
             raise ConfigurationError(
@@ -114,6 +117,7 @@ class RedisLink:
             await asyncio.wait(self._tasks, timeout=self._timeout)
         for task in (*self._tasks, *filter(None, [self._healing])):
             task.cancel()
+        self._is_up = False
         await self._redis.aclose(close_connection_pool=True)
 
     @property
@@ -163,7 +167,25 @@ class RedisLink:
         except NoScriptError:
             return await self._execute("EVAL", script.text, *command)
 
-    def begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    async def claim(
+        self, part: str, script: Script, keys: Sequence[str], key: str, value: str | bytes, ms: int
+    ) -> Any:
+        """What a script returns that may give ``key`` this value, for some milliseconds.
+
+        Where the caller leaves before it knows, the claim is given back.
+
+        Raises:
+            StateUnavailableError: See :meth:`run`.
+        """
+        task = self.begin(self.run(part, script, keys, (value, ms)))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # Not at once: on another connection it could overtake the claim.
+            task.add_done_callback(lambda _: self.begin(self.release(part, key, value)))
+            raise
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Do something in a task that outlives the request."""
         task = asyncio.create_task(work, context=contextvars.Context())
         self._tasks.add(task)

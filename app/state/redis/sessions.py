@@ -15,7 +15,7 @@ from app.utils.errors import SessionBusyError, StateUnavailableError
 _PART = "sessions"
 
 # The lock of a session is the token of its turn. After a turn it is '~' and the token for a while,
-# so that the end of a turn may be repeated, and '~' after a deletion during the turn.
+# so that the end of a turn may be repeated; after a deletion during the turn it is '~' (DELETED).
 
 _FIND = Script("return redis.call('LRANGE', KEYS[1], 0, -1)")
 
@@ -107,14 +107,9 @@ class RedisSessions(SessionStore):
         """See :class:`SessionStore`."""
         turn = uuid.uuid4().hex
         lock = self._lock(owner, session_id)
-        arguments = (turn, self._leases.milliseconds)
-        try:
-            keys = [self._session(owner, session_id), lock]
-            found = await self._link.run(_PART, _BEGIN, keys, arguments)
-        except BaseException:
-            # It may have begun.
-            self._link.begin(self._link.release(_PART, lock, turn))
-            raise
+        keys = [self._session(owner, session_id), lock]
+        lease = self._leases.milliseconds
+        found = await self._link.claim(_PART, _BEGIN, keys, lock, turn, lease)
         if found is None:
             raise SessionBusyError
         self._leases.hold(lock, turn)
