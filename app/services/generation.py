@@ -150,8 +150,15 @@ class GenerationService:
                 if used.completion_tokens:
                     self._usage.add_tokens(job.caller, used.prompt_tokens, used.completion_tokens)
                 if self.tracer is not None:
-                    model, end = self._engine.model_label, report or sys.exception()
-                    record_generation(self.tracer, model, job, options, place, end)
+                    record_generation(
+                        self.tracer,
+                        "chat" if job.prompt is None else "text_completion",
+                        self._engine.model_label,
+                        options.max_tokens or options.default_max_tokens,
+                        options.sampling,
+                        place,
+                        report or sys.exception(),
+                    )
 
     async def _fill(
         self, flight: Flight, job: Job, options: GenerationOptions, place: Place

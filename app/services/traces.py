@@ -11,17 +11,17 @@ from opentelemetry.trace import StatusCode, Tracer
 from opentelemetry.util.types import AttributeValue
 
 from app.llm.client.place import Place
-from app.llm.generator import GenerationOptions
+from app.llm.protocol import SamplingParams
 from app.llm.report import GenerationReport
-from app.services.answers import Job
 from app.utils.errors import ServiceError
 
 
 def record_generation(
     tracer: Tracer,
+    operation: str,
     model: str,
-    job: Job,
-    options: GenerationOptions,
+    max_tokens: int,
+    sampling: SamplingParams,
     place: Place,
     end: GenerationReport | BaseException | None,
 ) -> None:
@@ -33,15 +33,14 @@ def record_generation(
     def at(moment: float) -> int:
         return now_ns - round((now - moment) * 1e9)
 
-    operation = "chat" if job.prompt is None else "text_completion"
     attributes: dict[str, AttributeValue] = {
         "gen_ai.operation.name": operation,
         "gen_ai.request.model": model,
         "gen_ai.response.model": model,
         "gen_ai.response.id": place.id,
-        "gen_ai.request.max_tokens": options.max_tokens or options.default_max_tokens,
-        "gen_ai.request.temperature": options.sampling.temperature,
-        "gen_ai.request.top_p": options.sampling.top_p,
+        "gen_ai.request.max_tokens": max_tokens,
+        "gen_ai.request.temperature": sampling.temperature,
+        "gen_ai.request.top_p": sampling.top_p,
         "gen_ai.usage.input_tokens": place.prompt_tokens,
         "gen_ai.usage.cache_read.input_tokens": place.cached_tokens,
         "gen_ai.usage.output_tokens": place.completion_tokens,
