@@ -19,6 +19,7 @@ from sse_starlette.sse import AppStatus
 from app import __version__
 from app.api.application import GuardedApplication
 from app.api.dependencies import Services
+from app.api.document import DOCUMENT
 from app.api.errors import register_error_handlers
 from app.api.load_shedding import LoadShedding
 from app.api.middleware import (
@@ -171,6 +172,7 @@ def _build(settings: Settings, services: Services, chains: "Callable[[], Chains]
         connections=Connections(settings.server, services.addresses, services.metrics),
         title=settings.app.name,
         version=__version__,
+        **DOCUMENT,
         lifespan=_lifespan(settings, services, chains),
         docs_url=None,
         redoc_url=None,

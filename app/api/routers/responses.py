@@ -50,7 +50,13 @@ _PATH = "/v1/responses/{response_id}"
 # Any text is an id: declared as an argument, FastAPI would say that it can be refused.
 _ID = {
     "parameters": [
-        {"name": "response_id", "in": "path", "required": True, "schema": {"type": "string"}}
+        {
+            "name": "response_id",
+            "in": "path",
+            "required": True,
+            "description": "The id of a kept response.",
+            "schema": {"type": "string", "examples": ["resp_0ef3c807a98541f1a9837554da921e84"]},
+        }
     ]
 }
 _KEPT = responses(InvalidAPIKeyError, ResponseNotFoundError, RateLimitExceededError)
@@ -58,6 +64,7 @@ _KEPT = responses(InvalidAPIKeyError, ResponseNotFoundError, RateLimitExceededEr
 
 @router.post(
     "/v1/responses",
+    summary="Answer an input and keep the response, as OpenAI does",
     response_model=ResponseObject,
     responses=STREAM
     | responses(
@@ -133,7 +140,13 @@ def _referred(
     raise ResponseNotFoundError(param=param)
 
 
-@router.get(_PATH, response_model=ResponseObject, responses=_KEPT, openapi_extra=_ID)
+@router.get(
+    _PATH,
+    summary="Show a kept response",
+    response_model=ResponseObject,
+    responses=_KEPT,
+    openapi_extra=_ID,
+)
 async def get_response(request: Request, conversation: Conversation, caller: Caller) -> Response:
     """A response of the caller's own, as it was answered."""
     response_id = request.path_params["response_id"]
@@ -141,7 +154,7 @@ async def get_response(request: Request, conversation: Conversation, caller: Cal
     return Response(session.response, media_type="application/json")
 
 
-@router.delete(_PATH, responses=_KEPT, openapi_extra=_ID)
+@router.delete(_PATH, summary="Forget a kept response", responses=_KEPT, openapi_extra=_ID)
 async def delete_response(
     request: Request, conversation: Conversation, caller: Caller
 ) -> DeletedResponse:
