@@ -152,6 +152,10 @@ test-browser: install ## Test the pages in a real Chromium, at full length (Debi
 screenshots: model ## Take pictures of the playground with the bundled model, for docs/images
 	$(RUN) python -m tests.playground
 
+.PHONY: docs
+docs: install ## Make README.md and docs/ a site in build/docs/site, with strict links
+	$(RUN) python -m scripts.docs_site
+
 .PHONY: format
 format: install ## Format the code and sort the imports
 	$(RUN) ruff check --select I --fix-only .
