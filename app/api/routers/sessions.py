@@ -12,6 +12,7 @@ from app.utils.errors import (
     InvalidAPIKeyError,
     RateLimitExceededError,
     SessionNotFoundError,
+    StateUnavailableError,
     ValidationFailedError,
 )
 
@@ -25,7 +26,11 @@ router = APIRouter(
     dependencies=KEY_SCHEMES,
     tags=["sessions"],
     responses=responses(
-        InvalidAPIKeyError, SessionNotFoundError, ValidationFailedError, RateLimitExceededError
+        InvalidAPIKeyError,
+        SessionNotFoundError,
+        ValidationFailedError,
+        RateLimitExceededError,
+        StateUnavailableError,
     ),
 )
 
@@ -39,7 +44,7 @@ async def get_session(
     session_id: SessionId, conversation: Conversation, caller: Caller
 ) -> SessionResponse:
     """What was said in a conversation of the caller's own."""
-    session = conversation.find(caller.key_id, session_id)
+    session = await conversation.find(caller.key_id, session_id)
     return SessionResponse(
         session_id=session.id,
         system=session.system,
@@ -59,5 +64,5 @@ async def delete_session(
     session_id: SessionId, conversation: Conversation, caller: Caller
 ) -> Response:
     """Forget a conversation; a turn under way is not kept either."""
-    conversation.forget(caller.key_id, session_id)
+    await conversation.forget(caller.key_id, session_id)
     return Response(status_code=204)
