@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import yaml
 
 from app.cli import main
 from app.core.config import PROJECT_ROOT
+from app.core.config.security import SecuritySettings, digest_of
 from tests.conftest import restored_logging
 from tests.support.service import isolated_environment
 from tests.support.tiny_model import make_tiny_model
@@ -161,6 +164,32 @@ def test_check_warns_as_the_start_does(
         handler.flush()
     (line,) = capfd.readouterr().err.splitlines()
     assert "MODEL_NAME" in json.loads(line)["message"]
+
+
+def test_a_new_key_fits_its_entry(capsys: pytest.CaptureFixture[str]) -> None:
+    """`keys new` prints a strong key, and an entry that config.yml takes for that key."""
+    assert main(["keys", "new", "--name", "reporting"]) == 0
+    said = capsys.readouterr().out
+    key = re.findall(r"^  ([0-9a-f]{64})$", said, re.MULTILINE)[0]
+    entries = yaml.safe_load(said[said.index("security:") :])["security"]["api_keys"]
+    (entry,) = SecuritySettings(api_keys=entries).api_keys
+    assert (entry.name, entry.sha256) == ("reporting", digest_of(key))
+
+
+def test_a_bad_name_of_a_key_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """`keys new` makes no key where config.yml would not take its name."""
+    assert main(["keys", "new", "--name", "a b"]) == 1
+    said = capsys.readouterr()
+    assert (said.out, "'a b' is no name of a key" in said.err) == ("", True)
+
+
+def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--help` of each command shows an example of it."""
+    for command in ("serve", "chat", "check", "pull", "keys new"):
+        with pytest.raises(SystemExit) as ended:
+            main([*command.split(), "--help"])
+        assert ended.value.code == 0
+        assert f"llm-service {command}" in capsys.readouterr().out.partition("example:")[2]
 
 
 def test_the_command_has_a_name() -> None:
