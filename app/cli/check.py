@@ -2,9 +2,11 @@
 
 import asyncio
 import errno
+import os
 
-from app.core.config import AppSettings, load_settings
-from app.llm.loader import check_model
+from app.core.config import AppSettings, ModelSettings, load_settings
+from app.core.machine import available_memory, compute_threads
+from app.llm.loader import Plan, check_model
 from app.main import create_app
 from app.utils.errors import StartupError
 
@@ -19,11 +21,40 @@ def check() -> int:
     # The application and the model's files are checked by what a start does with them.
     create_app(settings)
     token = settings.huggingface_token
-    check_model(settings.model, token=token.get_secret_value() if token else None)
+    plan = check_model(
+        settings.model,
+        max_running=settings.engine.max_running,
+        token=token.get_secret_value() if token else None,
+    )
     asyncio.run(_check_address(settings.app))
+    device = settings.model.device
+    threads = f", {compute_threads(os.environ)} threads" if device == "cpu" else ""
+    print(f"model    {_describe(settings.model, plan)}")
+    print(f"engine   {plan.engine or 'not known yet'}: {plan.reason}")
+    print(f"device   {device}{threads}")
+    print(f"memory   {_memory(plan)}")
+    print(f"address  http://{settings.app.host}:{settings.app.port}")
     where = "" if settings.model.source == "bundled" else f" {settings.model.name}"
-    print(f"the configuration is valid: {settings.model.source}{where} on {settings.model.device}")
+    print(f"the configuration is valid: {settings.model.source}{where} on {device}")
     return 0
+
+
+def _describe(model: ModelSettings, plan: Plan) -> str:
+    """The model, its format and its size, or how it comes here."""
+    if plan.engine == "echo":
+        return "none"
+    if plan.snapshot is None:
+        return f"{model.label}: a start fetches it if it is not here; llm-service pull does now"
+    size = f"{plan.snapshot.weight_bytes / 1e6:,.1f} MB"
+    return f"{model.label}: {plan.snapshot.weights or 'safetensors'}, {size}"
+
+
+def _memory(plan: Plan) -> str:
+    free = available_memory()
+    text = f"{free / 1e9:.1f} GB free"
+    if plan.snapshot is not None and plan.snapshot.weight_bytes > free:
+        text += ", less than the weights take: the start will most likely fail"
+    return text
 
 
 async def _check_address(app: AppSettings) -> None:

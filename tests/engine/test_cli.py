@@ -20,6 +20,7 @@ from app.core.config import PROJECT_ROOT
 from app.core.config.security import SecuritySettings, digest_of
 from tests.conftest import restored_logging
 from tests.support.service import isolated_environment
+from tests.support.tiny_gguf import make_tiny_gguf
 from tests.support.tiny_model import make_tiny_model
 
 Check = Callable[..., tuple[int, str]]
@@ -27,14 +28,16 @@ Check = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Check]:
-    """Runs `check` with settings of the environment; returns its status and its last line."""
+    """Runs `check` with settings of the environment; returns its status and what it says."""
 
     def run(**settings: str) -> tuple[int, str]:
         for name, value in isolated_environment({"MODEL__ENGINE": "auto", **settings}).items():
             monkeypatch.setenv(name, value)
         status = main(["check"])
         said = capfd.readouterr()
-        (line,) = (said.out if status == 0 else said.err).splitlines()
+        if status == 0:
+            return status, said.out
+        (line,) = said.err.splitlines()
         return status, line
 
     with restored_logging():
@@ -47,12 +50,36 @@ def model(tmp_path: Path) -> Path:
     return make_tiny_model(tmp_path / "model")
 
 
-def test_check_accepts_what_starts(check: Check, model: Path) -> None:
-    """A whole local model on a free address is valid."""
-    assert check(MODEL__SOURCE="local", MODEL__NAME=str(model)) == (
-        0,
-        f"the configuration is valid: local {model} on cpu",
-    )
+def test_check_says_what_a_start_would_do(check: Check, model: Path) -> None:
+    """It names the model's size, the engine and why, threads, free memory and the address."""
+    status, said = check(MODEL__SOURCE="local", MODEL__NAME=str(model), APP__PORT="8123")
+    assert status == 0
+    lines = dict(line.split(maxsplit=1) for line in said.splitlines())
+    size = (model / "model.safetensors").stat().st_size
+    assert lines["model"] == f"{model}: safetensors, {size / 1e6:.1f} MB"
+    assert lines["engine"].startswith("transformers: model.engine is auto, and OpenVINO reads")
+    assert "; weights are " in lines["engine"]
+    assert re.fullmatch(r"cpu, \d+ threads", lines["device"])
+    assert re.fullmatch(r"\d+\.\d GB free", lines["memory"])
+    assert lines["address"].endswith(":8123")
+    assert said.endswith(f"the configuration is valid: local {model} on cpu\n")
+
+
+def test_check_says_why_openvino_is_not_taken(check: Check, tmp_path: Path) -> None:
+    """A GGUF file that OpenVINO would misread is planned for transformers, as a start does it."""
+    model = make_tiny_gguf(tmp_path / "model.gguf")
+    model.write_bytes(model.read_bytes().replace(b"llama.context_length", b"llama.contexts_other"))
+    status, said = check(MODEL__SOURCE="local", MODEL__NAME=str(model))
+    assert status == 0
+    assert "transformers: model.engine is auto, but OpenVINO cannot run" in said
+    assert check(MODEL__SOURCE="local", MODEL__NAME=str(model), MODEL__ENGINE="openvino")[0] == 1
+
+
+def test_check_of_a_model_that_is_not_here(check: Check) -> None:
+    """A model of the hub is not looked up: the output says how it is fetched."""
+    status, said = check(MODEL__NAME="owner/name")
+    assert (status, "owner/name: a start fetches it if" in said) == (0, True)
+    assert "engine   not known yet: the model's files decide" in said
 
 
 BAD = {

@@ -44,6 +44,13 @@ class Snapshot:
         """Name of the GGUF file; ``None`` for the other formats."""
         return None if self.is_openvino else self.weights
 
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weights' files."""
+        pattern = "openvino_*.bin" if self.is_openvino else "*.safetensors"
+        files = [self.directory / self.gguf] if self.gguf else self.directory.glob(pattern)
+        return sum(file.stat().st_size for file in files)
+
 
 def is_gguf(name: str) -> bool:
     """Whether a file's name is that of a GGUF file."""
