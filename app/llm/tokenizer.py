@@ -248,6 +248,10 @@ class PromptTokenizer:
             return bytes(BYTE_OF[c] for c in token)
         return spell_piece(token)
 
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token; a part of a character is U+FFFD."""
+        return [self.token_bytes(i).decode(errors="replace") for i in token_ids]
+
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a bare prompt: plain text, with the special tokens that the model adds.
 

@@ -1,7 +1,7 @@
 """The one use case behind every route that generates: check, admit, generate, account."""
 
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -213,6 +213,11 @@ class GenerationService:
         """
         tokens = await self.prompt_tokens(self.screen(job))
         return tokens, self._generator.info.context_length
+
+    async def token_texts(self, tokens: Sequence[int]) -> list[str]:
+        """The text of each token; a part of a character is U+FFFD."""
+        tokenizer = self._generator.tokenizer
+        return await tokenizer.run(tokenizer.token_texts, tokens)
 
     async def prompt_tokens(self, job: Job) -> list[int]:
         """Token ids of a screened job's prompt, as the model gets them."""

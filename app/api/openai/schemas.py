@@ -294,6 +294,7 @@ class TokenizeRequest(OpenAIModel):
 
     text: str | None = Field(None, min_length=1)
     messages: list[OpenAIMessage] | None = Field(None, min_length=1, max_length=1000)
+    return_token_strs: bool = Field(False, description="Tell the text of each token too.")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
@@ -308,6 +309,9 @@ class TokenizeResponse(BaseModel):
     tokens: list[int] = Field(description="As the model would get them.")
     count: int
     max_tokens: int = Field(description="Most tokens of a prompt and its answer together.")
+    token_strs: list[str] = Field(
+        [], description="The text of each token, a part of a character as U+FFFD; where asked for."
+    )
 
 
 class ModelCard(BaseModel):

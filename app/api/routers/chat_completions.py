@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
 
-from app.api.dependencies import AppServices, Caller, Conversation, Deadline, Generation
+from app.api.dependencies import AppServices, Caller, Deadline
 from app.api.errors import STREAM, responses
 from app.api.guard import KEY_SCHEMES
 from app.api.openai.answers import ChatCompletion
@@ -33,6 +33,17 @@ SessionId = Annotated[
     ),
 ]
 
+Replaced = Annotated[
+    int,
+    Header(
+        alias="X-Session-Replace",
+        ge=0,
+        le=100_000,
+        description="How many of the session's last messages this turn replaces, once its answer "
+        "is complete: to ask again, or to change what was asked.",
+    ),
+]
+
 
 @router.post(
     "/v1/chat/completions",
@@ -43,12 +54,11 @@ SessionId = Annotated[
 async def chat_completions(
     body: ChatCompletionRequest,
     services: AppServices,
-    generation: Generation,
-    conversation: Conversation,
     caller: Caller,
     deadline: Deadline,
     request: Request,
     session_id: SessionId = None,
+    replaced: Replaced = 0,
 ) -> Response:
     """Answer a conversation as OpenAI's API does."""
     take(body, services)
@@ -72,7 +82,10 @@ async def chat_completions(
         reasoning_names=services.settings.model.reasoning_names,
     )
     openings = [
-        conversation.open(job, session_id) if session_id else generation.open(job) for job in jobs
+        services.conversation.open(job, session_id, replaced=replaced)
+        if session_id
+        else services.generation.open(job)
+        for job in jobs
     ]
     return await answer(request, body, jobs, openings, shape)
 
