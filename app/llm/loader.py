@@ -26,7 +26,7 @@ from app.llm.models import bundled
 from app.llm.models.description import load_tokenizer, read_gguf
 from app.llm.models.files import check_files, check_folder
 from app.llm.models.load_errors import explaining
-from app.llm.models.snapshot import Progress, Snapshot, check_storage, choose_weights
+from app.llm.models.snapshot import FetchProgress, Progress, Snapshot, check_storage, choose_weights
 from app.llm.protocol import Backend, EngineInfo, GenerationRequest, SamplingParams
 from app.utils.errors import ModelLoadError
 
@@ -41,7 +41,7 @@ def load_backend(
     vllm_arguments: dict[str, Any] | None = None,
     token: str | None,
     progress: Progress,
-    fetch_progress: Progress | None = None,
+    fetch_progress: FetchProgress | None = None,
     loaded: Callable[[EngineInfo], None] = lambda _: None,
 ) -> Backend:
     """Load the configured model and start the backend that runs it.
@@ -59,7 +59,8 @@ def load_backend(
         loaded(echo.info)
         return echo
     check_device(settings)
-    snapshot = find_model(settings, token=token, progress=fetch_progress or progress)
+    fetching = fetch_progress or (lambda message, _: progress(message))
+    snapshot = find_model(settings, token=token, progress=fetching)
     check_files(snapshot)
     if why_vllm := _why_vllm(settings, snapshot):
         vllm = load_vllm(
@@ -130,7 +131,7 @@ def check_model(settings: ModelSettings, *, max_running: int, token: str | None)
         if settings.source == "bundled":
             check_storage(bundled.bundled_model_path().parent)
         return Plan(None, "the model's files decide")
-    snapshot = find_model(settings, token=token, progress=lambda _: None)
+    snapshot = find_model(settings, token=token, progress=lambda *_: None)
     check_files(snapshot)
     return _plan(settings, snapshot, max_running)
 
@@ -275,7 +276,12 @@ def _why_never_openvino(settings: ModelSettings) -> str | None:
     return None
 
 
-def find_model(settings: ModelSettings, *, token: str | None, progress: Progress) -> Snapshot:
+def find_model(
+    settings: ModelSettings,
+    *,
+    token: str | None,
+    progress: FetchProgress,
+) -> Snapshot:
     """Bring the model's files onto this machine.
 
     Raises:
@@ -298,10 +304,10 @@ def find_model(settings: ModelSettings, *, token: str | None, progress: Progress
     )
 
 
-def _fetch_bundled(progress: Progress) -> Snapshot:
+def _fetch_bundled(progress: FetchProgress) -> Snapshot:
     if not bundled.is_fetched():
         check_storage(bundled.bundled_model_path().parent)
-        progress("fetching the bundled model (93 MB, once)")
+        progress("fetching the bundled model (93 MB, once)", None)
     try:
         path = bundled.fetch()
     except bundled.FetchError as error:

@@ -19,6 +19,8 @@ from app.cli import main
 from app.core.config import PROJECT_ROOT
 from app.core.config.security import SecuritySettings, digest_of
 from tests.conftest import restored_logging
+from tests.support.fake_hub import FakeHub
+from tests.support.hub_processes import environment
 from tests.support.service import isolated_environment
 from tests.support.tiny_gguf import make_tiny_gguf
 from tests.support.tiny_model import make_tiny_model
@@ -191,6 +193,30 @@ def test_check_warns_as_the_start_does(
         handler.flush()
     (line,) = capfd.readouterr().err.splitlines()
     assert "MODEL_NAME" in json.loads(line)["message"]
+
+
+def test_pull_fetches_a_model(hub: FakeHub, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """`pull` names the folder of the model's files, and one line what is wrong with the name."""
+    repo = hub.add("tiny/pulled", tiny_model_dir)
+    for name, status in (("tiny/pulled", 0), ("tiny/absent", 1)):
+        done = subprocess.run(
+            [sys.executable, "-m", "app", "pull", name],
+            cwd=PROJECT_ROOT,
+            env=environment(hub.url, tmp_path),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=100,
+        )
+        assert done.returncode == status, done.stderr
+        lines = done.stderr.splitlines()
+        assert json.loads(lines[0])["message"] == f"looking up {name} on the hub"
+        if status:
+            assert lines[1].startswith("tiny/absent is not on the hub")
+            continue
+        assert json.loads(lines[-1])["message"].startswith("tiny/pulled is here: ")
+        folder = Path(done.stdout.strip())
+        assert (folder / "config.json").read_bytes() == repo.files["config.json"]
 
 
 def test_a_new_key_fits_its_entry(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from functools import cache
 from app.core.config import ModelSettings
 from app.core.config.engine import EngineSettings
 from app.core.config.logging import LoggingSettings
-from app.core.logging import get_logger
+from app.core.logging import get_logger, log_progress
 from app.core.metrics import Metrics
 from app.llm.client.admission import RequestQueue
 from app.llm.client.place import Place, PlaceListener
@@ -258,7 +258,7 @@ class EngineClient:
         elif isinstance(report, Loading):
             self._phase = Duty.FETCHING if report.fetching else Duty.LOADING
             self.loading_message = report.message
-            log.info(report.message)
+            log_progress(report.message, report.percent)
         elif isinstance(report, Loaded):
             # As a task, so that Ready is read meanwhile. Before it is read, the watchdog takes an
             # idle process for a stalled one.

@@ -21,7 +21,7 @@ from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
 from app.llm.models.snapshot import (
     OPENVINO_MODEL,
-    Progress,
+    FetchProgress,
     Snapshot,
     check_storage,
     choose_weights,
@@ -29,8 +29,8 @@ from app.llm.models.snapshot import (
 )
 from app.utils.errors import ModelLoadError
 
-PROGRESS_SECONDS = 2.0
-"""Minimum time between two reports of progress."""
+PROGRESS_SECONDS = 0.5
+"""Minimum time between two reports of what has come."""
 
 # Suffixes of the files that hold a tokenizer, a configuration or a chat template.
 _COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt")
@@ -54,7 +54,7 @@ def download(
     *,
     revision: str | None,
     token: str | None,
-    progress: Progress,
+    progress: FetchProgress,
     openvino: bool = False,
 ) -> Snapshot:
     """Download ``owner/name`` or ``owner/name/FILE.gguf`` from the hub, or find it in the cache.
@@ -70,7 +70,7 @@ def download(
     token = _checked_token(token)
     # The library would print its log lines a second time, beside the service's log.
     logging.getLogger("huggingface_hub").handlers.clear()
-    progress(f"looking up {wanted.repo} on the hub")
+    progress(f"looking up {wanted.repo} on the hub", None)
     try:
         return _download(wanted, token, progress)
     except errors.HfHubHTTPError as error:
@@ -159,7 +159,7 @@ def _explain_refusal(error: errors.HfHubHTTPError, wanted: _Wanted, *, has_token
     return f"the hub answered {status} for {repo}: try again later, {_ALTERNATIVES}"
 
 
-def _download(wanted: _Wanted, token: str | None, progress: Progress) -> Snapshot:
+def _download(wanted: _Wanted, token: str | None, progress: FetchProgress) -> Snapshot:
     try:
         info = HfApi(token=token or False).model_info(
             wanted.repo, revision=wanted.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
@@ -180,7 +180,7 @@ def _download(wanted: _Wanted, token: str | None, progress: Progress) -> Snapsho
     files = _needed(names, weights)
     cache = _folder(wanted.repo)
     _remove_abandoned(cache)
-    progress(f"downloading {wanted.repo} ({len(files)} files)")
+    progress(f"downloading {wanted.repo} ({len(files)} files)", None)
     try:
         directory = snapshot_download(
             wanted.repo,
@@ -210,7 +210,7 @@ def _explain_transport(error: BaseException | None) -> tuple[str, str]:
     return "the hub cannot be reached", "check the network and HF_ENDPOINT"
 
 
-def _from_cache(wanted: _Wanted, progress: Progress, reason: str, advice: str) -> Snapshot:
+def _from_cache(wanted: _Wanted, progress: FetchProgress, reason: str, advice: str) -> Snapshot:
     """Find the last download of the model, if it is complete."""
     repo, revision = wanted.repo, wanted.revision
     try:
@@ -238,7 +238,7 @@ def _from_cache(wanted: _Wanted, progress: Progress, reason: str, advice: str) -
         raise ModelLoadError(
             f"{reason}, and {repo} is not {whole}in the cache: {advice}, {_ALTERNATIVES}"
         ) from None
-    progress(f"{reason}; using {repo} from the cache")
+    progress(f"{reason}; using {repo} from the cache", None)
     # The cache names a snapshot's folder by its commit.
     return Snapshot(directory, weights, directory.name)
 
@@ -282,7 +282,7 @@ def _needed(names: list[str], weights: str | None) -> list[str]:
     return [*companions, *(own or tensors)]
 
 
-def _progress_bar(repo: str, progress: Progress) -> type[hub_tqdm]:
+def _progress_bar(repo: str, progress: FetchProgress) -> type[hub_tqdm]:
     """A class of progress bars that call ``progress`` instead of drawing."""
     lock = threading.Lock()
     last = time.monotonic()
@@ -309,7 +309,11 @@ def _progress_bar(repo: str, progress: Progress) -> type[hub_tqdm]:
                 if due:
                     last = time.monotonic()
             if due and self.total:
-                share = 100 * self.n / self.total
-                progress(f"downloading {repo}: {share:.0f} % of {self.total / 1e6:.0f} MB")
+                percent = int(100 * self.n / self.total)
+                text = f"downloading {repo}: {percent} % of {self.total / 1e6:,.0f} MB"
+                if rate := self.format_dict["rate"]:
+                    left = (self.total - self.n) / rate
+                    text += f", {rate / 1e6:,.1f} MB/s, {left:,.0f} s left"
+                progress(text, percent)
 
     return ReportingBar
