@@ -1,6 +1,5 @@
 """A program at a terminal of its own, which a test types into and reads."""
 
-import contextlib
 import os
 import pty
 import select
@@ -37,7 +36,7 @@ class Terminal:
         started = time.monotonic()
         while (at := self.text.find(text, self._seen)) < 0:
             assert time.monotonic() - started < seconds, f"no {text!r} in {self.text!r}"
-            self._read()
+            assert self._read() or self.process.poll() is None, f"the end came: {self.text!r}"
         before = self.text[self._seen : at]
         self._seen = at + len(text)
         return before
@@ -51,11 +50,12 @@ class Terminal:
         self._read()
         return self.process.returncode
 
-    def _read(self) -> None:
-        if select.select([self._descriptor], [], [], 0.1)[0]:
-            # The system's error says that the program has closed the terminal.
-            with contextlib.suppress(OSError):
-                self.text += os.read(self._descriptor, 65_536).decode(errors="replace")
+    def _read(self) -> bool:
+        """Read what is shown within a moment; returns whether anything was."""
+        if not select.select([self._descriptor], [], [], 0.1)[0]:
+            return False
+        self.text += os.read(self._descriptor, 65_536).decode(errors="replace")
+        return True
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import logging
 import ssl
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,6 +32,9 @@ from app.utils.errors import ModelLoadError
 
 PROGRESS_SECONDS = 0.5
 """Minimum time between two reports of what has come."""
+
+_RATE_SAMPLES = 6
+_REPORTED_BYTES = 1_000_000
 
 # Suffixes of the files that hold a tokenizer, a configuration or a chat template.
 _COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt")
@@ -286,6 +290,8 @@ def _progress_bar(repo: str, progress: FetchProgress) -> type[hub_tqdm]:
     """A class of progress bars that call ``progress`` instead of drawing."""
     lock = threading.Lock()
     last = time.monotonic()
+    # When how many bytes were here, in the last seconds: files begin and end with a wait.
+    samples: deque[tuple[float, float]] = deque(maxlen=_RATE_SAMPLES)
 
     class ReportingBar(hub_tqdm):
         # No monitor thread: nothing is drawn.
@@ -308,10 +314,14 @@ def _progress_bar(repo: str, progress: FetchProgress) -> type[hub_tqdm]:
                 due = self._counts_bytes and time.monotonic() - last >= PROGRESS_SECONDS
                 if due:
                     last = time.monotonic()
-            if due and self.total:
+            # The small files come first, one by one; the total grows with each.
+            if due and (self.total or 0) >= _REPORTED_BYTES:
                 percent = int(100 * self.n / self.total)
                 text = f"downloading {repo}: {percent} % of {self.total / 1e6:,.0f} MB"
-                if rate := self.format_dict["rate"]:
+                (before, had), now = samples[0] if samples else (last, self.n), time.monotonic()
+                samples.append((now, self.n))
+                if self.n > had:
+                    rate = (self.n - had) / (now - before)
                     left = (self.total - self.n) / rate
                     text += f", {rate / 1e6:,.1f} MB/s, {left:,.0f} s left"
                 progress(text, percent)
