@@ -84,8 +84,8 @@ help: ## List the targets
 		/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: model ## Install, fetch a small real model, start the service and ask it a question
-	@$(RUN) python -m scripts.demo
+demo: model ## Fetch a small real model, start the service and ask it (KEEP=1 leaves it running)
+	@$(RUN) KEEP=$(KEEP) python -m scripts.demo
 
 .PHONY: install
 install: $(INSTALL_STAMP) ## Install the locked dependencies into .venv/ (TORCH=cpu: without CUDA)

@@ -32,7 +32,7 @@ from app.utils.errors import ModelLoadError
 
 log = get_logger("engine")
 
-_REASONS = {
+OPENVINO_REASONS = {
     "openvino": "model.engine is openvino",
     "auto": "model.engine is auto, and OpenVINO is the fastest on a CPU",
 }
@@ -60,7 +60,7 @@ def load_openvino(
         header = read_gguf(settings, snapshot, (TOKENS,)) if snapshot.gguf else None
         keep_telemetry_out()
         try:
-            shape = _gguf_shape(header) if header else None
+            shape = check_gguf(header) if header else None
             # This import takes time, and the other process reads the tokenizer meanwhile.
             from app.llm.engine.openvino.backend import SUPPORTED, OpenVinoBackend, start_pipeline
 
@@ -84,7 +84,7 @@ def load_openvino(
         model=settings.label,
         revision=snapshot.revision,
         backend="openvino",
-        backend_reason=_REASONS[settings.engine],
+        backend_reason=OPENVINO_REASONS[settings.engine],
         device="cpu",
         dtype=shape.weights,
         context_length=shape.context_length,
@@ -100,8 +100,16 @@ def load_openvino(
     )
 
 
-def _gguf_shape(header: GgufHeader) -> ModelShape:
-    shape = gguf_shape(header)
+def check_gguf(header: GgufHeader) -> ModelShape:
+    """The shape of a model whose GGUF file OpenVINO reads as it is meant.
+
+    Raises:
+        OpenVinoUnsupportedError: It does not.
+    """
+    try:
+        shape = gguf_shape(header)
+    except UnknownShapeError as error:
+        raise OpenVinoUnsupportedError(one_line(error)) from error
     if reason := why_not_read(header):
         raise OpenVinoUnsupportedError(reason)
     return shape

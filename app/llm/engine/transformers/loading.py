@@ -64,7 +64,8 @@ def load_transformers(
     on_cuda = settings.device == "cuda"
     bits = 0
     if not on_cuda:
-        bits, why = _choose_bits(settings, snapshot, header, max_running)
+        bits, why = choose_bits(settings, snapshot, header, max_running)
+        log.info("%s", why)
         if bits:
             reason = f"{reason}; {why}"
     pipe = load_pipeline(settings, snapshot, header, bits)
@@ -94,10 +95,14 @@ def load_transformers(
         return _start(pipe, info, snapshot, max_running, settings.cuda_memory_share)
 
 
-def _choose_bits(
+def choose_bits(
     settings: ModelSettings, snapshot: Snapshot, header: GgufHeader | None, max_running: int
 ) -> tuple[int, str]:
-    """Bits of the weights' integers, 0 for none, and the reason."""
+    """Bits of the weights' integers on a CPU, 0 for none, and the reason.
+
+    Raises:
+        ModelLoadError: The weights do not fit into the free memory.
+    """
     from app.llm.engine.transformers.weights import choose_weights_precision
 
     dtype: Any = weight_dtype(settings, snapshot)
@@ -106,7 +111,6 @@ def _choose_bits(
     )
     name = f"int{choice.bits}" if choice.bits else str(dtype).removeprefix("torch.")
     why = f"weights are {name}, since {choice.reason}"
-    log.info("%s", why)
     return choice.bits, why
 
 
