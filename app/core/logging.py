@@ -20,11 +20,16 @@ from app.core.log_queue import PERCENT, LogQueue
 from app.utils.timing import utc_timestamp
 
 LOGGER_NAME = "llm_service"
+AUDIT = "audit"
+"""The logger of who asked for what, see ``logging.audit``."""
 STDERR = 2
 """The descriptor of standard error."""
 
 request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 """Id of the request that is being served; set by the outermost middleware."""
+
+trace_var: ContextVar[dict[str, str] | None] = ContextVar("trace", default=None)
+"""Members that name the request's span in each of its lines, where it is traced."""
 
 _PERCENT_STEP = 5
 # Libraries whose lines at INFO are noise, or repeat the access log.
@@ -96,6 +101,7 @@ class ServiceJsonFormatter(_WithoutMessages, JsonFormatter):
         log_data["message"] = record.getMessage()
         if request_id := request_id_var.get():
             log_data["request_id"] = request_id
+        log_data.update(trace_var.get() or {})
         super().add_fields(log_data, record, message_dict)
         # uvicorn repeats its messages here with a terminal's escape codes.
         log_data.pop("color_message", None)
@@ -137,6 +143,7 @@ def configure_logging(settings: LoggingSettings, descriptor: int = STDERR) -> Lo
     logging.captureWarnings(True)
     root.setLevel(logging.WARNING)
     get_logger().setLevel(settings.level)
+    get_logger(AUDIT).setLevel(logging.INFO if settings.audit else logging.CRITICAL)
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True

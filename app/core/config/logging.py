@@ -24,3 +24,8 @@ class LoggingSettings(Section):
         description="json: one object a line; text: lines for people; auto: text at a terminal, "
         "else json.",
     )
+    audit: bool = Field(
+        False,
+        description="One line more, at any level, for each request for an answer: key, model, "
+        "tokens, outcome; never text.",
+    )
