@@ -159,15 +159,12 @@ def _why_not_openvino(settings: ModelSettings, snapshot: Snapshot | None) -> str
             "model.engine is openvino, but the package openvino-genai is not installed: install "
             "it, or set MODEL__ENGINE=auto"
         )
-    if reason is None and snapshot is not None and snapshot.weights is None:
-        reason = "OpenVINO reads GGUF and its own format, and these weights are safetensors"
+    if reason is None and snapshot and snapshot.weights and settings.quantization != "none":
+        reason = "OpenVINO computes in the precision that a model was converted to"
     if reason is None or settings.engine == "transformers":
         return reason
     if settings.engine == "openvino":
-        raise ModelLoadError(
-            f"model.engine is openvino, but {reason}: set MODEL__ENGINE=auto, or convert the model "
-            "(make export-openvino)"
-        )
+        raise ModelLoadError(f"model.engine is openvino, but {reason}: set MODEL__ENGINE=auto")
     return f"model.engine is auto, and {reason}"
 
 
@@ -176,8 +173,6 @@ def _why_never_openvino(settings: ModelSettings) -> str | None:
         return "model.engine is transformers"
     if settings.device == "cuda":
         return "model.device is cuda, where OpenVINO does not run"
-    if settings.quantization != "none":
-        return "OpenVINO computes in the precision that a model was converted to"
     return None
 
 
@@ -189,7 +184,8 @@ def find_model(settings: ModelSettings, *, token: str | None, progress: Progress
     """
     if settings.source == "bundled":
         return _fetch_bundled(progress)
-    openvino = _why_never_openvino(settings) is None
+    # Safetensors are converted to the precision that is asked for.
+    openvino = _why_never_openvino(settings) is None and settings.quantization == "none"
     if settings.source == "local":
         return _find_local(Path(settings.name).expanduser(), openvino=openvino)
     # The client of the hub takes a tenth of a second to import.

@@ -109,7 +109,7 @@ def test_status_has_cache_statistics(answers: dict[str, Answered]) -> None:
     status = parsed(answers[STATUS])
     assert {"entries", "hits", "misses"} <= status["cache"].keys()
     assert status["model"]["name"] == MODEL
-    assert status["engine"]["backend"] == "transformers"
+    assert status["engine"]["backend"] == "openvino"
     assert status["engine"]["device"] == "cpu"
 
 

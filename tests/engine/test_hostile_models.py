@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from app.llm.models.snapshot import Snapshot
 from app.llm.protocol import EngineInfo
 from app.llm.tokenizer import PromptTokenizer
 from app.utils.errors import ModelLoadError, ValidationFailedError
-from tests.support.backends import load_local, refusal
+from tests.support import backends
 from tests.support.tiny_gguf import make_tiny_gguf
 from tests.support.tiny_model import split_weights
+
+# With auto a model is converted for OpenVINO first.
+load_local = partial(backends.load_local, engine="transformers")
+refusal = partial(backends.refusal, engine="transformers")
 
 
 @pytest.fixture

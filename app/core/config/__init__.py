@@ -78,10 +78,10 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the weights; auto takes what the device is fastest at."
     )
-    quantization: Literal["none", "int8"] = Field(
+    quantization: Literal["none", "int8", "int4"] = Field(
         "none",
-        description="int8 computes large linear layers in 8-bit integers: faster, a little less "
-        "exact; transformers engine on a CPU.",
+        description="int8 and int4 take the large weights of safetensors in 8-bit and 4-bit "
+        "integers on a CPU: faster, less exact; int4 with OpenVINO alone.",
     )
     cuda_memory_share: float = Field(
         0.8,
@@ -92,8 +92,8 @@ class ModelSettings(Section):
     )
     engine: Literal["auto", "openvino", "transformers", "echo"] = Field(
         "auto",
-        description="Backend that runs the model. auto: openvino on a CPU where it can read the "
-        "model (GGUF, OpenVINO), else transformers. echo repeats the prompt, for tests.",
+        description="Backend that runs the model. auto: openvino on a CPU where it can run the "
+        "model, else transformers. echo repeats the prompt, for tests.",
     )
     max_tokens: int = Field(
         512, ge=1, le=1_000_000, description="Most tokens a request may ask for, and the default."

@@ -12,6 +12,7 @@ from app.core.config import ModelSettings
 from app.core.logging import get_logger
 from app.core.machine import compute_threads
 from app.llm.engine.cache_size import cache_tokens
+from app.llm.engine.openvino.converted import NotConvertedError, convert_once
 from app.llm.engine.openvino.gguf import why_not_read
 from app.llm.models.description import (
     ModelShape,
@@ -49,12 +50,19 @@ class OpenVinoUnsupportedError(Exception):
 def load_openvino(
     settings: ModelSettings, snapshot: Snapshot, *, max_running: int, progress: Progress
 ) -> Backend:
-    """Load a GGUF file or an OpenVINO model, for a batch of at most ``max_running`` requests.
+    """Load a GGUF file, an OpenVINO model, or safetensors, which are converted to one.
+
+    ``max_running`` is the most requests in a batch.
 
     Raises:
         OpenVinoUnsupportedError: OpenVINO cannot run it, though its files are complete.
         ModelLoadError: Its files are incomplete, or its tokenizer cannot be read.
     """
+    if snapshot.weights is None:
+        try:
+            snapshot = convert_once(settings, snapshot, progress)
+        except NotConvertedError as error:
+            raise OpenVinoUnsupportedError(str(error)) from error
     progress(f"loading {settings.label} with OpenVINO")
     with TokenizerProcess(settings, snapshot) as reader:
         header = read_gguf(settings, snapshot, (TOKENS,)) if snapshot.gguf else None

@@ -56,6 +56,11 @@ def load_transformers(
     Raises:
         ModelLoadError: Its files are incomplete, or transformers cannot run such a model.
     """
+    if settings.quantization == "int4":
+        raise ModelLoadError(
+            f"model.quantization is int4, which OpenVINO alone computes, and {reason}: set "
+            "MODEL__QUANTIZATION=int8"
+        )
     progress(f"loading {settings.label} with transformers")
     header = read_gguf(settings, snapshot) if snapshot.gguf else None
     pipe = load_pipeline(settings, snapshot, header)
@@ -104,11 +109,11 @@ def _start(
     from app.llm.engine.transformers.attention_choice import attention_of
     from app.llm.engine.transformers.backend import TransformersBackend
     from app.llm.engine.transformers.plain import PlainBackend
-    from app.llm.engine.transformers.start_check import StartCheck
+    from app.llm.engine.transformers.start_check import StartCheck, known_as
 
     model, usual = pipe.model, attention_of(pipe.model)
     limits: dict[str, Any] = {"max_running": max_running, "cuda_memory_share": memory_share}
-    check = StartCheck(model, info, snapshot)
+    check = StartCheck(model, known_as(model, info, snapshot))
     if (reason := _why_not_paged(model, info.context_length)) is None:
         check.prepare("paged")
         paged: Backend | None = None
@@ -159,7 +164,8 @@ def check_device(settings: ModelSettings) -> None:
         return
     if settings.quantization != "none":
         raise ModelLoadError(
-            "model.quantization is int8, which only a CPU runs: set MODEL__QUANTIZATION=none"
+            f"model.quantization is {settings.quantization}, which only a CPU runs: set "
+            "MODEL__QUANTIZATION=none"
         )
     import torch
 
@@ -226,19 +232,19 @@ def _from_pretrained(
             snapshot.directory,
             dtype=weight_dtype(settings, snapshot),
             output_loading_info=True,
-            # For a line that names the tensor, see _check_weights.
+            # For a line that names the tensor, see check_weights.
             ignore_mismatched_sizes=True,
             **weights,
             **pretrained_source(snapshot),
         )
         if getattr(model.config.get_text_config(), "num_hidden_layers", None) == 0:
             raise ValueError("it has no layers")
-        _check_weights(settings.label, model, report)
+        check_weights(settings.label, model, report)
         check(model, report)
         return pipeline("text-generation", model=model, tokenizer=tokenizer, device=settings.device)
 
 
-def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
+def check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
     """Refuse weights that transformers would replace by random numbers, and values that are none.
 
     Args:

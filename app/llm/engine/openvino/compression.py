@@ -1,0 +1,87 @@
+"""Weights of torch as OpenVINO's constants: as they are, or rounded to 8 or 4 bits.
+
+OpenVINO multiplies integers where a scale and an offset, for a row or for a group of a row's
+weights, follow the constant in this very order of operations.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+import openvino
+import torch
+from openvino import Type
+from openvino import opset13 as ops
+from torch import Tensor
+
+GROUP_SIZES: Final = (64, 32)
+"""Weights of a row that share a scale in 4 bits: the first size that divides the row."""
+
+# Weights that are rounded at a time, in float32.
+_AT_ONCE: Final = 1 << 22
+# The scale of a row of zeros, by which none is divided; the smallest number of float16.
+_SMALLEST_SCALE: Final = 6e-8
+# The first of two integers of 4 bits is in the lower half of their byte.
+_HALVES: Final = torch.tensor([1.0, 16.0])
+_TYPES: Final = {torch.float32: Type.f32, torch.bfloat16: Type.bf16, torch.float16: Type.f16}
+
+
+_Parts = tuple[Tensor, Tensor, Tensor]
+"""Integers, offsets and scales."""
+
+
+def weight_constant(weight: Tensor, bits: int) -> Any:
+    """A node that gives a weight [rows, columns] in float32.
+
+    Args:
+        weight: Its values, which are read before this returns.
+        bits: 8 or 4; 16 keeps the weight's own type. Rows that no group size divides get 8 for 4.
+    """
+    rows, columns = weight.shape
+    if bits > 8:
+        values = _constant(weight.contiguous(), [rows, columns], _TYPES[weight.dtype])
+        return ops.convert(values, "f32")
+    group = next((size for size in GROUP_SIZES if columns % size == 0), 0)
+    if bits == 8 or not group:
+        node = _scaled(_rounded(weight, columns, 255), [rows, columns], Type.u8)
+    else:
+        parts = _rounded(weight, group, 15)
+        node = _scaled(parts, [rows, columns // group, group], Type.u4)
+        node = ops.reshape(node, ops.constant(np.array([rows, columns])), special_zero=False)
+    return ops.convert(node, "f32")
+
+
+def _rounded(weight: Tensor, group: int, largest: int) -> _Parts:
+    """Integers from 0 to ``largest``, with an offset and a scale for each group of weights."""
+    step = max(1, _AT_ONCE // weight.shape[1])
+    parts = [_round(part.float().view(-1, group), largest) for part in torch.split(weight, step)]
+    integers, offsets, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return integers, offsets, scales
+
+
+def _round(values: Tensor, largest: int) -> _Parts:
+    low, high = values.aminmax(dim=1, keepdim=True)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scales = ((high - low) / largest).clamp_(min=_SMALLEST_SCALE).half()
+    exact = scales.float()
+    offsets = (-low / exact).round_().clamp_(0, largest)
+    integers = (values / exact).round_().add_(offsets).clamp_(0, largest)
+    if largest == 15:
+        integers, offsets = (pair.view(-1, 2) @ _HALVES for pair in (integers, offsets))
+    return integers.to(torch.uint8), offsets.to(torch.uint8), scales
+
+
+def _scaled(parts: _Parts, shape: list[int], kind: Type) -> Any:
+    integers, offsets, scales = parts
+    each = [*shape[:-1], 1]
+    integer, offset = (
+        ops.convert(_constant(values, size, kind), "f16")
+        for values, size in ((integers, shape), (offsets, each))
+    )
+    return ops.multiply(ops.subtract(integer, offset), _constant(scales, each, Type.f16))
+
+
+def _constant(values: Tensor, shape: list[int], kind: Type) -> Any:
+    data = values.view(torch.uint8).numpy()
+    # By default it would point into the memory of torch, which ends before the graph does.
+    tensor = openvino.Tensor(data, openvino.Shape(shape), kind)
+    return openvino.op.Constant(tensor, shared_memory=False)
