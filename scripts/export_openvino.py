@@ -43,7 +43,7 @@ def export(model: str, weights: str, folder: Path) -> None:
     if snapshot.weights:
         raise ModelLoadError(f"{model} is no safetensors model: OpenVINO reads it as it is")
     try:
-        convert(settings, snapshot, folder, print)
+        convert(settings.model_copy(update={"engine": "openvino"}), snapshot, folder, print)
     except UnconvertibleError as error:
         raise ModelLoadError(f"{error}: serve it with transformers") from error
 

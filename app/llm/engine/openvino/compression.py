@@ -6,15 +6,16 @@ weights, follow the constant in this very order of operations.
 
 from typing import Any, Final
 
-import numpy as np
 import openvino
 import torch
 from openvino import Type
 from openvino import opset13 as ops
 from torch import Tensor
 
-GROUP_SIZES: Final = (64, 32)
-"""Weights of a row that share a scale in 4 bits: the first size that divides the row."""
+# Weights of a row that share a scale, as many as divide the row. Larger groups are
+# faster; the rows of small models, which lose most, have the smallest.
+_GROUP_SIZES: Final = (64, 32)
+_SHORT_ROW: Final = 2048
 
 # Weights that are rounded at a time, in float32.
 _AT_ONCE: Final = 1 << 22
@@ -29,25 +30,26 @@ _Parts = tuple[Tensor, Tensor, Tensor]
 """Integers, offsets and scales."""
 
 
-def weight_constant(weight: Tensor, bits: int) -> Any:
+def weight_constant(weight: Tensor, bits: int, *, grouped: bool = True) -> Any:
     """A node that gives a weight [rows, columns] in float32.
 
     Args:
         weight: Its values, which are read before this returns.
         bits: 8 or 4; 16 keeps the weight's own type. Rows that no group size divides get 8 for 4.
+        grouped: Whether parts of a row have scales, and not the whole row.
     """
     rows, columns = weight.shape
     if bits > 8:
         values = _constant(weight.contiguous(), [rows, columns], _TYPES[weight.dtype])
         return ops.convert(values, "f32")
-    group = next((size for size in GROUP_SIZES if columns % size == 0), 0)
-    if bits == 8 or not group:
-        node = _scaled(_rounded(weight, columns, 255), [rows, columns], Type.u8)
-    else:
-        parts = _rounded(weight, group, 15)
-        node = _scaled(parts, [rows, columns // group, group], Type.u4)
-        node = ops.reshape(node, ops.constant(np.array([rows, columns])), special_zero=False)
-    return ops.convert(node, "f32")
+    sizes = _GROUP_SIZES[1:] if columns < _SHORT_ROW else _GROUP_SIZES
+    group = next((size for size in sizes if grouped and columns % size == 0), columns)
+    largest, kind = (15, Type.u4) if bits == 4 and group < columns else (255, Type.u8)
+    parts = _rounded(weight, group, largest)
+    if group == columns:
+        return ops.convert(_scaled(parts, [rows, columns], kind), "f32")
+    node = _scaled(parts, [rows, columns // group, group], kind)
+    return ops.convert(ops.reshape(node, ops.constant([rows, columns]), special_zero=False), "f32")
 
 
 def _rounded(weight: Tensor, group: int, largest: int) -> _Parts:

@@ -59,8 +59,10 @@ def convert(settings: ModelSettings, snapshot: Snapshot, folder: Path, progress:
     progress(f"converting {settings.label} for OpenVINO, once: writing it")
     graph = to_openvino(
         model,
-        lambda weight: weight_constant(
-            weight, max(bits, 8) if len(weight) == text.vocab_size else bits
+        lambda weight: (
+            weight_constant(weight, max(bits, 8), grouped=False)
+            if len(weight) == text.vocab_size
+            else weight_constant(weight, bits)
         ),
     )
     del model

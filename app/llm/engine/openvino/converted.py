@@ -23,8 +23,8 @@ from app.llm.models.files import fingerprint
 from app.llm.models.load_errors import one_line, quantization_method
 from app.llm.models.snapshot import OPENVINO_MODEL, Progress, Snapshot
 
-_REFUSED: Final = "refused.txt"
 # In the place of a model that is not converted rightly: the reason, for later starts.
+_REFUSED: Final = "refused.txt"
 _CODE: Final = ("tracing.py", "compression.py", "conversion.py")
 _LIBRARIES: Final = ("openvino", "torch", "transformers")
 
@@ -116,20 +116,15 @@ def _run(settings: ModelSettings, snapshot: Snapshot, folder: Path, progress: Pr
         [sys.executable, "-m", "app.llm.engine.openvino.conversion", *arguments],
         stdout=subprocess.PIPE,
     ) as process:
-        try:
-            for line in process.stdout or ():
-                said = msgspec.json.decode(line, type=Said | Refused)
-                if isinstance(said, Said):
-                    progress(said.message)
-                elif said.lasts:
-                    shutil.rmtree(folder)
-                    folder.mkdir()
-                    (folder / _REFUSED).write_text(said.message, encoding="utf-8")
-                else:
-                    raise NotConvertedError(said.message)
-        finally:
-            # It ends by itself unless reading its lines failed.
-            process.stdout and process.stdout.close()
-            code = process.wait()
-    if code:
-        raise NotConvertedError(f"its conversion ended with code {code}")
+        for line in process.stdout or ():
+            said = msgspec.json.decode(line, type=Said | Refused)
+            if isinstance(said, Said):
+                progress(said.message)
+            elif said.lasts:
+                shutil.rmtree(folder)
+                folder.mkdir()
+                (folder / _REFUSED).write_text(said.message, encoding="utf-8")
+            else:
+                raise NotConvertedError(said.message)
+    if process.returncode:
+        raise NotConvertedError(f"its conversion ended with code {process.returncode}")
