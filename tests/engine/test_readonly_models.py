@@ -90,6 +90,9 @@ def test_no_room_for_a_copy_at_all(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_safetensors(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """A folder with safetensors that may only be read loads as any other."""
+    """A folder with safetensors that may only be read loads, also where no home may be written."""
     folder = shutil.copytree(tiny_model_dir, tmp_path / "models" / "tiny")
-    assert load_unwritable(folder)[0] == "transformers"
+    before = "from huggingface_hub import constants; constants.HF_HOME = '/dev/null'"
+    backend, reason, _ = load_unwritable(folder, before)
+    assert backend == "transformers"
+    assert "its converted weights cannot be kept" in reason
