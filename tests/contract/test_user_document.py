@@ -66,7 +66,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         hub.add(MODEL, folder, gated=True)
         hub.tokens[TOKEN] = {MODEL}
         with running_service(
-            MODEL__ENGINE="auto",
+            MODEL__ENGINE="transformers",
             HUGGINGFACE_TOKEN=TOKEN,
             RATE_LIMIT__ENABLED="true",
             HF_ENDPOINT=hub.url,
@@ -109,7 +109,7 @@ def test_status_has_cache_statistics(answers: dict[str, Answered]) -> None:
     status = parsed(answers[STATUS])
     assert {"entries", "hits", "misses"} <= status["cache"].keys()
     assert status["model"]["name"] == MODEL
-    assert status["engine"]["backend"] == "openvino"
+    assert status["engine"]["backend"] == "transformers"
     assert status["engine"]["device"] == "cpu"
 
 

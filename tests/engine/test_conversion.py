@@ -121,8 +121,9 @@ def test_a_wrong_conversion_is_found(
 ) -> None:
     """Weights that are another model's do not pass the comparison."""
 
-    def negative(weight: Tensor, bits: int) -> object:
-        return weight_constant(-weight if weight.shape[0] == weight.shape[1] else weight, bits)
+    def negative(weight: Tensor, bits: int, *, grouped: bool = True) -> object:
+        sign = -1 if weight.shape[0] == weight.shape[1] else 1
+        return weight_constant(sign * weight, bits, grouped=grouped)
 
     monkeypatch.setattr(conversion, "weight_constant", negative)
     with pytest.raises(UnconvertibleError, match="its tokens differ from those of transformers"):
