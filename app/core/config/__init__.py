@@ -80,8 +80,8 @@ class ModelSettings(Section):
     )
     quantization: Literal["auto", "none", "int8", "int4"] = Field(
         "auto",
-        description="int8 and int4 keep large linear layers in integers: faster and smaller, less "
-        "exact; transformers engine on a CPU. auto takes the best that fits into memory: int8 for "
+        description="int8 and int4 keep the large weights of safetensors in integers on a CPU: "
+        "faster and smaller, less exact. auto takes the best that fits into memory: int8 for "
         "models over a billion parameters, else none.",
     )
     cuda_memory_share: float = Field(
@@ -93,9 +93,9 @@ class ModelSettings(Section):
     )
     engine: Literal["auto", "openvino", "transformers", "vllm", "echo"] = Field(
         "auto",
-        description="Backend that runs the model. auto: openvino on a CPU where it can read the "
-        "model (GGUF, OpenVINO), vllm on a GPU where it is installed, else transformers. echo "
-        "repeats the prompt, for tests.",
+        description="Backend that runs the model. auto: openvino on a CPU where it can run the "
+        "model, vllm on a GPU where it is installed, else transformers. echo repeats the prompt, "
+        "for tests.",
     )
     max_tokens: int = Field(
         512, ge=1, le=1_000_000, description="Most tokens a request may ask for, and the default."

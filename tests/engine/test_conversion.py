@@ -1,0 +1,185 @@
+"""Safetensors that become OpenVINO's own format at the first start."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import openvino
+import pytest
+import torch
+from torch import Tensor
+
+from app.core.config import ModelSettings
+from app.llm.engine.openvino import conversion, converted
+from app.llm.engine.openvino.compression import weight_constant
+from app.llm.engine.openvino.conversion import convert
+from app.llm.engine.openvino.converted import convert_once
+from app.llm.engine.openvino.tracing import UnconvertibleError
+from app.llm.models.snapshot import OPENVINO_MODEL, Snapshot
+from scripts import export_openvino
+from tests.support.backends import change_config, load_local, refusal, request, run, tokens
+from tests.zoo import check, tiny
+
+FLOAT32 = ModelSettings(source="local", name="tiny", dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty HF_HOME."""
+    home = tmp_path / "home"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(home))
+    monkeypatch.setenv("HF_HOME", str(home))
+    return home
+
+
+@pytest.mark.full_size
+def test_a_family_answers_as_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy tokens of a converted Gemma 3 equal ``generate``'s, past a window and in a batch.
+
+    ``make models`` tries all architectures.
+    """
+    monkeypatch.setattr(check, "ANSWER", 6)
+    tiny.make("gemma3_text", tmp_path / "tiny")
+    convert(FLOAT32, Snapshot(tmp_path / "tiny", None), tmp_path / "out", lambda _: None)
+    backend = load_local(tmp_path / "out", engine="openvino")
+    assert check.faults(backend, check.Reference(tmp_path / "tiny"), (3, 300)) == []
+
+
+@pytest.mark.full_size
+def test_killed_and_twice_at_once(home: Path, tiny_model_dir: Path) -> None:
+    """A start that is killed leaves no model; of two starts at once one converts, both have it."""
+    settings = FLOAT32.model_copy(update={"name": str(tiny_model_dir)})
+    program = (
+        "import sys; from app.core.config import ModelSettings; "
+        "from app.llm.engine.openvino.converted import convert_once; "
+        "from app.llm.models.snapshot import Snapshot; from pathlib import Path; "
+        "convert_once(ModelSettings.model_validate_json(sys.argv[1]), "
+        "Snapshot(Path(sys.argv[2]), None), lambda line: print(line, flush=True))"
+    )
+    command = [sys.executable, "-c", program, settings.model_dump_json(), str(tiny_model_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as killed:
+        assert killed.stdout
+        assert b"reading the weights" in killed.stdout.readline()
+        killed.send_signal(signal.SIGKILL)
+    assert not [*home.rglob(OPENVINO_MODEL)]
+    said: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        starts = [
+            pool.submit(convert_once, settings, Snapshot(tiny_model_dir, None), said.append)
+            for _ in range(2)
+        ]
+        first, second = (start.result() for start in starts)
+    assert first == second
+    assert sum("reading the weights" in line for line in said) == 1
+    assert "waiting for another start, which converts the model" in said
+    assert [path.name for path in home.rglob(".partial")] == []
+    said.clear()
+    backend = load_local(tiny_model_dir, said, engine="openvino")
+    assert said == [f"loading {tiny_model_dir} with OpenVINO"]
+    assert (backend.info.backend, backend.info.dtype) == ("openvino", "float32")
+
+
+@pytest.mark.full_size
+def test_a_model_that_is_not_converted(tiny_model_dir: Path, home: Path, tmp_path: Path) -> None:
+    """Gemma 2's soft cap is found before its weights are read, and one line names it."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "tiny")
+    change_config(folder, attn_logit_softcapping=50.0)
+    assert "OpenVINO's paged attention has no softcap" in refusal(folder, engine="openvino")
+    assert not home.exists()
+
+
+def test_a_home_that_cannot_be_written(tiny_model_dir: Path, home: Path) -> None:
+    """A model that is to be converted is refused, in one line that says why."""
+    home.write_text("a file")
+    line = refusal(tiny_model_dir, engine="openvino")
+    assert "its converted weights cannot be kept (" in line
+    assert "make HF_HOME writable" in line
+
+
+def test_a_conversion_that_does_not_fit(
+    tiny_model_dir: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversion that takes more memory than is free does not begin; the line has the numbers."""
+    monkeypatch.setattr(converted, "available_memory", lambda: 1)
+    line = refusal(tiny_model_dir, engine="openvino")
+    assert "GB, and 0.0 GB are free: convert it on a larger machine" in line
+    assert [*home.rglob("*.xml")] == []
+
+
+def test_a_start_converts_once(home: Path, tiny_model_dir: Path) -> None:
+    """The first start has a process convert the model, and the second one finds the result."""
+    said: list[str] = []
+    for _ in range(2):
+        said.append("start")
+        backend = load_local(tiny_model_dir, said, engine="openvino", quantization="int8")
+        assert (backend.info.backend, backend.info.dtype) == ("openvino", "int8")
+        assert backend.info.supported.isdisjoint({"logit_bias", "top_logprobs"})
+    first = next(line for line in said if "reading the weights" in line)
+    assert said.index(first) < said.index("start", 1)
+    assert said[said.index("start", 1) :] == ["start", f"loading {tiny_model_dir} with OpenVINO"]
+    assert [path.name for path in home.rglob(OPENVINO_MODEL)] == [OPENVINO_MODEL]
+
+
+def test_a_wrong_conversion_is_found(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are another model's do not pass the comparison."""
+
+    def negative(weight: Tensor, bits: int, *, grouped: bool = True) -> object:
+        sign = -1 if weight.shape[0] == weight.shape[1] else 1
+        return weight_constant(sign * weight, bits, grouped=grouped)
+
+    monkeypatch.setattr(conversion, "weight_constant", negative)
+    with pytest.raises(UnconvertibleError, match="its tokens differ from those of transformers"):
+        convert(FLOAT32, Snapshot(tiny_model_dir, None), tmp_path / "out", lambda _: None)
+
+
+@pytest.mark.full_size
+def test_an_export_is_served(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An exported folder is served in the precision that was asked for."""
+    folder = tmp_path / "out"
+    arguments = [str(tiny_model_dir), "--weights", "int4", "--output", str(folder)]
+    assert export_openvino.main(arguments) == 0
+    assert f"MODEL__SOURCE=local MODEL__NAME={folder} make run" in capsys.readouterr().out
+    backend = load_local(folder)
+    assert (backend.info.backend, backend.info.dtype) == ("openvino", "int4")
+    assert len(tokens(run(backend, request("r"))["r"])) == 8
+    assert export_openvino.main(arguments) == 1
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An export that fails says why, and half a model never looks like one."""
+    model = shutil.copytree(tiny_model_dir, tmp_path / "tiny")
+    change_config(model, attn_logit_softcapping=50.0)
+    assert export_openvino.main([str(model), "--output", str(tmp_path / "out")]) == 1
+    assert "has no softcap: serve it with transformers" in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == [model]
+
+
+@pytest.mark.parametrize(("bits", "step"), [(8, 1 / 255), (4, 1 / 15), (16, 2**-9)])
+@pytest.mark.parametrize("columns", [128, 96, 40])
+def test_weights_are_rounded_to_the_nearest(bits: int, step: float, columns: int) -> None:
+    """What OpenVINO reads is off by half a step of its group at most, whatever divides a row."""
+    torch.manual_seed(0)
+    weight = torch.randn(6, columns).bfloat16()
+    weight[0] = 0
+    node = weight_constant(weight, bits)
+    model = openvino.Model([node], [])
+    read = openvino.Core().compile_model(model, "CPU")([])[0]
+    bound = 0.51 * step * 2 * np.abs(weight.float().numpy()).max()
+    assert np.abs(read - weight.float().numpy()).max() <= bound + 1e-3
