@@ -121,18 +121,17 @@ def test_a_conversion_that_does_not_fit(
 
 def test_a_start_converts_once(home: Path, tiny_model_dir: Path) -> None:
     """The first start has a process convert the model, and the second one finds the result."""
+    settings = FLOAT32.model_copy(update={"name": str(tiny_model_dir)})
     said: list[str] = []
-    for _ in range(2):
-        said.append("start")
-        backend = load_local(tiny_model_dir, said, engine="openvino", quantization="int8")
-        assert (backend.info.backend, backend.info.dtype) == ("openvino", "int8")
-        assert backend.info.supported.isdisjoint({"logit_bias", "top_logprobs"})
-    first = next(line for line in said if "reading the weights" in line)
-    assert said.index(first) < said.index("start", 1)
-    assert said[said.index("start", 1) :] == ["start", f"loading {tiny_model_dir} with OpenVINO"]
-    assert [path.name for path in home.rglob(OPENVINO_MODEL)] == [OPENVINO_MODEL]
+    first = convert_once(settings, Snapshot(tiny_model_dir, None), said.append)
+    assert any("reading the weights" in line for line in said)
+    assert [path.parent for path in home.rglob(OPENVINO_MODEL)] == [first.directory]
+    said.clear()
+    assert convert_once(settings, Snapshot(tiny_model_dir, None), said.append) == first
+    assert said == []
 
 
+@pytest.mark.full_size
 def test_a_wrong_conversion_is_found(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,10 +161,11 @@ def test_an_export_is_served(
     assert export_openvino.main(arguments) == 1
 
 
+@pytest.mark.full_size
 def test_a_failed_export_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An export that fails says why, and half a model never looks like one."""
-    model = shutil.copytree(tiny_model_dir, tmp_path / "tiny")
-    change_config(model, attn_logit_softcapping=50.0)
+    model = tmp_path / "tiny"
+    tiny.make("gemma2", model)
     assert export_openvino.main([str(model), "--output", str(tmp_path / "out")]) == 1
     assert "has no softcap: serve it with transformers" in capsys.readouterr().err
     assert [*tmp_path.iterdir()] == [model]
