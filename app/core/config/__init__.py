@@ -93,9 +93,9 @@ class ModelSettings(Section):
     )
     engine: Literal["auto", "openvino", "transformers", "vllm", "echo"] = Field(
         "auto",
-        description="Backend that runs the model. auto: openvino on a CPU where it can run the "
-        "model, vllm on a GPU where it is installed, else transformers. echo repeats the prompt, "
-        "for tests.",
+        description="Backend that runs the model. auto: openvino on a CPU where it can read the "
+        "model (GGUF, OpenVINO), vllm on a GPU where it is installed, else transformers. openvino "
+        "converts safetensors. echo repeats the prompt, for tests.",
     )
     max_tokens: int = Field(
         512, ge=1, le=1_000_000, description="Most tokens a request may ask for, and the default."
