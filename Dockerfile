@@ -100,12 +100,13 @@ RUN rm -rf /usr/local/bin/pip* /usr/local/lib/python3.11/ensurepip /usr/local/li
     && groupadd --gid 10001 llm \
     && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /tmp --shell /usr/sbin/nologin llm
 
-# Triton compiles a part of each kernel with the C compiler, where vLLM runs on a GPU.
+# Where vLLM runs on a GPU, it compiles kernels at its start; for CPUs it needs libnuma.
 ARG VARIANT=cpu
-RUN if [ "$VARIANT" = vllm ]; then \
-        apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
-        && rm -rf /var/lib/apt/lists/*; \
-    fi
+RUN set -eu; \
+    case "$VARIANT" in vllm) packages=g++;; vllm-cpu) packages=libnuma1;; *) exit 0;; esac; \
+    apt-get update; \
+    apt-get install -y --no-install-recommends "$packages"; \
+    rm -rf /var/lib/apt/lists/*
 
 COPY --from=builder /opt/venv /opt/venv
 COPY --from=vllm /vllm/ /

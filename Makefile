@@ -189,6 +189,10 @@ check-all: format-check lint scan type-check imports deps lock-check audit test 
 restarts: install ## Restart the service again and again under load, losing nothing (COUNT=50)
 	$(RUN) pytest tests/api/test_restarts.py --restarts $(or $(COUNT),50)
 
+.PHONY: test-replicas
+test-replicas: install ## Restart and kill copies of the service behind a real HAProxy (COUNT=20)
+	$(RUN) pytest tests/api/test_replicas.py --restarts $(or $(COUNT),20) -v
+
 .PHONY: failures
 failures: install ## Failure modes at their full size: 10,000 connections, half a minute of silence
 	$(RUN) pytest tests/api tests/engine -m full_size -rP

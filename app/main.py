@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
-from starlette.middleware.cors import CORSMiddleware
 
 from app import __version__
 from app.api.application import GuardedApplication
 from app.api.dependencies import Services
 from app.api.errors import register_error_handlers
 from app.api.load_shedding import LoadShedding
-from app.api.middleware import BodyLimitMiddleware, RequestContextMiddleware
+from app.api.middleware import (
+    BodyLimitMiddleware,
+    CrossOriginMiddleware,
+    RequestContextMiddleware,
+)
 from app.api.reloaded import ReloadedApplication, is_reloaded
 from app.api.routers import (
     chat,
@@ -31,6 +34,7 @@ from app.api.routers import (
     health,
     inference,
     models,
+    responses,
     sessions,
     status,
     tokenize,
@@ -177,7 +181,7 @@ def _build(settings: Settings, services: Services, chains: "Callable[[], Chains]
     register_error_handlers(app)
     for module in (
         *(health, status, inference, chat, sessions),
-        *(chat_completions, completions, models, tokenize, usage),
+        *(chat_completions, completions, responses, models, tokenize, usage),
     ):
         # An included router would be asked twice for each request.
         app.router.routes.extend(module.router.routes)
@@ -185,7 +189,7 @@ def _build(settings: Settings, services: Services, chains: "Callable[[], Chains]
     if origins := settings.security.cors_origins:
         methods = ("GET", "POST", "DELETE")
         app.add_middleware(
-            CORSMiddleware,
+            CrossOriginMiddleware,
             allow_origins=origins,
             allow_methods=methods,
             allow_headers=["*"],

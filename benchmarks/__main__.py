@@ -1,4 +1,4 @@
-"""``python -m benchmarks large | table | curve | overload | soak | page``."""
+"""``python -m benchmarks large | table | curve | vllm | overload | soak | page``."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import curve, large, overload, page, plots, side_by_side, soak
+from benchmarks import beside_vllm, curve, large, overload, page, plots, side_by_side, soak
 from benchmarks.load.rounds import run
 from benchmarks.paths import MODEL, RESULTS
 from benchmarks.servers import ENGINES
@@ -47,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seconds", type=float, default=120.0)
     command.add_argument("--engine", default="openvino", choices=ENGINES)
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command = commands.add_parser("vllm", help="vLLM in this service beside vllm serve (8 minutes)")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    command.add_argument("--rounds", type=int, default=3)
     commands.add_parser("page", help="write docs/performance.md from the stored results")
     return parser
 
@@ -78,6 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if problems else 0
     if options.command == "overload":
         print(run(overload.measure(options)))
+        return 0
+    if options.command == "vllm":
+        data = run(beside_vllm.measure(options))
+        _keep("vllm", data)
+        print(beside_vllm.render(data))
         return 0
     data = run(_MEASURE[options.command](options))
     # A smoke test, a part and a run on a GPU do not replace the figures of the page.

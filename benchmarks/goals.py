@@ -60,7 +60,7 @@ def divide(numerator: float | None, denominator: float | None) -> float | None:
     return None if numerator is None or not denominator else numerator / denominator
 
 
-def _speed_ratio(data: dict[str, Any], ours: str, peer: str, clients: int) -> float | None:
+def speed_ratio(data: dict[str, Any], ours: str, peer: str, clients: int) -> float | None:
     """The median of the ratios of single rounds, in which changes between rounds cancel out."""
     mine = data["throughput"].get(ours, {}).get(str(clients), [])
     theirs = data["throughput"].get(peer, {}).get(str(clients), [])
@@ -83,7 +83,7 @@ def _speed_goals(data: dict[str, Any]) -> list[Ratio]:
             f"tokens/s, {engine} ÷ {peer}, C = {clients}",
             goal,
             at_least=True,
-            value=_speed_ratio(data, f"ours, {engine}", peer, clients),
+            value=speed_ratio(data, f"ours, {engine}", peer, clients),
         )
         for engine, peer, goals in wanted
         for clients, goal in zip(CLIENTS, goals, strict=True)
@@ -100,7 +100,7 @@ def _http_goals(data: dict[str, Any], engine: str) -> list[Ratio]:
             f"tokens/s, {engine} over HTTP ÷ without HTTP, C = 32",
             0.95,
             at_least=True,
-            value=_speed_ratio(data, name, alone, 32),
+            value=speed_ratio(data, name, alone, 32),
         ),
         Ratio(
             f"TTFT p50, {engine} over HTTP ÷ without HTTP, C = 32",

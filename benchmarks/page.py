@@ -23,10 +23,10 @@ def replace_section(text: str, name: str, body: str) -> str:
 
 
 def write(sections: dict[str, str]) -> None:
-    """Replace sections of the page, by name."""
+    """Replace sections of the page, by name; their tables lose the padding for terminals."""
     text = PAGE.read_text(encoding="utf-8")
     for name, body in sections.items():
-        text = replace_section(text, name, body)
+        text = replace_section(text, name, re.sub(r" *\| *", "|", body))
     PAGE.write_text(text, encoding="utf-8")
 
 

@@ -51,21 +51,15 @@ _TABLE_HEAD = """\
 
 <!-- Written by `python -m scripts.config_docs`; change the settings model, not this file. -->
 
-Each source overrides the one before it:
+The environment overrides `.env`, and `.env` overrides `config.yml` (or the file that `CONFIG_FILE`
+names); both stand beside the `app` folder. `cp .env.example .env` makes one with every variable.
 
-1. `config.yml` beside the `app` folder, or the file that `CONFIG_FILE` names.
-2. `.env` beside the `app` folder; `cp .env.example .env` makes one.
-3. The environment.
+In variables two underscores join section and key: `MODEL__NAME` sets `model.name`. Lists and
+objects are JSON there: `SECURITY__API_KEYS='[{"name": "ci", "key": "..."}]'`. Empty variables are
+unset, quotes around a value are dropped. Settings are read once, API keys also on SIGHUP.
 
-In `.env` and in the environment two underscores join section and key: `MODEL__NAME` sets
-`model.name`; `.env.example` has every variable. Lists and objects are JSON there:
-`SECURITY__API_KEYS='[{"name": "ci", "key": "..."}]'`. Empty variables are unset, quotes around a
-value are dropped. Settings are read once; only the API keys are read again on SIGHUP.
-
-An unknown or misspelt setting or a wrong value ends the start with one line that names the key, its
-source and what is allowed. `app.environment: production` refuses the default key and keys under 32
-characters; `development` warns of them. `llm-service check` checks all but
-loading the model.
+A misspelt setting or a wrong value ends the start with one line that names the key, its source and
+what is allowed. `llm-service check` checks all but loading the model.
 """
 
 _TABLE_END = """\
@@ -176,7 +170,8 @@ def _resolve(schema: Any, defs: Mapping[str, Any]) -> Any:
 
 def _allowed(schema: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
-        return " or ".join(_allowed(part) for part in schema["anyOf"])
+        # The default "not set" already says that null is allowed.
+        return " or ".join(_allowed(part) for part in schema["anyOf"] if part != {"type": "null"})
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if "const" in schema:
@@ -187,8 +182,8 @@ def _allowed(schema: Mapping[str, Any]) -> str:
     if kind == "object":
         return _object(schema)
     if kind in ("integer", "number"):
-        return ("whole number" if kind == "integer" else "number") + _bounds(schema)
-    words = {"": "any value", "boolean": "`true`, `false`", "null": "nothing", "string": "text"}
+        return ("integer" if kind == "integer" else "number") + _bounds(schema)
+    words = {"": "any value", "boolean": "`true`, `false`", "string": "text"}
     if kind not in words:
         raise DocsError(f"no words for {schema}")
     return "secret text" if schema.get("format") == "password" else words[kind]
@@ -207,14 +202,16 @@ def _object(schema: Mapping[str, Any]) -> str:
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:
-    above = schema.get("exclusiveMinimum")
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if low is not None and high is not None:
+        return f" {_digits(low)}-{_digits(high)}"
     bounds = (
-        ("from", schema.get("minimum")),
-        ("above", above),
-        ("to" if above is None else "up to", schema.get("maximum")),
-        ("below", schema.get("exclusiveMaximum")),
+        ("≥", low),
+        (">", schema.get("exclusiveMinimum")),
+        ("≤", high),
+        ("<", schema.get("exclusiveMaximum")),
     )
-    return "".join(f" {word} {_digits(value)}" for word, value in bounds if value is not None)
+    return ",".join(f" {sign}{_digits(value)}" for sign, value in bounds if value is not None)
 
 
 def _digits(number: float) -> str:

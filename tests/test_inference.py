@@ -78,20 +78,13 @@ def test_health(bundled_service: Service) -> None:
 
 @on_the_model
 def test_generate(http: httpx.Client) -> None:
-    """The user's request to /v1/generate is answered with the document's fields, and additions."""
+    """A sampled request to /v1/generate has the document's fields, additions, and counts."""
     prompt = "Explain quantum computing in simple terms"
-    response = http.post(
-        "/v1/generate",
-        json={"prompt": prompt, "max_tokens": 200, "temperature": 0.7},
-        # Another test may have sent the same request to this service.
-        headers={"Cache-Control": "no-cache"},
-    )
-    assert response.status_code == 200, response.text
-    answer = response.json()
+    answer = post(http, "/v1/generate", {"prompt": prompt, "max_tokens": 24, "temperature": 0.7})
     assert set(answer) == GENERATE_FIELDS | ADDED_FIELDS
     assert answer["generated_text"].strip()
     assert (answer["prompt"], answer["model"], answer["cached"]) == (prompt, MODEL, False)
-    assert answer["tokens_generated"] <= 200
+    assert answer["tokens_generated"] <= 24
     check_usage(answer)
 
 
@@ -248,7 +241,7 @@ def test_max_tokens_ends_the_answer(http: httpx.Client) -> None:
 @on_the_model
 def test_stop_strings_end_the_text_before_them(http: httpx.Client) -> None:
     """A stop string of several tokens, or of parts of tokens, ends the text before it."""
-    body = greedy("Once upon a time", max_tokens=40)
+    body = greedy("Once upon a time", max_tokens=22)
     text = post(http, "/v1/generate", body)["generated_text"]
     later = text[-8:]
     # From the middle of one word to the middle of another; a whole phrase; a single character.

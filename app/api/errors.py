@@ -32,7 +32,7 @@ _MAX_FAULTS = 3
 _MAX_NAME = 64
 # pydantic puts the members of a union into an error's location, as type names that mean nothing
 # to a caller.
-_UNION_MEMBER = re.compile(r"str|constrained-str|list\[.*|literal\[.*|[A-Z]\w*Choice")
+_UNION_MEMBER = re.compile(r"str|constrained-str|(list|literal|function-wrap)\[.*|[A-Z]\w*Choice")
 
 
 class ErrorBody(BaseModel):

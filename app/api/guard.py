@@ -65,10 +65,12 @@ class GuardedRoute(APIRoute):
     Attributes:
         scope: The scope that the caller's key must have; ``None`` accepts any key.
         generates: Whether requests with a body need a place in the engine.
+        param_names: What fields are called here, where a service's errors name them otherwise.
     """
 
     scope: ClassVar[KeyScope | None] = "infer"
     generates: ClassVar[bool] = False
+    param_names: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         if self.scope is not None:
@@ -98,6 +100,7 @@ class GuardedRoute(APIRoute):
             except RequestValidationError as error:
                 return self._refuse(request, self.refusal(error.errors()))
             except ServiceError as error:
+                error.param = self.param_names.get(error.param or "", error.param)
                 return self._refuse(request, error)
             response.headers.update(_limit_headers(request))
             return response

@@ -12,13 +12,16 @@ from functools import cache
 from http import HTTPStatus
 from time import perf_counter
 
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import METHODS, error_response
 from app.core.logging import get_logger, request_id_var
 from app.core.metrics import Metrics
-from app.utils.errors import BodyTooLargeError, InternalError, ServiceError
+from app.utils.errors import BodyTooLargeError, InternalError, InvalidRequestError, ServiceError
 
 log = get_logger()
 
@@ -149,6 +152,23 @@ class BodyLimitMiddleware:
             return message
 
         await self._app(scope, limited_receive, send)
+
+
+class CrossOriginMiddleware(CORSMiddleware):
+    """Starlette's, whose refusals of a preflight have the one error shape."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """The answer to a browser that asks whether a page may call."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < HTTPStatus.BAD_REQUEST:
+            return response
+        refused = error_response(
+            InvalidRequestError(
+                "This origin, or what it asks for, is not in security.cors_origins."
+            )
+        )
+        refused.headers["Vary"] = response.headers["Vary"]
+        return refused
 
 
 def common_headers(headers: HeaderPairs, request_id: str, seconds: float) -> HeaderList:

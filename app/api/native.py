@@ -25,13 +25,13 @@ class NativeShape(Shape):
         (answer,) = answers
         yield {"delta": {"role": "assistant"}, "model": answer.model, "id": answer.id}
 
-    def piece(self, answer: Answer, piece: Piece) -> Event:
+    def piece(self, answer: Answer, piece: Piece) -> Iterable[Event]:
         """Bring a piece of text."""
-        return {"delta": self.delta(piece), "id": answer.id}
+        return ({"delta": self.delta(piece), "id": answer.id},)
 
-    def last(self, answer: Answer) -> Event:
+    def last(self, answer: Answer) -> Iterable[Event]:
         """Tell how the answer ended and what it took."""
-        return {"delta": {}, **answer_fields(answer)}
+        return ({"delta": {}, **answer_fields(answer)},)
 
 
 class GenerateShape(NativeShape):

@@ -152,14 +152,9 @@ def _escape_regex(text: str) -> str:
     return re.sub(r"([\\.^$|?*+()\[\]{}/-])", r"\\\1", text)
 
 
-class SamplingFields(RequestModel):
-    """How the answer is generated; shared by /v1/generate and /v1/chat."""
+class Sampling(RequestModel):
+    """How tokens are chosen; shared by all generating routes."""
 
-    max_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Most tokens to generate; at most, and by default, model.max_tokens.",
-    )
     temperature: float | None = Field(
         None,
         ge=0,
@@ -205,10 +200,20 @@ class SamplingFields(RequestModel):
         None, ge=-(2**63), lt=2**63, description="Makes a sampled answer repeatable."
     )
     stream: bool = Field(False, description="Send the answer as server-sent events.")
+    cache: bool = Field(True, description="false: neither read nor write the response cache.")
+
+
+class SamplingFields(Sampling):
+    """How the answer is generated; shared by all generating routes but /v1/responses."""
+
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens to generate; at most, and by default, model.max_tokens.",
+    )
     response_format: ResponseFormat | None = Field(
         None, description="What the answer must look like."
     )
-    cache: bool = Field(True, description="false: neither read nor write the response cache.")
 
 
 class GenerateRequest(SamplingFields):
@@ -275,10 +280,21 @@ def job_fields(
     body: SamplingFields, caller: Principal, deadline: float | None, request: Request
 ) -> dict[str, Any]:
     """The arguments of a :class:`Job` that /v1/generate and /v1/chat share."""
+    form = body.response_format
+    return {
+        **sampling_fields(body, caller, deadline, request),
+        "max_tokens": body.max_tokens,
+        "grammar": form.grammar() if form else None,
+    }
+
+
+def sampling_fields(
+    body: Sampling, caller: Principal, deadline: float | None, request: Request
+) -> dict[str, Any]:
+    """The arguments of a :class:`Job` that all generating routes share."""
     no_cache = "no-cache" in request.headers.get("cache-control", "").lower()
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return {
-        "max_tokens": body.max_tokens,
         "sampling": {
             name: value
             for name in SAMPLING_FIELDS
@@ -288,5 +304,4 @@ def job_fields(
         "caller": caller.key_id,
         "cache": body.cache and not no_cache,
         "deadline": deadline,
-        "grammar": body.response_format.grammar() if body.response_format else None,
     }

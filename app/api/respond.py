@@ -8,7 +8,8 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 
 from app.api.disconnects import CLIENT_CLOSED_REQUEST, unless_disconnected
-from app.api.sse import DONE, EventStream, fault_frame, frame
+from app.api.errors import error_content
+from app.api.sse import DONE, EventStream, frame, told_error
 from app.llm.tool_calls import Piece
 from app.services.answers import Answer
 from app.services.choices import Choices, open_choices
@@ -33,16 +34,24 @@ class Shape(ABC):
         """The events that begin a stream."""
 
     @abstractmethod
-    def piece(self, answer: Answer, piece: Piece) -> Event:
-        """The event that brings a piece of an answer."""
+    def piece(self, answer: Answer, piece: Piece) -> Iterable[Event]:
+        """The events that bring a piece of an answer."""
 
     @abstractmethod
-    def last(self, answer: Answer) -> Event:
-        """The event that ends an answer."""
+    def last(self, answer: Answer) -> Iterable[Event]:
+        """The events that end an answer."""
 
     def end(self, answers: Sequence[Answer]) -> Iterable[Event]:  # noqa: ARG002 - for those that tell something
         """The events that follow when all answers have ended."""
         return ()
+
+    def frame(self, event: Event) -> bytes:
+        """An event as it is sent."""
+        return frame(event)
+
+    def fault(self, error: Exception, answers: Sequence[Answer]) -> bytes:  # noqa: ARG002 - for those that tell it
+        """What is sent of a fault in mid-stream, when the status line is long gone."""
+        return frame(error_content(told_error(error)))
 
 
 def usage(answer: Answer) -> dict[str, Any]:
@@ -94,11 +103,12 @@ async def _frames(choices: Choices, shape: Shape) -> AsyncIterator[bytes]:
     """The events of a stream; a fault on the way becomes an event too."""
     try:
         for event in shape.first(choices.answers):
-            yield frame(event)
+            yield shape.frame(event)
         async for answer, piece in choices.pieces():
-            yield frame(shape.last(answer) if piece is None else shape.piece(answer, piece))
+            for event in shape.last(answer) if piece is None else shape.piece(answer, piece):
+                yield shape.frame(event)
         for event in shape.end(choices.answers):
-            yield frame(event)
+            yield shape.frame(event)
     except Exception as error:  # noqa: BLE001 - logged and told to the reader
-        yield fault_frame(error)
+        yield shape.fault(error, choices.answers)
     yield DONE

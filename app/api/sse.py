@@ -9,7 +9,6 @@ from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from app.api.errors import error_content
 from app.core.logging import get_logger
 from app.utils.errors import InternalError, ServiceError
 
@@ -19,7 +18,8 @@ PING_SECONDS = 15
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
-_ERROR = b'data: {"error":'
+# How an event begins that tells a fault.
+_ERRORS = (b'data: {"error":', b"event: response.failed\n")
 
 
 class Closing(Protocol):
@@ -44,7 +44,7 @@ def ends_stream(chunk: bytes) -> bool:
 
 def has_error_event(chunk: bytes) -> bool:
     """Whether a stream says with these bytes that it failed."""
-    return chunk.startswith(_ERROR) or b"\n" + _ERROR in chunk
+    return chunk.startswith(_ERRORS) or any(b"\n" + error in chunk for error in _ERRORS)
 
 
 class EventStream(EventSourceResponse):  # type: ignore[misc]
@@ -79,9 +79,9 @@ class EventStream(EventSourceResponse):  # type: ignore[misc]
                 await self._source.aclose()
 
 
-def fault_frame(error: Exception) -> bytes:
-    """The event that stands for a fault in mid-stream, when the status line is long gone."""
+def told_error(error: Exception) -> ServiceError:
+    """What the reader of a stream is told of a fault; one that is not expected is logged."""
     if isinstance(error, ServiceError):
-        return frame(error_content(error))
+        return error
     log.error("a stream broke off", exc_info=error)
-    return frame(error_content(InternalError()))
+    return InternalError()

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from app.core.cache import BoundedCache
 from app.core.config import ChatHistorySettings
@@ -44,6 +45,7 @@ class Session:
         created_at: Unix time.
         busy: Whether a turn is in progress.
         forgotten: Whether it was deleted during a turn; that turn is then not stored.
+        response: The response that it is kept with, as JSON, where it is kept by a response's id.
     """
 
     owner: str
@@ -53,11 +55,25 @@ class Session:
     created_at: float = field(default_factory=time.time)
     busy: bool = False
     forgotten: bool = False
+    response: bytes = b""
 
     @property
     def size(self) -> int:
         """Estimated bytes of memory."""
-        return sum(m.size for m in self.messages) + len((self.system or "").encode())
+        text = len((self.system or "").encode()) + len(self.response)
+        return sum(m.size for m in self.messages) + text
+
+    def after(self, session_id: str, added: Sequence[HistoryMessage], system: str | None) -> Self:
+        """Another conversation: this one and one turn more. This one does not change."""
+        return replace(
+            self,
+            id=session_id,
+            system=system,
+            messages=[*self.messages, *added],
+            created_at=time.time(),
+            busy=False,
+            response=b"",
+        )
 
 
 class SessionStore:
@@ -113,10 +129,16 @@ class SessionStore:
                 self._sessions.pop(session.id, session.owner)
             return
         session.system = system
-        messages = [*session.messages, *added][-self._max_messages :]
-        while messages and messages[0].role != "user":
-            del messages[0]
+        messages = [*session.messages, *added]
+        if len(messages) > self._max_messages:
+            del messages[: -self._max_messages]
+            while messages and messages[0].role != "user":
+                del messages[0]
         session.messages = messages
+        self.keep(session)
+
+    def keep(self, session: Session) -> None:
+        """Store a conversation as it is, under its name."""
         self._sessions.put(session.id, session, session.owner)
 
     def forget(self, owner: str, session_id: str) -> bool:

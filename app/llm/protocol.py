@@ -151,6 +151,7 @@ class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
             position and their log-probabilities, likeliest first.
         finish_reason: Set on the request's last event only.
         error: What went wrong, for the log; only with the finish reason ``error``.
+        refused: Whether the error is that the engine's library refuses the request's grammar.
         cached_tokens: Prompt tokens found in the KV cache; on the first event only.
     """
 
@@ -160,6 +161,7 @@ class TokenEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     top_logprobs: list[list[tuple[int, float]]] = []
     finish_reason: FinishReason | None = None
     error: str | None = None
+    refused: bool = False
     cached_tokens: int = 0
 
 

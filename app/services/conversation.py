@@ -1,7 +1,7 @@
 """A chat with a memory: the history goes before the new messages, and grows by each turn."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from app.core.metrics import Metrics
@@ -10,12 +10,35 @@ from app.llm.generator import TextGenerator
 from app.llm.tools import ChatMessage
 from app.services.answers import Answer, Job
 from app.services.generation import GenerationService
-from app.utils.errors import SessionNotFoundError, UnsupportedParameterError
+from app.utils.errors import (
+    ResponseNotFoundError,
+    SessionNotFoundError,
+    UnsupportedParameterError,
+)
 from app.utils.timing import within
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a response continues, and how its answer is kept.
+
+    Attributes:
+        session_id: The conversation that grows by it.
+        previous: Id of the kept response that it continues; that one does not change.
+        keep_as: Id by which the answer is kept, with all that was said before it.
+        has_instructions: Whether the job's first message holds for this turn alone.
+        drops: Whether the oldest turns are left out where they do not fit the context.
+    """
+
+    session_id: str | None = None
+    previous: str | None = None
+    keep_as: str | None = None
+    has_instructions: bool = False
+    drops: bool = False
+
+
 class ConversationService:
-    """Turns of conversations that callers name by a ``session_id``."""
+    """Turns of conversations that callers name by a ``session_id``, and kept responses."""
 
     def __init__(
         self,
@@ -62,6 +85,35 @@ class ConversationService:
         if not self._store.forget(caller, session_id):
             raise SessionNotFoundError
 
+    def find_response(self, caller: str, response_id: str, param: str | None = None) -> Session:
+        """A caller's response, with the conversation that it ended.
+
+        ``param`` is the field that names it.
+
+        Raises:
+            ResponseNotFoundError: None is kept by this id for this caller.
+        """
+        session = self._store.find(caller, _response_name(response_id))
+        if session is None or not session.response:
+            raise ResponseNotFoundError(param=param)
+        return session
+
+    def keep_response(self, caller: str, response_id: str, response: bytes) -> None:
+        """Keep what a response of :meth:`open_response` came to, as JSON, once it is complete."""
+        session = self._store.find(caller, _response_name(response_id))
+        if session is not None:
+            session.response = response
+            self._store.keep(session)
+
+    def forget_response(self, caller: str, response_id: str) -> None:
+        """Delete a caller's response; those that continue it stay.
+
+        Raises:
+            ResponseNotFoundError: None is kept by this id for this caller.
+        """
+        if not self._store.forget(caller, _response_name(response_id)):
+            raise ResponseNotFoundError
+
     async def open(self, job: Job, session_id: str) -> Answer:
         """Begin a turn; see :meth:`GenerationService.open`.
 
@@ -73,60 +125,115 @@ class ConversationService:
             UnsupportedParameterError: Conversations are switched off.
             ServiceError: Refused.
         """
-        if not self._enabled:
-            raise UnsupportedParameterError(
-                "Conversations are switched off here (chat_history.enabled).", param="session_id"
-            )
+        self._check_enabled("session_id")
         # The limit is on what a caller sends; the history is bounded by the context.
         job = self._generation.screen(job)
         session = self._store.begin_turn(job.caller, session_id)
-        try:
-            return await self._open(job, session)
-        except BaseException:
-            self._store.end_turn(session)
-            raise
-
-    async def _open(self, job: Job, session: Session) -> Answer:
         new = list(job.messages)
+        # A system message replaces the conversation's own.
+        system = new.pop(0)["content"] if new[0]["role"] == "system" else session.system
+
+        def end(added: Sequence[HistoryMessage]) -> None:
+            self._store.end_turn(session, added, system)
+
+        return await self._open(job, session, new, system, end)
+
+    async def open_response(self, job: Job, turn: Turn) -> Answer:
+        """Begin a turn that may continue any kept response; see :meth:`open`.
+
+        Its prompt is that of a request with all items before it and its own.
+
+        Raises:
+            ResponseNotFoundError: The response that it continues is not kept.
+            SessionBusyError: Another turn of this conversation is under way.
+            UnsupportedParameterError: Conversations are switched off.
+            ServiceError: Refused.
+        """
+        fields = {"conversation": turn.session_id, "previous_response_id": turn.previous}
+        for name, value in {**fields, "store": turn.keep_as}.items():
+            if value:
+                self._check_enabled(name)
+        job = self._generation.screen(job)
+        new = list(job.messages)
+        instructions = new.pop(0)["content"] if turn.has_instructions else None
+        if turn.previous:
+            session = self.find_response(job.caller, turn.previous, "previous_response_id")
+        elif turn.session_id:
+            session = self._store.begin_turn(job.caller, turn.session_id)
+        else:
+            session = Session(job.caller, "")
+        # A later system message stands where the caller has put it.
         system = session.system
-        if new[0]["role"] == "system":
+        if not session.messages and new and new[0]["role"] == "system":
             system = new.pop(0)["content"]
+
+        def end(added: Sequence[HistoryMessage]) -> None:
+            if turn.keep_as and added:
+                self._store.keep(session.after(_response_name(turn.keep_as), added, system))
+            if turn.session_id:
+                self._store.end_turn(session, added, system)
+
+        before = "\n\n".join(filter(None, (instructions, system)))
+        return await self._open(job, session, new, before, end, drops=turn.drops)
+
+    def _check_enabled(self, param: str) -> None:
+        if not self._enabled:
+            raise UnsupportedParameterError(
+                "Conversations are switched off here (chat_history.enabled).", param=param
+            )
+
+    async def _open(
+        self,
+        job: Job,
+        session: Session,
+        new: Sequence[ChatMessage],
+        system: str | None,
+        end: Callable[[Sequence[HistoryMessage]], None],
+        *,
+        drops: bool = True,
+    ) -> Answer:
+        """Begin a turn; ``end`` gets the messages to keep, none if it was not complete."""
         before: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
-        fitting = self._fit(job, before, session.messages, new)
-        history, dropped = await within(job.deadline, fitting)
-        answer = await self._generation.begin(
-            replace(job, messages=[*before, *map(_as_message, history), *new])
-        )
+        history, dropped = session.messages, 0
+        try:
+            if drops:
+                fitting = self._fit(job, before, history, new)
+                history, dropped = await within(job.deadline, fitting)
+            answer = await self._generation.begin(
+                replace(job, messages=[*before, *map(_as_message, history), *new])
+            )
+        except BaseException:
+            end(())
+            raise
         answer.dropped_messages = dropped
 
-        def end(complete: bool) -> None:
+        def ended(complete: bool) -> None:
             if not complete:
-                self._store.end_turn(session)
+                end(())
                 return
             report = answer.report
             told = report.prompt_tokens + report.completion_tokens
             turn = max(1, told - sum(m.turn_tokens for m in history))
             said = HistoryMessage("assistant", answer.text, report.token_ids, turn)
-            asked = [HistoryMessage(m["role"], m["content"]) for m in new]
-            self._store.end_turn(session, [*asked, said], system)
+            end([*(HistoryMessage(m["role"], m["content"]) for m in new), said])
 
-        answer.on_end(end)
+        answer.on_end(ended)
         return answer
 
     async def _fit(
         self,
         job: Job,
         before: Sequence[ChatMessage],
-        history: Sequence[HistoryMessage],
+        history: list[HistoryMessage],
         new: Sequence[ChatMessage],
-    ) -> tuple[Sequence[HistoryMessage], int]:
+    ) -> tuple[list[HistoryMessage], int]:
         """The latest turns of the history that fit the context, and how many messages do not."""
         if not history:
             return history, 0
         # Counting takes work that a request which cannot be taken must not cost.
         self._generation.check_room(job.caller)
         room = self._generator.info.context_length - self._generation.answer_tokens(job)
-        starts = [i for i, m in enumerate(history) if m.role == "user"]
+        starts = [i for i, m in enumerate(history) if m.role == "user" or i == 0]
         sizes = [
             sum(m.turn_tokens for m in history[start:end])
             for start, end in pairwise([*starts, len(history)])
@@ -146,6 +253,11 @@ class ConversationService:
             excess = len(tokens) - room
             if excess <= 0:
                 return fitting, starts[first]
+
+
+def _response_name(response_id: str) -> str:
+    """The name of a kept response's conversation, which no caller can name."""
+    return f"/{response_id}"
 
 
 def _as_message(message: HistoryMessage) -> ChatMessage:

@@ -165,6 +165,13 @@ class SessionNotFoundError(NotFoundError):
     default_message = "There is no such session."
 
 
+class ResponseNotFoundError(NotFoundError):
+    """No response is kept by this id for the caller."""
+
+    code = "response_not_found"
+    default_message = "There is no such response of this key: it was not kept, or it has expired."
+
+
 class SessionBusyError(InvalidRequestError):
     """Another turn of the conversation is in progress."""
 

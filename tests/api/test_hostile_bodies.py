@@ -25,6 +25,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat": {"messages": _CHAT},
     "/v1/chat/completions": {"model": "echo", "messages": _CHAT},
     "/v1/completions": {"model": "echo", "prompt": "a"},
+    "/v1/responses": {"model": "echo", "input": "a"},
     "/v1/tokenize": {"text": "a"},
 }
 
@@ -106,8 +107,9 @@ def test_no_value_of_any_field_is_a_500(echo_service: Service, path: str) -> Non
                 if name in NO_JSON:
                     assert response.status_code == 400, about
                     assert response.json()["error"]["code"] == "invalid_json", about
-                # A model that is not served gets 404.
-                expected = {400, 422, 404} if field == "model" else {400, 422}
+                # A model that is not served gets 404, and a response that is not kept.
+                named = field in ("model", "previous_response_id")
+                expected = {400, 422, 404} if named else {400, 422}
                 assert response.status_code in {200, *expected}, about
                 refused += response.status_code != 200
         assert client.post(path, json=BODIES[path]).status_code == 200

@@ -7,7 +7,17 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.conftest import RunApp, running_app
-from tests.support.openai import CHAT, COMPLETIONS, chat, chunks, complete, refused, texts, user
+from tests.support.openai import (
+    CHAT,
+    COMPLETIONS,
+    chat,
+    chunks,
+    complete,
+    refused,
+    respond,
+    texts,
+    user,
+)
 from tests.support.service import OTHER_KEY
 
 
@@ -226,8 +236,9 @@ def test_sampling_reaches_the_engine(
     monkeypatch.setattr(engine, "admit", admitting)
     assert chat(client, **{field: value}).status_code == 200
     assert complete(client, **{field: value}).status_code == 200
+    assert respond(client, **{field: value}).status_code == 200
     expected = {5: 10.0} if field == "logit_bias" else value
-    assert [getattr(s, field) for s in sent] == [expected, expected]
+    assert [getattr(s, field) for s in sent] == [expected] * 3
 
 
 def test_seeds_of_choices_differ(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

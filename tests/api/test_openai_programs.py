@@ -6,16 +6,11 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.conftest import RunApp
-from tests.support.openai import chat, complete, refused, user
+from tests.support.openai import PLATFORM_HINTS, chat, complete, refused, user
 
 # Fields without effect, with values of their clients.
 HINTS: dict[str, Any] = {
-    "metadata": {"trace": "a1"},
-    "prompt_cache_key": "tenant-7",
-    "prompt_cache_options": {"mode": "implicit"},
-    "prompt_cache_retention": "24h",
-    "safety_identifier": "user-7",
-    "service_tier": "flex",
+    **PLATFORM_HINTS,
     "store": True,
     "verbosity": "low",
 }

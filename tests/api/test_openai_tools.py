@@ -219,7 +219,7 @@ def test_tool_choices(bundled_service: Service) -> None:
     required = called(ask(bundled_service, tool_choice="required", parallel_tool_calls=False))
     assert len(required) == 1
     assert required[0][0] in ("get_weather", "now")
-    none = ask(bundled_service, tool_choice="none")
+    none = ask(bundled_service, tool_choice="none", max_tokens=12)
     assert called(none) == []
     assert none["message"]["content"]
     nothing = {"type": "function", "function": {"name": "now"}}

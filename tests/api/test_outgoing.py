@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from app.llm.models import bundled
 from tests.support.fake_hub import running_hub
 from tests.support.service import Service, running_service
+from tests.support.tiny_gguf import make_tiny_gguf
 
 CANARY = "canary-7d1c"
 CHAT = {"messages": [{"role": "user", "content": CANARY}], "max_tokens": 8, "cache": False}
@@ -116,19 +116,17 @@ def test_the_setting_allows_tracing_and_the_log_says_so() -> None:
         assert line["level"] == "WARNING"
 
 
-@pytest.mark.model
 @pytest.mark.parametrize(
     "engine", ["openvino", pytest.param("transformers", marks=pytest.mark.full_size)]
 )
 def test_no_process_asks_for_an_address(engine: str, tmp_path: Path) -> None:
     """Loading a model from the disk and answering with it looks up and connects to no address."""
-    if not bundled.is_fetched():
-        pytest.skip("the bundled model is not here; `make model` fetches it")
     (tmp_path / "sitecustomize.py").write_text(WATCH, encoding="utf-8")
     outgoing = tmp_path / "outgoing"
     with running_service(
         interpreter="new",
-        MODEL__SOURCE="bundled",
+        MODEL__SOURCE="local",
+        MODEL__NAME=str(make_tiny_gguf(tmp_path / "tiny.gguf")),
         MODEL__ENGINE=engine,
         PYTHONPATH=str(tmp_path),
         OUTGOING=str(outgoing),

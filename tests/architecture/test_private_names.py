@@ -55,6 +55,7 @@ class Plain(Handler):
 """
 
 
+@pytest.mark.no_cover
 def test_few_private_names_of_other_libraries_are_used() -> None:
     """The number of private names of other libraries that app/ uses does not grow."""
     found = find(PROJECT_ROOT / "app")
@@ -79,6 +80,7 @@ def test_each_kind_of_use_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     }
 
 
+@pytest.mark.no_cover
 def test_tests_use_what_is_public() -> None:
     """Few tests know a private name of the service: what is private may change without them."""
     found = find_in_tests(PROJECT_ROOT / "tests", PROJECT_ROOT / "app")

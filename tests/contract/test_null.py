@@ -12,11 +12,13 @@ from starlette.testclient import TestClient
 from app.api import requests
 from app.api.openai import messages
 from app.api.openai import schemas as openai
+from app.api.openai.responses import items
+from app.api.openai.responses import request as responses
 from app.core.config import PROJECT_ROOT
 from app.main import create_app
 from tests.conftest import make_settings
 from tests.contract.test_openapi import OPERATIONS, WITH_BODY, document, schema_of
-from tests.support.openai import chat, chunks, complete
+from tests.support.openai import chat, chunks, complete, respond, response_events
 from tests.support.service import API_KEY
 from tests.support.sse import data_lines
 
@@ -46,13 +48,29 @@ REQUIRED: dict[type[requests.RequestModel], dict[str, Any]] = {
     openai.NamedToolChoice: TOOL,
     openai.FunctionReference: {"name": "f"},
     openai.StreamOptions: {},
+    responses.ResponsesRequest: {"model": "echo", "input": "hello"},
+    responses.ResponsesTool: {"type": "function", "name": "f"},
+    responses.FunctionChoice: {"type": "function", "name": "f"},
+    responses.AllowedToolsChoice: {
+        "type": "allowed_tools",
+        "mode": "auto",
+        "tools": [{"type": "function", "name": "f"}],
+    },
+    responses.TextFormat: {"type": "text"},
+    responses.TextField: {},
+    responses.ReasoningField: {},
+    items.InputItem: MESSAGE,
+    items.InputText: {"type": "input_text", "text": "hello"},
 }
 # What others inherit from.
 BASES = {
     requests.RequestModel,
+    requests.Sampling,
     requests.SamplingFields,
     messages.OpenAIModel,
+    openai.OpenAISampling,
     openai.OpenAIFields,
+    openai.PlatformHints,
 }
 
 
@@ -130,8 +148,10 @@ def test_null_over_http(client: TestClient, name: str) -> None:
     def answer(body: dict[str, Any]) -> tuple[int, Any]:
         response = client.request(method, path, json=body)
         content = response.json()
-        for varies in ("id", "created", "cached"):
+        for varies in ("id", "created", "created_at", "completed_at", "cached"):
             content.pop(varies, None)
+        for item in content.get("output", ()):
+            del item["id"]
         return response.status_code, content if response.is_success else content["error"]["param"]
 
     for field in schema["properties"]:
@@ -177,5 +197,7 @@ def test_answers_are_null_where_the_page_says(client: TestClient) -> None:
         *chunks(chat(client, stream=True, stream_options={"include_usage": True})),
         complete(client, logprobs=1).json(),
         *chunks(complete(client, stream=True)),
+        respond(client, CALL, tools=[{"type": "function", "name": "f"}]).json(),
+        *(e["response"] for e in response_events(respond(client, stream=True)) if "response" in e),
     ]
     assert {path for answer in answers for path in nulls(answer)} == documented()

@@ -16,15 +16,22 @@ from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, Field, SecretStr
 
-from tests.support.curl import run_curl
 from tests.support.live import LONG, background
 from tests.support.service import API_KEY, Service, running_service
-from tests.support.user_commands import CHAT, GENERATE
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+# The service is another process, so nothing of it is covered here.
+pytestmark = [pytest.mark.model, pytest.mark.no_cover, pytest.mark.timeout(300)]
 
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = "The capital of France is Paris."
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 20}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+"""The parameters of a tool."""
 
 
 class Person(BaseModel):
@@ -56,16 +63,6 @@ def test_chat(sdk: OpenAI) -> None:
     assert completion.choices[0].finish_reason == "stop"
     assert completion.usage is not None
     assert completion.usage.total_tokens > completion.usage.completion_tokens > 0
-
-
-def test_both_apis_on_one_service(bundled_service: Service, sdk: OpenAI) -> None:
-    """The user's curl commands and the official client work on one service."""
-    for command, member in ((GENERATE, "generated_text"), (CHAT, "message")):
-        answered = run_curl(bundled_service, command, seconds=200)
-        assert answered.status == 200, answered.body
-        assert json.loads(answered.body)[member] is not None
-    completion = sdk.chat.completions.create(model="default", messages=QUESTION, temperature=0)
-    assert completion.choices[0].message.content == ANSWER
 
 
 def test_stream(sdk: OpenAI) -> None:
@@ -174,15 +171,7 @@ def test_json_object(sdk: OpenAI) -> None:
 
 def test_tools(sdk: OpenAI) -> None:
     """A tool is called, whole and streamed, and its result is answered."""
-    parameters = {
-        "type": "object",
-        "properties": {"city": {"type": "string", "maxLength": 20}},
-        "required": ["city"],
-        "additionalProperties": False,
-    }
-    tools: Any = [
-        {"type": "function", "function": {"name": "get_weather", "parameters": parameters}}
-    ]
+    tools: Any = [{"type": "function", "function": {"name": "get_weather", "parameters": CITY}}]
     fields: dict[str, Any] = {
         "model": "default",
         "tools": tools,

@@ -6,14 +6,17 @@ from typing import Any
 import pytest
 from openai.types import completion_create_params as completion
 from openai.types.chat import completion_create_params as chat
+from openai.types.responses import response_create_params as responses
 
+from app.api.openai.responses.request import ResponsesRequest
 from app.api.openai.schemas import ChatCompletionRequest, CompletionRequest
 from app.core.config import PROJECT_ROOT
 
 HINT = "Taken, without effect."
 ROUTES: dict[str, tuple[Any, Any]] = {
-    "POST /v1/chat/completions": (chat, ChatCompletionRequest),
-    "POST /v1/completions": (completion, CompletionRequest),
+    "POST /v1/chat/completions": (chat.CompletionCreateParamsStreaming, ChatCompletionRequest),
+    "POST /v1/completions": (completion.CompletionCreateParamsStreaming, CompletionRequest),
+    "POST /v1/responses": (responses.ResponseCreateParamsStreaming, ResponsesRequest),
 }
 
 
@@ -34,8 +37,7 @@ def rows(route: str, column: int = -1) -> dict[str, str]:
 def test_every_field_has_a_row(route: str) -> None:
     """The table of a route has exactly the fields of OpenAI's client and of the route."""
     params, model = ROUTES[route]
-    openai = set(params.CompletionCreateParamsStreaming.__annotations__)
-    openai |= set(params.CompletionCreateParamsBase.__annotations__)
+    openai = set(params.__annotations__)
     assert len(openai) > 15
     assert set(rows(route)) == openai | set(model.model_fields)
 

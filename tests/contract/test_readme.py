@@ -105,7 +105,8 @@ def test_each_curl_command_gives_what_is_documented(
 
 
 def _template(match: re.Match[str]) -> str:
-    return {"session": "/sessions/{session_id}", "model": "/models/{model}"}[match[1]]
+    kind = match[1]
+    return f"/{kind}s/{{{kind if kind == 'model' else f'{kind}_id'}}}"
 
 
 def test_every_route_has_a_curl_command() -> None:
@@ -113,7 +114,9 @@ def test_every_route_has_a_curl_command() -> None:
     shown = {
         (re.search(r"-X (\w+)", e.command) or ["", "GET"])[1]
         + " "
-        + re.sub("/(session|model)s/[^ ]+", _template, e.command.split("8000")[1].split()[0])
+        + re.sub(
+            "/(session|model|response)s/[^ ]+", _template, e.command.split("8000")[1].split()[0]
+        )
         for e in EXAMPLES
     }
     assert shown == routes()
@@ -144,10 +147,13 @@ def test_yaml_blocks_are_configuration(block: Block) -> None:
 
 @pytest.mark.model
 @pytest.mark.parametrize("block", of_language("python", PAGES))
-def test_python_blocks_run(block: Block, bundled_service: Service) -> None:
+def test_python_blocks_run(block: Block, request: pytest.FixtureRequest) -> None:
     """A Python block runs as it is and prints what its comments say."""
-    # Only the service's address and key are replaced.
-    code = block.code.replace("http://localhost:8000", bundled_service.base_url)
+    code = block.code
+    if (address := "http://localhost:8000") in code:
+        # Only the service's address and key are replaced.
+        service: Service = request.getfixturevalue("bundled_service")
+        code = code.replace(address, service.base_url)
     done = subprocess.run(
         [sys.executable, "-c", code.replace("your-api-key-here", API_KEY)],
         cwd=PROJECT_ROOT,

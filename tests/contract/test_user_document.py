@@ -221,7 +221,7 @@ def chat(service: Service, question: str, **fields: Any) -> str:
     """The greedy answer to a question."""
     body = {
         "messages": [{"role": "user", "content": question}],
-        "max_tokens": 100,
+        "max_tokens": 40,
         "temperature": 0,
         "cache": False,
         **fields,
@@ -249,7 +249,7 @@ def test_the_follow_up_is_about_python(bundled_service: Service) -> None:
     session = {"session_id": "user-document"}
     assert "Python" in chat(bundled_service, "What is Python?", **session)
     assert "Python" in chat(bundled_service, "What are its main features?", **session)
-    assert "Python" not in chat(bundled_service, "What are its main features?", max_tokens=40)
+    assert "Python" not in chat(bundled_service, "What are its main features?")
 
 
 @pytest.mark.model
@@ -263,7 +263,7 @@ def test_the_commands_work_on_a_real_model(bundled_service: Service, command: st
     assert answer["tokens_generated"] >= 1
     assert answer["model"] == "SmolLM2-135M-Instruct"
     assert '"temperature": 0.7' in command
-    greedy = command.replace('"temperature": 0.7', '"temperature": 0.0')
+    greedy = command.replace('"temperature": 0.7', '"temperature": 0.0').replace("200", "24")
     answer = parsed(run_curl(bundled_service, greedy, seconds=200))
     text = answer.get("generated_text") or answer["message"]["content"]
     assert len(text.split()) >= 3

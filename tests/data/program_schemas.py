@@ -31,6 +31,15 @@ from pydantic import (
 
 Schema = dict[str, Any]
 
+# Schemas of older dialects, which the validator of the newest does not read.
+OLD = {
+    "openapi: tuple of draft 7",
+    "openapi: exclusive minimum of draft 4",
+    "openapi: inclusive minimum of draft 4",
+    "openapi: type in capitals",
+    "openapi: nulls",
+}
+
 _TEXT = {"type": "string"}
 _INT = {"type": "integer", "minimum": -9007199254740991, "maximum": 9007199254740991}
 
@@ -93,6 +102,13 @@ OPENAPI: dict[str, Schema] = {
         "not": {"required": ["a", "b"]},
     },
     "minProperties": {"type": "object", "properties": {"a": _TEXT}, "minProperties": 1},
+    "a map of some": {
+        "type": "object",
+        "additionalProperties": {"type": "boolean"},
+        "propertyNames": {"type": "string", "minLength": 2, "maxLength": 30},
+        "minProperties": 1,
+        "maxProperties": 3,
+    },
     "maxProperties": {"type": "object", "additionalProperties": _TEXT, "maxProperties": 3},
     "dependentRequired": {"type": "object", "dependentRequired": {"a": ["b"]}},
     "if then else": {"type": "object", "if": {"required": ["a"]}, "then": {}, "else": {}},

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not bundled.is_fetched(), reason="the bundled model is not fetched"),
 ]
 
-TOGETHER, ALONE = (32, 4) if "FULL_SIZE" in os.environ else (8, 2)
+TOGETHER, ALONE = (32, 4) if "FULL_SIZE" in os.environ else (8, 1)
 BOUND = 0.35
 """Largest change of a token's log-probability, in nats.
 

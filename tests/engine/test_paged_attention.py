@@ -249,13 +249,12 @@ def test_a_layer_that_does_not_fit_its_plan_is_an_error(
 def test_a_model_with_unsupported_attention_is_not_served(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The trial before readiness fails, and its error is the line that the operator gets."""
-    forward = LlamaAttention.forward
+    """Where no way of serving supports it, the error is the line that the operator gets."""
 
-    def with_sinks(self: LlamaAttention, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs, s_aux=torch.zeros(4))
+    def unsupported(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError("attention with s_aux is not supported")
 
-    monkeypatch.setattr(LlamaAttention, "forward", with_sinks)
+    monkeypatch.setattr(LlamaAttention, "forward", unsupported)
     assert refusal(tiny_model_dir, engine="transformers") == (
         f"{tiny_model_dir} is of a kind that transformers cannot serve (attention with s_aux is "
         "not supported): choose another model"

@@ -1,11 +1,11 @@
-"""How exact packed and 8-bit linear layers are, measured on the bundled model.
+"""How exact packed and integer linear layers are, measured on the bundled model.
 
-The suite measures three chats, `make test-full` all twelve.
+It takes half a minute, so it belongs to `make test-full`; test_cpu_linear compares single layers in
+the suite.
 """
 
 import copy
 import itertools
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from tests.support.backends import load, load_bundled, request, run, tokens
 
 pytestmark = [
     pytest.mark.model,
-    pytest.mark.no_cover,
+    pytest.mark.full_size,
     pytest.mark.timeout(300),
     pytest.mark.skipif(not bundled.is_fetched(), reason="the bundled model is not fetched"),
     pytest.mark.skipif(not cpu_linear.can_pack(), reason="this CPU has no bfloat16 instructions"),
@@ -37,7 +37,7 @@ TOPICS = (
     "the capital of France", "how bread is baked", "why the sky is blue", "a poem about the sea",
     "Python lists", "the water cycle", "a letter to a landlord", "prime numbers", "photosynthesis",
     "how to learn chess", "the Roman empire", "black holes",
-)[: None if "FULL_SIZE" in os.environ else 3]  # fmt: skip
+)  # fmt: skip
 
 
 @dataclass
@@ -124,7 +124,12 @@ def deviation(reference: Reference, bits: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize(
     ("bits", "everywhere", "least", "most"),
-    [(0, False, 0.97, 0.003), (8, False, 0.96, 0.004), (8, True, 0.93, 0.02), (4, True, 0.9, 0.02)],
+    [
+        (0, False, 0.97, 0.003),
+        (8, False, 0.96, 0.004),
+        (8, True, 0.93, 0.02),
+        (4, True, 0.9, 0.02),
+    ],
 )
 def test_other_layers_stay_close_to_plain_bfloat16(
     reference: Reference,

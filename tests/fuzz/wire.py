@@ -54,6 +54,10 @@ _BODIES: dict[str, list[object]] = {
         {"model": "default", "messages": [{"role": "user", "content": "hi"}], "stream": True},
     ],
     "/v1/completions": [{"model": "default", "prompt": ["a", "b"], "max_tokens": 2}],
+    "/v1/responses": [
+        {"model": "default", "input": "hi", "conversation": "s"},
+        {"model": "default", "input": [{"role": "user", "content": "hi"}], "stream": True},
+    ],
     "/v1/tokenize": [{"text": "hello"}],
 }
 _GETS = ("/livez", "/readyz", "/health", "/status", "/v1/models", "/v1/sessions/s", "/nothing")

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import httpx
 
@@ -87,8 +88,20 @@ def _code(response: httpx.Response) -> str:
     return code
 
 
+class Sender(Protocol):
+    """Where the clients of :func:`load` send their requests."""
+
+    async def post(self, body: dict[str, object]) -> httpx.Response:
+        """The answer to a request."""
+        ...
+
+    async def probe(self) -> None:
+        """Runs beside the clients, until it is cancelled."""
+        ...
+
+
 @asynccontextmanager
-async def load(balancer: Balancer, clients: int) -> AsyncIterator[Counter[str]]:
+async def load(balancer: Sender, clients: int) -> AsyncIterator[Counter[str]]:
     """Clients that send requests without a pause, half of them streams; counts the outcomes."""
     outcomes: Counter[str] = Counter()
     stopping = asyncio.Event()
@@ -111,7 +124,7 @@ async def load(balancer: Balancer, clients: int) -> AsyncIterator[Counter[str]]:
             probing.cancel()
 
 
-async def _outcome(balancer: Balancer, prompt: str, *, stream: bool) -> str:
+async def _outcome(balancer: Sender, prompt: str, *, stream: bool) -> str:
     """``whole``, or a description of what was wrong with the answer."""
     try:
         response = await balancer.post(generate(prompt, stream=stream))

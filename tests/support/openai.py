@@ -11,6 +11,17 @@ Response = Any
 """What the test client returns; Starlette chooses its library by what is installed."""
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+RESPONSES = "/v1/responses"
+
+# Fields for OpenAI's own platform, without effect here, with values of its clients.
+PLATFORM_HINTS: dict[str, Any] = {
+    "metadata": {"trace": "a1"},
+    "prompt_cache_key": "tenant-7",
+    "prompt_cache_options": {"mode": "implicit"},
+    "prompt_cache_retention": "24h",
+    "safety_identifier": "user-7",
+    "service_tier": "flex",
+}
 
 
 def user(text: str) -> list[dict[str, Any]]:
@@ -30,6 +41,27 @@ def complete(client: TestClient, prompt: Any = "hello", **fields: Any) -> Respon
     return client.post(
         COMPLETIONS, json={"model": "echo", "prompt": prompt, "cache": False, **fields}
     )
+
+
+def respond(client: TestClient, given: Any = "hello", **fields: Any) -> Response:
+    """One request for a response; fields replace the defaults."""
+    headers = fields.pop("headers", {})
+    body = {"model": "echo", "input": given, "cache": False, **fields}
+    return client.post(RESPONSES, json=body, headers=headers)
+
+
+def response_events(response: Response) -> list[dict[str, Any]]:
+    """The events of a streamed response, whose lines name them and whose numbers follow."""
+    assert response.status_code == 200, response.text
+    *frames, done, rest = response.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    events: list[dict[str, Any]] = []
+    for number, lines in enumerate(frames):
+        name, data = lines.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+        assert events[-1]["sequence_number"] == number
+    return events
 
 
 def chunks(response: Response) -> list[dict[str, Any]]:

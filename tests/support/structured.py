@@ -5,10 +5,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from jsonschema import Draft202012Validator
 from tokenizers import Tokenizer
 
-from app.llm.protocol import Backend, GenerationRequest, JsonSchemaGrammar, SamplingParams
+from app.llm.protocol import Backend, GenerationRequest, Grammar, JsonSchemaGrammar, SamplingParams
 from tests.support.backends import run, tokens
 from tests.support.random_schemas import RandomSchemas
 
@@ -34,20 +35,38 @@ def ask_for_schemas(
         AssertionError: A complete answer does not match its schema, or a request failed.
     """
     random = RandomSchemas(seed=1)
-    schemas = [random.one() for _ in range(count)]
+    made = [random.one() for _ in range(count)]
+    asked = [(schema, JsonSchemaGrammar(json.dumps(schema, ensure_ascii=False))) for schema in made]
+    return ask_of(backend, asked, max_tokens=max_tokens, described=described, batch=batch)
+
+
+def ask_of(
+    backend: Backend,
+    asked: Sequence[tuple[dict[str, Any], Grammar]],
+    *,
+    max_tokens: int,
+    described: bool = False,
+    batch: int = 32,
+) -> Counter[str]:
+    """What :func:`ask_for_schemas` does, for these schemas and the grammars that hold them."""
     tokenizer = Tokenizer.from_str(backend.info.tokenizer_json)
     reasons: Counter[str] = Counter()
-    for start in range(0, count, batch):
-        numbers = range(start, min(count, start + batch))
-        requests = [_request(tokenizer, i, schemas[i], max_tokens, described) for i in numbers]
+    for start in range(0, len(asked), batch):
+        some = asked[start : start + batch]
+        requests = [
+            msgspec.structs.replace(
+                _request(tokenizer, start + i, schema, max_tokens, described), grammar=grammar
+            )
+            for i, (schema, grammar) in enumerate(some)
+        ]
         answers = run(backend, *requests)
-        for i in numbers:
-            events = answers[str(i)]
+        for (schema, _), given in zip(some, requests, strict=True):
+            events = answers[given.id]
             reason = events[-1].finish_reason
-            assert reason in {"stop", "length"}, (schemas[i], events[-1].error)
+            assert reason in {"stop", "length"}, (schema, events[-1].error)
             reasons[reason] += 1
             if reason == "stop":
-                _check(schemas[i], tokenizer.decode(tokens(events)))
+                _check(schema, tokenizer.decode(tokens(events)))
     return reasons
 
 
@@ -62,7 +81,6 @@ def _request(
         prompt_token_ids=tokenizer.encode(prompt).ids,
         max_tokens=max_tokens,
         sampling=SamplingParams(temperature=number % 2, seed=number),
-        grammar=JsonSchemaGrammar(schema=text),
     )
 
 

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from app.llm.prefix_index import BLOCK_SIZE
-from app.llm.protocol import GenerationRequest, SamplingParams, TokenEvent
+from app.llm.protocol import GenerationRequest, RegexGrammar, SamplingParams, TokenEvent
 from app.utils.errors import (
     DeadlineExceededError,
     DrainingError,
     EngineUnavailableError,
     InternalError,
+    InvalidGrammarError,
     OverloadedError,
     ServiceError,
 )
@@ -220,6 +222,18 @@ async def test_a_failure_comes_after_the_events_before_it(*, in_engine: bool) ->
     assert failed == (1 if in_engine else 0)
     place.release()
     assert engine.queue.is_empty
+
+
+async def test_a_grammar_that_the_engine_refuses_is_the_callers_fault() -> None:
+    """The error is a 400 that names the field."""
+    engine = ManualEngine()
+    place = engine.queue.admit(engine, "a")
+    place.start(replace(request(), grammar=RegexGrammar("a")))
+    place.deliver(TokenEvent("r", finish_reason="error", error="GrammarError", refused=True))
+    with pytest.raises(InvalidGrammarError) as found:
+        await place.events()
+    assert (found.value.status, found.value.param) == (400, "response_format")
+    place.release()
 
 
 class Listener:

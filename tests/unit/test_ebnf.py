@@ -55,11 +55,15 @@ def as_python(node: regex.Node) -> re.Pattern[str]:
     ("schema", "reason"),
     [
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
-        ({"type": "integer", "multipleOf": 3}, "multipleOf"),
+        ({"type": "integer", "multipleOf": 3, "minimum": 4, "maximum": 5}, "no number"),
+        ({"type": "integer", "multipleOf": 9973}, "multipleOf"),
+        ({"type": "number", "multipleOf": 0}, "multipleOf"),
         ({"not": {"type": "string"}}, "not"),
         ({"if": {}, "then": {}}, "if"),
         ({"type": "object", "patternProperties": {}}, "patternProperties"),
-        ({"type": "object", "minProperties": 1}, "minProperties"),
+        ({"type": "object", "minProperties": 2}, "minProperties"),
+        ({"type": "object", "minProperties": 1, "properties": {"a": {}}}, "minProperties"),
+        ({"type": "object", "propertyNames": {"enum": ["a"]}}, "propertyNames"),
         ({"type": "array", "contains": {}}, "contains"),
         ({"type": "string", "contentEncoding": "base64"}, "contentEncoding"),
         ({"type": "string", "nullable": True}, "nullable"),
@@ -80,7 +84,7 @@ def as_python(node: regex.Node) -> re.Pattern[str]:
         ({"type": "integer", "minimum": 0.2, "maximum": 0.8}, "no number"),
         ({"type": "string", "minLength": 3, "maxLength": 2}, "minLength"),
         ({"type": "string", "minLength": -1}, "minLength"),
-        ({"type": "string", "maxLength": 1000}, "maxLength"),
+        ({"type": "string", "maxLength": 10_001}, "maxLength"),
         ({"type": "string", "pattern": "a+", "maxLength": 3}, "maxLength beside pattern"),
         ({"type": "string", "pattern": "^a{1,3}$", "maxLength": 3}, None),
         ({"type": "array", "minItems": 10**9}, "minItems"),
@@ -225,6 +229,7 @@ def expressions(characters: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     )
 
 
+@pytest.mark.no_cover
 @settings(max_examples=150)
 @given(
     expressions(st.sampled_from(["a", "b", "[ab]", "[b-d]", ".", "ab", '"', "[^a]"])),
@@ -279,6 +284,7 @@ def test_whole_numbers_are_those_between_the_bounds(
     assert maximum is None or int(said) < maximum
 
 
+@pytest.mark.no_cover
 @settings(max_examples=60)
 @given(_BOUND, _BOUND, st.data())
 def test_numbers_are_between_the_bounds(
@@ -301,6 +307,7 @@ def test_numbers_are_between_the_bounds(
 @settings(max_examples=60)
 @given(st.sets(st.characters(exclude_categories=["Cs"]), min_size=1), st.booleans())
 # A class of one character is written as a string, which has shorter escapes.
+@pytest.mark.no_cover
 @example(characters={"\\"}, negated=False)
 @example(characters={'"'}, negated=False)
 @example(characters={"\n"}, negated=False)
@@ -345,6 +352,35 @@ def test_a_grammar_is_translated_in_time() -> None:
         with contextlib.suppress(GrammarError):
             assert len(to_ebnf(JsonSchemaGrammar(schema=text), VOCABULARY)) < 2 * writer.MAX_TEXT
         assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("least", "most"), [(0, 0), (0, 64), (3, 3), (0, 65), (1, 130), (33, 97), (40, None), (1, None)]
+)
+def test_a_strings_characters_are_counted(least: int, most: int | None) -> None:
+    """A string has as many characters as allowed and no others; an escape is one."""
+    bounds = {"minLength": least} if most is None else {"minLength": least, "maxLength": most}
+    grammar = ebnf({"type": "string", **bounds})
+    for count in {*range(least + 1), *range(62, 67), *range(95, 99), *range(128, 132)}:
+        allowed = least <= count and (most is None or count <= most)
+        for text in ("a" * count, '"' * count):
+            assert reads(grammar, json.dumps(text)) is allowed, count
+
+
+@pytest.mark.parametrize("step", ["1", "5", "2.5", "0.01", "0.25", "60", "1000"])
+def test_numbers_are_multiples(step: str) -> None:
+    """No number that is no multiple is matched, and multiples with few decimals are."""
+    grammar = ebnf({"type": "number", "multipleOf": float(step)})
+    for number in (*range(-250, 250), *range(10_000, 10_020), 120_000):
+        for text in (str(Decimal(number) / 100), str(number)):
+            is_multiple = Decimal(text) % Decimal(step) == 0
+            assert reads(grammar, text) is (is_multiple and "E" not in text), text
+
+
+def test_all_lengths_share_the_rules_that_count() -> None:
+    """Strings of many lengths cost no more together than the longest."""
+    texts = [{"type": "string", "minLength": i % 7, "maxLength": 37 * i} for i in range(1, 18)]
+    assert ebnf({"type": "array", "prefixItems": texts, "items": False, "minItems": 17})
 
 
 def test_a_larger_vocabulary_allows_fewer_counted_characters() -> None:

@@ -13,16 +13,8 @@ from app.llm.ebnf.fitting import fit
 from app.llm.engine.echo import build_tokenizer
 from app.llm.engine.transformers.token_masks import GrammarCompiler
 from app.llm.protocol import JsonSchemaGrammar, Tag, TagsGrammar
-from tests.data.program_schemas import schemas
+from tests.data.program_schemas import OLD, schemas
 
-# Schemas of older dialects, which the validator of the newest does not read.
-OLD = {
-    "openapi: tuple of draft 7",
-    "openapi: exclusive minimum of draft 4",
-    "openapi: inclusive minimum of draft 4",
-    "openapi: type in capitals",
-    "openapi: nulls",
-}
 VOCABULARY = 49_152
 ALL = dict(schemas())
 FORMATS = jsonschema.Draft202012Validator.FORMAT_CHECKER
@@ -101,11 +93,11 @@ def test_a_strict_part_is_refused_beside_others() -> None:
 
 def test_parts_share_the_limits() -> None:
     """Of many parts those that exceed a limit together are widened, and the rest is held."""
-    schemas = [{"type": "string", "maxLength": 40 + i} for i in range(9)]
+    schemas = [{"type": "string", "pattern": f"^.{{{40 + i}}}$"} for i in range(9)]
     grammar, dropped = fit(TagsGrammar([tag(s) for s in schemas], "<"), VOCABULARY)
     assert isinstance(grammar, TagsGrammar)
     kept = [json.loads(part.schema) for part in grammar.tags]
-    assert dropped == {"maxLength"}
+    assert dropped == {"pattern"}
     assert kept[0] == schemas[0]
     assert kept[-1] == {"type": "string"}
     assert all(part.strict for part in grammar.tags)
@@ -115,7 +107,7 @@ def test_parts_share_the_limits() -> None:
     ("schema", "widened", "keywords"),
     [
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "anyOf", {"oneOf"}),
-        ({"type": "string", "minLength": 2, "maxLength": 9999}, "minLength", {"maxLength"}),
+        ({"type": "string", "minLength": 2, "maxLength": 10_001}, "minLength", {"maxLength"}),
         ({"type": "string", "format": "date", "pattern": "^1"}, "pattern", {"format"}),
         ({"type": "array", "items": {"type": "null"}, "maxItems": 9999}, "items", {"maxItems"}),
         ({"type": "object", "properties": {}, "required": 3}, "type", {"properties", "required"}),
@@ -140,6 +132,9 @@ def test_only_what_is_not_held_is_widened(
 
 
 ANY_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+A: Any = {"a": {}}
+B: Any = {"b": {}}
+AB: Any = A | B
 EQUAL: list[tuple[Any, Any]] = [
     ({"type": "string", "nullable": True}, {"type": ["string", "null"]}),
     ({"enum": ["a"], "nullable": True}, {"enum": ["a", None]}),
@@ -151,6 +146,19 @@ EQUAL: list[tuple[Any, Any]] = [
     ({"allOf": [{"type": "null"}, {"description": "x"}]}, {"allOf": [{"type": "null"}]}),
     ({"type": "string", "format": "password"}, {"type": "string"}),
     ({"type": "string", "pattern": None, "enum": None}, {"type": "string"}),
+    (
+        {"items": {"enum": ["a", "b"]}, "uniqueItems": True, "minItems": 1},
+        {"enum": [["a"], ["b"], ["a", "b"], ["b", "a"]]},
+    ),
+    ({"enum": ["a", "long"], "maxLength": 3}, {"enum": ["a"]}),
+    (
+        {"properties": {"a": {}, "b": {}}, "minProperties": 1},
+        {"anyOf": [{"properties": AB, "required": ["a"]}, {"properties": B, "required": ["b"]}]},
+    ),
+    (
+        {"properties": {"a": {}, "b": {}}, "oneOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        {"anyOf": [{"properties": A, "required": ["a"]}, {"properties": B, "required": ["b"]}]},
+    ),
     (
         {"type": "object", "propertyNames": {"enum": ["a"]}, "additionalProperties": {}},
         {"type": "object", "properties": {"a": {}}, "additionalProperties": False},

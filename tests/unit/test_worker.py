@@ -6,6 +6,7 @@ from typing import cast
 
 import pytest
 
+from app.llm.ebnf.grammars import to_ebnf
 from app.llm.engine.echo import EchoBackend
 from app.llm.engine.worker import Channel, Worker
 from app.llm.protocol import (
@@ -16,6 +17,7 @@ from app.llm.protocol import (
     EngineStats,
     GenerationRequest,
     Message,
+    RegexGrammar,
     SamplingParams,
     Step,
     Submit,
@@ -40,6 +42,8 @@ class _Recorder:
         return self._backend.info
 
     def add(self, request: GenerationRequest) -> None:
+        if isinstance(request.grammar, RegexGrammar):
+            to_ebnf(request.grammar, None)
         self._ids.append(request.id)
         self._backend.add(request)
 
@@ -150,3 +154,13 @@ def test_a_request_that_cannot_be_started_takes_no_slot() -> None:
     batches, steps = work(submit("a", 2), submit("b", 1), bad, submit("c", 1))
     assert batches == [["a", "b"], ["a", "c"]]
     assert ends(steps)["bad"] == "error"
+
+
+def test_a_refused_grammar_is_told_from_other_faults() -> None:
+    """The event of a request whose grammar the backend rejects says so; other events do not."""
+    grammar = RegexGrammar("(")
+    bad = Submit(GenerationRequest("bad", [1], 1, SamplingParams(), grammar=grammar))
+    odd = Submit(GenerationRequest("odd", [10_000], 1, SamplingParams()))
+    _, steps = work(bad, odd, submit("a", 1))
+    refused = {e.request_id: e.refused for step in steps for e in step.events}
+    assert refused == {"bad": True, "odd": False, "a": False}

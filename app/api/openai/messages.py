@@ -151,11 +151,15 @@ def _part_sent_back(part: Any) -> Any:
 
 def chat_messages(messages: list[OpenAIMessage]) -> list[ChatMessage]:
     """Messages as the services take them; those that lead with instructions become one."""
-    converted = [m.as_message() for m in messages]
+    return with_one_system([m.as_message() for m in messages])
+
+
+def with_one_system(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Messages whose leading ones of the role system are joined into one."""
     leading = 0
-    while leading < len(converted) and converted[leading]["role"] == "system":
+    while leading < len(messages) and messages[leading]["role"] == "system":
         leading += 1
     if leading < 2:
-        return converted
-    system = "\n\n".join(m["content"] for m in converted[:leading])
-    return [{"role": "system", "content": system}, *converted[leading:]]
+        return messages
+    system = "\n\n".join(m["content"] for m in messages[:leading])
+    return [{"role": "system", "content": system}, *messages[leading:]]

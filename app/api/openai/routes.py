@@ -10,14 +10,16 @@ from msgspec import structs
 from app.api.dependencies import Services, services_of
 from app.api.errors import openai_status, validation_error
 from app.api.guard import GeneratingRoute
+from app.api.openai.responses.request import ResponsesRequest
 from app.api.openai.schemas import OpenAIFields
-from app.api.openai.shapes import OpenAIShape
-from app.api.requests import job_fields
-from app.api.respond import respond
+from app.api.requests import sampling_fields
+from app.api.respond import Shape, respond
 from app.core.security import Principal
+from app.llm.protocol import JsonSchemaGrammar
 from app.services.answers import Answer, Job
 from app.utils.errors import ModelNotFoundError, ServiceError, UnsupportedParameterError
 
+OpenAIBody = OpenAIFields | ResponsesRequest
 Openings = Sequence[Coroutine[Any, Any, Answer]]
 
 # What pydantic says of a field that this service does not have.
@@ -44,7 +46,7 @@ class OpenAIRoute(GeneratingRoute):
         return openai_status(error)
 
 
-def take(body: OpenAIFields, services: Services) -> None:
+def take(body: OpenAIBody, services: Services) -> None:
     """Count the fields of a request that have no effect.
 
     Raises:
@@ -67,13 +69,15 @@ def check_model(name: str, services: Services) -> None:
 
 
 def jobs_for(
-    body: OpenAIFields, caller: Principal, deadline: float | None, request: Request
+    body: OpenAIBody, caller: Principal, deadline: float | None, request: Request
 ) -> list[Job]:
     """A job for each choice of one prompt, without the prompt."""
-    fields = job_fields(body, caller, deadline, request)
-    form = body.response_format.json_schema if body.response_format else None
-    if form is not None and not form.strict:
-        fields["grammar"] = structs.replace(fields["grammar"], strict=False)
+    fields = sampling_fields(body, caller, deadline, request)
+    form = body.response_format
+    grammar = form.grammar() if form else None
+    if isinstance(grammar, JsonSchemaGrammar) and form and form.json_schema:
+        grammar = structs.replace(grammar, strict=form.json_schema.strict)
+    fields["grammar"] = grammar
     fields["max_tokens"] = _cut(body, services_of(request)) or body.max_tokens
     bias = {int(token): value for token, value in body.logit_bias.items()}
     sampling = {**fields.pop("sampling"), "logit_bias": bias}
@@ -87,7 +91,7 @@ def jobs_for(
 
 
 async def answer(
-    request: Request, body: OpenAIFields, jobs: Sequence[Job], opened: Openings, shape: OpenAIShape
+    request: Request, body: OpenAIBody, jobs: Sequence[Job], opened: Openings, shape: Shape
 ) -> Response:
     """The response to a request, with headers that tell how it differs from what was asked.
 
@@ -105,7 +109,7 @@ async def answer(
     return response
 
 
-def _cut(body: OpenAIFields, services: Services) -> int | None:
+def _cut(body: OpenAIBody, services: Services) -> int | None:
     """The most tokens of an answer, if the request asks for more and they are cut to it."""
     model = services.settings.model
     is_cut = model.max_tokens_policy == "clamp" and (body.max_tokens or 0) > model.max_tokens

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from pydantic_core import PydanticCustomError
 
 from app.api.openai.messages import MAX_TOOLS, Hint, OpenAIMessage, OpenAIModel
-from app.api.requests import MAX_STOP_CHARS, SamplingFields, StopString
+from app.api.requests import MAX_STOP_CHARS, Sampling, SamplingFields, StopString
 from app.llm.tools import Tool, ToolUse
 
 MAX_CHOICES = 16
@@ -77,18 +77,16 @@ def _stop_strings(stop: Any) -> Any:
 _STOP = {"type": "string", "maxLength": MAX_STOP_CHARS}
 
 
-class OpenAIFields(OpenAIModel, SamplingFields):
-    """Fields that chat completions and completions share."""
+class OpenAISampling(OpenAIModel, Sampling):
+    """How tokens are chosen; shared by OpenAI's generating routes."""
 
     model: str = Field(min_length=1, max_length=256, description="GET /v1/models tells which.")
-    n: int = Field(1, ge=1, le=MAX_CHOICES, description="How many answers; each takes a place.")
     logit_bias: dict[TokenId, Bias] = Field(
         {},
         max_length=MAX_LOGIT_BIAS,
         description="Added to the logits of tokens, by their ids.",
         json_schema_extra={"additionalProperties": False},
     )
-    stream_options: StreamOptions | None = None
     top_p: float | None = Field(
         None,
         ge=0,
@@ -123,12 +121,6 @@ class OpenAIFields(OpenAIModel, SamplingFields):
     )
 
     @model_validator(mode="after")
-    def _stream_options_need_a_stream(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for stream: true")
-        return self
-
-    @model_validator(mode="after")
     def _say_the_same_by_other_fields(self) -> Self:
         if self.ignore_eos:
             self.min_tokens = _NEVER_ENDS
@@ -138,13 +130,37 @@ class OpenAIFields(OpenAIModel, SamplingFields):
             self.top_k = 0
         return self
 
+
+class OpenAIFields(OpenAISampling, SamplingFields):
+    """Fields that chat completions and completions share."""
+
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="How many answers; each takes a place.")
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for stream: true")
+        return self
+
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk of usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatCompletionRequest(OpenAIFields):
+class PlatformHints(OpenAIModel):
+    """Fields for OpenAI's own platform, without effect here."""
+
+    metadata: Hint = None
+    prompt_cache_key: Hint = None
+    prompt_cache_options: Hint = None
+    prompt_cache_retention: Hint = None
+    safety_identifier: Hint = None
+    service_tier: Hint = None
+
+
+class ChatCompletionRequest(OpenAIFields, PlatformHints):
     """Body of POST /v1/chat/completions."""
 
     model_config = ConfigDict(
@@ -182,12 +198,6 @@ class ChatCompletionRequest(OpenAIFields):
         None, description="auto where there are tools."
     )
     parallel_tool_calls: bool = Field(True, description="Whether an answer may hold several calls.")
-    metadata: Hint = None
-    prompt_cache_key: Hint = None
-    prompt_cache_options: Hint = None
-    prompt_cache_retention: Hint = None
-    safety_identifier: Hint = None
-    service_tier: Hint = None
     store: Hint = None
     verbosity: Hint = None
 
@@ -199,14 +209,9 @@ class ChatCompletionRequest(OpenAIFields):
         self.max_tokens = self.max_completion_tokens or self.max_tokens
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is for logprobs: true")
-        names = [tool.function.name for tool in self.tools]
-        if len(set(names)) < len(names):
-            raise ValueError("two tools have the same name")
         choice = self.tool_choice
-        if isinstance(choice, NamedToolChoice) and choice.function.name not in names:
-            raise ValueError("tool_choice names a function that is not in tools")
-        if choice == "required" and not names:
-            raise ValueError("tool_choice is required, but there are no tools")
+        named = [choice.function.name] if isinstance(choice, NamedToolChoice) else []
+        check_tools([tool.function.name for tool in self.tools], named, choice == "required")
         return self
 
     @property
@@ -221,6 +226,20 @@ class ChatCompletionRequest(OpenAIFields):
             f"={choice.function.name}" if isinstance(choice, NamedToolChoice) else choice,
             self.parallel_tool_calls,
         )
+
+
+def check_tools(names: list[str], chosen: list[str], required: bool) -> None:
+    """Check the names of tools, and those that tool_choice has.
+
+    Raises:
+        ValueError: They do not fit.
+    """
+    if len(set(names)) < len(names):
+        raise ValueError("two tools have the same name")
+    if not set(chosen) <= set(names):
+        raise ValueError("tool_choice names a function that is not in tools")
+    if required and not names:
+        raise ValueError("tool_choice is required, but there are no tools")
 
 
 def _prompts(prompt: Any) -> Any:

@@ -77,14 +77,14 @@ class OpenAIShape(Shape):
             for answer in answers:
                 yield self._chunk(answer, self.begin)
 
-    def piece(self, answer: Answer, piece: Piece) -> Event:
+    def piece(self, answer: Answer, piece: Piece) -> Iterable[Event]:
         """A chunk with a piece of an answer."""
-        return self._chunk(answer, self.delta(piece))
+        return (self._chunk(answer, self.delta(piece)),)
 
-    def last(self, answer: Answer) -> Event:
+    def last(self, answer: Answer) -> Iterable[Event]:
         """The chunk with an answer's finish reason."""
         chunk = self._chunk(answer, self.ending, finish_reason(answer))
-        return chunk | {"cached": answer.cached}
+        return (chunk | {"cached": answer.cached},)
 
     def end(self, answers: Sequence[Answer]) -> Iterable[Event]:
         """A chunk with the usage, where that was asked for."""
@@ -164,16 +164,7 @@ class ChatCompletionShape(OpenAIShape):
 
     def logprobs(self, logprobs: Sequence[TokenLogprob]) -> Event:
         """Each token with the likeliest of its place."""
-        return {
-            "content": [
-                {
-                    **_token(entry.token, entry.logprob),
-                    "top_logprobs": [_token(token, logprob) for token, logprob in entry.top],
-                }
-                for entry in logprobs
-            ],
-            "refusal": None,
-        }
+        return {"content": chat_logprobs(logprobs), "refusal": None}
 
 
 class CompletionShape(OpenAIShape):
@@ -202,6 +193,17 @@ class CompletionShape(OpenAIShape):
             ],
             "text_offset": [entry.start for entry in logprobs],
         }
+
+
+def chat_logprobs(logprobs: Sequence[TokenLogprob]) -> list[Event]:
+    """Each token with the likeliest of its place."""
+    return [
+        {
+            **_token(entry.token, entry.logprob),
+            "top_logprobs": [_token(token, logprob) for token, logprob in entry.top],
+        }
+        for entry in logprobs
+    ]
 
 
 def finish_reason(answer: Answer) -> str:

@@ -40,7 +40,8 @@ class AppSettings(Section):
     port: int = Field(8000, ge=0, le=65535, description="Port that `llm-service serve` binds.")
     environment: Literal["development", "production"] = Field(
         "development",
-        description="production rejects weak API keys and hides the interactive documentation.",
+        description="production refuses the default API key and those under 32 characters, where "
+        "development warns, and hides /docs.",
     )
     shutdown_grace_seconds: float = Field(
         20.0, ge=0, le=3600, description="Seconds that running requests may take after SIGTERM."
@@ -69,27 +70,26 @@ class ModelSettings(Section):
     )
     aliases: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
         ["default"],
-        description="Further names for the served model in requests to the OpenAI routes.",
+        description="Further names of the model on the OpenAI routes.",
     )
     revision: str | None = Field(
-        None, min_length=1, description="Branch, tag or commit of a hub model; default: main."
+        None, min_length=1, description="Branch, tag or commit on the hub; default: main."
     )
-    device: Literal["cpu", "cuda"] = Field("cpu", description="cpu or cuda.")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where it runs.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of the weights; auto takes what the device is fastest at."
+        "auto", description="Precision of the weights; auto: the device's fastest."
     )
     quantization: Literal["auto", "none", "int8", "int4"] = Field(
         "auto",
-        description="int8 and int4 keep the large weights of safetensors in integers on a CPU: "
-        "faster and smaller, less exact. auto takes the best that fits into memory: int8 for "
-        "models over a billion parameters, else none.",
+        description="Integers in large linear layers of safetensors on a CPU: faster, smaller, "
+        "less exact. auto: the best that fits into memory, int8 for models over a billion "
+        "parameters, else none.",
     )
     cuda_memory_share: float = Field(
         0.8,
         gt=0,
         le=0.95,
-        description="Share of a CUDA device's free memory that the KV cache and the steps' own "
-        "tensors may take.",
+        description="Share of a CUDA device's free memory for the KV cache and the steps' tensors.",
     )
     engine: Literal["auto", "openvino", "transformers", "vllm", "echo"] = Field(
         "auto",
@@ -98,21 +98,21 @@ class ModelSettings(Section):
         "converts safetensors. echo repeats the prompt, for tests.",
     )
     max_tokens: int = Field(
-        512, ge=1, le=1_000_000, description="Most tokens a request may ask for, and the default."
+        512, ge=1, le=1_000_000, description="Most tokens of an answer, and the default."
     )
     chat_template: str | None = Field(
-        None, min_length=1, description="File with a Jinja template in place of the model's own."
+        None, min_length=1, description="Jinja file in place of the model's own."
     )
     max_tokens_policy: Literal["clamp", "refuse"] = Field(
         "clamp",
-        description="What OpenAI's routes do with a max_tokens above model.max_tokens; clamp cuts "
-        "it, as X-Max-Tokens-Applied tells.",
+        description="What OpenAI's routes do with a larger max_tokens; clamp cuts it "
+        "(X-Max-Tokens-Applied).",
     )
     temperature: float = Field(
         0.7,
         ge=0,
         le=2,
-        description="Sampling temperature of a request that names none; unset: the model's own, "
+        description="Temperature of a request that names none; unset: the model's own, "
         "else the default.",
     )
 
@@ -147,7 +147,7 @@ class CacheSettings(Section):
         100,
         ge=1,
         le=1_000_000,
-        description="Most answers kept; the API key that has most makes room.",
+        description="Most answers; the API key that has most makes room.",
     )
     ttl_seconds: float = Field(3600, gt=0, description="Seconds that an answer is kept.")
     max_bytes: int = Field(
@@ -159,31 +159,26 @@ class IdempotencySettings(Section):
     """Answers kept for requests that are repeated with the same Idempotency-Key."""
 
     enabled: bool = Field(True, description="Accept the header; false: reject requests with it.")
-    ttl_seconds: float = Field(
-        3600, gt=0, description="Seconds that a key and its answer are kept."
-    )
-    max_entries: int = Field(
-        1000, ge=1, le=1_000_000, description="Most answers kept for one API key."
-    )
+    ttl_seconds: float = Field(3600, gt=0, description="Seconds that they are kept.")
+    max_entries: int = Field(1000, ge=1, le=1_000_000, description="Most answers of one API key.")
     max_bytes: int = Field(
         16_777_216,
         ge=65_536,
         le=1_099_511_627_776,
-        description="Most bytes of kept answers for one API key; an answer larger than a quarter "
-        "of it is not kept.",
+        description="Most bytes of one API key's answers, of which one may take a quarter.",
     )
 
 
 class ChatHistorySettings(Section):
-    """Conversations of callers that send a session_id."""
+    """Conversations of callers that send a session_id, and responses of /v1/responses."""
 
-    enabled: bool = Field(True, description="Keep conversations.")
+    enabled: bool = Field(True, description="Keep conversations and responses.")
     ttl_seconds: float = Field(7200, gt=0, description="Seconds that an idle conversation is kept.")
     max_sessions: int = Field(
         10_000,
         ge=1,
         le=10_000_000,
-        description="Most conversations kept; the API key that has most makes room.",
+        description="Most conversations and responses; the API key that has most makes room.",
     )
     max_messages: int = Field(
         200, ge=2, le=100_000, description="Most messages kept of a conversation."
@@ -192,7 +187,7 @@ class ChatHistorySettings(Section):
         268_435_456,
         ge=4096,
         le=1_099_511_627_776,
-        description="Most bytes of all conversations, of which one may take a quarter.",
+        description="Most bytes of all of them, of which one may take a quarter.",
     )
 
 
@@ -214,10 +209,10 @@ class PiiSettings(Section):
     """Personal data in prompts and answers."""
 
     input: Annotated[Literal["off", "redact", "reject"], _Off] = Field(
-        "off", description="What to do with personal data in a prompt."
+        "off", description="Action on personal data in prompts."
     )
     output: Annotated[Literal["off", "redact"], _Off] = Field(
-        "off", description="What to do with personal data in an answer."
+        "off", description="Action on personal data in answers."
     )
     kinds: list[PiiKind] = Field(
         default_factory=lambda: list(get_args(PiiKind)), description="Kinds to look for."

@@ -21,22 +21,22 @@ class EngineSettings(Section):
         "past that, 503 at once.",
     )
     queue_timeout_seconds: float = Field(
-        60.0, gt=0, le=86_400, description="Longest a request may wait to begin; past that, 503."
+        60.0, gt=0, le=86_400, description="Longest wait to begin; past that, 503."
     )
     request_timeout_seconds: float = Field(
-        300.0, gt=0, le=86_400, description="Longest a request may take, waiting included."
+        300.0, gt=0, le=86_400, description="Longest time of a request, waiting included."
     )
     step_timeout_seconds: float = Field(
         300.0,
         gt=0,
         le=86_400,
-        description="Longest that a step may take; past that, the engine process starts again.",
+        description="Longest step; past that, the engine process starts again.",
     )
     load_timeout_seconds: float = Field(
         1800.0,
         gt=0,
         le=86_400,
-        description="Longest that loading may take, downloads aside; past that, the service ends.",
+        description="Longest load, downloads aside; past that, the service ends.",
     )
     stall_timeout_seconds: float = Field(
         15.0,
@@ -53,7 +53,7 @@ class EngineSettings(Section):
         "service ends.",
     )
     echo_step_seconds: float = Field(
-        0.0, ge=0, le=2, description="Time the echo engine takes for a token; for load tests."
+        0.0, ge=0, le=2, description="Time of the echo engine's tokens, for load tests."
     )
     python: str | None = Field(
         None,

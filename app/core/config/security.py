@@ -64,8 +64,7 @@ class SecuritySettings(Section):
         default_factory=list,
         description="Further keys, each {name, key}, or {name, digest} with sha256: and the key's "
         "SHA-256 in hexadecimal; scopes (infer, metrics, admin; default: infer) says what it "
-        "permits, daily_tokens how many prompt and completion tokens it may use a day (UTC). JSON "
-        "in the environment. Read again on SIGHUP.",
+        "permits, daily_tokens how many prompt and completion tokens it may use a day (UTC).",
     )
     max_prompt_chars: int = Field(
         4000, ge=1, le=10_000_000, description="Most characters in a prompt or in all messages."

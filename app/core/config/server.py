@@ -9,7 +9,7 @@ class ServerSettings(Section):
     """The timeouts and the bounds of connections."""
 
     header_timeout_seconds: float = Field(
-        5.0, gt=0, le=3600, description="Time for the head of a request to arrive."
+        5.0, gt=0, le=3600, description="Time for a request's head to arrive."
     )
     body_timeout_seconds: float = Field(
         8.0,
@@ -27,7 +27,7 @@ class ServerSettings(Section):
         5.0,
         gt=0,
         le=3600,
-        description="How long an idle connection is kept; behind a proxy, set more than the "
+        description="How long an idle connection is kept; set more than a "
         "proxy's own keep-alive time.",
     )
     max_connections: int = Field(

@@ -17,11 +17,11 @@ from typing import Protocol, Self
 
 from app.core.config.engine import EngineSettings
 from app.core.metrics import Metrics
+from app.llm.ebnf.check import error_of
 from app.llm.prefix_index import PrefixIndex
 from app.llm.protocol import FinishReason, GenerationRequest, TokenEvent
 from app.utils.errors import (
     DeadlineExceededError,
-    InternalError,
     OverloadedError,
     ServiceError,
 )
@@ -154,6 +154,7 @@ class Place:
             DeadlineExceededError: The request took too long.
             EngineUnavailableError: The engine process died.
             DrainingError: The service is shutting down.
+            InvalidGrammarError: The engine's library refuses the request's grammar.
             InternalError: This request failed inside the engine.
         """
         while not self._events:
@@ -210,7 +211,7 @@ class Place:
     def deliver(self, event: TokenEvent) -> None:
         """Take an event from the engine."""
         if event.finish_reason == "error":
-            self._error = self._error or InternalError()
+            self._error = self._error or error_of(event, self.request.grammar)
         else:
             self._events.append(event)
         if event.finish_reason is not None:

@@ -180,6 +180,27 @@ def _merged(states: list[State]) -> list[State]:
         ]
 
 
+def reduced(states: list[State]) -> list[State]:
+    """The automaton without states from which no text can end; empty if none can."""
+    ending = {at for at, state in enumerate(states) if state.accepts}
+    size = 0
+    while size < len(ending):
+        size = len(ending)
+        ending |= {at for at, s in enumerate(states) if any(to in ending for _, to in s.edges)}
+    if 0 not in ending:
+        return []
+    number = {at: i for i, at in enumerate(sorted(ending))}
+    kept = [states[at] for at in number]
+    return _merged(
+        [
+            replace(
+                s, edges=_by_target(tuple((r, number[to]) for r, to in s.edges if to in number))
+            )
+            for s in kept
+        ]
+    )
+
+
 def _by_target(edges: tuple[tuple[Ranges, int], ...]) -> tuple[tuple[Ranges, int], ...]:
     """The edges, one for each target."""
     if len({target for _, target in edges}) == len(edges):

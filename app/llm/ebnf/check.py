@@ -8,8 +8,15 @@ from functools import lru_cache
 
 import msgspec
 
-from app.llm.protocol import EngineInfo, Grammar, JsonSchemaGrammar, RegexGrammar, TagsGrammar
-from app.utils.errors import InvalidGrammarError
+from app.llm.protocol import (
+    EngineInfo,
+    Grammar,
+    JsonSchemaGrammar,
+    RegexGrammar,
+    TagsGrammar,
+    TokenEvent,
+)
+from app.utils.errors import InternalError, InvalidGrammarError, ServiceError
 
 # Limit for a grammar's schemas and texts together, whose check takes tens of milliseconds.
 _MAX_CHARACTERS = 64 * 1024
@@ -45,6 +52,13 @@ def _fit(packed: bytes, vocabulary_size: int | None) -> tuple[Grammar, frozenset
     except GrammarError as error:
         where = f"{error.where}: " if error.where else ""
         raise _invalid(grammar, f"cannot be used: {where}{error}") from error
+
+
+def error_of(event: TokenEvent, grammar: Grammar | None) -> ServiceError:
+    """The error of a request that failed in the engine, whose library may refuse its grammar."""
+    if event.refused and grammar is not None:
+        return _invalid(grammar, "is refused by the engine's library")
+    return InternalError()
 
 
 def grammar_param(grammar: Grammar) -> str:

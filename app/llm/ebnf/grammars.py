@@ -15,13 +15,15 @@ from app.llm.protocol import Grammar, JsonSchemaGrammar, RegexGrammar, TagsGramm
 # Measured with vocabularies of 49,152 and 256,000: five times the tokens take ten times as long.
 _COUNTED_CHARACTERS = 120
 _VOCABULARY = 50_000
+# vLLM compiles in threads beside its steps, and one answer waits.
+_COUNTED_IN_PATTERNS = 1_000
 
 
 def to_ebnf(grammar: Grammar, vocabulary_size: int | None) -> str:
     """Translate a grammar to xgrammar's dialect of EBNF; its first rule is ``root``.
 
-    The more tokens the model has, the longer the library takes to compile counted characters, and
-    the fewer may be counted. ``None`` is for an engine to which they cost nothing.
+    The more tokens the model has, the longer openvino's library takes to compile counted
+    characters, and the fewer may be counted. ``None`` is for a library that counts at no cost.
 
     Raises:
         GrammarError: The grammar cannot be compiled, or would not be enforced in full.
@@ -35,8 +37,9 @@ def to_ebnf(grammar: Grammar, vocabulary_size: int | None) -> str:
 def rules_for(vocabulary_size: int | None) -> Rules:
     """No rules yet; see :func:`to_ebnf` for the size."""
     if vocabulary_size is None:
-        return Rules(math.inf)
-    return Rules(_COUNTED_CHARACTERS * math.pow(_VOCABULARY / vocabulary_size, 1.5))
+        return Rules(_COUNTED_IN_PATTERNS, counts=True)
+    budget = _COUNTED_CHARACTERS * math.pow(_VOCABULARY / vocabulary_size, 1.5)
+    return Rules(budget, counts=False)
 
 
 def _whole(grammar: JsonSchemaGrammar | RegexGrammar, rules: Rules) -> str:
@@ -77,9 +80,7 @@ def _tags(grammar: TagsGrammar, rules: Rules) -> str:
         if not grammar.trigger or not grammar.trigger.isascii() or '" "' in trigger:
             raise GrammarError("the trigger is empty or not plain text")
         loop = "false" if grammar.single else "true"
-        return rules.text(
-            f"TagDispatch(({trigger}, {tagged}), stop_eos=true, loop_after_dispatch={loop})"
-        )
+        return rules.text(f"TagDispatch(({trigger}, {tagged}), loop_after_dispatch={loop})")
     if not grammar.single:
         tagged = rules.name(f"{tagged} ({optional(literal(chr(10)))} {tagged})*")
     ways = [tagged, *([_whole(grammar.otherwise, rules)] if grammar.otherwise else [])]

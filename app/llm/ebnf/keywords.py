@@ -36,11 +36,16 @@ ANNOTATIONS: Final = frozenset(
 BOUNDS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 BY_TYPE: Final[dict[str, frozenset[str]]] = {
-    "object": frozenset(("properties", "required", "additionalProperties")),
+    "object": frozenset(
+        [
+            *("properties", "required", "additionalProperties"),
+            *("propertyNames", "minProperties", "maxProperties"),
+        ]
+    ),
     "array": frozenset(("items", "prefixItems", "minItems", "maxItems")),
     "string": frozenset(("minLength", "maxLength", "pattern", "format")),
-    "number": frozenset(BOUNDS),
-    "integer": frozenset(BOUNDS),
+    "number": frozenset((*BOUNDS, "multipleOf")),
+    "integer": frozenset((*BOUNDS, "multipleOf")),
     "boolean": frozenset(),
     "null": frozenset(),
 }
@@ -51,7 +56,7 @@ COMBINING: Final = ("$ref", "const", "enum", "allOf", "anyOf", "oneOf")
 
 _KNOWN = frozenset(("type", *COMBINING)).union(*BY_TYPE.values())
 # Values with which an unsupported keyword does not restrict the answer.
-_SAYS_NOTHING = {"uniqueItems": False, "minProperties": 0, "multipleOf": 1, "nullable": False}
+_SAYS_NOTHING = {"uniqueItems": False, "nullable": False}
 
 
 def check(schema: Schema) -> None:

@@ -6,8 +6,11 @@ Bounds without a number between them, or with too many digits, raise :class:`Gra
 from dataclasses import astuple, dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
+from app.llm.ebnf import automaton
+from app.llm.ebnf.automaton import State
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.regex import Alternatives, Characters, Node, Repeat, Sequence
+from app.llm.ebnf.writer import Ranges
 
 # Digits of a number without a bound: a small model would not stop by itself. A 64-bit float holds
 # the whole digits exactly.
@@ -15,6 +18,9 @@ _WHOLE_DIGITS = 15
 _DECIMALS = 6
 # Maximum number of digits of a bound, on either side of the point.
 _MOST_DIGITS = 20
+# Limits for the states of multiples, before and after those that are alike become one.
+_MOST_STATES = 20_000
+_MOST_KEPT = 300
 _NONE = "there is no number between the bounds"
 
 
@@ -82,6 +88,51 @@ def number(bounds: Bounds) -> Node:
     if not ranges:
         raise GrammarError(_NONE)
     return Alternatives(tuple(_in_range(*r, decimals=n) for r, n in ranges))
+
+
+def multiples(states: list[State], step: Decimal) -> list[State]:
+    """The automaton of the numbers of another one that are multiples of ``step``."""
+    places = max(0, -int(step.normalize().as_tuple().exponent))
+    if step <= 0 or max(places, step.adjusted()) > _WHOLE_DIGITS:
+        raise GrammarError("multipleOf is not above 0, or has too many digits")
+    unit = int(step.scaleb(places))
+    # A state, the remainder of the digits so far, and the number of decimals; -1 is no point yet.
+    reached = {(0, 0, -1): 0}
+    found: list[State] = []
+    for state, remainder, decimals in (pending := [*reached]):
+        edges: list[tuple[Ranges, int]] = []
+        for code, target in _characters(states[state]):
+            if chr(code).isdigit():
+                next_ = (
+                    target,
+                    (10 * remainder + code - ord("0")) % unit,
+                    decimals + (decimals >= 0),
+                )
+            else:
+                next_ = target, remainder, 0 if chr(code) == "." else decimals
+            if next_[2] <= places:
+                if next_ not in reached:
+                    reached[next_] = len(reached)
+                    pending.append(next_)
+                edges.append((((code, code),), reached[next_]))
+        if len(reached) > _MOST_STATES:
+            raise GrammarError("multipleOf has too many digits")
+        is_multiple = remainder * 10 ** (places - max(0, decimals)) % unit == 0
+        found.append(State(states[state].accepts and is_multiple, tuple(edges)))
+    kept = automaton.reduced(found)
+    if not 0 < len(kept) <= _MOST_KEPT:
+        raise GrammarError("multipleOf has too many digits" if kept else _NONE)
+    return kept
+
+
+def _characters(state: State) -> list[tuple[int, int]]:
+    """The characters that lead on, each with the state to which it leads."""
+    return [
+        (code, target)
+        for ranges, target in state.edges
+        for first, last in ranges
+        for code in range(first, last + 1)
+    ]
 
 
 def _in_range(first: int, last: int, *, decimals: int) -> Node:

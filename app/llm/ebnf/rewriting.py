@@ -6,6 +6,9 @@ answer are dropped and named, unless the schema is strict: then the compiler ref
 schema that is not strict, unknown keywords are annotations, as JSON Schema has it.
 """
 
+import json
+import math
+from itertools import combinations, permutations
 from typing import Any, Final
 
 from app.llm.ebnf import keywords
@@ -15,9 +18,9 @@ Schema = dict[str, Any]
 
 RESTRICTING: Final = frozenset(
     [
-        *("not", "if", "then", "else", "multipleOf", "uniqueItems", "contains", "minContains"),
-        *("maxContains", "minProperties", "maxProperties", "patternProperties", "propertyNames"),
-        *("dependentRequired", "dependentSchemas", "dependencies", "additionalItems"),
+        *("not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains"),
+        *("patternProperties", "dependentRequired", "dependentSchemas", "dependencies"),
+        *("additionalItems",),
         *("unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef", "nullable"),
     ]
 )
@@ -30,6 +33,13 @@ _OF_TYPES: Final = frozenset[str]().union(*keywords.BY_TYPE.values())
 _HELD: Final = _OF_TYPES.union(("type", *keywords.COMBINING))
 # Their values may be null; another keyword that is null is not there.
 _VALUES: Final = ("const", "default", "example", "examples")
+_OF_ANY_NAMES: Final = ("propertyNames", "minProperties", "maxProperties")
+# Sets of this many values are listed, the smallest in every order; and limits for all of a schema.
+_MOST_IN_A_SET: Final = 7
+_MOST_IN_ANY_ORDER: Final = 4
+_MOST_SETS: Final = 400
+# Members of which the first that is there may be any.
+_MOST_FIRST: Final = 20
 _OBJECT: Final = {"type", "properties", "required"}
 
 # Annotations in the newest draft, and zod's name of a schema.
@@ -75,6 +85,7 @@ class Rewriter:
     def __init__(self, root: Any, *, strict: bool) -> None:
         self._root = root
         self._strict = strict
+        self._sets = 0
         self.dropped: set[str] = set()
 
     def rewrite(self, schema: Any) -> Any:
@@ -93,6 +104,9 @@ class Rewriter:
             written = _or_null(written)
         self._merge(written)
         self._name_members(written)
+        self._list_sets(written)
+        _choose_values(written)
+        _count_members(written)
         _write_alternatives_out(written)
         _choose_pattern_or_format(written)
         self._rewrite_parts(written)
@@ -145,10 +159,37 @@ class Rewriter:
         listed = rule.get("enum", [rule.get("const")])
         if rule.keys() <= {"type", *keywords.ANNOTATIONS}:
             del schema["propertyNames"]
-        elif not schema.get("properties") and listed and all(isinstance(n, str) for n in listed):
+        elif (
+            not schema.get("properties")
+            and listed != [None]
+            and all(isinstance(n, str) for n in listed)
+        ):
             member = schema.get("additionalProperties", True)
             schema |= {"properties": dict.fromkeys(listed, member), "additionalProperties": False}
             del schema["propertyNames"]
+
+    def _list_sets(self, schema: Schema) -> None:
+        """Replace an array of different values of a short list by the arrays that it may be."""
+        if schema.get("uniqueItems") is not True or schema.keys() & {"prefixItems", "contains"}:
+            return
+        item = keywords.target(self._root, schema.get("items"))
+        listed = [True, False] if item.get("type") == "boolean" else item.get("enum")
+        if item.keys() - {"enum", "type", *keywords.ANNOTATIONS} or not isinstance(listed, list):
+            return
+        values = keywords.values({**item, "enum": listed}) or []
+        different = list({json.dumps(value): value for value in values}.values())
+        least, most = schema.get("minItems", 0), schema.get("maxItems", len(different))
+        kinds = _listed(schema.get("type", "array"))
+        if len(different) > _MOST_IN_A_SET or not set(kinds) <= {"array", "null"}:
+            return
+        choose = permutations if len(different) <= _MOST_IN_ANY_ORDER else combinations
+        counts = range(least, min(most, len(different)) + 1)
+        sets = [list(chosen) for count in counts for chosen in choose(different, count)]
+        self._sets += len(sets)
+        if sets and self._sets <= _MOST_SETS:
+            for name in ("type", "items", "uniqueItems", "minItems", "maxItems"):
+                schema.pop(name, None)
+            schema["enum"] = [*sets, None] if "null" in kinds else sets
 
     def _drop_what_is_not_held(self, schema: Schema) -> None:
         self._drop(schema, *(schema.keys() - _HELD - keywords.ANNOTATIONS))
@@ -156,8 +197,12 @@ class Rewriter:
         if any(n not in (None, *keywords.BY_TYPE) for n in _listed(names)) or names == []:
             self._drop(schema, "type")
         is_text = "type" not in schema or "string" in _listed(schema["type"])
-        if is_text and ("pattern" in schema or schema.get("format") not in FORMATS):
+        if not is_text:
+            schema.pop("format", None)
+        elif "pattern" in schema or schema.get("format") not in FORMATS:
             self._drop(schema, "format")
+        if schema.get("properties"):
+            self._drop(schema, *_OF_ANY_NAMES)
         # One of the combining keywords holds, and nothing beside it but a type.
         combining = [k for k in keywords.COMBINING if k in schema]
         if "properties" in schema and not {"enum", "const", "$ref"} & schema.keys():
@@ -212,14 +257,57 @@ def _use_new_names(schema: Schema) -> None:
 
 def _write_alternatives_out(schema: Schema) -> None:
     """Members of which one of several sets is required become alternatives with all of them."""
-    parts = schema.get("anyOf")
+    keyword = "anyOf" if "anyOf" in schema else "oneOf"
+    parts = schema.get(keyword)
     if not isinstance(parts, list) or not schema.keys() & keywords.BY_TYPE["object"]:
         return
-    if all(isinstance(part, dict) and part.keys() == {"required"} for part in parts):
+    if not all(isinstance(part, dict) and part.keys() == {"required"} for part in parts):
+        return
+    sets = [_names(part) for part in parts]
+    members, always = schema.get("properties", {}), _names(schema)
+    if keyword == "oneOf" and (any(len({*s, *always}) != 1 for s in sets) or not members):
+        return
+    base = {k: schema.pop(k) for k in ("type", *keywords.BY_TYPE["object"]) if k in schema}
+    excluded = {name for names in sets for name in names if keyword == "oneOf"}
+    del schema[keyword]
+    schema["anyOf"] = [
+        {
+            **base,
+            "properties": {k: v for k, v in members.items() if k in names or k not in excluded},
+            "required": list(dict.fromkeys([*always, *names])),
+        }
+        for names in sets
+    ]
+
+
+def _choose_values(schema: Schema) -> None:
+    """Of the listed values keep those of an allowed length."""
+    values, least, most = (schema.get(name) for name in ("enum", "minLength", "maxLength"))
+    bounds = least or 0, most if most is not None else math.inf
+    if isinstance(values, list) and all(isinstance(b, int | float) for b in bounds):
+        for name in ("minLength", "maxLength"):
+            schema.pop(name, None)
+        first, last = bounds
+        schema["enum"] = [v for v in values if not isinstance(v, str) or first <= len(v) <= last]
+
+
+def _count_members(schema: Schema) -> None:
+    """Replace bounds on the number of listed members by which of them are required."""
+    members, required = schema.get("properties"), set(_names(schema))
+    if not isinstance(members, dict) or not members:
+        return
+    least, most = (schema.get(f"{bound}Properties") for bound in ("min", "max"))
+    if isinstance(most, int) and most >= len(required.union(members)):
+        del schema["maxProperties"]
+    if isinstance(least, int) and least <= len(required):
+        del schema["minProperties"]
+    elif least == 1 and len(members) <= _MOST_FIRST and not schema.keys() & {*keywords.COMBINING}:
+        del schema["minProperties"]
         base = {k: schema.pop(k) for k in ("type", *keywords.BY_TYPE["object"]) if k in schema}
+        names = [*members]
         schema["anyOf"] = [
-            {**base, "required": list(dict.fromkeys([*_names(base), *_names(part)]))}
-            for part in parts
+            {**base, "properties": {n: members[n] for n in names[i:]}, "required": [names[i]]}
+            for i in range(len(names))
         ]
 
 

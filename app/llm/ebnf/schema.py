@@ -6,6 +6,7 @@ translated in full raises :class:`GrammarError`.
 """
 
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from app.llm.ebnf import automaton, keywords, numbers, regex, strings
@@ -28,6 +29,9 @@ _MAX_BRANCHES = 200
 _MAX_RECURSIVE_BRANCHES = 50
 # Limit for pairs of schemas that oneOf compares; each pair takes microseconds.
 _MAX_PAIRS = 3_000
+# What restricts an object without listed properties, and its names.
+_OF_ANY_NAMES = {"propertyNames", "minProperties", "maxProperties"}
+_OF_NAMES = {"type", *keywords.BY_TYPE["string"]}
 _BOOLEAN = alternatives([literal("true"), literal("false")])
 
 
@@ -193,12 +197,15 @@ class SchemaCompiler:
         if name in {"integer", "number"}:
             write = numbers.integer if name == "integer" else numbers.number
             bounds = [keywords.bound(schema, keyword) for keyword in keywords.BOUNDS]
-            node = write(numbers.Bounds(*bounds))
-            return self._rules.once(node, lambda: self._numbers(node))
+            node, step = write(numbers.Bounds(*bounds)), keywords.bound(schema, "multipleOf")
+            return self._rules.once((node, step), lambda: self._numbers(node, step))
         return _BOOLEAN if name == "boolean" else literal("null")
 
-    def _numbers(self, node: Node) -> str:
-        return self._rules.shared(automaton.as_rules(automaton.of_expression(node), self._rules))
+    def _numbers(self, node: Node, step: Decimal | None) -> str:
+        states = automaton.of_expression(node)
+        if step is not None:
+            states = numbers.multiples(states, step)
+        return self._rules.shared(automaton.as_rules(states, self._rules))
 
     def _object(self, schema: Schema, path: _Path) -> str:
         properties, required = keywords.members(schema)
@@ -211,7 +218,9 @@ class SchemaCompiler:
         if len(members) - len(required) > _MAX_OPTIONAL:
             raise GrammarError(f"an object has more than {_MAX_OPTIONAL} optional properties")
         if not members:
-            return self._map(others, path)
+            return self._map(schema, others, path)
+        if beside := schema.keys() & _OF_ANY_NAMES:
+            raise GrammarError(f"properties beside {min(beside)} is not supported")
         written = [
             (self._member(name, part, path.inside(forced=name in required)), name in required)
             for name, part in members.items()
@@ -249,15 +258,21 @@ class SchemaCompiler:
             rest = self._rules.name(sequence([following, rest]))
         return alternatives([EMPTY, *reversed(beginnings)])
 
-    def _map(self, others: Any, path: _Path) -> str:
-        """An object whose members may have any names."""
-        if others is False:
+    def _map(self, schema: Schema, others: Any, path: _Path) -> str:
+        """An object whose members may have any names, or those of a rule."""
+        least, most = (keywords.count(schema, f"{bound}Properties") for bound in ("min", "max"))
+        names = schema.get("propertyNames", {})
+        if not isinstance(names, dict) or names.keys() - _OF_NAMES - keywords.ANNOTATIONS:
+            raise GrammarError("propertyNames is no rule for strings")
+        # The same name may come twice, and counts as one member.
+        if (least or 0) > 1 or (most or 0) > _MAX_ITEMS or (least and most == 0):
+            raise GrammarError(f"minProperties is above 1, or maxProperties above {_MAX_ITEMS}")
+        if others is False and not least:
             return literal("{}")
-        value = self._value(others, path.inside(forced=False))
-        name = strings.plain(self._rules, 0, None)
-        member = self._rules.name(sequence([name, self._colon, value]))
-        members = self._list_of(member, 0, None)
-        return self._rules.name(sequence([literal("{"), members, literal("}")]))
+        value = self._value(others, path.inside(forced=bool(least)))
+        member = self._rules.name(sequence([_string(self._rules, names), self._colon, value]))
+        members = self._list_of(member, least or 0, most)
+        return self._rules.name(sequence([literal("{"), members, literal("}")]), most or 0)
 
     def _list_of(self, item: str, least: int, most: int | None) -> str:
         """Items with commas between them."""

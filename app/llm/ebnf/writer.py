@@ -5,7 +5,6 @@ A grammar that is too large or too costly raises :class:`GrammarError`.
 """
 
 import functools
-import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import groupby
@@ -136,12 +135,13 @@ def _is_atom(expression: str) -> bool:
 class Rules:
     """The rules of one grammar.
 
-    ``budget`` limits the cost of compiling, in the unit of :func:`cost_of`. It is infinite if the
-    library compiles nothing.
+    Args:
+        budget: Limits the cost of compiling, in the unit of :func:`cost_of`.
+        counts: Whether the library counts the characters of a string itself, at no cost.
     """
 
-    def __init__(self, budget: float) -> None:
-        self.is_compiled = math.isfinite(budget)
+    def __init__(self, budget: float, *, counts: bool) -> None:
+        self.counts = counts
         self._bodies: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._written: dict[Hashable, str] = {}

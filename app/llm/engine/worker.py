@@ -21,6 +21,7 @@ from typing import NoReturn
 from app.core.config import ModelSettings
 from app.core.config.logging import LoggingSettings
 from app.core.logging import configure_logging, get_logger
+from app.llm.ebnf.errors import GrammarError
 from app.llm.loader import load_backend
 from app.llm.models.load_errors import one_line
 from app.llm.protocol import (
@@ -169,8 +170,10 @@ class Worker:
         except Exception as error:
             log.exception("a request could not be added", extra={"engine_request": request.id})
             # The exception's message may contain what the caller sent, a grammar for example.
-            name = type(error).__name__
-            events.append(TokenEvent(request_id=request.id, finish_reason="error", error=name))
+            name, refused = type(error).__name__, isinstance(error, GrammarError)
+            events.append(
+                TokenEvent(request.id, finish_reason="error", error=name, refused=refused)
+            )
             return False
         self._running.add(request.id)
         return True

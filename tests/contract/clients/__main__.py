@@ -26,7 +26,7 @@ PYTHON: Final = {
 }
 JAVASCRIPT: Final = {
     "openai_js": ["openai", "zod"],
-    "ai_sdk": ["ai", "@ai-sdk/openai-compatible", "zod"],
+    "ai_sdk": ["ai", "@ai-sdk/openai", "@ai-sdk/openai-compatible", "zod"],
     "langchain_js": ["@langchain/openai", "@langchain/core", "zod"],
 }
 """The packages of each program."""

@@ -20,6 +20,7 @@ import openvino_genai
 from openvino import opset13 as ops
 from openvino_genai import GenerationConfig, StructuredOutputConfig
 
+from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.grammars import to_ebnf
 from app.llm.ebnf.writer import MOST_WRITTEN_OUT
 from app.llm.protocol import Grammar
@@ -59,8 +60,7 @@ class GrammarCompiler:
         """Compile a grammar for a request's configuration.
 
         Raises:
-            GrammarError: It cannot be translated.
-            RuntimeError: The library rejects it.
+            GrammarError: It cannot be translated, or the library rejects it.
         """
         key = msgspec.msgpack.encode(grammar)
         if (known := self._compiled.get(key)) is not None:
@@ -72,7 +72,10 @@ class GrammarCompiler:
             self._forget()
         if self._stand_in is None:
             self._stand_in = _stand_in(self._tokenizer, self._vocabulary_size)
-        self._generate(self._stand_in, config)
+        try:
+            self._generate(self._stand_in, config)
+        except RuntimeError as error:
+            raise GrammarError("the library rejects it") from error
         self._compiled[key] = text
         self._bytes += size
         return config

@@ -163,6 +163,10 @@ def _closed(schema: Any) -> dict[str, Any]:
         if keyword in closed:
             closed[keyword] = _part(closed[keyword])
     _rewrite_text(closed)
+    if "propertyNames" in closed and not closed.get("properties"):
+        pattern = _names_pattern(closed.pop("propertyNames"))
+        closed["patternProperties"] = {pattern: closed.get("additionalProperties", True)}
+        closed["additionalProperties"] = False
     if not closed.keys() & {"type", *keywords.COMBINING} and (names := keywords.meant(closed)):
         closed["type"] = names
     return _listed_only(closed)
@@ -179,6 +183,14 @@ def _rewrite_text(schema: dict[str, Any]) -> None:
     else:
         return
     schema["pattern"] = f"^{regex.canonical(node)}$"
+
+
+def _names_pattern(schema: dict[str, Any]) -> str:
+    """The pattern of the names of an object's members."""
+    rule = {**schema}
+    _rewrite_text(rule)
+    least, most = rule.get("minLength", 0), rule.get("maxLength", "")
+    return rule.get("pattern") or f"^(?s:.){{{least},{most}}}$"
 
 
 def _part(schema: Any) -> Any:

@@ -9,9 +9,10 @@ from typing import Any, Final
 
 from vllm import LLMEngine, RequestOutput, TokensPrompt
 from vllm import SamplingParams as VllmSampling
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-from app.llm.engine.vllm.grammars import structured_outputs
+from app.llm.ebnf.errors import GrammarError
+from app.llm.ebnf.grammars import to_ebnf
 from app.llm.protocol import (
     REQUEST_FEATURES,
     SAMPLING_FIELDS,
@@ -19,6 +20,7 @@ from app.llm.protocol import (
     EngineStats,
     FinishReason,
     GenerationRequest,
+    Grammar,
     TokenEvent,
 )
 
@@ -72,9 +74,14 @@ class VllmBackend:
         self._running: dict[str, tuple[GenerationRequest, bool]] = {}
 
     def add(self, request: GenerationRequest) -> None:
-        """Add a request to the next step's batch; raises what vLLM or its grammars reject."""
+        """Add a request to the next step's batch; raises ``GrammarError`` if its grammar is bad."""
         prompt = TokensPrompt(prompt_token_ids=request.prompt_token_ids)
-        self._engine.add_request(request.id, prompt, self._sampling(request))
+        try:
+            self._engine.add_request(request.id, prompt, self._sampling(request))
+        except ValueError as error:
+            if request.grammar is None:
+                raise
+            raise GrammarError("vLLM refuses it") from error
         self._running[request.id] = (request, False)
 
     def _sampling(self, request: GenerationRequest) -> VllmSampling:
@@ -96,7 +103,7 @@ class VllmBackend:
             max_tokens=request.max_tokens,
             min_tokens=min(asked.min_tokens, request.max_tokens),
             logprobs=min(request.top_logprobs, vocabulary) if request.logprobs else None,
-            structured_outputs=structured_outputs(request.grammar) if request.grammar else None,
+            structured_outputs=_form(request.grammar) if request.grammar else None,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
@@ -136,6 +143,8 @@ class VllmBackend:
             else [],
             finish_reason=finish,
             error=error,
+            # vLLM compiles in a thread, and ends a request whose grammar it cannot compile.
+            refused=finish == "error" and not begun and request.grammar is not None,
             cached_tokens=0 if begun else output.num_cached_tokens or 0,
         )
 
@@ -148,6 +157,11 @@ class VllmBackend:
         if not self._running:
             return EngineStats()
         return EngineStats(running=len(self._running), kv_cache_usage=self._usage.share)
+
+
+def _form(grammar: Grammar) -> StructuredOutputsParams:
+    """A grammar in our translation, which holds what vLLM's own of JSON Schema refuses."""
+    return StructuredOutputsParams(grammar=to_ebnf(grammar, None))
 
 
 def _likeliest(place: dict[int, Any], count: int) -> list[tuple[int, float]]:

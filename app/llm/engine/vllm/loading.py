@@ -64,7 +64,7 @@ def load_vllm(
     Raises:
         ModelLoadError: vLLM is not installed, does not know an argument, or cannot run the model.
     """
-    _set_variables(settings)
+    _set_variables(settings, arguments)
     progress("importing vLLM")
     try:
         from vllm import EngineArgs, LLMEngine
@@ -102,11 +102,19 @@ def load_vllm(
     return VllmBackend(engine, info, eos_token_ids=tokenizer.eos_token_ids, usage=usage)
 
 
-def _set_variables(settings: ModelSettings) -> None:
+def _set_variables(settings: ModelSettings, arguments: dict[str, Any]) -> None:
     os.environ.update(_VARIABLES)
+    if _is_eager(settings, arguments):
+        # vLLM would still compile single functions, for log-probabilities, which needs g++.
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
     if settings.device == "cuda":
         # On a GPU vLLM computes with one thread, unless the environment says otherwise.
         os.environ.pop(THREADS_VARIABLE, None)
+
+
+def _is_eager(settings: ModelSettings, arguments: dict[str, Any]) -> bool:
+    """Whether nothing is compiled: on a CPU that takes minutes at each start."""
+    return bool(arguments.get("enforce_eager", settings.device == "cpu"))
 
 
 def _check_arguments(arguments: dict[str, Any], known: list[str]) -> None:
@@ -139,7 +147,6 @@ def _defaults(
         "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
     }
     if settings.device == "cpu":
-        # Compiling takes minutes at each start.
         values["enforce_eager"] = True
         # By default a block has 128 tokens, and only whole blocks are found again.
         values["block_size"] = BLOCK_SIZE

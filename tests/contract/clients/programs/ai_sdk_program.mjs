@@ -1,11 +1,13 @@
-// An ordinary program of Vercel's AI SDK.
+// An ordinary program of Vercel's AI SDK, with its default provider and on chat completions.
+import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateText, Output, streamText, tool } from "ai";
 import { ANSWER, assert, KEY, Person, PERSON, QUESTION, run, URL, WEATHER, z } from "./ordinary.mjs";
 
 const options = { name: "service", baseURL: URL, apiKey: KEY };
-const plain = createOpenAICompatible({ ...options })("default");
-const model = createOpenAICompatible({ ...options, supportsStructuredOutputs: true })("default");
+const responses = createOpenAI(options)("default");
+let plain = responses;
+let model = responses;
 const asked = { temperature: 0, maxOutputTokens: 160, maxRetries: 0 };
 const weather = tool({
   description: "The weather of a city.",
@@ -60,4 +62,15 @@ async function structured() {
   assert.ok(Person.parse(output));
 }
 
-await run("ai_sdk", [chat, stream, tools, two_turns, structured]);
+async function conversation() {
+  const messages = [{ role: "user", content: QUESTION }];
+  const first = await generateText({ model: plain, messages, ...asked });
+  messages.push(...first.response.messages, { role: "user", content: "And of Italy?" });
+  assert.ok((await generateText({ model: plain, messages, ...asked })).text);
+}
+
+const parts = [chat, stream, tools, two_turns, structured, conversation];
+await run("ai_sdk", parts);
+plain = createOpenAICompatible({ ...options })("default");
+model = createOpenAICompatible({ ...options, supportsStructuredOutputs: true })("default");
+await run("ai_sdk", parts);

@@ -1,4 +1,4 @@
-"""An ordinary program of the OpenAI Agents SDK, on chat completions."""
+"""An ordinary program of the OpenAI Agents SDK, on its default model and on chat completions."""
 
 import asyncio
 from typing import Any
@@ -20,11 +20,14 @@ def get_weather(city: str) -> str:
     return f"Rain in {city}."
 
 
+make_model: Any = agents.OpenAIResponsesModel
+
+
 def agent(**given: Any) -> agents.Agent[None]:
     """An agent of the bundled model."""
     # A client belongs to one event loop, and each part has its own.
     client = openai.AsyncOpenAI(base_url=ordinary.URL, api_key=ordinary.KEY)
-    model = agents.OpenAIChatCompletionsModel(model="default", openai_client=client)
+    model = make_model(model="default", openai_client=client)
     settings = {"temperature": 0, "max_tokens": 120, **given.pop("settings", {})}
     model_settings = agents.ModelSettings(**settings)
     return agents.Agent(name="Guide", model=model, model_settings=model_settings, **given)
@@ -64,4 +67,29 @@ def structured() -> None:
     assert isinstance(result.final_output, ordinary.Person)
 
 
+def continued() -> None:
+    """A second run continues the first one's last response."""
+
+    async def talk() -> Any:
+        first = await agents.Runner.run(agent(), "My name is Ada.")
+        return await agents.Runner.run(
+            agent(), "What is my name?", previous_response_id=first.last_response_id
+        )
+
+    assert asyncio.run(talk()).final_output
+
+
+def history() -> None:
+    """A second run is given all items of the first one."""
+
+    async def talk() -> Any:
+        first = await agents.Runner.run(agent(), "My name is Ada.")
+        question: Any = {"role": "user", "content": "What is my name?"}
+        return await agents.Runner.run(agent(), [*first.to_input_list(), question])
+
+    assert asyncio.run(talk()).final_output
+
+
+ordinary.run(chat, stream, tools, structured, continued, history)
+make_model = agents.OpenAIChatCompletionsModel
 ordinary.run(chat, stream, tools, structured)

@@ -1,6 +1,11 @@
 // An ordinary program of OpenAI's client for JavaScript.
 import OpenAI from "openai";
-import { zodFunction, zodResponseFormat } from "openai/helpers/zod";
+import {
+  zodFunction,
+  zodResponseFormat,
+  zodResponsesFunction,
+  zodTextFormat,
+} from "openai/helpers/zod";
 import { ANSWER, assert, KEY, Person, PERSON, QUESTION, run, URL, WEATHER, z } from "./ordinary.mjs";
 
 const client = new OpenAI({ baseURL: URL, apiKey: KEY });
@@ -59,4 +64,40 @@ async function abort() {
   for await (const _ of found) left.abort();
 }
 
-await run("openai_js", [chat, stream, tools, structured, abort]);
+const answered = { model: "default", temperature: 0, max_output_tokens: 160 };
+
+async function response() {
+  const first = await client.responses.create({ ...answered, input: QUESTION });
+  assert.equal(first.output_text, ANSWER);
+  const found = client.responses.stream({
+    ...answered,
+    input: "And of Italy?",
+    previous_response_id: first.id,
+  });
+  let said = "";
+  found.on("response.output_text.delta", (event) => (said += event.delta));
+  assert.equal((await found.finalResponse()).output_text, said);
+}
+
+async function response_tools() {
+  const Weather = z.object({ city: z.string().max(20) });
+  const tool = zodResponsesFunction({ name: "get_weather", parameters: Weather });
+  const fields = { ...answered, tools: [tool] };
+  const input = user(WEATHER);
+  const first = await client.responses.parse({ ...fields, input, tool_choice: "required" });
+  const call = first.output.find((item) => item.type === "function_call");
+  assert.equal(typeof call.parsed_arguments.city, "string");
+  input.push(...first.output);
+  input.push({ type: "function_call_output", call_id: call.call_id, output: "12 degrees" });
+  const second = await client.responses.create({ ...fields, input, tool_choice: "none" });
+  assert.ok(second.output_text);
+}
+
+async function response_structured() {
+  const text = { format: zodTextFormat(Person, "person") };
+  const answer = await client.responses.parse({ ...answered, input: PERSON, text });
+  assert.ok(Person.parse(answer.output_parsed));
+}
+
+const chats = [chat, stream, tools, structured, abort];
+await run("openai_js", [...chats, response, response_tools, response_structured]);

@@ -5,18 +5,21 @@ from typing import Any
 
 import ordinary
 from pydantic_ai import Agent, NativeOutput, ToolOutput
-from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.settings import ModelSettings
 
 PROVIDER = OpenAIProvider(base_url=ordinary.URL, api_key=ordinary.KEY)
-MODEL = OpenAIChatModel("default", provider=PROVIDER)
+MODELS: list[Any] = [
+    OpenAIChatModel("default", provider=PROVIDER),
+    OpenAIResponsesModel("default", provider=PROVIDER),
+]
 SETTINGS = ModelSettings(temperature=0, max_tokens=120)
 
 
 def agent(**given: Any) -> Agent[None, Any]:
     """An agent of the bundled model."""
-    return Agent(MODEL, model_settings=SETTINGS, retries=0, **given)
+    return Agent(MODELS[0], model_settings=SETTINGS, retries=0, **given)
 
 
 def chat() -> None:
@@ -49,4 +52,6 @@ def output_by_a_schema() -> None:
     assert isinstance(made.output, ordinary.Person)
 
 
-ordinary.run(chat, stream, output_by_a_tool, output_by_a_schema)
+while MODELS:
+    ordinary.run(chat, stream, output_by_a_tool, output_by_a_schema)
+    MODELS.pop(0)
