@@ -27,6 +27,7 @@ def export(model: str, weights: str, folder: Path) -> None:
 
     Raises:
         ModelLoadError: It cannot be found, read or converted.
+        OSError: The folder cannot be written.
     """
     # They take seconds, and the arguments are checked first.
     from app.llm.engine.openvino.conversion import convert  # noqa: PLC0415
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         export(asked.model, asked.weights, partial)
         partial.rename(output)
-    except ModelLoadError as error:
+    except (ModelLoadError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     finally:

@@ -1,5 +1,6 @@
 """Safetensors that become OpenVINO's own format at the first start."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import openvino
@@ -18,9 +20,9 @@ from app.core.config import ModelSettings
 from app.llm.engine.openvino import conversion, converted
 from app.llm.engine.openvino.compression import weight_constant
 from app.llm.engine.openvino.conversion import convert
-from app.llm.engine.openvino.converted import convert_once
+from app.llm.engine.openvino.converted import NotConvertedError, convert_once
 from app.llm.engine.openvino.tracing import UnconvertibleError
-from app.llm.models.snapshot import OPENVINO_MODEL, Snapshot
+from app.llm.models.snapshot import OPENVINO_MODEL, Progress, Snapshot
 from scripts import export_openvino
 from tests.support.backends import change_config, load_local, refusal, request, run, tokens
 from tests.zoo import check, tiny
@@ -43,6 +45,44 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(home))
     monkeypatch.setenv("HF_HOME", str(home))
     return home
+
+
+FILLS = f"echo x > $5/{OPENVINO_MODEL}"
+"""What a converting process does at the least; its fifth argument is the folder."""
+
+
+class Converter:
+    """A shell's program in the place of the interpreter that runs a conversion."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.fifo, self._runs = folder / "python", folder / "fifo", folder / "runs"
+        os.mkfifo(self.fifo)
+
+    def does(self, commands: str) -> None:
+        """Have the next conversions run commands of a shell."""
+        new = self.path.with_suffix(".new")
+        new.write_text(f"#!/bin/sh\necho x >> {self._runs}\n{commands}\n")
+        new.chmod(0o755)
+        new.rename(self.path)
+
+    def runs(self) -> int:
+        """How many conversions began."""
+        return len(self._runs.read_text().split())
+
+
+@pytest.fixture
+def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Converter:
+    """The program that runs in place of Python, and counts how often."""
+    converter = Converter(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(converter.path))
+    return converter
+
+
+def start(
+    folder: Path, revision: str | None = None, progress: Progress = lambda _: None
+) -> Snapshot:
+    """The part of a service's start that has a model converted."""
+    return convert_once(FLOAT32, Snapshot(folder, None, revision), progress)
 
 
 @pytest.mark.full_size
@@ -92,7 +132,6 @@ def test_killed_and_twice_at_once(home: Path, tiny_model_dir: Path) -> None:
     assert (backend.info.backend, backend.info.dtype) == ("openvino", "float32")
 
 
-@pytest.mark.full_size
 def test_a_model_that_is_not_converted(tiny_model_dir: Path, home: Path, tmp_path: Path) -> None:
     """Gemma 2's soft cap is found before its weights are read, and one line names it."""
     folder = shutil.copytree(tiny_model_dir, tmp_path / "tiny")
@@ -119,19 +158,87 @@ def test_a_conversion_that_does_not_fit(
     assert [*home.rglob("*.xml")] == []
 
 
-def test_a_start_converts_once(home: Path, tiny_model_dir: Path) -> None:
-    """The first start has a process convert the model, and the second one finds the result."""
-    settings = FLOAT32.model_copy(update={"name": str(tiny_model_dir)})
-    said: list[str] = []
-    first = convert_once(settings, Snapshot(tiny_model_dir, None), said.append)
-    assert any("reading the weights" in line for line in said)
-    assert [path.parent for path in home.rglob(OPENVINO_MODEL)] == [first.directory]
-    said.clear()
-    assert convert_once(settings, Snapshot(tiny_model_dir, None), said.append) == first
-    assert said == []
+def test_files_that_change_are_converted_again(
+    home: Path, tiny_model_dir: Path, converter: Converter, tmp_path: Path
+) -> None:
+    """Other weights of the same size are converted again, and the earlier conversion is removed."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "tiny")
+    converter.does(FILLS)
+    first = start(folder)
+    assert start(folder) == first
+    assert converter.runs() == 1
+    file = folder / "model.safetensors"
+    weights = bytearray(file.read_bytes())
+    weights[len(weights) // 2] ^= 1
+    file.write_bytes(weights)
+    second = start(folder)
+    assert converter.runs() == 2
+    assert [path.parent for path in home.rglob(OPENVINO_MODEL)] == [second.directory]
+    assert second.directory != first.directory
 
 
-@pytest.mark.full_size
+def test_a_revision_is_converted_once_on_each_machine(
+    home: Path, tiny_model_dir: Path, converter: Converter, tmp_path: Path
+) -> None:
+    """A repository's commit names its files: a copy with other times is not converted again."""
+    converter.does(FILLS)
+    first = start(tiny_model_dir, "commit 1")
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert start(folder, "commit 1") == first
+    assert converter.runs() == 1
+    assert start(folder, "commit 2") != first
+
+
+@pytest.mark.parametrize(
+    ("does", "reason"),
+    [
+        ("kill -KILL $$", "its conversion was killed, most likely because memory ran out"),
+        ("kill -ABRT $$", "its conversion ended with code -6"),
+        ("echo 'failed: OpenVINO has no aten::x'", "OpenVINO has no aten::x"),
+    ],
+)
+def test_a_conversion_that_fails(
+    home: Path, tiny_model_dir: Path, converter: Converter, does: str, reason: str
+) -> None:
+    """One line says why, nothing that was written stays, and the next start tries again."""
+    converter.does(f"{FILLS}; {does}")
+    with pytest.raises(NotConvertedError) as caught:
+        start(tiny_model_dir)
+    assert str(caught.value) == reason
+    assert [*home.rglob("*.xml")] == []
+    converter.does(FILLS)
+    assert start(tiny_model_dir).directory.is_dir()
+
+
+@pytest.mark.parametrize("end", ["", "kill -KILL $$"])
+def test_two_starts_at_once(
+    home: Path, tiny_model_dir: Path, converter: Converter, end: str
+) -> None:
+    """One of two starts converts, and the other waits for it, also if it ends without a model."""
+    lines: SimpleQueue[str] = SimpleQueue()
+    awaited = {"begun", "waiting for another start, which converts the model"}
+    converter.does(f"{FILLS}; echo begun; read -r _ < {converter.fifo}; {end}")
+    with ThreadPoolExecutor() as pool:
+        starts = [pool.submit(start, tiny_model_dir, None, lines.put) for _ in range(2)]
+        while awaited:
+            awaited.discard(lines.get(timeout=60))
+        converter.does(FILLS)
+        converter.fifo.write_text("go\n")
+        errors = [one.exception() for one in starts]
+    assert sum(error is not None for error in errors) == bool(end)
+    assert len([*home.rglob(OPENVINO_MODEL)]) == 1
+    assert converter.runs() == 1 + bool(end)
+
+
+def test_a_full_disk(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Weights that do not fit on the disk end the conversion with a line that says so."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "openvino_model.bin").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="cannot be written, is the disk full"):
+        convert(FLOAT32, Snapshot(tiny_model_dir, None), folder, lambda _: None)
+
+
 def test_a_wrong_conversion_is_found(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,17 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-
 from app.core.config import ModelSettings
-from app.llm.engine.openvino.converted import Refused, Said
+from app.llm.engine.openvino.converted import FAILED
 from app.llm.engine.openvino.loading import keep_telemetry_out, load_openvino
 from app.llm.models.description import context_length, fixed_rope_limit, pretrained_source
 from app.llm.models.load_errors import explaining, one_line
 from app.llm.models.snapshot import OPENVINO_MODEL, Progress, Snapshot
-from app.utils.errors import ModelLoadError
 from app.utils.parent import end_with_parent
 
+if __name__ == "__main__":
+    # Before the imports, which take seconds.
+    end_with_parent()
 keep_telemetry_out()
 
 import openvino  # noqa: E402 - not before the line above
@@ -44,6 +44,7 @@ def convert(settings: ModelSettings, snapshot: Snapshot, folder: Path, progress:
     Raises:
         UnconvertibleError: The result would not answer as the model does.
         ModelLoadError: The model cannot be loaded.
+        OSError: The folder cannot be written.
     """
     choice = choose_weights_precision(settings, snapshot, None, max_running=1, weight_bytes=2)
     bits = choice.bits or 16
@@ -75,7 +76,11 @@ def convert(settings: ModelSettings, snapshot: Snapshot, folder: Path, progress:
     del model
     graph.set_rt_info(kind, ["nncf", "weight_compression", "mode"])
     folder.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(graph, folder / OPENVINO_MODEL, compress_to_fp16=False)
+    try:
+        openvino.save_model(graph, folder / OPENVINO_MODEL, compress_to_fp16=False)
+    except RuntimeError as error:
+        # The library's text is "iostream error".
+        raise OSError(f"{folder} cannot be written, is the disk full? ({error})") from error
     del graph
     gc.collect()
     _copy_texts(snapshot.directory, folder)
@@ -115,31 +120,29 @@ def _copy_texts(source: Path, folder: Path) -> None:
             shutil.copytree(path, folder / path.name)
 
 
-def main(arguments: list[str]) -> int:
-    """Convert, with the progress or the reason of a failure as lines of JSON on standard output.
+def main(arguments: list[str]) -> None:
+    """Convert, with the progress or the reason of a failure as lines on standard output.
 
     Args:
         arguments: The ``model`` section as JSON, the model's folder, and the folder to fill.
     """
-    end_with_parent()
-    # What a library prints goes to standard error.
-    output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def say(what: Said | Refused) -> None:
-        output.write(msgspec.json.encode(what) + b"\n")
-        output.flush()
-
     settings = ModelSettings.model_validate_json(arguments[0])
     snapshot = Snapshot(Path(arguments[1]), None)
-    try:
-        convert(settings, snapshot, Path(arguments[2]), lambda message: say(Said(message)))
-    except UnconvertibleError as error:
-        say(Refused(str(error), lasts=True))
-    except (ModelLoadError, Exception) as error:  # noqa: BLE001 - libraries raise anything
-        say(Refused(one_line(error)[:300], lasts=False))
-    return 0
+    # What a library prints goes to standard error.
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as output:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+        def say(line: str) -> None:
+            output.write(f"{line}\n")
+            output.flush()
+
+        try:
+            convert(settings, snapshot, Path(arguments[2]), say)
+        except Exception as error:  # noqa: BLE001 - libraries raise anything
+            say(FAILED + one_line(error)[:300])
 
 
 if __name__ == "__main__":
-    os._exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
+    # Without the libraries' own end, which takes a second.
+    os._exit(0)
