@@ -15,13 +15,14 @@ import openvino
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from app.core.config import ModelSettings
 from app.llm.engine.openvino import conversion, converted
 from app.llm.engine.openvino.compression import weight_constant
 from app.llm.engine.openvino.conversion import convert
 from app.llm.engine.openvino.converted import NotConvertedError, convert_once
-from app.llm.engine.openvino.tracing import UnconvertibleError
+from app.llm.engine.openvino.tracing import UnconvertibleError, to_openvino
 from app.llm.models.snapshot import OPENVINO_MODEL, Progress, Snapshot
 from scripts import export_openvino
 from tests.support.backends import change_config, load_local, refusal, request, run, tokens
@@ -96,6 +97,25 @@ def test_a_family_answers_as_generate(tmp_path: Path, monkeypatch: pytest.Monkey
     convert(FLOAT32, Snapshot(tmp_path / "tiny", None), tmp_path / "out", lambda _: None)
     backend = load_local(tmp_path / "out", engine="openvino")
     assert check.faults(backend, check.Reference(tmp_path / "tiny"), (3, 300)) == []
+
+
+def test_a_graph_computes_what_the_model_does(tiny_model_dir: Path) -> None:
+    """The graph's logits are the model's, for a prompt and for a token after it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    ids = torch.arange(20, 30)[None]
+    with torch.no_grad():
+        expected = model(ids).logits.numpy()
+    graph = to_openvino(model, lambda weight: weight_constant(weight, 16))
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    steps = openvino.Core().compile_model(graph, "CPU", exact).create_infer_request()
+    for first, end in ((0, 9), (9, 10)):
+        given = {
+            "input_ids": ids[:, first:end].numpy(),
+            "attention_mask": np.ones((1, end), np.int64),
+            "position_ids": np.arange(first, end)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        assert np.abs(steps.infer(given)["logits"] - expected[:, first:end]).max() < 1e-4
 
 
 @pytest.mark.full_size
@@ -239,6 +259,7 @@ def test_a_full_disk(tiny_model_dir: Path, tmp_path: Path) -> None:
         convert(FLOAT32, Snapshot(tiny_model_dir, None), folder, lambda _: None)
 
 
+@pytest.mark.full_size
 def test_a_wrong_conversion_is_found(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

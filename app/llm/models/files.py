@@ -20,8 +20,8 @@ from app.utils.errors import ModelLoadError
 MAX_SIZE: Final = 2**20
 """Most elements in a dimension of a tensor; the largest vocabularies have 262,144 tokens."""
 
-# As much of a file's beginning and of its end tells it from others of its size.
-_PART = 1 << 16
+# As much of each file tells it from others of its size.
+_HEAD = 1 << 16
 # Layers of a model whose tensors are not counted; the deepest have 126.
 _MAX_LAYERS = 10_000
 # Most weights in a byte.
@@ -43,10 +43,7 @@ def fingerprint(snapshot: Snapshot, code: Iterable[Path], *facts: object) -> str
     )
     for path in (*sorted(code), *sorted(files)):
         with path.open("rb") as file:
-            size = path.stat().st_size
-            digest.update(repr((path.name, size)).encode() + file.read(_PART))
-            file.seek(max(0, size - _PART))
-            digest.update(file.read())
+            digest.update(repr((path.name, path.stat().st_size)).encode() + file.read(_HEAD))
     return digest.hexdigest()
 
 
