@@ -1,5 +1,6 @@
 """Safetensors that become OpenVINO's own format at the first start."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -248,6 +249,29 @@ def test_two_starts_at_once(
     assert sum(error is not None for error in errors) == bool(end)
     assert len([*home.rglob(OPENVINO_MODEL)]) == 1
     assert converter.runs() == 1 + bool(end)
+
+
+def test_a_start_is_killed_and_its_conversion_is_not(
+    home: Path, tiny_model_dir: Path, converter: Converter
+) -> None:
+    """The next start waits for the process that still writes, and then converts for itself."""
+    converter.does(f"{FILLS}; echo begun; read -r _ < {converter.fifo}")
+    processes = multiprocessing.get_context("fork")
+    ours, theirs = processes.Pipe()
+    killed = processes.Process(target=start, args=(tiny_model_dir, None, theirs.send))
+    killed.start()
+    while ours.recv() != "begun":
+        pass
+    killed.kill()
+    killed.join()
+    lines: SimpleQueue[str] = SimpleQueue()
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(start, tiny_model_dir, None, lines.put)
+        assert lines.get(timeout=60) == "waiting for another start, which converts the model"
+        converter.does(FILLS)
+        converter.fifo.write_text("go\n")
+        assert second.result().directory.is_dir()
+    assert converter.runs() == 2
 
 
 def test_a_full_disk(tiny_model_dir: Path, tmp_path: Path) -> None:
