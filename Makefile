@@ -144,6 +144,14 @@ test-vllm: model ## Test the vllm engine; without a vLLM it installs the one for
 test-clients: model ## Run programs of other OpenAI-compatible clients, in Python and node (ARGS="litellm" for some)
 	$(RUN) python -m tests.contract.clients $(ARGS)
 
+.PHONY: test-browser
+test-browser: install ## Test the pages in a real Chromium, at full length (Debian: apt-get install chromium)
+	$(RUN) pytest tests/playground tests/api/test_pages.py -m "" -v
+
+.PHONY: screenshots
+screenshots: model ## Take pictures of the playground with the bundled model, for docs/images
+	$(RUN) python -m tests.playground
+
 .PHONY: format
 format: install ## Format the code and sort the imports
 	$(RUN) ruff check --select I --fix-only .
@@ -191,7 +199,7 @@ restarts: install ## Restart the service again and again under load, losing noth
 
 .PHONY: test-replicas
 test-replicas: install ## Restart and kill copies of the service behind a real HAProxy (COUNT=20)
-	$(RUN) pytest tests/api/test_replicas.py --restarts $(or $(COUNT),20) -v
+	$(RUN) pytest tests/api/test_behind_haproxy.py --restarts $(or $(COUNT),20) -v
 
 .PHONY: failures
 failures: install ## Failure modes at their full size: 10,000 connections, half a minute of silence

@@ -26,6 +26,7 @@ from app.api.middleware import (
     CrossOriginMiddleware,
     RequestContextMiddleware,
 )
+from app.api.pages.routes import documentation_routes, playground_routes
 from app.api.reloaded import ReloadedApplication, is_reloaded
 from app.api.routers import (
     chat,
@@ -171,7 +172,7 @@ def _build(settings: Settings, services: Services, chains: "Callable[[], Chains]
         title=settings.app.name,
         version=__version__,
         lifespan=_lifespan(settings, services, chains),
-        docs_url="/docs" if interactive else None,
+        docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json" if interactive else None,
         # It would export the messages and tracebacks of exceptions, prompts and all.
@@ -185,6 +186,10 @@ def _build(settings: Settings, services: Services, chains: "Callable[[], Chains]
     ):
         # An included router would be asked twice for each request.
         app.router.routes.extend(module.router.routes)
+    if interactive:
+        app.router.routes.extend(documentation_routes())
+    if settings.app.has_playground:
+        app.router.routes.extend(playground_routes())
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.security.max_body_bytes)
     if origins := settings.security.cors_origins:
         methods = ("GET", "POST", "DELETE")

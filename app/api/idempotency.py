@@ -24,7 +24,7 @@ REPLAYED = "Idempotency-Replayed"
 _MAX_CHARS = 255
 _PRINTABLE_ASCII = re.compile(rf"[ -~]{{1,{_MAX_CHARS}}}")
 # Headers that decide, with the body, which request it is. The others are about its delivery.
-_MEANINGFUL_HEADERS = ("x-session-id",)
+_MEANINGFUL_HEADERS = ("x-session-id", "x-session-replace")
 
 PARAMETER: dict[str, Any] = {
     "name": HEADER,

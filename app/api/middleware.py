@@ -30,18 +30,16 @@ HeaderList = list[tuple[bytes, bytes]]
 
 UNMATCHED = "unmatched"
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# Data loads nothing and is not framed. A page brings its own policy.
 _SECURITY_HEADERS = (
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
     (b"cache-control", b"no-store"),
     (b"referrer-policy", b"no-referrer"),
     (b"x-content-type-options", b"nosniff"),
 )
-# Data loads nothing. A page such as /docs loads scripts, and must not be framed either.
-_POLICY = b"content-security-policy"
-_DATA_POLICY = b"default-src 'none'; frame-ancestors 'none'"
-_PAGE_POLICY = b"base-uri 'none'; frame-ancestors 'none'; object-src 'none'"
 CLOSE = (b"connection", b"close")
-# Monitoring calls these every few seconds, and their lines would hide all others.
-_QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/metrics"})
+# Monitoring and the playground call these every few seconds, and their lines would hide all others.
+_QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/metrics", "/status"})
 
 
 class RequestContextMiddleware:
@@ -179,11 +177,8 @@ def common_headers(headers: HeaderPairs, request_id: str, seconds: float) -> Hea
         request_id: The request's id.
         seconds: Time since the request arrived.
     """
-    own = dict(headers)
+    own = {name for name, _ in headers}
     added = [pair for pair in _SECURITY_HEADERS if pair[0] not in own]
-    if _POLICY not in own:
-        is_page = own.get(b"content-type", b"").startswith(b"text/html")
-        added.append((_POLICY, _PAGE_POLICY if is_page else _DATA_POLICY))
     added.append((b"x-request-id", request_id.encode()))
     added.append((b"x-process-time", b"%.6f" % seconds))
     return [*headers, *added]

@@ -9,7 +9,7 @@ from typing import Any
 
 from app.api.respond import Event, Shape, usage
 from app.api.schemas import AssistantMessage, ChatResponse, GenerateResponse
-from app.llm.tool_calls import Piece
+from app.llm.tool_calls import Piece, ReasoningPiece
 from app.services.answers import Answer
 
 
@@ -70,10 +70,14 @@ class ChatShape(NativeShape):
         """The message and what is told beside it."""
         (answer,) = answers
         message = AssistantMessage(role="assistant", content=answer.text)
+        if answer.reasoning:
+            message.reasoning = answer.reasoning
         return ChatResponse(message=message, **self._session, **answer_fields(answer))
 
     def delta(self, piece: Piece) -> dict[str, Any]:
-        """A piece of the message."""
+        """A piece of the message, or of the reasoning."""
+        if isinstance(piece, ReasoningPiece):
+            return {"reasoning": piece.text}
         return {"content": piece}
 
 

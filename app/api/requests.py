@@ -33,6 +33,9 @@ MAX_STOP_CHARS = 256
 _NULL: Schema = {"type": "null"}
 _ANNOTATIONS = ("title", "description", "default")
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+VariableName = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+Variable = bool | int | float | Annotated[str, Field(max_length=1024)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -216,6 +219,21 @@ class SamplingFields(Sampling):
     )
 
 
+class ReasoningFields(RequestModel):
+    """How the model reasons before it answers a chat; see docs/api.md, Reasoning."""
+
+    reasoning_effort: Effort | None = Field(
+        None,
+        description="How much the model reasons, in the words of its chat template; none: not.",
+    )
+    chat_template_kwargs: dict[VariableName, Variable] = Field(
+        {}, max_length=16, description="Variables of the model's chat template."
+    )
+    thinking_token_budget: int | None = Field(
+        None, ge=0, description="Most tokens of reasoning; then the answer begins."
+    )
+
+
 class GenerateRequest(SamplingFields):
     """Body of POST /v1/generate."""
 
@@ -239,9 +257,16 @@ class Message(RequestModel):
 
     role: Role
     content: str = Field(min_length=1)
+    reasoning: str = Field("", description="Of an earlier answer.")
+
+    @model_validator(mode="after")
+    def _answers_alone_have_reasoning(self) -> Self:
+        if self.reasoning and self.role != "assistant":
+            raise ValueError("only messages of the role assistant have reasoning")
+        return self
 
 
-class ChatRequest(SamplingFields):
+class ChatRequest(SamplingFields, ReasoningFields):
     """Body of POST /v1/chat."""
 
     model_config = ConfigDict(
@@ -285,6 +310,15 @@ def job_fields(
         **sampling_fields(body, caller, deadline, request),
         "max_tokens": body.max_tokens,
         "grammar": form.grammar() if form else None,
+    }
+
+
+def reasoning_fields(body: ReasoningFields) -> dict[str, Any]:
+    """The arguments of a :class:`Job` that the routes of chats share."""
+    return {
+        "reasoning_effort": body.reasoning_effort,
+        "template_values": body.chat_template_kwargs,
+        "thinking_budget": body.thinking_token_budget,
     }
 
 

@@ -63,8 +63,14 @@ def usage(answer: Answer) -> dict[str, Any]:
         "completion_tokens": report.completion_tokens,
         "total_tokens": report.prompt_tokens + report.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": report.cached_tokens},
+        **reasoning_usage(report.reasoning_tokens),
         **({"dropped_messages": dropped} if dropped else {}),
     }
+
+
+def reasoning_usage(tokens: int) -> dict[str, Any]:
+    """The member of :class:`Usage` that counts reasoning, where there is any."""
+    return {"completion_tokens_details": {"reasoning_tokens": tokens}} if tokens else {}
 
 
 async def respond(

@@ -14,6 +14,12 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int = Field(description="Tokens found in the engine's KV cache.")
 
 
+class CompletionTokensDetails(BaseModel):
+    """What the answer's tokens are."""
+
+    reasoning_tokens: int = Field(description="Tokens of the reasoning.")
+
+
 class Usage(BaseModel):
     """Tokens of one request."""
 
@@ -21,6 +27,10 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails = Field(
+        CompletionTokensDetails(reasoning_tokens=0),
+        description="Left out where there is no reasoning.",
+    )
     dropped_messages: int = Field(
         0, description="Messages of the history that did not fit; left out where none."
     )
@@ -44,6 +54,7 @@ class AssistantMessage(BaseModel):
 
     role: Literal["assistant"] = "assistant"
     content: str
+    reasoning: str = Field("", description="Left out where there is none.")
 
 
 class ChatResponse(BaseModel):

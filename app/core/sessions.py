@@ -63,6 +63,10 @@ class Session:
         text = len((self.system or "").encode()) + len(self.response)
         return sum(m.size for m in self.messages) + text
 
+    def messages_before(self, last: int) -> list[HistoryMessage]:
+        """The messages without the last ``last`` ones."""
+        return self.messages[: max(0, len(self.messages) - last)]
+
     def after(self, session_id: str, added: Sequence[HistoryMessage], system: str | None) -> Self:
         """Another conversation: this one and one turn more. This one does not change."""
         return replace(
@@ -118,9 +122,17 @@ class SessionStore:
         return session
 
     def end_turn(
-        self, session: Session, added: Sequence[HistoryMessage] = (), system: str | None = None
+        self,
+        session: Session,
+        added: Sequence[HistoryMessage] = (),
+        system: str | None = None,
+        *,
+        replaced: int = 0,
     ) -> None:
-        """End a turn and store its messages; without ``added`` the conversation does not change."""
+        """End a turn and store its messages; without ``added`` the conversation does not change.
+
+        The messages stand in the place of the last ``replaced`` ones.
+        """
         session.busy = False
         if session.forgotten:
             return
@@ -129,7 +141,7 @@ class SessionStore:
                 self._sessions.pop(session.id, session.owner)
             return
         session.system = system
-        messages = [*session.messages, *added]
+        messages = [*session.messages_before(replaced), *added]
         if len(messages) > self._max_messages:
             del messages[: -self._max_messages]
             while messages and messages[0].role != "user":

@@ -5,7 +5,15 @@ LangChain is imported here and nowhere else, since its interfaces move often.
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -51,7 +59,8 @@ class ServedPipeline(HuggingFacePipeline):  # type: ignore[misc]
     ``stop``, ``max_tokens`` and the sampling fields (``temperature``, ``top_p``, ``top_k``,
     ``min_p``, ``repetition_penalty``, ``presence_penalty``, ``frequency_penalty``, ``seed``) on
     every call, batches requests that run at the same time, stops generating when its caller
-    leaves, and reports finish reason and token usage in ``generation_info`` and ``llm_output``.
+    leaves, and reports finish reason and token usage in ``generation_info`` and ``llm_output``,
+    and reasoning, if there is any, as ``reasoning_content`` in ``generation_info``.
 
     The synchronous methods wait for the event loop, so they are for threads other than its own.
     """
@@ -70,7 +79,7 @@ class ServedPipeline(HuggingFacePipeline):  # type: ignore[misc]
         **kwargs: Any,
     ) -> AsyncGenerator[GenerationChunk, None]:
         async for piece in self.generator.stream(prompt, _merge(self.options, stop, kwargs)):
-            if piece.report is None and not piece.logprobs:
+            if piece.report is None and not (piece.logprobs or piece.reasoning):
                 chunk = GenerationChunk(text=piece)
             else:
                 # Validation would make a plain string of the piece.
@@ -85,7 +94,10 @@ class ServedPipeline(HuggingFacePipeline):  # type: ignore[misc]
     ) -> Generation:
         chunks = [chunk async for chunk in self._astream(prompt, stop, None, **kwargs)]
         text = "".join(chunk.text for chunk in chunks)
-        return Generation(text=text, generation_info=chunks[-1].generation_info)
+        info = dict(chunks[-1].generation_info or {})
+        if reasoning := "".join(getattr(chunk.text, "reasoning", "") for chunk in chunks):
+            info["reasoning_content"] = reasoning
+        return Generation(text=text, generation_info=info)
 
     async def _agenerate(
         self,
@@ -239,9 +251,15 @@ class StreamingSequence(RunnableSequence[dict[str, Any], str]):
 class ChatRenderer(Runnable[PromptValue, str]):
     """Renders messages with the model's chat template, on the tokenizer's thread."""
 
-    def __init__(self, generator: TextGenerator, tools: Sequence[Tool] = ()) -> None:
+    def __init__(
+        self,
+        generator: TextGenerator,
+        tools: Sequence[Tool] = (),
+        values: Mapping[str, Any] | None = None,
+    ) -> None:
         self._generator = generator
         self._tools = tools
+        self._values = values or {}
 
     def invoke(
         self,
@@ -251,7 +269,7 @@ class ChatRenderer(Runnable[PromptValue, str]):
     ) -> str:
         """Render, on the caller's thread."""
         tokenizer = self._generator.tokenizer
-        return tokenizer.chat_prompt(_plain(input.to_messages()), self._tools)
+        return tokenizer.chat_prompt(_plain(input.to_messages()), self._tools, self._values)
 
     async def ainvoke(
         self,
@@ -284,9 +302,13 @@ class Chains:
         messages: Sequence[ChatMessage],
         options: GenerationOptions,
         tools: Sequence[Tool] = (),
+        values: Mapping[str, Any] | None = None,
     ) -> Pieces:
-        """Answer a chat; the pieces are as in :meth:`stream_text`."""
-        renderer = ChatRenderer(self._generator, tools)
+        """Answer a chat; the pieces are as in :meth:`stream_text`.
+
+        ``values`` are further variables of the chat template.
+        """
+        renderer = ChatRenderer(self._generator, tools, values)
         chain = StreamingSequence(
             first=self._chat_prompt, middle=[renderer, self.pipeline], last=self._parser
         )
@@ -297,7 +319,8 @@ def chat_messages(messages: Sequence[ChatMessage]) -> list[AnyMessage]:
     """Messages as LangChain has them, behind a system message."""
     return [
         _MESSAGE_CLASSES[m["role"]](
-            content=m["content"], additional_kwargs={"token_ids": m.get("token_ids")}
+            content=m["content"],
+            additional_kwargs={name: m.get(name) for name in ("token_ids", "reasoning_content")},
         )
         for m in with_system_prompt(messages)
     ]
@@ -308,7 +331,7 @@ def _plain(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
         {
             "role": _ROLES[m.type],
             "content": str(m.content),
-            "token_ids": m.additional_kwargs.get("token_ids"),
+            **m.additional_kwargs,
         }
         for m in messages
     ]

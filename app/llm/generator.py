@@ -1,12 +1,14 @@
 """From a prompt's text to an answer's text: tokens, stop strings, log-probabilities."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any
 
-from app.llm.client.admission import Place
+from msgspec import structs
+
+from app.llm.answer_text import AnswerText, TextPiece
 from app.llm.client.client import EngineClient
-from app.llm.detokenizer import Detokenizer, StopMatcher
+from app.llm.client.place import Place
 from app.llm.ebnf.check import fit_grammar, grammar_param
 from app.llm.protocol import (
     NEUTRAL_SAMPLING,
@@ -15,9 +17,7 @@ from app.llm.protocol import (
     GenerationRequest,
     Grammar,
     SamplingParams,
-    TokenEvent,
 )
-from app.llm.report import FinishReason, GenerationReport, TokenLogprob
 from app.llm.system_prompt import with_system_prompt
 from app.llm.tokenizer import PromptTokenizer
 from app.llm.tools import ChatMessage, Tool, ToolFormat
@@ -40,6 +40,7 @@ class GenerationOptions:
         stop: The answer ends before the first of these strings.
         logprobs: How many of the likeliest tokens to tell beside each token and its
             log-probability; ``None`` tells neither.
+        thinking_budget: Most tokens of reasoning; past them it is ended. ``None``: any number.
         place: The place that the request holds; ``None`` takes one when the prompt is ready.
     """
 
@@ -49,34 +50,8 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     grammar: Grammar | None = None
+    thinking_budget: int | None = None
     place: Place | None = None
-
-
-class TextPiece(str):
-    """A piece of an answer's text, which may be empty.
-
-    LangChain passes strings on, so what belongs to a piece is an attribute of the string.
-
-    Attributes:
-        logprobs: Log-probabilities of the tokens that end in this piece, where they were asked for.
-        report: How the answer ended; on its last piece alone.
-    """
-
-    __slots__ = ("logprobs", "report")
-
-    logprobs: Sequence[TokenLogprob]
-    report: GenerationReport | None
-
-    def __new__(
-        cls,
-        text: str,
-        logprobs: Sequence[TokenLogprob] = (),
-        report: GenerationReport | None = None,
-    ) -> Self:
-        """A string with these attributes."""
-        piece = super().__new__(cls, text)
-        piece.logprobs, piece.report = logprobs, report
-        return piece
 
 
 class TextGenerator:
@@ -109,7 +84,7 @@ class TextGenerator:
         return await self.tokenizer.run(self.tokenizer.encode_text, text)
 
     async def chat_tokens(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool], values: Mapping[str, Any]
     ) -> list[int]:
         """Token ids of a chat's prompt, the system message that stands before it included.
 
@@ -118,7 +93,7 @@ class TextGenerator:
             ChatTemplateError: The model's template refuses the messages.
         """
         encode = self.tokenizer.encode_chat
-        return await self.tokenizer.run(encode, with_system_prompt(messages), tools)
+        return await self.tokenizer.run(encode, with_system_prompt(messages), tools, values)
 
     async def stream(
         self, prompt: str, options: GenerationOptions
@@ -140,21 +115,70 @@ class TextGenerator:
                     yield piece
             return
         place = options.place
-        check_supported(options, self.info)
-        if options.grammar is not None:
-            grammar, _ = await fit_grammar(options.grammar, self.info)
-            options = replace(options, grammar=grammar)
-        request = await self._prepare(prompt, options, place.id)
-        place.start(request)
-        text = AnswerText(self.tokenizer, options, place)
+        request, text = await self._start(prompt, options, place)
         while text.report is None:
             for event in await place.events():
                 piece = text.add(event)
                 if text.stopped:
                     place.finish()
                 yield piece
+                if text.is_due:
+                    if not await self._go_on(request, text, place):
+                        place.finish("length")
+                        yield text.cut_off()
+                    break
                 if piece.report is not None:
                     break
+
+    async def _start(
+        self, prompt: str, options: GenerationOptions, place: Place
+    ) -> tuple[GenerationRequest, AnswerText]:
+        """Start the place; returns the request of the answer's text."""
+        check_supported(options, self.info)
+        if options.grammar is not None:
+            grammar, _ = await fit_grammar(options.grammar, self.info)
+            options = replace(options, grammar=grammar)
+        tokenizer = self.tokenizer
+        thinking = tokenizer.thinking(
+            prompt, budget=options.thinking_budget, gated=options.grammar is not None
+        )
+        text = AnswerText(
+            tokenizer,
+            place,
+            options.stop,
+            with_logprobs=options.logprobs is not None,
+            thinking=thinking,
+        )
+        if text.is_due:
+            prompt += text.turn()[1]
+        request = await self._prepare(prompt, options, place.id)
+        gated = thinking is not None and thinking.gated
+        place.start(structs.replace(request, grammar=None) if gated else request)
+        return request, text
+
+    async def _go_on(self, request: GenerationRequest, text: AnswerText, place: Place) -> bool:
+        """Ask the engine for what follows the reasoning; ``False`` where no token is left for it.
+
+        The prompt has the reasoning, most of which the engine finds in its cache.
+        """
+        said, behind = text.turn()
+        if behind:
+            said += await self.tokenizer.run(self.tokenizer.encode_rendered, behind)
+        left = request.max_tokens - len(said)
+        if left < 1:
+            return False
+        sampling = request.sampling
+        least = max(0, sampling.min_tokens - len(said))
+        place.go_on(
+            structs.replace(
+                request,
+                id=f"{request.id}-text",
+                prompt_token_ids=request.prompt_token_ids + said,
+                max_tokens=left,
+                sampling=structs.replace(sampling, min_tokens=least),
+            )
+        )
+        return True
 
     async def _prepare(
         self, prompt: str, options: GenerationOptions, request_id: str
@@ -191,83 +215,6 @@ class TextGenerator:
                 prompt_tokens=prompt_tokens, max_tokens=asked, context_length=context_length
             )
         return asked
-
-
-class AnswerText:
-    """The text of one answer, made from its tokens as they come.
-
-    Attributes:
-        report: How the answer ended, once it has.
-        stopped: Whether a stop string ended it, of which the engine does not know.
-    """
-
-    def __init__(
-        self, tokenizer: PromptTokenizer, options: GenerationOptions, place: Place
-    ) -> None:
-        self.report: GenerationReport | None = None
-        self.stopped = False
-        self._tokenizer = tokenizer
-        self._with_logprobs = options.logprobs is not None
-        self._detokenizer = Detokenizer(tokenizer.decoder)
-        self._stops = StopMatcher(options.stop)
-        self._place = place
-        self._token_ids: list[int] = []
-        # Characters decoded, and how many of them were passed on: the rest may be a stop string.
-        self._decoded = self._passed = 0
-        self._logprobs: list[TokenLogprob] = []
-
-    def add(self, event: TokenEvent) -> TextPiece:
-        """The text that an event's tokens complete."""
-        texts = [self._detokenizer.feed([token]) for token in event.token_ids]
-        self._token_ids += event.token_ids
-        if self._with_logprobs:
-            self._note_logprobs(event, texts)
-        text, self.stopped = self._stops.feed("".join(texts))
-        ended = event.finish_reason is not None and not self.stopped
-        if ended:
-            text += self._stops.flush()
-        self._passed += len(text)
-        if ended or self.stopped:
-            is_cut = ended and event.finish_reason == "length"
-            self.report = self._make_report("length" if is_cut else "stop")
-        # The tokens of a stop string are not in the text; at a natural end all tokens are.
-        logprobs = self._logprobs if ended else self._take_logprobs()
-        return TextPiece(text, logprobs, self.report)
-
-    def _make_report(self, reason: FinishReason) -> GenerationReport:
-        return GenerationReport(
-            finish_reason=reason,
-            prompt_tokens=self._place.prompt_tokens,
-            cached_tokens=self._place.cached_tokens,
-            completion_tokens=len(self._token_ids),
-            token_ids=() if self.stopped else self._exact_tokens(),
-        )
-
-    def _note_logprobs(self, event: TokenEvent, texts: Sequence[str]) -> None:
-        """Keep an event's log-probabilities; special tokens are not in the text."""
-        bytes_of = self._tokenizer.token_bytes
-        top = event.top_logprobs or [[]] * len(event.token_ids)
-        for token, logprob, text, likeliest in zip(
-            event.token_ids, event.logprobs, texts, top, strict=False
-        ):
-            if token not in self._tokenizer.special_token_ids:
-                told = tuple((bytes_of(t), p) for t, p in likeliest)
-                self._logprobs.append(TokenLogprob(bytes_of(token), logprob, self._decoded, told))
-            self._decoded += len(text)
-
-    def _take_logprobs(self) -> list[TokenLogprob]:
-        """Those of tokens whose text has begun to be passed on."""
-        count = sum(entry.start < self._passed for entry in self._logprobs)
-        taken, self._logprobs = self._logprobs[:count], self._logprobs[count:]
-        return taken
-
-    def _exact_tokens(self) -> tuple[int, ...]:
-        """The text's tokens; none where a special token stands in the middle of the text."""
-        special = self._tokenizer.special_token_ids
-        ids = self._token_ids
-        if ids and ids[-1] in special:
-            ids = ids[:-1]
-        return tuple(ids) if special.isdisjoint(ids) else ()
 
 
 def check_supported(options: GenerationOptions, info: EngineInfo) -> None:

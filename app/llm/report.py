@@ -30,6 +30,7 @@ class GenerationReport:
     Attributes:
         cached_tokens: Prompt tokens that were in the KV cache.
         completion_tokens: Tokens generated, the end-of-sequence token included.
+        reasoning_tokens: Those of them that are reasoning.
         token_ids: The answer's tokens without the one that ended it; empty where they are not
             exactly the text, as after a stop string.
     """
@@ -38,4 +39,5 @@ class GenerationReport:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
     token_ids: tuple[int, ...] = ()

@@ -12,9 +12,8 @@ with such tokens. The whole prompt is encoded at once, so that its ids are those
 
 import asyncio
 import re
-import secrets
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, pairwise
 from operator import itemgetter
@@ -27,6 +26,8 @@ from app.llm.models.chat_template import LOOK_SECONDS, RENDER_SECONDS, ChatTempl
 from app.llm.models.load_errors import is_failure
 from app.llm.models.renamed_tokens import rename_added_tokens
 from app.llm.protocol import EngineInfo
+from app.llm.reasoning import REASONING_MEMBERS, ModelReasoning, Thinking
+from app.llm.spellings import Spellings
 from app.llm.tools import Tool, tool_format
 from app.utils.errors import ChatTemplateError, ValidationFailedError
 
@@ -53,7 +54,8 @@ class PromptTokenizer:
 
     ``decoder`` is the copy of the tokenizer for the event loop. ``template_tokens`` are the
     spellings of the special tokens that frame turns in the chat template. ``frames_turns`` is false
-    where plain text does, which a message can imitate.
+    where plain text does, which a message can imitate. ``reasoning`` is what the template says of
+    reasoning.
     """
 
     def __init__(self, info: EngineInfo) -> None:
@@ -62,32 +64,24 @@ class PromptTokenizer:
         self._template = ChatTemplate(template, info.special_tokens)
         self.tool_format = tool_format(template)
         added = self.decoder.get_added_tokens_decoder()
-        special = {token.content: i for i, token in added.items() if token.special}
+        self._spellings = spellings = Spellings(added, template)
+        special = spellings.special
         # The other special tokens, such as <s>, may be meant in an answer.
         self.template_tokens = tuple(t for t in special if t in template)
         self.special_token_ids = frozenset(special.values())
-        # White space and signs are no frame of a turn: Gemma has tokens for runs of line breaks.
-        plain = {
-            token.content: token_id
-            for token_id, token in added.items()
-            if not token.special
-            and token.content in template
-            and any(map(str.isalnum, token.content))
-        }
-        self._framing = {**special, **plain}
-        self._special_spelling = _any_of(map(re.escape, special))
-        self._spelling = _any_of(map(re.escape, self._framing))
-        # A caller cannot write a placeholder, because nobody can guess the nonce in it.
-        self._nonce = secrets.token_hex(8)
-        self._placeholder = re.compile(f"\ue000{self._nonce}:(\\d+)\ue001")
+        self.reasoning = ModelReasoning(
+            template,
+            {t.content: (i, t.special) for i, t in added.items()},
+            self._template.variables - info.special_tokens.keys(),
+        )
         self._chat_mark = self._write("!")
-        self._message_mark = re.compile(f"\ue000{self._nonce}#(\\d+)\ue001")
-        end = self._write("/")
-        self._kept = re.compile(f"(?s)\ue000{self._nonce}@([\\d,]+)\ue001(.*?){end}")
-        self._written_name = re.compile(f"\ue000{self._nonce}=\\d+\ue001")
-        self._some_normalized = any(added[i].normalized for i in self._framing.values())
-        self._names = {text: self._write(f"={i}") for text, i in self._framing.items()}
-        self._name_of = {i: self._names[text] for text, i in self._framing.items()}
+        self._message_mark = spellings.marked(r"#(\d+)")
+        self._kept = re.compile(spellings.mark(r"@([\d,]+)") + "(?s:(.*?))" + self._write("/"))
+        self._written_name = spellings.marked(r"=\d+")
+        framing = spellings.framing
+        self._some_normalized = any(added[i].normalized for i in framing.values())
+        self._names = {text: self._write(f"={i}") for text, i in framing.items()}
+        self._name_of = {i: self._names[text] for text, i in framing.items()}
         self._encoder, self._model_ids = rename_added_tokens(info.tokenizer_json, self._names)
         # The text before this token is encoded as if it ended there.
         self._cut = self._write("|")
@@ -127,9 +121,20 @@ class PromptTokenizer:
         """End the encoder's thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()) -> str:
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Tool] = (),
+        values: Mapping[str, Any] | None = None,
+    ) -> str:
         """What :meth:`render_chat` returns, marked so that :meth:`encode` knows what it is."""
-        return self._chat_mark + self.render_chat(messages, tools)
+        return self._chat_mark + self.render_chat(messages, tools, values)
+
+    def thinking(self, prompt: str, *, budget: int | None, gated: bool) -> Thinking | None:
+        """See :meth:`ModelReasoning.thinking`; a bare prompt's answer has no reasoning."""
+        if self.reasoning.form is None or not prompt.startswith(self._chat_mark):
+            return None
+        return self.reasoning.thinking(prompt, budget=budget, gated=gated)
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt: of bare text, or of what :meth:`chat_prompt` returned."""
@@ -138,16 +143,25 @@ class PromptTokenizer:
         return self.encode_text(prompt)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Tool] = (),
+        values: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a chat's prompt; see :meth:`render_chat`."""
-        return self.encode_rendered(self.render_chat(messages, tools))
+        return self.encode_rendered(self.render_chat(messages, tools, values))
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Tool] = (),
+        values: Mapping[str, Any] | None = None,
+    ) -> str:
         """The prompt for a chat, which ends where the assistant's turn begins.
 
         Each message has ``role`` and ``content``. An earlier answer may have ``token_ids``, which
-        are then used in place of encoding its content.
+        are then used in place of encoding its content, and ``reasoning_content``. ``values`` are
+        further variables of the template, see :meth:`ModelReasoning.values`.
 
         Returns:
             Text for :meth:`encode_rendered`, with placeholders for spellings of special tokens.
@@ -160,20 +174,20 @@ class PromptTokenizer:
             messages = _fold_system(messages)
         # A template may look for such a token in an answer, as for the end of its reasoning.
         plain = [
-            self._escape(
-                m["content"],
-                self._special_spelling if m["role"] == "assistant" else self._spelling,
-            )
+            self._spellings.escape(m["content"], is_answer=m["role"] == "assistant")
             for m in messages
         ]
         told = tools if self.tool_format.in_template else ()
-        definitions = [self._escape_within(tool.definition()) for tool in told]
-        rendered = self._render(messages, plain, definitions)
+        definitions = [self._spellings.escape_within(tool.definition()) for tool in told]
+        values = self._spellings.escape_within(values)
+        rendered = self._render(messages, plain, definitions, values)
         kept = {str(i): m["token_ids"] for i, m in enumerate(messages) if m.get("token_ids")}
         if not kept:
             return rendered
         marked = [self._write(f"#{i}") if str(i) in kept else t for i, t in enumerate(plain)]
-        first, *parts = self._message_mark.split(self._render(messages, marked, definitions))
+        first, *parts = self._message_mark.split(
+            self._render(messages, marked, definitions, values)
+        )
         if not rendered.startswith(first):
             return rendered
         written, position = [first], len(first)
@@ -199,7 +213,7 @@ class PromptTokenizer:
         except ChatTemplateError:
             return True
         answer = rendered.partition("\ue000")[2].partition("\ue000")[0].split("\ue001")
-        return all(self._spelling.search(frame) for frame in answer)
+        return all(self._spellings.pattern.search(frame) for frame in answer)
 
     def _probe_system_role(self) -> bool:
         """Whether the template writes a system message: Gemma 2's refuses it, Phi-3's drops it."""
@@ -215,10 +229,14 @@ class PromptTokenizer:
         messages: Sequence[Mapping[str, Any]],
         contents: Sequence[str],
         tools: Sequence[dict[str, Any]] = (),
+        values: Mapping[str, Any] | None = None,
     ) -> str:
-        pairs = zip(messages, contents, strict=True)
-        chat = [{"role": m["role"], "content": content} for m, content in pairs]
-        return self._template.render(chat, tools)
+        chat: list[dict[str, str]] = []
+        for message, content in zip(messages, contents, strict=True):
+            chat.append({"role": message["role"], "content": content})
+            if reasoning := message.get("reasoning_content"):
+                chat[-1] |= dict.fromkeys(REASONING_MEMBERS, self._spellings.escape(reasoning))
+        return self._template.render(chat, tools, values)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; none for an id that only pads the embeddings."""
@@ -229,6 +247,10 @@ class PromptTokenizer:
         if self._is_byte_level and BYTE_OF.keys() >= set(token):
             return bytes(BYTE_OF[c] for c in token)
         return spell_piece(token)
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token; a part of a character is U+FFFD."""
+        return [self.token_bytes(i).decode(errors="replace") for i in token_ids]
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a bare prompt: plain text, with the special tokens that the model adds.
@@ -252,10 +274,10 @@ class PromptTokenizer:
 
         def named(text: str) -> str:
             # The encoder gets the template's tokens by their names.
-            text = self._spelling.sub(
+            text = self._spellings.pattern.sub(
                 lambda m: m[0] if next(number) in as_text else self._names[m[0]], text
             )
-            return self._placeholder.sub(lambda m: self._added[int(m[1])], text)
+            return self._spellings.restore(text)
 
         first, *parts = self._kept.split(rendered)
         text = named(first)
@@ -345,20 +367,7 @@ class PromptTokenizer:
             ) from error
 
     def _write(self, what: str) -> str:
-        return f"\ue000{self._nonce}{what}\ue001"
-
-    def _escape(self, content: str, spelling: re.Pattern[str]) -> str:
-        return spelling.sub(lambda m: self._write(f":{self._framing[m.group()]}"), content)
-
-    def _escape_within(self, value: Any) -> Any:
-        """A JSON value with every string in it escaped, names of members included."""
-        if isinstance(value, str):
-            return self._escape(value, self._spelling)
-        if isinstance(value, Mapping):
-            return {self._escape_within(k): self._escape_within(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._escape_within(v) for v in value]
-        return value
+        return self._spellings.mark(what)
 
 
 def _fold_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -369,11 +378,6 @@ def _fold_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     if rest and rest[0]["role"] == "user":
         text = f"{text}\n\n{rest.pop(0)['content']}"
     return [{"role": "user", "content": text}, *rest]
-
-
-def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
-    # Longest first, so that a token is found before the tokens that it contains.
-    return re.compile("|".join(sorted(patterns, key=len, reverse=True)) or "(?!)")
 
 
 def _tokens_of(

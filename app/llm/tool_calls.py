@@ -27,7 +27,14 @@ class CallPiece:
     arguments: str = ""
 
 
-Piece = str | CallPiece
+@dataclass(frozen=True, slots=True)
+class ReasoningPiece:
+    """A part of what the model thought, which is no text of the answer."""
+
+    text: str
+
+
+Piece = str | CallPiece | ReasoningPiece
 
 
 class ToolCallParser:

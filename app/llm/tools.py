@@ -107,6 +107,7 @@ class ChatMessage(TypedDict):
     role: str
     content: str
     token_ids: NotRequired[list[int]]
+    reasoning_content: NotRequired[str]
     tool_calls: NotRequired[Sequence[ToolCall]]
 
 
@@ -172,7 +173,10 @@ class ToolFormat:
         if not called:
             return message
         parts += [self._head(f["name"]) + (f["arguments"] or "{}") + self._tail for f in called]
-        return {"role": message["role"], "content": "\n".join(parts)}
+        written: ChatMessage = {"role": message["role"], "content": "\n".join(parts)}
+        if reasoning := message.get("reasoning_content"):
+            written["reasoning_content"] = reasoning
+        return written
 
     def for_template(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]

@@ -6,7 +6,7 @@ from typing import Any
 
 from app.llm.protocol import Grammar
 from app.llm.report import GenerationReport, TokenLogprob
-from app.llm.tool_calls import Piece, ToolCallParser
+from app.llm.tool_calls import Piece, ReasoningPiece, ToolCallParser
 from app.llm.tools import ChatMessage, ToolUse
 from app.services.flights import Flight
 from app.utils.errors import InternalError
@@ -23,6 +23,9 @@ class Job:
         cache: Whether a kept answer may be served, and this one kept.
         deadline: When the answer must be complete, on the event loop's clock.
         logprobs: See :class:`GenerationOptions`.
+        template_values: Further variables of the chat template.
+        reasoning_effort: How much the model is to reason, in OpenAI's words.
+        thinking_budget: See :class:`GenerationOptions`.
         end_user: For whom the caller asks; kept answers are for one end user alone.
     """
 
@@ -38,6 +41,9 @@ class Job:
     grammar: Grammar | None = None
     tools: ToolUse | None = None
     end_user: str = ""
+    template_values: Mapping[str, Any] = field(default_factory=dict)
+    reasoning_effort: str | None = None
+    thinking_budget: int | None = None
 
 
 class Answer:
@@ -103,6 +109,9 @@ class Answer:
         while texts := await within(self._deadline, self._flight.read(position)):
             position += len(texts)
             for text in texts:
+                if isinstance(text, ReasoningPiece):
+                    yield self, text
+                    continue
                 self._read += len(text)
                 for piece in parser.feed(text) if parser else (text,):
                     yield self, piece
@@ -143,7 +152,12 @@ class Answer:
     @property
     def text(self) -> str:
         """What has been generated so far."""
-        return "".join(self._flight.text)
+        return self._flight.text
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning so far."""
+        return self._flight.reasoning
 
     @property
     def report(self) -> GenerationReport:

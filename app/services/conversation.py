@@ -114,11 +114,11 @@ class ConversationService:
         if not self._store.forget(caller, _response_name(response_id)):
             raise ResponseNotFoundError
 
-    async def open(self, job: Job, session_id: str) -> Answer:
+    async def open(self, job: Job, session_id: str, *, replaced: int = 0) -> Answer:
         """Begin a turn; see :meth:`GenerationService.open`.
 
-        The turn is kept once its answer is complete. One that is refused, fails or is left
-        leaves the conversation as it was.
+        The turn is kept once its answer is complete, in place of the last ``replaced`` messages.
+        One that is refused, fails or is left leaves the conversation as it was.
 
         Raises:
             SessionBusyError: Another turn of this conversation is under way.
@@ -134,9 +134,9 @@ class ConversationService:
         system = new.pop(0)["content"] if new[0]["role"] == "system" else session.system
 
         def end(added: Sequence[HistoryMessage]) -> None:
-            self._store.end_turn(session, added, system)
+            self._store.end_turn(session, added, system, replaced=replaced)
 
-        return await self._open(job, session, new, system, end)
+        return await self._open(job, session.messages_before(replaced), new, system, end)
 
     async def open_response(self, job: Job, turn: Turn) -> Answer:
         """Begin a turn that may continue any kept response; see :meth:`open`.
@@ -174,7 +174,7 @@ class ConversationService:
                 self._store.end_turn(session, added, system)
 
         before = "\n\n".join(filter(None, (instructions, system)))
-        return await self._open(job, session, new, before, end, drops=turn.drops)
+        return await self._open(job, session.messages, new, before, end, drops=turn.drops)
 
     def _check_enabled(self, param: str) -> None:
         if not self._enabled:
@@ -185,7 +185,7 @@ class ConversationService:
     async def _open(
         self,
         job: Job,
-        session: Session,
+        history: list[HistoryMessage],
         new: Sequence[ChatMessage],
         system: str | None,
         end: Callable[[Sequence[HistoryMessage]], None],
@@ -194,7 +194,7 @@ class ConversationService:
     ) -> Answer:
         """Begin a turn; ``end`` gets the messages to keep, none if it was not complete."""
         before: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
-        history, dropped = session.messages, 0
+        dropped = 0
         try:
             if drops:
                 fitting = self._fit(job, before, history, new)

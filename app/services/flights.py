@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from app.llm.report import GenerationReport, TokenLogprob
+from app.llm.tool_calls import ReasoningPiece
 from app.utils.errors import InternalError, ServiceError
 
 
@@ -17,14 +18,14 @@ class Flight:
 
     Attributes:
         id: Of the answer.
-        text: Pieces of the answer's text, in order; none is empty.
+        said: Pieces of the answer's text and reasoning, in order; none is empty.
         logprobs: Log-probabilities of the text's tokens, where they were asked for.
         report: How the answer ended; ``None`` while it has not.
     """
 
     def __init__(self, on_end: Callable[["Flight"], None] = lambda _: None) -> None:
         self.id = f"gen-{uuid.uuid4().hex}"
-        self.text: list[str] = []
+        self.said: list[str | ReasoningPiece] = []
         self.logprobs: list[TokenLogprob] = []
         self.report: GenerationReport | None = None
         self._on_end = on_end
@@ -38,10 +39,21 @@ class Flight:
     def again(self) -> "Flight":
         """The answer, which has ended, in one piece and under another id."""
         flight = Flight()
-        flight.text = ["".join(self.text)] if self.text else []
+        flight.said = [ReasoningPiece(self.reasoning)] if self.reasoning else []
+        flight.said += [self.text] if self.text else []
         flight.logprobs, flight.report = self.logprobs, self.report
         flight._accepted = flight._ended = True
         return flight
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(piece for piece in self.said if isinstance(piece, str))
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning so far."""
+        return "".join(piece.text for piece in self.said if isinstance(piece, ReasoningPiece))
 
     def start(self, work: Coroutine[Any, Any, GenerationReport]) -> None:
         """Run the generation; it calls :meth:`add`, and returns the report."""
@@ -84,7 +96,13 @@ class Flight:
     def add(self, text: str) -> None:
         """Bring readers a further piece of the answer; its log-probabilities come first."""
         if text:
-            self.text.append(text)
+            self.said.append(text)
+            self._announce()
+
+    def add_reasoning(self, text: str) -> None:
+        """Bring readers a further piece of the reasoning."""
+        if text:
+            self.said.append(ReasoningPiece(text))
             self._announce()
 
     # --- the readers' side ----------------------------------------------------------------------
@@ -111,21 +129,21 @@ class Flight:
         """
         while not (self._accepted or self._ended):
             await self._news.wait()
-        if self._error is not None and not self.text:
+        if self._error is not None and not self.said:
             raise self._error
 
-    async def read(self, position: int) -> Sequence[str]:
-        """Pieces of the text from ``position`` on; waits for one, and returns none at the end.
+    async def read(self, position: int) -> Sequence[str | ReasoningPiece]:
+        """Pieces of the answer from ``position`` on; waits for one, and returns none at the end.
 
         Raises:
             ServiceError: The answer broke off there.
             InternalError: It ended without a report.
         """
-        while position == len(self.text) and not self._ended:
+        while position == len(self.said) and not self._ended:
             await self._news.wait()
-        if position == len(self.text):
+        if position == len(self.said):
             if self._error is not None:
                 raise self._error
             if self.report is None:
                 raise InternalError
-        return self.text[position:]
+        return self.said[position:]

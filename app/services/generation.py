@@ -1,7 +1,7 @@
 """The one use case behind every route that generates: check, admit, generate, account."""
 
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from app.core.config import ModelSettings
 from app.core.config.security import SecuritySettings
 from app.core.usage import UsageLedger
-from app.llm.client.admission import Place
+from app.llm.answer_text import TextPiece
 from app.llm.client.client import EngineClient
+from app.llm.client.place import Place
 from app.llm.ebnf.check import fit_grammar
-from app.llm.generator import GenerationOptions, TextGenerator, TextPiece
+from app.llm.generator import GenerationOptions, TextGenerator
 from app.llm.models.recommended_sampling import DEFAULT_SAMPLING
 from app.llm.protocol import Grammar, SamplingParams
 from app.llm.report import GenerationReport
@@ -117,6 +118,8 @@ class GenerationService:
             options.logprobs,
             options.grammar,
             job.tools,
+            job.template_values,
+            job.thinking_budget,
             job.end_user,
         )
 
@@ -140,25 +143,34 @@ class GenerationService:
         self, flight: Flight, job: Job, options: GenerationOptions, place: Place
     ) -> GenerationReport:
         trigger = self._generator.tool_format.trigger if job.tools else None
-        screen = self._screening.answer(self._engine.template_tokens, job.grammar, trigger)
+        tokens = self._engine.template_tokens
+        thoughts = self._screening.answer(tokens)
+        screen = self._screening.answer(tokens, job.grammar, trigger)
         calls = self._parser(job.tools)
         report: GenerationReport | None = None
+        is_over = False
         async with aclosing(self._stream(job, options)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, TextPiece):
                     flight.logprobs += piece.logprobs
                     report = piece.report
-                passed = screen.feed(piece)
+                    flight.add_reasoning(thoughts.feed(piece.reasoning))
+                if piece:
+                    flight.add_reasoning(thoughts.flush())
+                passed = "" if thoughts.blocked else screen.feed(piece)
                 flight.add(passed)
                 if calls is not None:
                     calls.feed(passed)
-                if screen.blocked or (calls is not None and calls.repeats):
+                is_over = thoughts.blocked or screen.blocked or bool(calls and calls.repeats)
+                if is_over:
                     place.finish()
                     break
+        flight.add_reasoning(thoughts.flush())
         flight.add(screen.flush())
-        if screen.blocked or (calls is not None and calls.repeats):
-            tokens = place.prompt_tokens, place.cached_tokens, place.completion_tokens
-            return GenerationReport("content_filter" if screen.blocked else "stop", *tokens)
+        blocked = thoughts.blocked or screen.blocked
+        if blocked or is_over:
+            counts = place.prompt_tokens, place.cached_tokens, place.completion_tokens
+            return GenerationReport("content_filter" if blocked else "stop", *counts)
         if report is None:
             raise InternalError
         return replace(report, token_ids=()) if screen.changed else report
@@ -167,7 +179,7 @@ class GenerationService:
         chains = self._chains()
         if job.prompt is not None:
             return chains.stream_text(job.prompt, options)
-        return chains.stream_chat(job.messages, options, _tools_of(job))
+        return chains.stream_chat(job.messages, options, _tools_of(job), job.template_values)
 
     def default_sampling(self) -> dict[str, float]:
         """How a request is sampled that names nothing, by the names of :class:`SamplingParams`.
@@ -202,11 +214,16 @@ class GenerationService:
         tokens = await self.prompt_tokens(self.screen(job))
         return tokens, self._generator.info.context_length
 
+    async def token_texts(self, tokens: Sequence[int]) -> list[str]:
+        """The text of each token; a part of a character is U+FFFD."""
+        tokenizer = self._generator.tokenizer
+        return await tokenizer.run(tokenizer.token_texts, tokens)
+
     async def prompt_tokens(self, job: Job) -> list[int]:
         """Token ids of a screened job's prompt, as the model gets them."""
         if job.prompt is not None:
             return await self._generator.text_tokens(job.prompt)
-        return await self._generator.chat_tokens(job.messages, _tools_of(job))
+        return await self._generator.chat_tokens(job.messages, _tools_of(job), job.template_values)
 
     def _options(self, job: Job) -> GenerationOptions:
         if job.max_tokens is not None and job.max_tokens > self._model.max_tokens:
@@ -220,6 +237,7 @@ class GenerationService:
             sampling=SamplingParams(**{**self.default_sampling(), **job.sampling}),
             stop=job.stop,
             logprobs=job.logprobs,
+            thinking_budget=job.thinking_budget,
             grammar=self._grammar(job.tools, job.grammar),
         )
 
@@ -257,6 +275,7 @@ class GenerationService:
                 "out here.",
                 param="logprobs",
             )
+        job = self._with_reasoning(job)
         if any("tool_calls" in m for m in job.messages):
             called = [self._with_clean_calls(m) for m in job.messages]
             job = replace(job, messages=self._generator.tool_format.as_text(called))
@@ -278,6 +297,28 @@ class GenerationService:
         )
         return replace(job, messages=messages, tools=replace(job.tools, tools=tools))
 
+    def _with_reasoning(self, job: Job) -> Job:
+        """What a job asks of reasoning, in the words of the model's template."""
+        if job.template_values or job.reasoning_effort is not None:
+            values, budget = self._generator.tokenizer.reasoning.values(
+                self._screening.values(job.template_values, param="chat_template_kwargs"),
+                job.reasoning_effort,
+            )
+            budget = job.thinking_budget if budget is None else budget
+            job = replace(
+                job, template_values=values, reasoning_effort=None, thinking_budget=budget
+            )
+        if any("reasoning_content" in m for m in job.messages):
+            job = replace(job, messages=[self._with_clean_reasoning(m) for m in job.messages])
+        return job
+
+    def _with_clean_reasoning(self, message: ChatMessage) -> ChatMessage:
+        message = {**message}
+        reasoning = message.pop("reasoning_content", "")
+        if reasoning and self._generator.tokenizer.reasoning.is_kept:
+            message["reasoning_content"] = self._screening.prompt(reasoning, param="messages")
+        return message
+
     def _with_clean_calls(self, message: ChatMessage) -> ChatMessage:
         calls: list[ToolCall] = []
         for call in message.get("tool_calls", ()):
@@ -287,7 +328,9 @@ class GenerationService:
         return {**message, "tool_calls": calls} if calls else message
 
     def _check_length(self, job: Job) -> None:
-        characters = len(job.prompt or "") + sum(len(m["content"]) for m in job.messages)
+        characters = len(job.prompt or "") + sum(
+            len(m["content"]) + len(m.get("reasoning_content", "")) for m in job.messages
+        )
         characters += sum(len(json.dumps(t.definition())) for t in _tools_of(job))
         if characters > self._max_prompt_chars:
             raise PromptTooLongError(

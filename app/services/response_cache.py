@@ -80,7 +80,7 @@ class ResponseCache:
 def _size(flight: Flight) -> int:
     """Bytes that a kept answer takes, roughly."""
     logprobs = sum(1 + len(entry.top) for entry in flight.logprobs)
-    text = sum(len(piece.encode()) for piece in flight.text)
+    text = len(flight.text.encode()) + len(flight.reasoning.encode())
     return text + _LOGPROB_BYTES * logprobs + _ENTRY_OVERHEAD_BYTES
 
 

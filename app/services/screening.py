@@ -177,6 +177,7 @@ class AnswerScreen:
         self._counts = counts
         self._count = count
         self._generated = self._passed = 0
+        self._flushed = False
 
     @property
     def blocked(self) -> bool:
@@ -198,7 +199,10 @@ class AnswerScreen:
         return passed
 
     def flush(self) -> str:
-        """What was held back, once no more text comes."""
+        """What was held back, once no more text comes; may be called again."""
+        if self._flushed:
+            return ""
+        self._flushed = True
         rest = self._outgoing.flush()
         if self._inner is not None:
             rest = self._inner.feed(rest) + self._inner.flush()

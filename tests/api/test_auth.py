@@ -19,7 +19,7 @@ from tests.support.service import API_KEY, OTHER_KEY
 
 PUBLIC = {
     *("/health", "/livez", "/readyz", "/status", "/metrics"),
-    *("/", "/docs", "/docs/oauth2-redirect", "/openapi.json"),
+    *("/", "/playground/{name:path}", "/docs", "/docs/{name:path}", "/openapi.json"),
 }
 
 PROMPT = {"prompt": "hello", "max_tokens": 3}
@@ -154,11 +154,11 @@ def test_public_routes_need_no_key(client: TestClient) -> None:
 
 
 def test_production_hides_the_interactive_documentation() -> None:
-    """In production neither the documentation nor the OpenAPI document is served."""
+    """In production the documentation, the OpenAPI document and the playground are not served."""
     settings = {"security": {"api_key": "k" * 32, "api_keys": []}}
     app = create_app(make_settings(app={"environment": "production"}, **settings))
     anonymous = TestClient(app)
-    for path in ("/docs", "/openapi.json", "/docs/oauth2-redirect", "/redoc"):
+    for path in ("/docs", "/docs/start.js", "/openapi.json", "/redoc", "/", "/playground/app.js"):
         check_error(anonymous.get(path), 404, "not_found")
 
 

@@ -203,9 +203,10 @@ async def test_a_request_is_in_progress_until_it_is_answered(counting: Counting)
         {"content": b"{ }"},
         {"params": {"a": "b"}},
         {"headers": {"X-Session-ID": "s"}},
+        {"headers": {"X-Session-Replace": "2"}},
         {"url": "/v1/chat"},
     ],
-    ids=["body", "query", "session", "route"],
+    ids=["body", "query", "session", "replaced", "route"],
 )
 async def test_any_difference_makes_another_request(
     counting: Counting, change: dict[str, Any]

@@ -331,6 +331,29 @@ def test_x_session_id_keeps_a_conversation(client: TestClient) -> None:
     assert refused(bad) == (400, "validation_error", "X-Session-ID")
 
 
+def test_a_turn_may_replace_the_last_messages(client: TestClient) -> None:
+    """X-Session-Replace puts a complete turn in the place of messages, a failed one does not."""
+
+    def turn(text: str, replaced: int, **fields: Any) -> Any:
+        headers = {"X-Session-ID": "replaced", "X-Session-Replace": str(replaced)}
+        return chat(client, text, headers=headers, **fields)
+
+    def history() -> list[str]:
+        messages = client.get("/v1/sessions/replaced").json()["messages"]
+        return [message["content"] for message in messages]
+
+    before = turn("one", 0).json()["usage"]["prompt_tokens"]
+    turn("two", 0)
+    assert turn("three", 2, stream=True).status_code == 200
+    assert history() == ["one", "one", "three", "three"]
+    assert "error" in turn("[echo:fault]", 4).json()
+    assert history() == ["one", "one", "three", "three"]
+    answer = turn("six", 9).json()
+    assert answer["usage"]["prompt_tokens"] == before
+    assert history() == ["six", "six"]
+    assert refused(turn("x", -1)) == (400, "validation_error", "X-Session-Replace")
+
+
 def test_both_routers_share_the_use_case(run_app: RunApp) -> None:
     """PII, limits and metrics are the same as on the native routes.
 
@@ -358,11 +381,14 @@ def test_both_routers_share_the_use_case(run_app: RunApp) -> None:
 
 
 def test_tokenize(client: TestClient) -> None:
-    """The tokens are those of the request's usage; text and messages exclude each other."""
+    """The tokens are those of the request's usage, with their texts where those are asked for."""
     text = client.post("/v1/tokenize", json={"text": "héllo"}).json()
     assert (text["count"], text["max_tokens"]) == (len(text["tokens"]), 8192)
     assert text["count"] == complete(client, "héllo").json()["usage"]["prompt_tokens"]
     messages = client.post("/v1/tokenize", json={"messages": user("hello")}).json()
     assert messages["count"] == chat(client).json()["usage"]["prompt_tokens"]
+    told = client.post("/v1/tokenize", json={"text": "h\u00e9", "return_token_strs": True}).json()
+    assert (len(told["tokens"]), told["token_strs"]) == (3, ["h", "\ufffd", "\ufffd"])
+    assert "token_strs" not in text
     for body in ({}, {"text": "x", "messages": user("x")}, {"text": ""}):
         assert refused(client.post("/v1/tokenize", json=body))[:2] == (422, "validation_error")

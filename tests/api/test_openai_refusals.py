@@ -17,7 +17,6 @@ REFUSED: dict[str, tuple[Any, Any]] = {
     "modalities": (["text", "audio"], ["text"]),
     "moderation": ({"mode": "x"}, None),
     "prediction": ({"type": "content", "content": "x"}, None),
-    "reasoning_effort": ("high", "none"),
     "web_search_options": ({}, None),
 }
 REFUSED_COMPLETION: dict[str, tuple[Any, Any]] = {

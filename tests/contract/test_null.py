@@ -67,6 +67,7 @@ BASES = {
     requests.RequestModel,
     requests.Sampling,
     requests.SamplingFields,
+    requests.ReasoningFields,
     messages.OpenAIModel,
     openai.OpenAISampling,
     openai.OpenAIFields,

@@ -12,8 +12,9 @@ from langchain_core.prompts import PromptTemplate
 from langchain_core.runnables import Runnable, RunnableSequence
 from langchain_huggingface import HuggingFacePipeline
 
+from app.llm.answer_text import TextPiece
 from app.llm.chain import Chains, ServedPipeline, chat_messages
-from app.llm.generator import GenerationOptions, TextGenerator, TextPiece
+from app.llm.generator import GenerationOptions, TextGenerator
 from app.llm.system_prompt import SYSTEM_PROMPT
 from app.llm.tools import ChatMessage
 from app.utils.errors import EngineUnavailableError

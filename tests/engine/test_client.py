@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from app.core.config import ModelSettings
-from app.llm.client.admission import Place
 from app.llm.client.client import EngineClient, EngineState
+from app.llm.client.place import Place
 from app.llm.protocol import GenerationRequest, SamplingParams, TokenEvent
 from app.utils.errors import (
     DeadlineExceededError,

@@ -13,7 +13,14 @@ from app.llm import loader
 from app.llm.client.process import VLLM_PYTHON, engine_python
 from app.llm.models.snapshot import Snapshot
 from app.utils.errors import ConfigurationError, ModelLoadError
-from tests.support.backends import load_local, need_vllm, settings_of
+from tests.support.backends import (
+    load,
+    load_local,
+    need_vllm,
+    request,
+    run,
+    settings_of,
+)
 from tests.support.engine import EchoEngine
 from tests.support.remote_backend import RemoteBackend
 from tests.support.service import isolated_environment
@@ -126,6 +133,17 @@ def test_what_vllm_cannot_run_is_refused(tiny_model_dir: Path, tmp_path: Path) -
         settings = ModelSettings(engine="vllm", source="local", name=str(model), **fields)
         with pytest.raises(ModelLoadError, match=why):
             loader.check_model(settings, token=None)
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(300)
+def test_vllms_cache_has_room_for_a_whole_context(tiny_model_dir: Path) -> None:
+    """A request may fill the context where the cache is no larger, as with a long context."""
+    need_vllm()
+    backend = load(settings_of("vllm", tiny_model_dir), max_running=1)
+    room = backend.info.context_length - 4
+    answer = run(backend, request("a", [5] * 4, max_tokens=room))["a"]
+    assert answer[-1].finish_reason in ("length", "stop")
 
 
 @pytest.mark.vllm

@@ -13,7 +13,7 @@ import pytest
 from app.core.config import PROJECT_ROOT
 from tests.support.tiny_gguf import make_tiny_gguf
 
-PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
 
 # Reads paths of local models, each with a statement, one pair a line. A fork of this process loads
 # the model after the statement, and prints what happened as JSON.
@@ -23,6 +23,7 @@ import torch, transformers
 from app.core.config import ModelSettings
 from app.llm import loader
 from app.llm.engine.openvino import gguf_copy
+from app.utils.errors import ModelLoadError
 for line in sys.stdin:
     path, before = json.loads(line)
     if child := os.fork():
@@ -30,20 +31,26 @@ for line in sys.stdin:
         continue
     exec(before)
     said = []
-    backend = loader.load_backend(
-        ModelSettings(source="local", name=path),
-        max_running=2, echo_step_seconds=0, token=None, progress=said.append)
-    print(json.dumps([backend.info.backend, backend.info.backend_reason, said]), flush=True)
+    try:
+        info = loader.load_backend(
+            ModelSettings(source="local", name=path),
+            max_running=2, echo_step_seconds=0, token=None, progress=said.append).info
+        told = info.backend, info.backend_reason, said
+    except ModelLoadError as error:
+        told = "", str(error), said
+    print(json.dumps(told), flush=True)
     os._exit(0)
 """
 
 Loader = Callable[..., tuple[str, str, list[str]]]
-"""Loads a model in a folder that may only be read: the backend, the reason for it, and progress."""
+"""Loads a model in a folder that may only be read: the backend, the reason for it or the error, and
+progress."""
 
 
 def bind_root() -> None:
     """Make the modes of files hold for root, too, after the next exec."""
-    ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
+    for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +123,15 @@ def test_a_folder_with_safetensors(
     """A folder with safetensors that may only be read loads as any other."""
     folder = shutil.copytree(tiny_model_dir, tmp_path / "models" / "tiny")
     assert load_unwritable(folder)[0] == "transformers"
+
+
+def test_a_file_that_may_not_be_read(
+    load_unwritable: Loader, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """The error is about the file's mode, and not about its content."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "models" / "tiny")
+    _, error, _ = load_unwritable(folder, "os.chmod(path + '/model.safetensors', 0)")
+    assert error == (
+        f"{folder}/model.safetensors may not be read by the service's user: change its owner or "
+        "its mode"
+    )

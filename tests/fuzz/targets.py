@@ -27,7 +27,7 @@ from app.core.rate_limit import ClientAddress
 from app.core.security import KeyRing
 from app.llm.detokenizer import StopMatcher
 from app.llm.models.gguf_header import MAGIC, read_header
-from app.llm.tool_calls import ToolCallParser
+from app.llm.tool_calls import CallPiece, ToolCallParser
 from app.utils.errors import InvalidAPIKeyError, InvalidJSONError
 from benchmarks.load.targets import read_stream
 from tests.data import pii_cases
@@ -161,7 +161,9 @@ def _calls(form: Any, pieces: Sequence[str]) -> tuple[str, list[list[str]]]:
     for made in (*(p for piece in pieces for p in parser.feed(piece)), *parser.flush()):
         if isinstance(made, str):
             said += made
-        elif made.name is not None:
+            continue
+        assert isinstance(made, CallPiece)
+        if made.name is not None:
             assert made.index == len(calls)
             calls.append([made.name, made.arguments])
         else:

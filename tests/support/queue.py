@@ -5,7 +5,8 @@ from typing import Any
 
 from app.core.config.engine import EngineSettings
 from app.core.metrics import Metrics
-from app.llm.client.admission import Place, RequestQueue
+from app.llm.client.admission import RequestQueue
+from app.llm.client.place import Place
 from app.llm.protocol import GenerationRequest, SamplingParams, TokenEvent
 from app.utils.errors import ServiceError
 

@@ -218,6 +218,7 @@ async def test_a_failure_comes_after_the_events_before_it(*, in_engine: bool) ->
     assert [e.token_ids for e in await place.events()] == [[1]]
     with pytest.raises(InternalError if in_engine else DrainingError):
         await place.events()
+    place.release()
     failed = engine.value("llm_request_duration_seconds_count", finish_reason="error")
     assert failed == (1 if in_engine else 0)
     place.release()

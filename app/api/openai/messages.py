@@ -93,6 +93,7 @@ class OpenAIMessage(OpenAIModel):
     content: Content = Field(default_factory=list)
     tool_calls: list[ToolCallField] | None = Field(None, max_length=MAX_TOOLS)
     tool_call_id: str | None = None
+    reasoning_content: str = Field("", description="Of an earlier answer; also as reasoning.")
     name: Hint = None
     cache_control: Hint = None
 
@@ -107,6 +108,8 @@ class OpenAIMessage(OpenAIModel):
             raise ValueError("content is missing")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("only messages of the role assistant have tool_calls")
+        if self.reasoning_content and self.role != "assistant":
+            raise ValueError("only messages of the role assistant have reasoning_content")
         if (self.tool_call_id is not None) != (self.role == "tool"):
             raise ValueError("messages of the role tool, and no others, have a tool_call_id")
         return self
@@ -115,8 +118,11 @@ class OpenAIMessage(OpenAIModel):
         """The message as the services take it."""
         role = "system" if self.role == "developer" else self.role
         content = "".join(part.text for part in self.content)
+        message: ChatMessage = {"role": role, "content": content}
+        if self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
         if not self.tool_calls:
-            return {"role": role, "content": content}
+            return message
         calls: list[ToolCall] = [
             {
                 "id": call.id,
@@ -125,14 +131,16 @@ class OpenAIMessage(OpenAIModel):
             }
             for call in self.tool_calls
         ]
-        return {"role": role, "content": content, "tool_calls": calls}
+        return {**message, "tool_calls": calls}
 
 
 def _sent_back(answer: dict[str, Any]) -> dict[str, Any]:
-    """What is read of an earlier answer: its text, or its refusal, and its calls."""
+    """What is read of an earlier answer: its text, or its refusal, its calls and its reasoning."""
     # A call in the form that came before tool_calls would be lost, so it is refused by its name.
     read = ("role", "content", "tool_calls", "function_call")
     kept = {name: value for name, value in answer.items() if name in read}
+    told = [answer.get(name) for name in ("reasoning_content", "reasoning")]
+    kept["reasoning_content"] = next((text for text in told if isinstance(text, str)), None)
     content = kept.get("content")
     if isinstance(content, list):
         content = [part for part in map(_part_sent_back, content) if part is not None]

@@ -10,7 +10,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from pydantic_core import PydanticCustomError
 
 from app.api.openai.messages import MAX_TOOLS, Hint, OpenAIMessage, OpenAIModel
-from app.api.requests import MAX_STOP_CHARS, Sampling, SamplingFields, StopString
+from app.api.requests import (
+    MAX_STOP_CHARS,
+    ReasoningFields,
+    Sampling,
+    SamplingFields,
+    StopString,
+)
 from app.llm.tools import Tool, ToolUse
 
 MAX_CHOICES = 16
@@ -160,7 +166,7 @@ class PlatformHints(OpenAIModel):
     service_tier: Hint = None
 
 
-class ChatCompletionRequest(OpenAIFields, PlatformHints):
+class ChatCompletionRequest(OpenAIFields, ReasoningFields, PlatformHints):
     """Body of POST /v1/chat/completions."""
 
     model_config = ConfigDict(
@@ -181,7 +187,6 @@ class ChatCompletionRequest(OpenAIFields, PlatformHints):
         "modalities": (["text"],),
         "moderation": (),
         "prediction": (),
-        "reasoning_effort": ("none",),
         "web_search_options": (),
     }
 
@@ -289,6 +294,7 @@ class TokenizeRequest(OpenAIModel):
 
     text: str | None = Field(None, min_length=1)
     messages: list[OpenAIMessage] | None = Field(None, min_length=1, max_length=1000)
+    return_token_strs: bool = Field(False, description="Tell the text of each token too.")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
@@ -303,6 +309,9 @@ class TokenizeResponse(BaseModel):
     tokens: list[int] = Field(description="As the model would get them.")
     count: int
     max_tokens: int = Field(description="Most tokens of a prompt and its answer together.")
+    token_strs: list[str] = Field(
+        [], description="The text of each token, a part of a character as U+FFFD; where asked for."
+    )
 
 
 class ModelCard(BaseModel):

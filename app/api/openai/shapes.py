@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from app.api.openai.answers import ChatCompletion, Completion, OpenAIAnswer
-from app.api.respond import Event, Shape, usage
+from app.api.respond import Event, Shape, reasoning_usage, usage
 from app.llm.protocol import EngineInfo
 from app.llm.report import TokenLogprob
-from app.llm.tool_calls import CallPiece, Piece
+from app.llm.tool_calls import CallPiece, Piece, ReasoningPiece
 from app.services.answers import Answer
 
 
@@ -123,6 +123,7 @@ class OpenAIShape(Shape):
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
+            **reasoning_usage(sum(a.report.reasoning_tokens for a in answers)),
         }
 
 
@@ -135,10 +136,16 @@ class ChatCompletionShape(OpenAIShape):
     begin: ClassVar = {"delta": {"role": "assistant", "content": ""}}
     ending: ClassVar = {"delta": {}}
 
+    def __init__(self, *args: Any, reasoning_names: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reasoning_names = reasoning_names
+
     def delta(self, piece: Piece) -> Event:
         """Text, or a part of a call."""
         if isinstance(piece, str):
             return {"delta": {"content": piece}}
+        if isinstance(piece, ReasoningPiece):
+            return {"delta": dict.fromkeys(self._reasoning_names, piece.text)}
         function: Event = {"arguments": piece.arguments}
         call: Event = {"index": piece.index, "function": function}
         if piece.name is not None:
@@ -158,6 +165,8 @@ class ChatCompletionShape(OpenAIShape):
                 calls.append({"id": piece.id, "type": "function", "function": function})
             calls[piece.index]["function"]["arguments"] += piece.arguments
         message: Event = {"role": "assistant", "content": text, "refusal": None}
+        if reasoning := "".join(p.text for p in pieces if isinstance(p, ReasoningPiece)):
+            message |= dict.fromkeys(self._reasoning_names, reasoning)
         if calls:
             message |= {"content": text or None, "tool_calls": calls}
         return {"message": message}

@@ -6,7 +6,7 @@ from app.api.dependencies import Caller, Conversation, Deadline, Generation
 from app.api.errors import STREAM, responses
 from app.api.guard import KEY_SCHEMES, GeneratingRoute
 from app.api.native import ChatShape
-from app.api.requests import ChatRequest, job_fields
+from app.api.requests import ChatRequest, job_fields, reasoning_fields
 from app.api.respond import respond
 from app.api.schemas import ChatResponse
 from app.llm.tools import ChatMessage
@@ -42,7 +42,11 @@ async def chat(
     request: Request,
 ) -> Response:
     """Answer a conversation; with `stream: true` as server-sent events."""
-    messages: list[ChatMessage] = [{"role": m.role, "content": m.content} for m in body.messages]
-    job = Job(messages=messages, **job_fields(body, caller, deadline, request))
+    messages: list[ChatMessage] = [
+        {"role": m.role, "content": m.content, "reasoning_content": m.reasoning}
+        for m in body.messages
+    ]
+    fields = job_fields(body, caller, deadline, request) | reasoning_fields(body)
+    job = Job(messages=messages, **fields)
     opening = conversation.open(job, body.session_id) if body.session_id else generation.open(job)
     return await respond(request, [opening], ChatShape(body.session_id), stream=body.stream)

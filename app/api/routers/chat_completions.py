@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
 
-from app.api.dependencies import AppServices, Caller, Conversation, Deadline, Generation
+from app.api.dependencies import AppServices, Caller, Deadline
 from app.api.errors import STREAM, responses
 from app.api.guard import KEY_SCHEMES
 from app.api.openai.answers import ChatCompletion
@@ -13,6 +13,7 @@ from app.api.openai.messages import chat_messages
 from app.api.openai.routes import OpenAIRoute, answer, jobs_for, take
 from app.api.openai.schemas import ChatCompletionRequest
 from app.api.openai.shapes import ChatCompletionShape
+from app.api.requests import reasoning_fields
 from app.utils.errors import (
     GENERATION_ERRORS,
     ModelNotFoundError,
@@ -32,6 +33,17 @@ SessionId = Annotated[
     ),
 ]
 
+Replaced = Annotated[
+    int,
+    Header(
+        alias="X-Session-Replace",
+        ge=0,
+        le=100_000,
+        description="How many of the session's last messages this turn replaces, once its answer "
+        "is complete: to ask again, or to change what was asked.",
+    ),
+]
+
 
 @router.post(
     "/v1/chat/completions",
@@ -42,12 +54,11 @@ SessionId = Annotated[
 async def chat_completions(
     body: ChatCompletionRequest,
     services: AppServices,
-    generation: Generation,
-    conversation: Conversation,
     caller: Caller,
     deadline: Deadline,
     request: Request,
     session_id: SessionId = None,
+    replaced: Replaced = 0,
 ) -> Response:
     """Answer a conversation as OpenAI's API does."""
     take(body, services)
@@ -59,6 +70,7 @@ async def chat_completions(
             messages=messages,
             tools=body.tool_use,
             logprobs=body.top_logprobs if body.logprobs else None,
+            **reasoning_fields(body),
         )
         for job in jobs_for(body, caller, deadline, request)
     ]
@@ -67,9 +79,13 @@ async def chat_completions(
         n=body.n,
         logprobs=body.logprobs,
         include_usage=body.include_usage,
+        reasoning_names=services.settings.model.reasoning_names,
     )
     openings = [
-        conversation.open(job, session_id) if session_id else generation.open(job) for job in jobs
+        services.conversation.open(job, session_id, replaced=replaced)
+        if session_id
+        else services.generation.open(job)
+        for job in jobs
     ]
     return await answer(request, body, jobs, openings, shape)
 

@@ -39,6 +39,7 @@ class ResponsesRoute(OpenAIRoute):
         "logprobs": "top_logprobs",
         "max_tokens": "max_output_tokens",
         "messages": "input",
+        "reasoning_effort": "reasoning.effort",
         "response_format": "text.format",
         "session_id": "conversation",
     }
@@ -88,7 +89,13 @@ async def create_response(
         first: ChatMessage = {"role": "system", "content": body.instructions}
         messages = [first, *messages]
     (job,) = jobs_for(body, caller, deadline, request)
-    job = replace(job, messages=messages, tools=body.tool_use, logprobs=body.logprobs)
+    job = replace(
+        job,
+        messages=messages,
+        tools=body.tool_use,
+        logprobs=body.logprobs,
+        reasoning_effort=body.effort,
+    )
     turn = Turn(
         session_id=body.conversation,
         previous=body.previous_response_id,

@@ -14,11 +14,16 @@ from app.utils.timing import within
 router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["inference"])
 
 
-@router.post("/v1/tokenize", responses=responses(*GENERATION_ERRORS))
+@router.post(
+    "/v1/tokenize", response_model_exclude_unset=True, responses=responses(*GENERATION_ERRORS)
+)
 async def tokenize(
     body: TokenizeRequest, generation: Generation, deadline: Deadline
 ) -> TokenizeResponse:
     """Count the tokens of a text or a chat, exactly as a request with it would."""
     job = Job(prompt=body.text, messages=chat_messages(body.messages or []))
     tokens, context_length = await within(deadline, generation.tokenize(job))
-    return TokenizeResponse(tokens=tokens, count=len(tokens), max_tokens=context_length)
+    texts = {}
+    if body.return_token_strs:
+        texts["token_strs"] = await within(deadline, generation.token_texts(tokens))
+    return TokenizeResponse(tokens=tokens, count=len(tokens), max_tokens=context_length, **texts)

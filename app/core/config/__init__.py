@@ -43,6 +43,10 @@ class AppSettings(Section):
         description="production refuses the default API key and those under 32 characters, where "
         "development warns, and hides /docs.",
     )
+    playground: bool | Literal["auto"] = Field(
+        "auto",
+        description="Whether `/` is a page to try the model; auto: except in production.",
+    )
     shutdown_grace_seconds: float = Field(
         20.0, ge=0, le=3600, description="Seconds that running requests may take after SIGTERM."
     )
@@ -53,6 +57,13 @@ class AppSettings(Section):
         description="Seconds, within the grace, that an idle service still answers with 503 after "
         "SIGTERM; longer than a load balancer takes to see that it is not ready.",
     )
+
+    @property
+    def has_playground(self) -> bool:
+        """Whether the playground is served."""
+        if self.playground == "auto":
+            return self.environment != "production"
+        return self.playground
 
 
 class ModelSettings(Section):
@@ -107,6 +118,12 @@ class ModelSettings(Section):
         "clamp",
         description="What OpenAI's routes do with a larger max_tokens; clamp cuts it "
         "(X-Max-Tokens-Applied).",
+    )
+    reasoning_names: list[Literal["reasoning_content", "reasoning"]] = Field(
+        ["reasoning_content"],
+        min_length=1,
+        max_length=2,
+        description="Members of /v1/chat/completions that have the reasoning.",
     )
     temperature: float = Field(
         0.7,

@@ -15,7 +15,8 @@ from app.core.config.engine import EngineSettings
 from app.core.config.logging import LoggingSettings
 from app.core.logging import get_logger
 from app.core.metrics import Metrics
-from app.llm.client.admission import Place, PlaceListener, RequestQueue
+from app.llm.client.admission import RequestQueue
+from app.llm.client.place import Place, PlaceListener
 from app.llm.client.process import EngineProcess, engine_python
 from app.llm.client.restarts import Restarts
 from app.llm.client.retries import InFlight

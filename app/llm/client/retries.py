@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 
 from app.core.logging import get_logger
-from app.llm.client.admission import Place
+from app.llm.client.place import Place
 from app.llm.protocol import Cancel, Command, GenerationRequest, Step, Submit
 from app.utils.errors import EngineUnavailableError
 

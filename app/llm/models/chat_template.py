@@ -5,6 +5,7 @@ from the machine but limits neither its time nor the length of its text.
 """
 
 import ctypes
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any, Final
 
 import jinja2
+from jinja2 import meta
 
 from app.utils.errors import ChatTemplateError, ModelLoadError
 
@@ -56,17 +58,34 @@ class ChatTemplate:
         # The thread that renders, and since when.
         self._rendering: tuple[int, float] | None = None
 
+    @property
+    def variables(self) -> set[str]:
+        """Names that the template reads, those of Jinja left out; none where it is broken."""
+        # The library's own tags would be unknown to this parser; they have no variables.
+        source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.source)
+        parser = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])  # noqa: S701 - parses alone  # nosec B701
+        try:
+            names = meta.find_undeclared_variables(parser.parse(source))
+        except (jinja2.TemplateError, SyntaxError, RecursionError):
+            return set()
+        return names - parser.globals.keys()
+
     def render(
-        self, chat: Sequence[Mapping[str, str]], tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        chat: Sequence[Mapping[str, str]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        values: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt for a chat, which ends where the assistant's turn begins.
+
+        ``values`` are further variables.
 
         Raises:
             ChatTemplateError: The template rejects the messages, fails, takes too long or makes too
                 much of them.
         """
         try:
-            text = self._render(chat, tools)
+            text = self._render(chat, tools, values or {})
         except jinja2.TemplateError as error:
             # The template's author wrote the text for callers; what is longer is something else.
             reason = " ".join(str(error).split())[:200]
@@ -81,7 +100,12 @@ class ChatTemplate:
             raise _error(f"makes {len(text)} characters of these messages, which is too much.")
         return text
 
-    def _render(self, chat: Sequence[Mapping[str, str]], tools: Sequence[Mapping[str, Any]]) -> str:
+    def _render(
+        self,
+        chat: Sequence[Mapping[str, str]],
+        tools: Sequence[Mapping[str, Any]],
+        values: Mapping[str, Any],
+    ) -> str:
         render = template_library().render_jinja_template
         with self._lock:
             self._rendering = threading.get_ident(), time.monotonic()
@@ -92,6 +116,7 @@ class ChatTemplate:
                 chat_template=self.source,
                 add_generation_prompt=True,
                 **self._variables,
+                **values,
             )
         finally:
             with self._lock:

@@ -102,9 +102,15 @@ def check_files(snapshot: Snapshot) -> None:
     tensors = size = 0
     for path in sorted(snapshot.directory.glob("*.safetensors")):
         try:
+            # The library calls a file that may not be read missing.
+            path.open("rb").close()
             with safe_open(path, framework="numpy") as file:
                 tensors += len(file.keys())
             size += path.stat().st_size
+        except PermissionError:
+            raise ModelLoadError(
+                f"{path} may not be read by the service's user: change its owner or its mode"
+            ) from None
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(
                 f"{path} is corrupt or truncated ({one_line(error)}): "

@@ -39,6 +39,23 @@ class OutputCall(BaseModel):
     arguments: str = Field(description="JSON text.")
 
 
+class ReasoningText(BaseModel):
+    """A part of the reasoning."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class OutputReasoning(BaseModel):
+    """What the model thought before."""
+
+    id: str
+    type: Literal["reasoning"]
+    status: Status
+    summary: list[Any] = Field(description="Empty.")
+    content: list[ReasoningText]
+
+
 class InputTokensDetails(BaseModel):
     """Where the input's tokens came from."""
 
@@ -87,7 +104,7 @@ class ResponseObject(BaseModel):
     error: None
     incomplete_details: IncompleteDetails | None
     model: str
-    output: list[OutputMessage | OutputCall]
+    output: list[OutputReasoning | OutputMessage | OutputCall]
     usage: ResponsesUsage
     store: bool
     temperature: float
@@ -99,6 +116,7 @@ class ResponseObject(BaseModel):
     instructions: str | None
     max_output_tokens: int | None
     metadata: Any
+    reasoning: dict[str, Any] = Field({}, description="The effort, if one was asked for.")
     parallel_tool_calls: bool
     previous_response_id: str | None
     prompt_cache_key: Any = Field("", description="As it was sent.")

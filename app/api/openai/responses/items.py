@@ -18,13 +18,16 @@ _READ: Final = {
     "message": ("type", "role", "content"),
     "function_call": ("type", "call_id", "name", "arguments"),
     "function_call_output": ("type", "call_id", "output"),
-    "reasoning": ("type",),
+    "reasoning": ("type", "content"),
     "item_reference": ("type", "id"),
 }
 
 
+_TEXT_KINDS: Final = ("input_text", "output_text", "reasoning_text")
+
+
 def _text_kind(kind: Any) -> Any:
-    if kind not in ("input_text", "output_text"):
+    if kind not in _TEXT_KINDS:
         raise PydanticCustomError("unsupported_parameter", "only text parts are supported")
     return kind
 
@@ -40,9 +43,7 @@ def _item_kind(kind: Any) -> Any:
 class InputText(OpenAIModel):
     """A part of an item; other kinds are refused."""
 
-    type: Annotated[
-        str, BeforeValidator(_text_kind), WithJsonSchema({"enum": ["input_text", "output_text"]})
-    ]
+    type: Annotated[str, BeforeValidator(_text_kind), WithJsonSchema({"enum": [*_TEXT_KINDS]})]
     text: str
     annotations: Hint = None
     cache_control: Hint = None
@@ -67,7 +68,7 @@ class InputItem(OpenAIModel):
     role: Literal["system", "developer", "user", "assistant"] | None = Field(
         None, description="Of a message."
     )
-    content: Parts | None = Field(None, description="Of a message.")
+    content: Parts | None = Field(None, description="Of a message, and of reasoning.")
     call_id: str | None = Field(None, description="Of a call and of its result.")
     name: str | None = Field(None, description="Of a call: the function.")
     arguments: str | None = Field(None, description="Of a call: JSON text.")
@@ -92,6 +93,9 @@ class InputItem(OpenAIModel):
     @model_validator(mode="after")
     def _has_what_its_type_needs(self) -> Self:
         needed = set(_READ[self.type]) - {"type"}
+        if self.type == "reasoning":
+            # Of another server's it may be encrypted.
+            needed &= self.model_fields_set
         # OpenAI's client gives messages of a user an id, which nothing refers to.
         sent = self.model_fields_set & {name for names in _READ.values() for name in names}
         if self.type == "message":
@@ -111,7 +115,7 @@ class InputItem(OpenAIModel):
 def _part_sent_back(part: Any) -> Any:
     """A part of an earlier answer; ``None`` if it is no text."""
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("output_text", "input_text", "text"):
+    if kind in ("output_text", "input_text", "reasoning_text", "text"):
         return {"type": "output_text", "text": part.get("text")}
     return {"type": "output_text", "text": part.get("refusal")} if kind == "refusal" else None
 
@@ -119,18 +123,23 @@ def _part_sent_back(part: Any) -> Any:
 def input_messages(items: Sequence[InputItem]) -> list[ChatMessage]:
     """Items as the services take them: calls are a part of the assistant's message before them."""
     messages: list[ChatMessage] = []
+    reasoning = ""
     for item in items:
         if item.type == "reasoning":
+            reasoning = item.text
             continue
         if item.type == "function_call":
             before: ChatMessage | None = messages.pop() if _is_answer(messages) else None
-            said = before or {"role": "assistant", "content": ""}
+            said: ChatMessage = before or {"role": "assistant", "content": ""}
             messages.append({**said, "tool_calls": [*said.get("tool_calls", ()), _call(item)]})
         elif item.type == "function_call_output":
             messages.append({"role": "tool", "content": item.text})
         else:
             role = "system" if item.role == "developer" else str(item.role)
             messages.append({"role": role, "content": item.text})
+        if reasoning and _is_answer(messages):
+            messages[-1]["reasoning_content"] = reasoning
+        reasoning = ""
     return with_one_system(messages)
 
 

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 from app.api.openai.messages import MAX_TOOLS, Hint, OpenAIModel
 from app.api.openai.responses.items import InputItem
 from app.api.openai.schemas import FunctionName, OpenAISampling, PlatformHints, check_tools
-from app.api.requests import JsonSchemaFormat, ResponseFormat
+from app.api.requests import Effort, JsonSchemaFormat, ResponseFormat
 from app.llm.tools import Tool, ToolUse
 
 LOGPROBS: Final = "message.output_text.logprobs"
@@ -89,8 +89,11 @@ class TextField(OpenAIModel):
 class ReasoningField(OpenAIModel):
     """How the model reasons."""
 
-    neutral: ClassVar = {"context": ("auto",), "effort": ("none",), "mode": ("standard",)}
+    neutral: ClassVar = {"context": ("auto",), "mode": ("standard",)}
 
+    effort: Effort | None = Field(
+        None, description="How much the model reasons; as reasoning_effort on the other routes."
+    )
     summary: Hint = None
     generate_summary: Hint = None
 
@@ -194,6 +197,11 @@ class ResponsesRequest(OpenAISampling, PlatformHints):
         return self.max_output_tokens
 
     @property
+    def effort(self) -> Effort | None:
+        """How much the model reasons."""
+        return self.reasoning.effort if self.reasoning else None
+
+    @property
     def response_format(self) -> ResponseFormat | None:
         """The form of the text, as the other routes have it."""
         form = self.text.format if self.text else None
@@ -244,6 +252,7 @@ class ResponsesRequest(OpenAISampling, PlatformHints):
             "metadata": {},
             "parallel_tool_calls": self.parallel_tool_calls,
             "previous_response_id": self.previous_response_id,
+            **({"reasoning": {"effort": self.effort}} if self.effort else {}),
             **({"conversation": {"id": self.conversation}} if self.conversation else {}),
             "text": {"format": {"type": "text"}} | (_dump(self.text) if self.text else {}),
             "tool_choice": choice if isinstance(choice, str) else _dump(choice),

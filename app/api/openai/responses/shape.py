@@ -15,7 +15,7 @@ from app.api.openai.responses.answer import ResponseObject
 from app.api.openai.shapes import chat_logprobs
 from app.api.respond import Event, Shape, usage
 from app.api.sse import frame, told_error
-from app.llm.tool_calls import CallPiece, Piece
+from app.llm.tool_calls import CallPiece, Piece, ReasoningPiece
 from app.services.answers import Answer
 
 _REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
@@ -72,6 +72,12 @@ class ResponsesShape(Shape):
                 self._said.append(piece.arguments)
                 yield self._item_event("function_call_arguments.delta", delta=piece.arguments)
             return
+        if isinstance(piece, ReasoningPiece):
+            if self._item is None or self._item["type"] != "reasoning":
+                yield from self._open_reasoning()
+            self._said.append(piece.text)
+            yield self._item_event("reasoning_text.delta", content_index=0, delta=piece.text)
+            return
         if self._item is None or self._item["type"] != "message":
             yield from self._open_message()
         self._said.append(piece)
@@ -119,6 +125,11 @@ class ResponsesShape(Shape):
         yield from self._open("msg", "message", role="assistant", content=[])
         yield self._item_event("content_part.added", content_index=0, part=_text("", []))
 
+    def _open_reasoning(self) -> Iterator[Event]:
+        yield from self._open("rs", "reasoning", summary=[], content=[])
+        part = {"type": "reasoning_text", "text": ""}
+        yield self._item_event("content_part.added", content_index=0, part=part)
+
     def _open_call(self, piece: CallPiece) -> Iterator[Event]:
         called = {"call_id": piece.id, "name": piece.name, "arguments": ""}
         yield from self._open("fc", "function_call", **called)
@@ -132,8 +143,10 @@ class ResponsesShape(Shape):
         if self._item["type"] == "message":
             part = _text(said, likely)
             yield self._item_event("output_text.done", content_index=0, text=said, logprobs=likely)
-            yield self._item_event("content_part.done", content_index=0, part=part)
-            self._item["content"] = [part]
+            yield from self._close_part(part)
+        elif self._item["type"] == "reasoning":
+            yield self._item_event("reasoning_text.done", content_index=0, text=said)
+            yield from self._close_part({"type": "reasoning_text", "text": said})
         else:
             yield self._item_event("function_call_arguments.done", arguments=said)
             self._item["arguments"] = said
@@ -142,6 +155,11 @@ class ResponsesShape(Shape):
         self._output.append(self._item)
         self._item = None
         yield self._event("response.output_item.done", **done)
+
+    def _close_part(self, part: Event) -> Iterator[Event]:
+        yield self._item_event("content_part.done", content_index=0, part=part)
+        assert self._item is not None  # noqa: S101 - one is open  # nosec B101
+        self._item["content"] = [part]
 
     def _response(self, answer: Answer, status: str) -> Event:
         return {

@@ -168,7 +168,8 @@ def _cache_bytes(
         size = cache_values_per_token(config) * _CACHE_BYTES.get(settings.dtype, _CACHE_BYTES_16)
         context = int(arguments.get("max_model_len") or context_length(config))
     tokens = cache_tokens(context_length=context, max_running=max_running, bytes_per_token=size)
-    return int(tokens * size)
+    # vLLM keeps one block empty.
+    return int((tokens + BLOCK_SIZE) * size)
 
 
 def _device(settings: ModelSettings) -> str:
