@@ -12,7 +12,6 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
-import openvino
 import pytest
 import torch
 from torch import Tensor
@@ -106,6 +105,8 @@ def test_a_graph_computes_what_the_model_does(tiny_model_dir: Path) -> None:
     ids = torch.arange(20, 30)[None]
     with torch.no_grad():
         expected = model(ids).logits.numpy()
+    import openvino
+
     graph = to_openvino(model, lambda weight: weight_constant(weight, 16))
     exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
     steps = openvino.Core().compile_model(graph, "CPU", exact).create_infer_request()
@@ -330,6 +331,8 @@ def test_weights_are_rounded_to_the_nearest(bits: int, step: float, columns: int
     torch.manual_seed(0)
     weight = torch.randn(6, columns).bfloat16()
     weight[0] = 0
+    import openvino
+
     node = weight_constant(weight, bits)
     model = openvino.Model([node], [])
     read = openvino.Core().compile_model(model, "CPU")([])[0]
