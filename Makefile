@@ -207,7 +207,7 @@ test-replicas: install ## Restart and kill copies of the service behind a real H
 
 .PHONY: failures
 failures: install ## Failure modes at their full size: 10,000 connections, half a minute of silence
-	$(RUN) pytest tests/api -m full_size -rP
+	$(RUN) pytest tests/api tests/engine -m full_size -rP
 
 .PHONY: fuzz
 fuzz: install ## Fuzz for an hour or more (ARGS="schema wire code --schema-cases 5000 …" for a part)

@@ -251,15 +251,15 @@ def _why_not_openvino(settings: ModelSettings, snapshot: Snapshot | None) -> str
             "model.engine is openvino, but the package openvino-genai is not installed: install "
             "it, or set MODEL__ENGINE=auto"
         )
-    if reason is None and snapshot is not None and snapshot.weights is None:
-        reason = "OpenVINO reads GGUF and its own format, and these weights are safetensors"
+    is_asked = settings.quantization in {"int8", "int4"}
+    if reason is None and snapshot and snapshot.weights and is_asked:
+        reason = "OpenVINO computes in the precision that a model was converted to"
+    if reason is None and snapshot and not snapshot.weights and settings.engine == "auto":
+        reason = "safetensors are converted for OpenVINO where MODEL__ENGINE=openvino asks for it"
     if reason is None or settings.engine in ("transformers", "vllm"):
         return reason
     if settings.engine == "openvino":
-        raise ModelLoadError(
-            f"model.engine is openvino, but {reason}: set MODEL__ENGINE=auto, or convert the model "
-            "(make export-openvino)"
-        )
+        raise ModelLoadError(f"model.engine is openvino, but {reason}: set MODEL__ENGINE=auto")
     return f"model.engine is auto, and {reason}"
 
 
@@ -271,8 +271,6 @@ def _why_never_openvino(settings: ModelSettings) -> str | None:
             "model.device is cuda, where OpenVINO does not run, and vLLM is not installed "
             "(make install-vllm) or cannot read the model"
         )
-    if settings.quantization in {"int8", "int4"}:
-        return "OpenVINO computes in the precision that a model was converted to"
     return None
 
 
@@ -289,7 +287,9 @@ def find_model(
     """
     if settings.source == "bundled":
         return _fetch_bundled(progress)
-    openvino = _why_never_openvino(settings) is None
+    # Safetensors are converted to the precision that is asked for.
+    is_asked = settings.quantization in {"int8", "int4"}
+    openvino = _why_never_openvino(settings) is None and not is_asked
     if settings.source == "local":
         return _find_local(Path(settings.name).expanduser(), openvino=openvino)
     # The client of the hub takes a tenth of a second to import.

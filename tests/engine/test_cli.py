@@ -91,10 +91,6 @@ BAD = {
     "no name": ({"MODEL__NAME": "not a name"}, "is not a hub repository name"),
     "token": ({"HUGGINGFACE_TOKEN": "hf_\u00e9"}, "HUGGINGFACE_TOKEN holds characters"),
     "device": ({"MODEL__DEVICE": "cuda", "MODEL__QUANTIZATION": "int8"}, "only a CPU runs"),
-    "engine": (
-        {"MODEL__ENGINE": "openvino", "MODEL__QUANTIZATION": "int8"},
-        "model.engine is openvino, but OpenVINO computes",
-    ),
     # An address of the block for documentation (RFC 5737), which no machine has.
     "address": ({"APP__HOST": "192.0.2.1"}, "cannot listen on 192.0.2.1, port "),
     "host": ({"APP__HOST": "a..b"}, "cannot listen on a..b, port "),
