@@ -19,6 +19,7 @@ from sse_starlette.sse import AppStatus
 from app import __version__
 from app.api.application import GuardedApplication
 from app.api.dependencies import Services
+from app.api.document import DOCUMENT
 from app.api.errors import register_error_handlers
 from app.api.guard import GeneratingRoute
 from app.api.load_shedding import LoadShedding
@@ -48,6 +49,7 @@ from app.core.config.doubts import doubts
 from app.core.config.security import SecuritySettings
 from app.core.event_loop import EventLoopMonitor
 from app.core.logging import configure_logging, get_logger
+from app.core.machine import compute_threads
 from app.core.metrics import Metrics
 from app.core.rate_limit import CallerLimits, ClientAddress
 from app.core.reload import reloading_on_hangup
@@ -139,7 +141,24 @@ def create_app(
             enabled=settings.chat_history.enabled,
         ),
     )
+    engine.on_ready = partial(announce, services)
     return _build(settings, services, chains, state, spans)
+
+
+def announce(services: Services, address: str | None = None) -> None:
+    """Log that requests are taken: at which address, by which engine, and with what."""
+    settings, info = services.settings, services.engine.info
+    if info is None:
+        return
+    at = f" at {address}" if address else ""
+    if address and settings.app.has_playground:
+        at += " (open it for the playground)"
+    threads = f", {compute_threads(os.environ)} threads" if info.device == "cpu" else ""
+    names = ("process_resident_memory_bytes", "llm_engine_process_resident_memory_bytes")
+    used = sum(services.metrics.registry.get_sample_value(name) or 0 for name in names)
+    engine = f"{info.backend} ({info.device}, {info.dtype}{threads})"
+    size = f"{used / 1e6:,.0f} MB of memory, a context of {info.context_length:,} tokens"
+    log.info("ready for requests%s: %s on %s, %s", at, info.model, engine, size)
 
 
 def _make_engine(
@@ -182,6 +201,7 @@ def _build(
         connections=Connections(settings.server, services.addresses, services.metrics),
         title=settings.app.name,
         version=__version__,
+        **DOCUMENT,
         lifespan=_lifespan(settings, services, chains, state, spans),
         docs_url=None,
         redoc_url=None,

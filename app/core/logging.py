@@ -6,6 +6,7 @@ put a piece of a prompt into it. Code that knows that there is none logs the mes
 """
 
 import logging
+import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 from pythonjsonlogger.json import JsonFormatter
 
 from app.core.config.logging import LoggingSettings
-from app.core.log_queue import LogQueue
+from app.core.log_queue import PERCENT, LogQueue
 from app.utils.timing import utc_timestamp
 
 LOGGER_NAME = "llm_service"
@@ -30,6 +31,7 @@ request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 trace_var: ContextVar[dict[str, str] | None] = ContextVar("trace", default=None)
 """Members that name the request's span in each of its lines, where it is traced."""
 
+_PERCENT_STEP = 5
 # Libraries whose lines at INFO are noise, or repeat the access log.
 _QUIET = ("httpx", "httpcore", "huggingface_hub", "transformers", "filelock", "sse_starlette")
 
@@ -37,6 +39,29 @@ _QUIET = ("httpx", "httpcore", "huggingface_hub", "transformers", "filelock", "s
 def get_logger(name: str | None = None) -> logging.Logger:
     """The service's logger, or a child of it."""
     return logging.getLogger(f"{LOGGER_NAME}.{name}" if name else LOGGER_NAME)
+
+
+def log_progress(message: str, percent: int | None) -> None:
+    """Log how far something is: a bar at a terminal, else a line every few per cent."""
+    get_logger("engine").info(message, extra={} if percent is None else {PERCENT: percent})
+
+
+class _FewPercents(logging.Filter):
+    """Leaves out progress of less than five per cent."""
+
+    _told = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether ``record`` is to be written."""
+        percent = getattr(record, PERCENT, None)
+        if percent is None:
+            return True
+        if percent < self._told:
+            self._told = 0
+        if percent < self._told + _PERCENT_STEP:
+            return False
+        self._told = percent
+        return True
 
 
 class _WithoutMessages(logging.Formatter):
@@ -107,8 +132,13 @@ def configure_logging(settings: LoggingSettings, descriptor: int = STDERR) -> Lo
     for before in root.handlers:
         if isinstance(before, LogQueue):
             before.close()
-    formatter = ServiceJsonFormatter() if settings.format == "json" else TextFormatter()
-    handler = LogQueue(descriptor, formatter)
+    is_terminal = os.isatty(descriptor)
+    is_text = settings.format == "text" or (settings.format == "auto" and is_terminal)
+    formatter = TextFormatter() if is_text else ServiceJsonFormatter()
+    draws = is_text and is_terminal
+    handler = LogQueue(descriptor, formatter, draws=draws)
+    if not draws:
+        handler.addFilter(_FewPercents())
     root.handlers[:] = [handler]
     logging.captureWarnings(True)
     root.setLevel(logging.WARNING)
