@@ -89,9 +89,27 @@ MISTRAL: Final = (
     "{{ bos_token }}{% for m in chat %}{% if m.role == 'user' %}{% if loop.last and tools %}"
     "[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
     "[INST] {{ (system if loop.last else '') + m.content }}[/INST]"
-    "{% elif m.tool_calls %}[TOOL_CALLS] {{ m.tool_calls | tojson }}{{ eos_token }}"
-    "{% elif m.role == 'tool' %}[TOOL_RESULTS] {{ m.content }}[/TOOL_RESULTS]"
+    "{% elif m.tool_calls %}[TOOL_CALLS] [{% for call in m.tool_calls %}"
+    "{% if call.id | length != 9 %}{{ raise_exception('ids have 9 characters') }}{% endif %}"
+    "{{ (call.function | tojson)[:-1] + ', \"id\": \"' + call.id + '\"}' }}"
+    "{{ ', ' if not loop.last else ']' + eos_token }}{% endfor %}"
+    "{% elif m.role == 'tool' %}"
+    "{% if m.tool_call_id | length != 9 %}{{ raise_exception('ids have 9 characters') }}{% endif %}"
+    "[TOOL_RESULTS] {{ m.content }}, {{ m.tool_call_id }}[/TOOL_RESULTS]"
     "{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+# The reasoning of its latest models is left out here.
+MISTRAL_ARGS: Final = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}"
+    "[SYSTEM_PROMPT]{{ messages[0].content }}[/SYSTEM_PROMPT]{% endif %}"
+    "{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %}{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{% set given = call.function.arguments %}"
+    "{{ '[TOOL_CALLS]' + call.function.name + '[ARGS]' }}"
+    "{{ given if given is string else given | tojson }}{% endfor %}{{ eos_token }}"
+    "{% elif m.role == 'tool' %}[TOOL_RESULTS]{{ m.content }}[/TOOL_RESULTS]{% endif %}{% endfor %}"
 )
 
 GEMMA: Final = (
