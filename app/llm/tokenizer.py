@@ -15,6 +15,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count, pairwise
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
@@ -28,7 +29,7 @@ from app.llm.models.renamed_tokens import rename_added_tokens
 from app.llm.protocol import EngineInfo
 from app.llm.reasoning import REASONING_MEMBERS, ModelReasoning, Thinking
 from app.llm.spellings import Spellings
-from app.llm.tool_calls import with_tool_calls
+from app.llm.tool_calls import escaped_around_calls, with_tool_calls
 from app.llm.tools import Tool, tool_format
 from app.utils.errors import ChatTemplateError, ValidationFailedError
 
@@ -177,11 +178,7 @@ class PromptTokenizer:
             messages = with_tool_calls(messages, self.tool_format)
         if not self._takes_system:
             messages = _fold_system(messages)
-        # A template may look for such a token in an answer, as for the end of its reasoning.
-        plain = [
-            self._spellings.escape(m["content"], is_answer=m["role"] == "assistant")
-            for m in messages
-        ]
+        plain = [self._escape(m["role"], m["content"]) for m in messages]
         told = tools if self.tool_format.in_template else ()
         definitions = [self._spellings.escape_within(tool.definition()) for tool in told]
         values = self._spellings.escape_within(values)
@@ -208,6 +205,14 @@ class PromptTokenizer:
             written += [self._write(f"@{ids}"), answer, self._write("/"), literal]
             position = end + len(literal)
         return "".join(written) + rendered[position:]
+
+    def _escape(self, role: str, content: str) -> str:
+        """A message's text in which only the marks of calls are special tokens."""
+        # A template may look for such a token in an answer, as for the end of its reasoning.
+        escape = partial(self._spellings.escape, is_answer=role == "assistant")
+        if role != "assistant" or not self.call_marks or self.tool_format.calls_in_template:
+            return escape(content)
+        return escaped_around_calls(content, self.tool_format, escape)
 
     def _probe_frames(self) -> bool:
         """Whether a turn begins with a token that no text of a caller can become."""
@@ -241,7 +246,7 @@ class PromptTokenizer:
             chat.append({"role": message["role"], "content": content})
             if reasoning := message.get("reasoning_content"):
                 chat[-1] |= dict.fromkeys(REASONING_MEMBERS, self._spellings.escape(reasoning))
-            for name in message.keys() & {"tool_calls", "tool_call_id", "name"}:
+            for name in message.keys() & {"tool_calls", "tool_call_id", "name", "tools"}:
                 chat[-1][name] = self._spellings.escape_within(message[name])
         return self._template.render(chat, tools, values)
 

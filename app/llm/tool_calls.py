@@ -10,7 +10,7 @@ from itertools import count
 from typing import Any
 
 from app.llm.detokenizer import overlap
-from app.llm.tools import ToolFormat
+from app.llm.tools import CalledFunction, ToolFormat
 
 _SPACE = " \t\r\n"
 # A function's name has at most 64 characters; the rest leaves room for white space.
@@ -229,13 +229,17 @@ def with_tool_calls(
     numbers = count()
     for message in messages:
         if message["role"] == "assistant":
-            text, found = _read_calls(message["content"], form)
+            text, found = read_calls(message["content"], form)
             # Mistral's ids have nine letters and digits.
             called = [{"tool_call_id": f"call{next(numbers):05}", "name": f["name"]} for f in found]
             unanswered = called.copy()
             if found:
                 calls = [
-                    {"id": c["tool_call_id"], "type": "function", "function": f}
+                    {
+                        "id": c["tool_call_id"],
+                        "type": "function",
+                        "function": {**f, "arguments": _as_value(f["arguments"])},
+                    }
                     for c, f in zip(called, found, strict=True)
                 ]
                 kept = {k: v for k, v in message.items() if k != "token_ids"}
@@ -246,13 +250,10 @@ def with_tool_calls(
     return converted
 
 
-def _read_calls(text: str, form: ToolFormat) -> tuple[str, list[dict[str, Any]]]:
-    """The text of a whole answer without its calls, and each call's name and arguments.
-
-    Arguments that are no JSON stay text.
-    """
+def read_calls(text: str, form: ToolFormat) -> tuple[str, list[CalledFunction]]:
+    """The text of a whole answer without its calls, and the calls."""
     parser = ToolCallParser(form)
-    said, calls = "", list[dict[str, Any]]()
+    said, calls = "", list[CalledFunction]()
     for piece in (*parser.feed(text), *parser.flush()):
         if isinstance(piece, CallPiece):
             if piece.name is not None:
@@ -260,10 +261,25 @@ def _read_calls(text: str, form: ToolFormat) -> tuple[str, list[dict[str, Any]]]
             calls[-1]["arguments"] += piece.arguments
         elif isinstance(piece, str):
             said += piece
-    for call in calls:
-        with suppress(ValueError, RecursionError):
-            call["arguments"] = json.loads(call["arguments"])
     return said, calls
+
+
+def escaped_around_calls(text: str, form: ToolFormat, escape: Callable[[str], str]) -> str:
+    """An answer's text with all escaped that its calls do not consist of."""
+    said, calls = read_calls(text, form)
+    if not calls:
+        return escape(text)
+    clean: list[CalledFunction] = [
+        {"name": call["name"], "arguments": escape(call["arguments"])} for call in calls
+    ]
+    return "\n".join([*([escape(said)] if said else []), form.written(clean)])
+
+
+def _as_value(arguments: str) -> Any:
+    """Arguments as templates take them; those that are no JSON stay text."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(arguments)
+    return arguments
 
 
 class _Begin:

@@ -127,6 +127,7 @@ class ToolFormat:
         separator: What stands between calls that share one mark; ``None``: each has its own.
         in_template: Whether the chat template renders tools and their results.
         calls_in_template: Whether it renders calls from ``tool_calls``; else they are text.
+        tools_in_system: Whether it reads tools from the system message, as JSON text.
     """
 
     mark: str
@@ -137,6 +138,7 @@ class ToolFormat:
     separator: str | None = None
     in_template: bool = True
     calls_in_template: bool = False
+    tools_in_system: bool = False
 
     @property
     def trigger(self) -> str:
@@ -152,7 +154,8 @@ class ToolFormat:
         """Whether a token stands in the calls that a model writes."""
         return token in f"{self.mark}{self.opening}{self.head}{self.foot}{self.closing}"
 
-    def _written(self, calls: Sequence[CalledFunction]) -> str:
+    def written(self, calls: Sequence[CalledFunction]) -> str:
+        """Calls as the model writes them."""
         bodies = [
             self.head.replace(_NAME, call["name"]) + (call["arguments"] or "{}") + self.foot
             for call in calls
@@ -202,7 +205,7 @@ class ToolFormat:
         called = [call["function"] for call in message.get("tool_calls", ())]
         if not called:
             return message
-        parts.append(self._written(called))
+        parts.append(self.written(called))
         written: ChatMessage = {"role": message["role"], "content": "\n".join(parts)}
         if reasoning := message.get("reasoning_content"):
             written["reasoning_content"] = reasoning
@@ -212,8 +215,10 @@ class ToolFormat:
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]
     ) -> list[Mapping[str, Any]]:
         """Messages with tools and results as text; unchanged if the template renders tools."""
-        if self.in_template:
+        if self.in_template and not (self.tools_in_system and tools):
             return list(messages)
+        if self.in_template:
+            return _tools_in_system(messages, tools)
         converted = _results_as_user(messages)
         if not tools:
             return converted
@@ -236,6 +241,17 @@ _FORMATS: tuple[tuple[tuple[str, ...], ToolFormat], ...] = (
         ("<|python_tag|>", '"parameters": '),
         ToolFormat("", "", '{"name": "NAME", "parameters": ', "}"),
     ),
+    # Phi 4 mini.
+    (
+        ("<|/tool|>", "'tools' in message"),
+        ToolFormat(
+            *("<|tool_call|>", "[", _OBJECT, "}", "]<|/tool_call|>"),
+            separator=", ",
+            tools_in_system=True,
+        ),
+    ),
+    # Granite 3.
+    (("<|tool_call|>",), ToolFormat("<|tool_call|>", "[", _OBJECT, "}", "]", separator=", ")),
     # Mistral from version 11 of its format on: Ministral 3, Devstral 2, Mistral Large 3.
     (
         ("[TOOL_CALLS]", "[ARGS]"),
@@ -257,6 +273,16 @@ def tool_format(template: str) -> ToolFormat:
         return DEFAULT_FORMAT
     found = (form for signs, form in _FORMATS if all(sign in template for sign in signs))
     return next(found, DEFAULT_FORMAT)
+
+
+def _tools_in_system(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]
+) -> list[Mapping[str, Any]]:
+    rest = list(messages)
+    said = rest.pop(0)["content"] if rest and rest[0]["role"] == "system" else ""
+    told = json.dumps([tool.definition()["function"] for tool in tools], ensure_ascii=False)
+    content = said or "You are a helpful assistant with some tools."
+    return [{"role": "system", "content": content, "tools": told}, *rest]
 
 
 def _results_as_user(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -139,6 +139,14 @@ PHI3: Final = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
     f"{_ASK}{{{{ '<|assistant|>\\n' }}}}{{% else %}}{{{{ eos_token }}}}{{% endif %}}"
 )
+# The tools are a member of the system message, as JSON text.
+PHI4_MINI: Final = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' and 'tools' in message and message['tools'] is not none %}"
+    "{{ '<|system|>' + message['content'] + '<|tool|>' + message['tools'] + '<|/tool|><|end|>' }}"
+    "{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}"
+    f"{_END}{_ASK}{{{{ '<|assistant|>' }}}}{{% else %}}{{{{ eos_token }}}}{{% endif %}}"
+)
 PHI4: Final = (
     f"{_EACH}<|im_start|>{{{{ m.role }}}}<|im_sep|>{{{{ m.content }}}}<|im_end|>{_END}"
     f"{_ASK}<|im_start|>assistant<|im_sep|>{{% endif %}}"
@@ -187,6 +195,11 @@ GRANITE: Final = (
     "{{ tools | tojson(indent=4) }}<|end_of_text|>\n"
     f"{{% endif %}}{_EACH}<|start_of_role|>{{{{ m.role }}}}<|end_of_role|>{{{{ m.content }}}}"
     f"<|end_of_text|>\n{_END}{_ASK}<|start_of_role|>assistant<|end_of_role|>{{% endif %}}"
+)
+GRANITE3: Final = (
+    "<|start_of_role|>system<|end_of_role|>You help.{% if tools %} Where a tool is required, "
+    "respond only with <|tool_call|> followed by a JSON list of tools used.{% endif %}"
+    "<|end_of_text|>\n" + GRANITE.replace("tools<|end", "available_tools<|end")
 )
 OPENCHAT: Final = (
     "{{ bos_token }}{% for m in messages %}"

@@ -36,14 +36,14 @@ class Model:
     """A model's template and tokens, and the calls of :data:`CALLS` as it writes them.
 
     Attributes:
-        reads_text: Whether its template takes arguments as JSON text.
+        is_text: Whether its template takes calls as text of the answer.
     """
 
     template: str
     special: tuple[str, ...]
     written: str
     plain: tuple[str, ...] = ()
-    reads_text: bool = False
+    is_text: bool = False
 
 
 MODELS = {
@@ -59,6 +59,21 @@ MODELS = {
         f'[TOOL_CALLS][{{"name": "add", "arguments": {GIVEN[0]}, "id": "abc"}},'
         f'{{"name": "now", "arguments": {{}}, "id": "}}"}}, '
         f'{{"name":"add","arguments":{GIVEN[2]}}}]',
+    ),
+    "granite 3": Model(
+        templates.GRANITE3,
+        ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>", "<|tool_call|>"),
+        f'<|tool_call|>[{{"name": "add", "arguments": {GIVEN[0]}}}, '
+        f'{{"name": "now", "arguments": {{}}}}, {{"name": "add", "arguments": {GIVEN[2]}}}]',
+        is_text=True,
+    ),
+    "phi 4 mini": Model(
+        templates.PHI4_MINI,
+        ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>"),
+        f'<|tool_call|>[{{"name": "add", "arguments": {GIVEN[0]}}}, {{"name": "now", '
+        f'"arguments": {{}}}}, {{"name": "add", "arguments": {GIVEN[2]}}}]<|/tool_call|>',
+        plain=("<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>"),
+        is_text=True,
     ),
     "mistral args": Model(
         templates.MISTRAL_ARGS,
@@ -112,7 +127,7 @@ def test_calls_are_read_wherever_the_answer_is_cut(
 
 def test_the_prompt_is_that_of_the_template(model: Model, tokenizer: PromptTokenizer) -> None:
     """Tools, calls of an earlier answer and their results are written by the model's template."""
-    messages: list[Any] = [{"role": "user", "content": "?"}]
+    messages: list[Any] = [{"role": "system", "content": "S"}, {"role": "user", "content": "?"}]
     given: list[ToolCall] = [
         {"id": str(i), "type": "function", "function": {"name": name, "arguments": GIVEN[i]}}
         for i, (name, _) in enumerate(CALLS)
@@ -121,21 +136,21 @@ def test_the_prompt_is_that_of_the_template(model: Model, tokenizer: PromptToken
     results = [{"role": "tool", "content": str(i)} for i in range(len(CALLS))]
     (text,) = tokenizer.tool_format.as_text([answer])
     prompt = tokenizer.encode_chat([*messages, text, *results], TOOLS)
-    functions = [
-        {"name": n, "arguments": GIVEN[i] if model.reads_text else given_}
-        for i, (n, given_) in enumerate(CALLS)
-    ]
+    functions = [{"name": name, "arguments": arguments} for name, arguments in CALLS]
     calls = [
         {"id": f"call0000{i}", "type": "function", "function": f} for i, f in enumerate(functions)
     ]
     told = [
         *messages,
-        {"role": "assistant", "content": "", "tool_calls": calls},
+        text if model.is_text else {**answer, "tool_calls": calls},
         *(
             {**result, "tool_call_id": f"call0000{i}", "name": CALLS[i][0]}
             for i, result in enumerate(results)
         ),
     ]
+    if tokenizer.tool_format.tools_in_system:
+        functions = [tool.definition()["function"] for tool in TOOLS]
+        messages[0]["tools"] = json.dumps(functions)
     names = described(model.template, model.special, model.plain).special_tokens
     (rendered,), _ = render_jinja_template(
         [told],
@@ -183,7 +198,7 @@ def written(form: ToolFormat, *names: str) -> str:
 def test_a_call_is_held_in_the_models_own_format(model: Model, tokenizer: PromptTokenizer) -> None:
     """Grammars allow calls as the model writes them, by its special tokens or by letters."""
     form, decoder = tokenizer.tool_format, tokenizer.decoder
-    end = decoder.token_to_id("<|im_end|>")
+    end = decoder.encode("<|im_end|>", add_special_tokens=False).ids[0]
     compiler = GrammarCompiler(decoder.to_str(), decoder.get_vocab_size(), [end])
     tools = (Tool("now"), Tool("later"))
     one, both, wrong = (written(form, *n.split()) for n in ("now", "now later", "now never"))

@@ -77,7 +77,7 @@ class GrammarCompiler:
         )
         thread.shutdown(wait=False)
         added = json.loads(tokenizer_json).get("added_tokens", [])
-        self._special = {t["content"]: t["id"] for t in added if t["special"]}
+        self._added = {token["content"]: token["id"] for token in added}
 
     def compile(self, grammar: Grammar) -> TokenMask:
         """Compile a grammar to the mask of an answer's first token.
@@ -87,7 +87,7 @@ class GrammarCompiler:
         """
         matcher = llguidance.LLMatcher(
             self._tokenizer.result(),
-            translate(grammar, self._special),
+            translate(grammar, self._added),
             log_level=0,
             limits=llguidance.LLParserLimits(verbose_errors=False),
         )
@@ -96,10 +96,11 @@ class GrammarCompiler:
         return TokenMask(matcher)
 
 
-def translate(grammar: Grammar, special: Mapping[str, int]) -> str:
+def translate(grammar: Grammar, added: Mapping[str, int]) -> str:
     """Translate a grammar to llguidance's format.
 
-    ``special`` are the ids of special tokens by their texts, which no text of a grammar matches.
+    ``added`` are the ids of added tokens by their texts. No text of a grammar matches those that
+    are special, or that stand in angle brackets.
 
     Raises:
         GrammarError: It is malformed.
@@ -110,7 +111,7 @@ def translate(grammar: Grammar, special: Mapping[str, int]) -> str:
     if isinstance(grammar, RegexGrammar):
         pattern = regex.canonical(regex.parse(grammar.pattern, whole=True))
         return llguidance.LLMatcher.grammar_from_regex(pattern)
-    return llguidance.LLMatcher.grammar_from_lark(_lark(grammar, special))
+    return llguidance.LLMatcher.grammar_from_lark(_lark(grammar, added))
 
 
 def _first_line(error: str) -> str:
@@ -118,9 +119,9 @@ def _first_line(error: str) -> str:
     return error.partition("\n")[0][:200]
 
 
-def _lark(grammar: TagsGrammar, special: Mapping[str, int]) -> str:
+def _lark(grammar: TagsGrammar, added: Mapping[str, int]) -> str:
     def text(written: str) -> str:
-        return _text(written, special)
+        return _text(written, added)
 
     # If text is allowed between the tags, the rule ``trigger`` has read the start of a tag already.
     skip = 0 if grammar.required else len(grammar.trigger)
@@ -138,7 +139,7 @@ def _lark(grammar: TagsGrammar, special: Mapping[str, int]) -> str:
             pattern = regex.canonical(regex.parse(grammar.otherwise.pattern, whole=True))
             rules[0] += f" | /{pattern}/"
     else:
-        mark = special.get(grammar.trigger)
+        mark = added.get(grammar.trigger)
         rules = [
             "start: one | TEXT" if single or shared else "start: one* TEXT",
             f"one: trigger ({tagged})" + ("" if mark is None else f" | TEXT <[{mark}]> ({tagged})"),
@@ -154,13 +155,13 @@ def _json_schema(text: str) -> str:
     return json.dumps({"x-guidance": _JSON_OPTIONS, **_closed(parse_schema(text))})
 
 
-def _text(text: str, special: Mapping[str, int]) -> str:
-    """A text, in which each special token may also be spelled by other tokens."""
-    pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+def _text(text: str, added: Mapping[str, int]) -> str:
+    """A text, in which each added token may also be spelled by other tokens."""
+    pattern = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
     parts = re.split(f"({pattern})", text) if pattern else [text]
     written = (
-        f"({json.dumps(part)} | <[{special[part]}]>)"
-        if part in special
+        f"({json.dumps(part)} | <[{added[part]}]>)"
+        if part in added
         else json.dumps(part, ensure_ascii=False)
         for part in parts
         if part
