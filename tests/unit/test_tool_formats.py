@@ -46,7 +46,26 @@ class Model:
     is_text: bool = False
 
 
+def hermes(name: str, arguments: str) -> str:
+    """A call as Hermes and Qwen write it."""
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+_HERMES = "\n".join(hermes(name, GIVEN[i]) for i, (name, _) in enumerate(CALLS))
 MODELS = {
+    "hermes": Model(templates.HERMES, (), _HERMES, is_text=True),
+    # The markers of Qwen 2.5 and 3 are tokens, which are not special.
+    "qwen": Model(
+        templates.QWEN_THINKING, (), _HERMES, plain=("<tool_call>", "</tool_call>"), is_text=True
+    ),
+    "llama 3": Model(
+        templates.LLAMA3,
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"),
+        "; ".join(
+            f'{{"name": "{name}", "parameters": {GIVEN[i]}}}' for i, (name, _) in enumerate(CALLS)
+        ),
+        is_text=True,
+    ),
     "mistral": Model(
         templates.MISTRAL,
         ("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
