@@ -46,16 +46,13 @@ from app.core.config import Settings, load_settings, settings_files
 from app.core.config.doubts import doubts
 from app.core.config.security import SecuritySettings
 from app.core.event_loop import EventLoopMonitor
-from app.core.idempotency import IdempotencyStore
 from app.core.logging import configure_logging, get_logger
 from app.core.metrics import Metrics
 from app.core.rate_limit import CallerLimits, ClientAddress
 from app.core.reload import reloading_on_hangup
 from app.core.security import KeyRing
-from app.core.sessions import SessionStore
 from app.core.shutdown import GracefulShutdown
 from app.core.tracing import limit_tracing
-from app.core.usage import UsageLedger
 from app.llm.client.client import EngineClient
 from app.llm.generator import GenerationOptions, TextGenerator
 from app.llm.models.chat_template import template_library
@@ -63,6 +60,7 @@ from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
 from app.services.response_cache import ResponseCache
 from app.services.screening import Screening
+from app.state.shared import State, make_state
 from app.utils.errors import StartupError
 from app.utils.garbage import no_collections
 
@@ -101,7 +99,7 @@ def create_app(
     limit_tracing(settings.tracing, os.environ)
     metrics = Metrics(lines.take_dropped)
     keys = KeyRing(settings.security)
-    ledger = UsageLedger(keys, metrics)
+    state = make_state(settings, metrics, keys)
     engine = _make_engine(settings, metrics, on_fatal)
     generator = TextGenerator(engine)
     chains = cache(partial(_make_chains, settings, generator))
@@ -109,10 +107,10 @@ def create_app(
         engine=engine,
         generator=generator,
         chains=chains,
-        cache=ResponseCache(settings.cache, metrics),
+        cache=ResponseCache(settings.cache, metrics, state.answers),
         screening=Screening(settings.pii, settings.output, metrics),
         model=settings.model,
-        usage=ledger,
+        usage=state.usage,
         security=settings.security,
     )
     services = Services(
@@ -120,22 +118,22 @@ def create_app(
         started=time.monotonic(),
         metrics=metrics,
         keys=keys,
-        limits=CallerLimits(settings.rate_limit, metrics),
+        limits=CallerLimits(settings.rate_limit, metrics, state.share),
         addresses=ClientAddress(settings.security.trusted_proxies),
-        idempotency=IdempotencyStore(settings.idempotency, metrics),
+        idempotency=state.idempotency,
         shedding=LoadShedding(engine, remembered=2 * settings.cache.size),
-        usage=ledger,
+        usage=state.usage,
         engine=engine,
         generation=generation,
         conversation=ConversationService(
-            store=SessionStore(settings.chat_history),
+            store=state.sessions,
             generation=generation,
             generator=generator,
             metrics=metrics,
             enabled=settings.chat_history.enabled,
         ),
     )
-    return _build(settings, services, chains)
+    return _build(settings, services, chains, state)
 
 
 def _make_engine(
@@ -165,13 +163,15 @@ def _make_chains(settings: Settings, generator: TextGenerator) -> "Chains":
     return Chains(pipeline, generator)
 
 
-def _build(settings: Settings, services: Services, chains: "Callable[[], Chains]") -> FastAPI:
+def _build(
+    settings: Settings, services: Services, chains: "Callable[[], Chains]", state: State
+) -> FastAPI:
     interactive = settings.app.environment != "production"
     app = GuardedApplication(
         connections=Connections(settings.server, services.addresses, services.metrics),
         title=settings.app.name,
         version=__version__,
-        lifespan=_lifespan(settings, services, chains),
+        lifespan=_lifespan(settings, services, chains, state),
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json" if interactive else None,
@@ -210,7 +210,7 @@ def _build(settings: Settings, services: Services, chains: "Callable[[], Chains]
 
 
 def _lifespan(
-    settings: Settings, services: Services, chains: "Callable[[], Chains]"
+    settings: Settings, services: Services, chains: "Callable[[], Chains]", state: State
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -224,7 +224,7 @@ def _lifespan(
                 chains().pipeline.loop = loop
                 template_library()
 
-        async with EventLoopMonitor(services.metrics):
+        async with EventLoopMonitor(services.metrics), state.connected:
             with (
                 GracefulShutdown(services.engine, settings.app),
                 reloading_on_hangup(partial(_replace_keys, services)),

@@ -10,14 +10,14 @@ from pydantic import BeforeValidator, WithJsonSchema
 
 from app.api.load_shedding import LoadShedding
 from app.core.config import Settings
-from app.core.idempotency import IdempotencyStore
 from app.core.metrics import Metrics
 from app.core.rate_limit import CallerLimits, ClientAddress
 from app.core.security import KeyRing, Principal
-from app.core.usage import UsageLedger
 from app.llm.client.client import EngineClient
 from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
+from app.state.idempotency import IdempotencyStore
+from app.state.usage import UsageLedger
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from app.utils.errors import (
     InsufficientScopeError,
     InvalidAPIKeyError,
     ServiceError,
+    StateUnavailableError,
 )
 
 # These are for the OpenAPI document only. The guard checks the key.
@@ -77,7 +78,10 @@ class GuardedRoute(APIRoute):
             options["responses"] = with_errors(options.get("responses"), InsufficientScopeError)
         if "POST" in (options.get("methods") or ()):
             options["responses"] = with_errors(
-                options.get("responses"), IdempotencyKeyInUseError, IdempotencyKeyReusedError
+                options.get("responses"),
+                IdempotencyKeyInUseError,
+                IdempotencyKeyReusedError,
+                StateUnavailableError,
             )
             options["openapi_extra"] = {"parameters": [IDEMPOTENCY_KEY]}
         super().__init__(path, endpoint, **options)
@@ -111,8 +115,10 @@ class GuardedRoute(APIRoute):
         self, request: Request, handle: Callable[[Request], Coroutine[Any, Any, Response]]
     ) -> Response:
         services = services_of(request)
-        request.state.principal = caller = identify(request, services)
-        request.state.limit_headers = services.limits.take(f"key:{caller.key_id}", reason="key")
+        request.state.principal = caller = await identify(request, services)
+        request.state.limit_headers = await services.limits.take(
+            f"key:{caller.key_id}", reason="key"
+        )
         if self.scope is not None:
             caller.require(self.scope)
         if self.body_field is None:
@@ -151,7 +157,7 @@ class AnyKeyRoute(GuardedRoute):
     scope = None
 
 
-def identify(request: Request, services: Services) -> Principal:
+async def identify(request: Request, services: Services) -> Principal:
     """The caller of a request.
 
     Raises:
@@ -162,5 +168,5 @@ def identify(request: Request, services: Services) -> Principal:
         return services.keys.authenticate(request.headers)
     except InvalidAPIKeyError as error:
         address = services.addresses.of(request.scope.get("client"), request.headers)
-        error.headers.update(services.limits.take(f"ip:{address}", reason="ip"))
+        error.headers.update(await services.limits.take(f"ip:{address}", reason="ip"))
         raise

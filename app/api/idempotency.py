@@ -15,7 +15,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import Message, Receive, Scope, Send
 
 from app.api.sse import PING, ends_stream, has_error_event
-from app.core.idempotency import Claim, IdempotencyStore, KeptAnswer
+from app.state.idempotency import Claim, IdempotencyStore, KeptAnswer
 from app.utils.errors import UnsupportedParameterError, ValidationFailedError
 
 HEADER = "Idempotency-Key"
@@ -56,6 +56,7 @@ async def answer_once(
         UnsupportedParameterError: There is a key, but ``idempotency.enabled`` is false.
         IdempotencyKeyReusedError: The key was used for another request.
         IdempotencyKeyInUseError: The same request is being answered.
+        StateUnavailableError: Earlier answers cannot be reached.
     """
     key = _key(request)
     if key is None:
@@ -64,13 +65,13 @@ async def answer_once(
         raise UnsupportedParameterError(
             "Idempotency keys are switched off here (idempotency.enabled).", param=HEADER
         )
-    claim = store.claim(request.state.principal.key_id, key, _fingerprint(request, body))
+    claim = await store.claim(request.state.principal.key_id, key, _fingerprint(request, body))
     if isinstance(claim, KeptAnswer):
         return _replay(claim)
     try:
         return _RecordedResponse(await answer(), claim)
     except BaseException:
-        claim.release()
+        await claim.release()
         raise
 
 
@@ -129,25 +130,25 @@ class _RecordedResponse(Response):
         async def record(message: Message) -> None:
             # It is kept before it is sent, since a client that has seen the end may repeat the
             # request at once.
-            self._record(message)
+            await self._record(message)
             await send(message)
 
         try:
             await self._response(scope, receive, record)
         finally:
-            self._claim.release()
+            await self._claim.release()
 
-    def _record(self, message: Message) -> None:
+    async def _record(self, message: Message) -> None:
         if message["type"] != "http.response.body" or not self._claim.is_open:
             return
         chunk = message.get("body", b"")
         self._room -= len(chunk)
         if not 200 <= self.status_code < 300 or self._room < 0 or has_error_event(chunk):
             self._body.clear()
-            self._claim.release()
+            await self._claim.release()
             return
         if chunk != PING:
             self._body.append(chunk)
         if not message.get("more_body", False) or ends_stream(chunk):
             body = b"".join(self._body)
-            self._claim.keep(KeptAnswer(self.status_code, self._own_headers, body))
+            await self._claim.keep(KeptAnswer(self.status_code, self._own_headers, body))

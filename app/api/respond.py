@@ -45,6 +45,9 @@ class Shape(ABC):
         """The events that follow when all answers have ended."""
         return ()
 
+    async def settle(self) -> None:  # noqa: B027 - for those that keep something
+        """Keep what is to be kept of a complete response, before its end is sent."""
+
     def frame(self, event: Event) -> bytes:
         """An event as it is sent."""
         return frame(event)
@@ -94,7 +97,9 @@ async def respond(
     async def complete() -> BaseModel:
         choices = await open_choices(openings)
         try:
-            return shape.whole(choices.answers, await choices.collect())
+            content = shape.whole(choices.answers, await choices.collect())
+            await shape.settle()
+            return content
         finally:
             await choices.aclose()
 
@@ -113,7 +118,9 @@ async def _frames(choices: Choices, shape: Shape) -> AsyncIterator[bytes]:
         async for answer, piece in choices.pieces():
             for event in shape.last(answer) if piece is None else shape.piece(answer, piece):
                 yield shape.frame(event)
-        for event in shape.end(choices.answers):
+        end = list(shape.end(choices.answers))
+        await shape.settle()
+        for event in end:
             yield shape.frame(event)
     except Exception as error:  # noqa: BLE001 - logged and told to the reader
         yield shape.fault(error, choices.answers)

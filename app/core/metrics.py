@@ -157,6 +157,12 @@ class Metrics:
             "idempotency_requests_total", "Requests with an idempotency key.", "result"
         )
         self.sessions_active = self._gauge("chat_sessions_active", "Conversations that are kept.")
+        self.state_up = self._gauge(
+            "llm_shared_state_up", "Whether the shared state answers, 1 or 0.", "backend"
+        )
+        self.state_failures = self._counter(
+            "llm_shared_state_failures_total", "Calls that went without the shared state.", "part"
+        )
         self.cache_entries = self._gauge("response_cache_entries", "Answers in the response cache.")
 
     def _add_process(self) -> None:

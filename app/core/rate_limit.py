@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from cachetools import LRUCache
 from limits import RateLimitItem, WindowStats, parse
@@ -26,6 +27,17 @@ _STRATEGY = "token-bucket"
 # Most buckets kept. A caller whose bucket is evicted starts with a full one, so the bound must be
 # far above the number of callers that are active at a time. An entry takes about 200 bytes.
 _MAX_BUCKETS = 100_000
+
+
+class Buckets(Protocol):
+    """Where the callers' buckets are."""
+
+    async def take(self, item: RateLimitItem, caller: str) -> tuple[bool, float]:
+        """Take a token; ``False``, and nothing is taken, when the bucket has none.
+
+        Returns:
+            Whether there was one, and the seconds until the bucket is full.
+        """
 
 
 class TokenBucketRateLimiter(RateLimiter):
@@ -46,13 +58,13 @@ class TokenBucketRateLimiter(RateLimiter):
         # When each bucket will be full ("theoretical arrival time"). A full bucket needs no entry.
         self._full_at: LRUCache[str, float] = LRUCache(maxsize=_MAX_BUCKETS)
 
-    def _terms(self, item: RateLimitItem) -> tuple[float, int]:
+    def terms(self, item: RateLimitItem) -> tuple[float, int]:
         """Seconds until one token is refilled, and tokens in a full bucket."""
         return item.get_expiry() / item.amount, self.burst_size or item.amount
 
     def hit(self, item: RateLimitItem, *identifiers: str, cost: int = 1) -> bool:
         """Take ``cost`` tokens; ``False``, and nothing is taken, when the bucket has fewer."""
-        interval, burst = self._terms(item)
+        interval, burst = self.terms(item)
         key = item.key_for(*identifiers)
         with self._lock:
             now = self.clock()
@@ -71,7 +83,7 @@ class TokenBucketRateLimiter(RateLimiter):
         return max(self._full_at.get(item.key_for(*identifiers), 0.0) - self.clock(), 0.0)
 
     def _tokens(self, item: RateLimitItem, *identifiers: str) -> float:
-        interval, burst = self._terms(item)
+        interval, burst = self.terms(item)
         return burst - self._seconds_until_full(item, *identifiers) / interval + 1e-9
 
     def get_window_stats(self, item: RateLimitItem, *identifiers: str) -> WindowStats:
@@ -79,25 +91,27 @@ class TokenBucketRateLimiter(RateLimiter):
         full_at = time.time() + self._seconds_until_full(item, *identifiers)
         return WindowStats(full_at, int(self._tokens(item, *identifiers)))
 
-    def state(self, item: RateLimitItem, *identifiers: str) -> tuple[dict[str, str], float]:
-        """The X-RateLimit headers of a bucket, and the seconds until it has a token."""
-        interval, burst = self._terms(item)
-        tokens = self._tokens(item, *identifiers)
-        headers = {
-            "X-RateLimit-Limit": str(burst),
-            "X-RateLimit-Remaining": str(max(int(tokens), 0)),
-            "X-RateLimit-Reset": str(max(math.ceil((burst - tokens) * interval), 0)),
-        }
-        return headers, max((1 - tokens) * interval, 0.0)
+    async def take(self, item: RateLimitItem, caller: str) -> tuple[bool, float]:
+        """See :class:`Buckets`."""
+        return self.hit(item, caller), self._seconds_until_full(item, caller)
 
 
 STRATEGIES[_STRATEGY] = TokenBucketRateLimiter  # type: ignore[assignment]
 
 
 class CallerLimits:
-    """One bucket for each API key, and one for each address that sent no valid key."""
+    """One bucket for each API key, and one for each address that sent no valid key.
 
-    def __init__(self, settings: RateLimitSettings, metrics: Metrics) -> None:
+    Args:
+        share: Makes the buckets that copies of the service share out of this process's own.
+    """
+
+    def __init__(
+        self,
+        settings: RateLimitSettings,
+        metrics: Metrics,
+        share: Callable[[TokenBucketRateLimiter], Buckets] = lambda own: own,
+    ) -> None:
         self._enabled = settings.enabled
         self._metrics = metrics
         self._limit = parse(f"{settings.requests_per_minute}/minute")
@@ -113,8 +127,9 @@ class CallerLimits:
             )
         self.buckets: TokenBucketRateLimiter = limiter.limiter
         self.buckets.burst_size = settings.burst_size
+        self._take = share(self.buckets).take
 
-    def take(self, caller: str, *, reason: str) -> dict[str, str]:
+    async def take(self, caller: str, *, reason: str) -> dict[str, str]:
         """Take a token from the bucket of ``caller`` (``key:...`` or ``ip:...``).
 
         Returns:
@@ -125,11 +140,19 @@ class CallerLimits:
         """
         if not self._enabled:
             return {}
-        taken = self.buckets.hit(self._limit, caller)
-        headers, retry_after = self.buckets.state(self._limit, caller)
+        taken, full_in = await self._take(self._limit, caller)
+        interval, burst = self.buckets.terms(self._limit)
+        # Rounding errors must not cost a token.
+        tokens = burst - full_in / interval + 1e-9
+        headers = {
+            "X-RateLimit-Limit": str(burst),
+            "X-RateLimit-Remaining": str(max(int(tokens), 0)),
+            "X-RateLimit-Reset": str(max(math.ceil((burst - tokens) * interval), 0)),
+        }
         if not taken:
             self._metrics.rate_limited.labels(reason).inc()
-            error = RateLimitExceededError(retry_after=retry_after)
+            wait = max((1 - tokens) * interval, 0.0)
+            error = RateLimitExceededError(retry_after=wait)
             error.headers.update(headers)
             raise error
         return headers

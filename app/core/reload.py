@@ -32,15 +32,17 @@ def reloading_on_hangup(apply: Callable[[SecuritySettings], None]) -> Iterator[N
         else:
             tasks[:] = [loop.create_task(_reload(apply))]
 
-    # Signals cannot be handled outside the main thread, as in tests.
-    with suppress(ValueError, RuntimeError):
+    # Outside the main thread no signal can be handled; uvloop raises for an end of that too.
+    not_the_main_thread = suppress(ValueError, RuntimeError)
+    with not_the_main_thread:
         loop.add_signal_handler(signal.SIGHUP, on_hangup)
     try:
         yield
     finally:
         for task in tasks:
             task.cancel()
-        loop.remove_signal_handler(signal.SIGHUP)
+        with not_the_main_thread:
+            loop.remove_signal_handler(signal.SIGHUP)
 
 
 async def _reload(apply: Callable[[SecuritySettings], None]) -> None:

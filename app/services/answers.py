@@ -1,6 +1,6 @@
 """What the use cases take and give: jobs, and answers on their way."""
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,7 +79,7 @@ class Answer:
         self._flight = flight
         self._deadline = deadline
         self._parser = parser
-        self._on_end: Callable[[bool], None] | None = None
+        self._on_end: Callable[[bool], Awaitable[None]] | None = None
         # Characters read, log-probabilities taken.
         self._read = self._taken = 0
         self._ended = self._closed = False
@@ -118,7 +118,7 @@ class Answer:
         for piece in parser.flush() if parser else ():
             yield self, piece
         self._ended = True
-        self._end(complete=True)
+        await self._end(complete=True)
         yield self, None
 
     def take_logprobs(self) -> list[TokenLogprob]:
@@ -130,14 +130,14 @@ class Answer:
             self._taken += 1
         return logprobs[start : self._taken]
 
-    def on_end(self, callback: Callable[[bool], None]) -> None:
+    def on_end(self, callback: Callable[[bool], Awaitable[None]]) -> None:
         """Call ``callback`` once, and say whether the answer is complete."""
         self._on_end = callback
 
-    def _end(self, *, complete: bool) -> None:
+    async def _end(self, *, complete: bool) -> None:
         callback, self._on_end = self._on_end, None
         if callback is not None:
-            callback(complete)
+            await callback(complete)
 
     async def aclose(self) -> None:
         """Stop reading; the generation ends with its last reader. May be called twice."""
@@ -147,7 +147,7 @@ class Answer:
         try:
             await self._flight.leave()
         finally:
-            self._end(complete=False)
+            await self._end(complete=False)
 
     @property
     def text(self) -> str:

@@ -1,15 +1,15 @@
 """A chat with a memory: the history goes before the new messages, and grows by each turn."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from app.core.metrics import Metrics
-from app.core.sessions import HistoryMessage, Session, SessionStore
 from app.llm.generator import TextGenerator
 from app.llm.tools import ChatMessage
 from app.services.answers import Answer, Job
 from app.services.generation import GenerationService
+from app.state.sessions import HistoryMessage, Session, SessionStore
 from app.utils.errors import (
     ResponseNotFoundError,
     SessionNotFoundError,
@@ -18,7 +18,7 @@ from app.utils.errors import (
 from app.utils.timing import within
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Turn:
     """What a response continues, and how its answer is kept.
 
@@ -28,6 +28,7 @@ class Turn:
         keep_as: Id by which the answer is kept, with all that was said before it.
         has_instructions: Whether the job's first message holds for this turn alone.
         drops: Whether the oldest turns are left out where they do not fit the context.
+        answered: What is kept as ``keep_as``, once the answer is complete.
     """
 
     session_id: str | None = None
@@ -35,6 +36,7 @@ class Turn:
     keep_as: str | None = None
     has_instructions: bool = False
     drops: bool = False
+    answered: Session | None = None
 
 
 class ConversationService:
@@ -65,27 +67,29 @@ class ConversationService:
         """Conversations kept now."""
         return len(self._store)
 
-    def find(self, caller: str, session_id: str) -> Session:
+    async def find(self, caller: str, session_id: str) -> Session:
         """A caller's conversation.
 
         Raises:
             SessionNotFoundError: There is none of this name for this caller.
         """
-        session = self._store.find(caller, session_id)
+        session = await self._store.find(caller, session_id)
         if session is None or not session.messages:
             raise SessionNotFoundError
         return session
 
-    def forget(self, caller: str, session_id: str) -> None:
+    async def forget(self, caller: str, session_id: str) -> None:
         """Delete a caller's conversation.
 
         Raises:
             SessionNotFoundError: There is none of this name for this caller.
         """
-        if not self._store.forget(caller, session_id):
+        if not await self._store.forget(caller, session_id):
             raise SessionNotFoundError
 
-    def find_response(self, caller: str, response_id: str, param: str | None = None) -> Session:
+    async def find_response(
+        self, caller: str, response_id: str, param: str | None = None
+    ) -> Session:
         """A caller's response, with the conversation that it ended.
 
         ``param`` is the field that names it.
@@ -93,25 +97,23 @@ class ConversationService:
         Raises:
             ResponseNotFoundError: None is kept by this id for this caller.
         """
-        session = self._store.find(caller, _response_name(response_id))
+        session = await self._store.find(caller, _response_name(response_id))
         if session is None or not session.response:
             raise ResponseNotFoundError(param=param)
         return session
 
-    def keep_response(self, caller: str, response_id: str, response: bytes) -> None:
-        """Keep what a response of :meth:`open_response` came to, as JSON, once it is complete."""
-        session = self._store.find(caller, _response_name(response_id))
-        if session is not None:
-            session.response = response
-            self._store.keep(session)
+    async def keep_response(self, turn: Turn, response: bytes) -> None:
+        """Keep what a turn of :meth:`open_response` came to, as JSON, where it is to be kept."""
+        if turn.answered is not None:
+            await self._store.keep(replace(turn.answered, response=response))
 
-    def forget_response(self, caller: str, response_id: str) -> None:
+    async def forget_response(self, caller: str, response_id: str) -> None:
         """Delete a caller's response; those that continue it stay.
 
         Raises:
             ResponseNotFoundError: None is kept by this id for this caller.
         """
-        if not self._store.forget(caller, _response_name(response_id)):
+        if not await self._store.forget(caller, _response_name(response_id)):
             raise ResponseNotFoundError
 
     async def open(self, job: Job, session_id: str, *, replaced: int = 0) -> Answer:
@@ -128,13 +130,13 @@ class ConversationService:
         self._check_enabled("session_id")
         # The limit is on what a caller sends; the history is bounded by the context.
         job = self._generation.screen(job)
-        session = self._store.begin_turn(job.caller, session_id)
+        session = await self._store.begin_turn(job.caller, session_id)
         new = list(job.messages)
         # A system message replaces the conversation's own.
         system = new.pop(0)["content"] if new[0]["role"] == "system" else session.system
 
-        def end(added: Sequence[HistoryMessage]) -> None:
-            self._store.end_turn(session, added, system, replaced=replaced)
+        async def end(added: Sequence[HistoryMessage]) -> None:
+            await self._store.end_turn(session, added, system, replaced=replaced)
 
         return await self._open(job, session.messages_before(replaced), new, system, end)
 
@@ -157,9 +159,9 @@ class ConversationService:
         new = list(job.messages)
         instructions = new.pop(0)["content"] if turn.has_instructions else None
         if turn.previous:
-            session = self.find_response(job.caller, turn.previous, "previous_response_id")
+            session = await self.find_response(job.caller, turn.previous, "previous_response_id")
         elif turn.session_id:
-            session = self._store.begin_turn(job.caller, turn.session_id)
+            session = await self._store.begin_turn(job.caller, turn.session_id)
         else:
             session = Session(job.caller, "")
         # A later system message stands where the caller has put it.
@@ -167,11 +169,11 @@ class ConversationService:
         if not session.messages and new and new[0]["role"] == "system":
             system = new.pop(0)["content"]
 
-        def end(added: Sequence[HistoryMessage]) -> None:
+        async def end(added: Sequence[HistoryMessage]) -> None:
             if turn.keep_as and added:
-                self._store.keep(session.after(_response_name(turn.keep_as), added, system))
+                turn.answered = session.after(_response_name(turn.keep_as), added, system)
             if turn.session_id:
-                self._store.end_turn(session, added, system)
+                await self._store.end_turn(session, added, system)
 
         before = "\n\n".join(filter(None, (instructions, system)))
         return await self._open(job, session.messages, new, before, end, drops=turn.drops)
@@ -188,7 +190,7 @@ class ConversationService:
         history: list[HistoryMessage],
         new: Sequence[ChatMessage],
         system: str | None,
-        end: Callable[[Sequence[HistoryMessage]], None],
+        end: Callable[[Sequence[HistoryMessage]], Awaitable[None]],
         *,
         drops: bool = True,
     ) -> Answer:
@@ -203,19 +205,19 @@ class ConversationService:
                 replace(job, messages=[*before, *map(_as_message, history), *new])
             )
         except BaseException:
-            end(())
+            await end(())
             raise
         answer.dropped_messages = dropped
 
-        def ended(complete: bool) -> None:
+        async def ended(complete: bool) -> None:
             if not complete:
-                end(())
+                await end(())
                 return
             report = answer.report
             told = report.prompt_tokens + report.completion_tokens
             turn = max(1, told - sum(m.turn_tokens for m in history))
             said = HistoryMessage("assistant", answer.text, report.token_ids, turn)
-            end([*(HistoryMessage(m["role"], m["content"]) for m in new), said])
+            await end([*(HistoryMessage(m["role"], m["content"]) for m in new), said])
 
         answer.on_end(ended)
         return answer
@@ -231,7 +233,7 @@ class ConversationService:
         if not history:
             return history, 0
         # Counting takes work that a request which cannot be taken must not cost.
-        self._generation.check_room(job.caller)
+        await self._generation.check_room(job.caller)
         room = self._generator.info.context_length - self._generation.answer_tokens(job)
         starts = [i for i, m in enumerate(history) if m.role == "user" or i == 0]
         sizes = [

@@ -3,11 +3,17 @@
 import asyncio
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, Self
 
 from app.llm.report import GenerationReport, TokenLogprob
 from app.llm.tool_calls import ReasoningPiece
+from app.state.answers import GeneratedAnswer
 from app.utils.errors import InternalError, ServiceError
+
+# What an answer takes beside its text: keys, numbers, and Python's own overhead.
+_ANSWER_OVERHEAD_BYTES = 1024
+# A token's bytes, its number, and the objects that hold them.
+_LOGPROB_BYTES = 160
 
 
 class Flight:
@@ -36,14 +42,26 @@ class Flight:
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    def again(self) -> "Flight":
-        """The answer, which has ended, in one piece and under another id."""
-        flight = Flight()
-        flight.said = [ReasoningPiece(self.reasoning)] if self.reasoning else []
-        flight.said += [self.text] if self.text else []
-        flight.logprobs, flight.report = self.logprobs, self.report
+    @classmethod
+    def of(cls, answer: GeneratedAnswer) -> Self:
+        """The generation of an answer, which has ended, in one piece and under another id."""
+        flight = cls()
+        flight.said = [ReasoningPiece(answer.reasoning)] if answer.reasoning else []
+        flight.said += [answer.text] if answer.text else []
+        flight.logprobs, flight.report = answer.logprobs, answer.report
         flight._accepted = flight._ended = True
         return flight
+
+    @property
+    def answer(self) -> GeneratedAnswer | None:
+        """What it came to; ``None`` where it has not ended well."""
+        if self.report is None:
+            return None
+        text, reasoning = self.text, self.reasoning
+        logprobs = sum(1 + len(entry.top) for entry in self.logprobs)
+        size = len(text.encode()) + len(reasoning.encode())
+        size += _LOGPROB_BYTES * logprobs + _ANSWER_OVERHEAD_BYTES
+        return GeneratedAnswer(text, reasoning, self.logprobs, self.report, size)
 
     @property
     def text(self) -> str:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from app.core.config import ModelSettings
 from app.core.config.security import SecuritySettings
-from app.core.usage import UsageLedger
 from app.llm.answer_text import TextPiece
 from app.llm.client.client import EngineClient
 from app.llm.client.place import Place
@@ -25,6 +24,7 @@ from app.services.answers import Answer, Job
 from app.services.flights import Flight
 from app.services.response_cache import ResponseCache, cache_key
 from app.services.screening import Screening
+from app.state.usage import UsageLedger
 from app.utils.errors import (
     InternalError,
     PromptTooLongError,
@@ -81,7 +81,7 @@ class GenerationService:
         """
         options = self._options(job)
         key = self._cache_key(job, options) if job.cache else None
-        kept = self._cache.lookup(job.caller, key)
+        kept = await self._cache.lookup(job.caller, key)
         answer = Answer(
             self._engine.model_label,
             kept or self._cache.generate(job.caller, key, partial(self._generate, job, options)),
@@ -127,7 +127,7 @@ class GenerationService:
         self, job: Job, options: GenerationOptions, flight: Flight
     ) -> GenerationReport:
         """Generate an answer into its flight; runs in the flight's task."""
-        self._usage.check(job.caller)
+        await self._usage.check(job.caller)
         report: GenerationReport | None = None
         with self._engine.admit(job.caller, flight) as place:
             try:
@@ -202,9 +202,9 @@ class GenerationService:
         """Tokens the answer may take, as far as they are known before the prompt is."""
         return job.max_tokens or self._model.max_tokens
 
-    def check_room(self, caller: str) -> None:
+    async def check_room(self, caller: str) -> None:
         """Refuse a caller's request now, if it would be refused when it asks for a place."""
-        self._usage.check(caller)
+        await self._usage.check(caller)
         self._engine.check(caller)
 
     async def tokenize(self, job: Job) -> tuple[list[int], int]:

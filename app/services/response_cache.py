@@ -7,16 +7,11 @@ from typing import Any
 
 import msgspec
 
-from app.core.cache import BoundedCache
 from app.core.config import CacheSettings
 from app.core.metrics import Metrics
 from app.llm.report import GenerationReport
 from app.services.flights import Flight
-
-# What an entry takes beside its text: keys, numbers, and Python's own overhead.
-_ENTRY_OVERHEAD_BYTES = 1024
-# A token's bytes, its number, and the objects that hold them.
-_LOGPROB_BYTES = 160
+from app.state.answers import AnswerStore
 
 Generate = Callable[[Flight], Coroutine[Any, Any, GenerationReport]]
 """Generates an answer into a flight."""
@@ -25,19 +20,14 @@ Generate = Callable[[Flight], Coroutine[Any, Any, GenerationReport]]
 class ResponseCache:
     """Serves kept answers, joins identical requests, and keeps new answers."""
 
-    def __init__(self, settings: CacheSettings, metrics: Metrics) -> None:
+    def __init__(self, settings: CacheSettings, metrics: Metrics, answers: AnswerStore) -> None:
         self._enabled = settings.enabled
         self._metrics = metrics
         self._flights: dict[str, Flight] = {}
-        self._cache: BoundedCache[Flight] = BoundedCache(
-            max_entries=settings.size,
-            max_bytes=settings.max_bytes,
-            ttl_seconds=settings.ttl_seconds,
-            size_of=_size,
-        )
-        metrics.cache_entries.set_function(lambda: len(self._cache))
+        self._answers = answers
+        metrics.cache_entries.set_function(lambda: len(answers))
 
-    def lookup(self, caller: str, key: str | None) -> Flight | None:
+    async def lookup(self, caller: str, key: str | None) -> Flight | None:
         """A caller's kept answer, as a generation that has ended.
 
         Args:
@@ -46,11 +36,11 @@ class ResponseCache:
         """
         if key is None or not self._enabled:
             return None
-        stored = self._cache.get(key, caller)
+        stored = await self._answers.find(key, caller)
         if stored is None:
             return None
         self._metrics.cache_requests.labels("hit").inc()
-        return stored.again()
+        return Flight.of(stored)
 
     def generate(self, caller: str, key: str | None, generate: Generate) -> Flight:
         """A new generation, or the one of the same key that is under way."""
@@ -69,19 +59,12 @@ class ResponseCache:
     def _landed(self, caller: str, key: str, flight: Flight) -> None:
         if self._flights.get(key) is flight:
             del self._flights[key]
-        if flight.report is not None:
-            self._cache.put(key, flight.again(), caller)
+        if (answer := flight.answer) is not None:
+            self._answers.put(key, answer, caller)
 
     def statistics(self) -> dict[str, int]:
         """How the cache is doing."""
-        return self._cache.statistics()
-
-
-def _size(flight: Flight) -> int:
-    """Bytes that a kept answer takes, roughly."""
-    logprobs = sum(1 + len(entry.top) for entry in flight.logprobs)
-    text = len(flight.text.encode()) + len(flight.reasoning.encode())
-    return text + _LOGPROB_BYTES * logprobs + _ENTRY_OVERHEAD_BYTES
+        return self._answers.statistics()
 
 
 def cache_key(*parts: Any) -> str:

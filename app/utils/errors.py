@@ -306,6 +306,13 @@ class EngineUnavailableError(RetryableError):
     default_message = "The engine stopped unexpectedly and is being restarted."
 
 
+class StateUnavailableError(RetryableError):
+    """Sessions or idempotency keys that copies of the service share cannot be reached."""
+
+    code = "state_unavailable"
+    default_message = "Sessions and idempotency keys cannot be reached; see Retry-After."
+
+
 class DeadlineExceededError(ServiceError):
     """The request exceeded ``engine.request_timeout_seconds`` or the caller's own limit."""
 

@@ -8,6 +8,7 @@ Needs the standard library of Python 3.11 only.
 """
 
 import argparse
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ def requirement(package: dict[str, Any], groups: set[str]) -> str:
         # Each group has a marker of its own, or needs the package everywhere.
         of_groups = [markers.get(group, "") for group in package["groups"] if group in groups]
         markers = " or ".join(of_groups) if all(of_groups) else ""
+    # pip has no extras in a list of requirements; all are installed, since they are small.
+    markers = re.sub(r"extra == (['\"])[\w-]+\1", 'python_version >= "3"', markers)
     condition = f" ; {markers}" if markers else ""
     hashes = "".join(f" \\\n    --hash={file['hash']}" for file in package["files"])
     return f"{package['name']}=={package['version']}{condition}{hashes}"

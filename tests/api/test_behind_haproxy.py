@@ -1,4 +1,4 @@
-"""Two copies of the service behind a real HAProxy; `make test-replicas` restarts them often."""
+"""Two copies behind a real HAProxy, with a real Redis; `make test-replicas` restarts them often."""
 
 import asyncio
 import itertools
@@ -14,6 +14,7 @@ import yaml
 
 from tests.support.balancer import load
 from tests.support.live import generate
+from tests.support.redis_server import redis_server
 from tests.support.replicas import CONFIG, Replica, balanced, needs_haproxy
 from tests.support.service import Service, open_client
 from tests.support.sse import parse
@@ -28,10 +29,11 @@ TEXT = "x" * 60
 
 @pytest.fixture(scope="module")
 def replicas() -> Iterator[list[Replica]]:
-    """Two copies whose tokens take time, with the settings of deploy/compose.scale.yml."""
+    """Two copies with the settings of deploy/compose.scale.yml and a Redis; tokens take time."""
     scale = yaml.safe_load((CONFIG.parents[1] / "compose.scale.yml").read_text(encoding="utf-8"))
     settings = scale["services"]["llm-service"]["environment"]
     with ExitStack() as stack:
+        settings["STATE__URL"] = stack.enter_context(redis_server()).url
         running = []
         for _ in range(2):
             running.append(Replica(ENGINE__ECHO_STEP_SECONDS="0.05", **settings))
@@ -60,20 +62,37 @@ class Straight:
         """HAProxy asks the copies itself."""
 
 
+def answered(service: Service) -> int:
+    """How many requests a copy has begun to answer since its start."""
+    return int(service.metric("llm_time_to_first_token_seconds_count"))
+
+
+def say(client: httpx.Client, session: str, text: str) -> None:
+    """A turn of a session."""
+    body = {"model": "default", "messages": [{"role": "user", "content": text}]}
+    headers = {"X-Session-ID": session, "Connection": "close"}
+    answer = client.post("/v1/chat/completions", json=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+
+
+def history(client: httpx.Client, session: str) -> list[str]:
+    """What was said in a session, as either copy knows it."""
+    answer = client.get(f"/v1/sessions/{session}", headers={"Connection": "close"})
+    return [message["content"] for message in answer.json()["messages"]]
+
+
 def test_a_sessions_turns_go_to_one_copy(balancer: Service, replicas: list[Replica]) -> None:
-    """Six turns with the header X-Session-ID leave twelve messages, in each of four sessions."""
+    """Turns with the same X-Session-ID are answered by the same copy; all copies know them."""
     with balancer.client() as client:
-        for turn in range(6):
-            for session in "abcd":
-                messages = [{"role": "user", "content": f"{turn}"}]
-                headers = {"X-Session-ID": session, "Connection": "close"}
-                body = {"model": "default", "messages": messages}
-                answer = client.post("/v1/chat/completions", json=body, headers=headers)
-                assert answer.status_code == 200, answer.text
-        for session in "abcd":
-            kept = client.get(f"/v1/sessions/{session}", headers={"X-Session-ID": session})
-            assert len(kept.json()["messages"]) == 12
-    assert all(replica.service.metric("chat_sessions_active") for replica in replicas)
+        for number in range(3):
+            before = [answered(replica.service) for replica in replicas]
+            turns = [f"{number} {turn}" for turn in range(4)]
+            for turn in turns:
+                say(client, f"session-{number}", turn)
+            after = [answered(replica.service) for replica in replicas]
+            assert sorted(a - b for a, b in zip(after, before, strict=True)) == [0, len(turns)]
+            for _ in replicas:
+                assert history(client, f"session-{number}")[::2] == turns
 
 
 def test_the_metrics_of_one_copy_are_no_answer(balancer: Service) -> None:
@@ -85,21 +104,22 @@ def test_the_metrics_of_one_copy_are_no_answer(balancer: Service) -> None:
 async def test_no_accepted_request_is_lost_when_both_copies_are_restarted(
     balancer: Service, replicas: list[Replica], pytestconfig: pytest.Config
 ) -> None:
-    """Under load one copy after the other ends and starts again, and every answer is complete."""
+    """Under load one copy after the other ends and starts again: answers and sessions are whole."""
     restarts: int = pytestconfig.getoption("--restarts")
+    with balancer.client() as caller:
+        say(caller, "restarted", "before")
     async with (
         open_client(balancer) as client,
         load(Straight(client), CLIENTS) as outcomes,
     ):
         for replica in itertools.islice(itertools.cycle(replicas), restarts):
             await asyncio.to_thread(replica.restart)
-            while not await asyncio.to_thread(_is_used, replica.service):  # noqa: ASYNC110 - polls the copy
+            while not await asyncio.to_thread(answered, replica.service):  # noqa: ASYNC110 - polls the copy
                 await asyncio.sleep(0.2)
     assert set(outcomes) == {"whole"}, outcomes
-
-
-def _is_used(service: Service) -> bool:
-    return service.metric("llm_time_to_first_token_seconds_count") > 0
+    with balancer.client() as caller:
+        say(caller, "restarted", "after")
+        assert history(caller, "restarted")[::2] == ["before", "after"]
 
 
 def test_a_killed_copy_costs_its_own_streams_alone(

@@ -2,8 +2,10 @@
 
 import importlib.util
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,16 @@ from tests.support.service import is_setting, setting_names
 DEPLOY = PROJECT_ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 OVERLAYS = ("base", "keda")
+FOLDERS = (*OVERLAYS, "redis")
 COMPOSE = ("compose.yml", "compose.scale.yml")
 # Kinds that Kubernetes itself does not have.
-ADDED = {"Kustomization", "ScaledObject"}
+ADDED = {"Kustomization", "Component", "ScaledObject"}
 
 needs_schemas = pytest.mark.skipif(
     not importlib.util.find_spec("kubernetes_validate"), reason="needs kubernetes-validate"
+)
+needs_redis = pytest.mark.skipif(
+    not shutil.which("redis-server"), reason="needs Debian's package redis-server"
 )
 needs_kubectl = pytest.mark.skipif(
     not shutil.which("kubectl"), reason="needs kubectl, which has kustomize"
@@ -38,9 +44,13 @@ def documents(file: Path) -> list[dict[str, Any]]:
 
 
 def manifests() -> dict[str, dict[str, Any]]:
-    """Every manifest, by its kind; Kustomizations by their folder."""
-    found = [(file, d) for file in KUBERNETES.glob("*/*.yaml") for d in documents(file)]
-    return {file.parent.name if d["kind"] == "Kustomization" else d["kind"]: d for file, d in found}
+    """Every manifest, as ``Deployment/llm-service``; Kustomizations as their folder."""
+    found = {}
+    for file in KUBERNETES.glob("*/*.yaml"):
+        for document in documents(file):
+            kind, name = document["kind"], document.get("metadata", {}).get("name")
+            found[f"{kind}/{name}" if name else file.parent.name] = document
+    return found
 
 
 def validate(objects: list[dict[str, Any]], folder: Path) -> None:
@@ -75,13 +85,17 @@ def test_kustomize_builds_what_kubernetes_accepts(overlay: str, tmp_path: Path) 
     validate(objects, tmp_path)
     by_kind = {o["kind"]: o for o in objects}
     assert ("replicas" in by_kind["Deployment"]["spec"]) is ("ScaledObject" not in by_kind)
+    (container,) = by_kind["Deployment"]["spec"]["template"]["spec"]["containers"]
+    environment = {variable["name"] for variable in container["env"]}
+    assert {name for name in environment if is_setting(name)} <= setting_names().keys()
 
 
 def test_every_manifest_is_used() -> None:
     """The Kustomizations name each file beside them."""
-    for overlay in OVERLAYS:
-        folder = KUBERNETES / overlay
-        named = {(folder / name).resolve() for name in manifests()[overlay]["resources"]}
+    for name in FOLDERS:
+        folder, kustomization = KUBERNETES / name, manifests()[name]
+        paths = [*kustomization["resources"], *kustomization.get("components", ())]
+        named = {(folder / path).resolve() for path in paths}
         assert named >= {f for f in folder.glob("*.yaml") if f.name != "kustomization.yaml"}
         assert all(path.exists() for path in named)
 
@@ -90,19 +104,24 @@ def test_every_selector_selects_the_pods() -> None:
     """Service, budget, network policy and Deployment select the label that the pods have."""
     found = manifests()
     label = {"app.kubernetes.io/name": "llm-service"}
-    pods = found["Deployment"]["spec"]["template"]
+    pods = found["Deployment/llm-service"]["spec"]["template"]
     (spread,) = pods["spec"]["topologySpreadConstraints"]
     assert pods["metadata"]["labels"] == label
-    assert found["Service"]["spec"]["selector"] == label
-    assert found["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == label
-    for selects in (found["Deployment"]["spec"], found["PodDisruptionBudget"]["spec"], spread):
+    assert found["Service/llm-service"]["spec"]["selector"] == label
+    assert found["NetworkPolicy/llm-service"]["spec"]["podSelector"]["matchLabels"] == label
+    for selects in (
+        found["Deployment/llm-service"]["spec"],
+        found["PodDisruptionBudget/llm-service"]["spec"],
+        spread,
+    ):
         assert selects.get("selector", selects.get("labelSelector"))["matchLabels"] == label
-    assert found["ScaledObject"]["spec"]["scaleTargetRef"] == {"name": "llm-service"}
+    assert found["ScaledObject/llm-service"]["spec"]["scaleTargetRef"] == {"name": "llm-service"}
 
 
-def test_the_pods_are_hardened_and_end_in_time() -> None:
-    """No root, no rights, no writable image, no preStop hook; Kubernetes waits for the grace."""
-    pod = manifests()["Deployment"]["spec"]["template"]["spec"]
+@pytest.mark.parametrize("name", ["Deployment/llm-service", "StatefulSet/llm-redis"])
+def test_the_pods_are_hardened(name: str) -> None:
+    """No root, no rights, no writable image."""
+    pod = manifests()[name]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert pod["enableServiceLinks"] is False
     assert pod["automountServiceAccountToken"] is False
@@ -112,7 +131,12 @@ def test_the_pods_are_hardened_and_end_in_time() -> None:
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
-    assert "lifecycle" not in container
+
+
+def test_the_pods_end_in_time() -> None:
+    """There is no preStop hook; the notice is within the grace, for which Kubernetes waits."""
+    pod = manifests()["Deployment/llm-service"]["spec"]["template"]["spec"]
+    assert "lifecycle" not in pod["containers"][0]
     grace = Settings(_env_file=None).app.shutdown_grace_seconds
     assert float(variables()["APP__SHUTDOWN_NOTICE_SECONDS"]) < grace
     assert pod["terminationGracePeriodSeconds"] > grace
@@ -120,7 +144,7 @@ def test_the_pods_are_hardened_and_end_in_time() -> None:
 
 def test_the_probes_ask_for_routes_that_exist() -> None:
     """Start and life are asked of /livez, readiness of /readyz."""
-    (container,) = manifests()["Deployment"]["spec"]["template"]["spec"]["containers"]
+    (container,) = manifests()["Deployment/llm-service"]["spec"]["template"]["spec"]["containers"]
     probes = {name: p["httpGet"]["path"] for name, p in container.items() if "Probe" in name}
     assert probes == {
         "startupProbe": "/livez",
@@ -144,7 +168,7 @@ def test_the_pods_settings_exist() -> None:
 
 def test_pods_are_added_for_requests_that_run_or_wait() -> None:
     """KEDA counts metrics that exist, and adds a pod before the engine's batch is full."""
-    (trigger,) = manifests()["ScaledObject"]["spec"]["triggers"]
+    (trigger,) = manifests()["ScaledObject/llm-service"]["spec"]["triggers"]
     query = trigger["metadata"]["query"]
     names = {metric.name for c in collectors(Metrics()) for metric in c.describe()}
     assert metric_names(query) == {"llm_requests_running", "llm_requests_waiting"} <= names
@@ -155,7 +179,7 @@ def test_pods_are_added_for_requests_that_run_or_wait() -> None:
 @needs_promtool
 def test_keda_asks_for_the_sum_over_all_pods(tmp_path: Path) -> None:
     """Of two pods with 5 and 7 requests that run and 2 that wait, Prometheus answers 14."""
-    (trigger,) = manifests()["ScaledObject"]["spec"]["triggers"]
+    (trigger,) = manifests()["ScaledObject/llm-service"]["spec"]["triggers"]
     figures = {"running": (5, 7), "waiting": (0, 2)}
     series = [
         {"series": f'llm_requests_{name}{{instance="{pod}"}}', "values": str(value)}
@@ -225,3 +249,32 @@ def test_haproxy_accepts_its_configuration() -> None:
 def test_prometheus_finds_the_copies() -> None:
     """Prometheus accepts the configuration that looks the copies up by their name."""
     promtool("check", "config", str(DEPLOY / "prometheus" / "scale.yml"))
+
+
+@needs_redis
+@pytest.mark.parametrize("name", ["compose", "kubernetes"])
+def test_redis_takes_its_options(name: str, tmp_path: Path) -> None:
+    """A real Redis takes the options of deploy/, logs each change to a file and evicts nothing."""
+    if name == "compose":
+        options = services("compose.scale.yml")["redis"]["command"][1:]
+    else:
+        pod = manifests()["StatefulSet/llm-redis"]["spec"]["template"]["spec"]
+        options = [o.replace("$(REDIS_PASSWORD)", "secret") for o in pod["containers"][0]["args"]]
+    path = tmp_path / "redis"
+    command = ["redis-server", *options, "--port", "0", "--unixsocket", str(path)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(30)
+            while client.connect_ex(str(path)):
+                assert process.poll() is None
+                time.sleep(0.01)
+            login = b"AUTH secret\r\n" if name == "kubernetes" else b""
+            client.sendall(login + b"CONFIG GET appendonly maxmemory-policy save\r\nQUIT\r\n")
+            answer = client.makefile().read()
+    finally:
+        process.kill()
+        process.wait()
+    assert "appendonly\n$3\nyes\n" in answer
+    assert "maxmemory-policy\n$10\nnoeviction\n" in answer
+    assert "save\n$0\n\n" in answer

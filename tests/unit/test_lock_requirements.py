@@ -62,3 +62,15 @@ def test_a_package_of_two_groups_has_the_marker_of_either(tmp_path: Path) -> Non
     assert lines == {"both": "==1 ; os_name == 'a' or os_name == 'b'", "one": "==1"}
     lines = written(tmp_path, "--variant", "cuda", lock=lock)["requirements"]
     assert lines == {"both": "==1 ; os_name == 'a'", "one": "==1"}
+
+
+def test_packages_of_extras_are_installed(tmp_path: Path) -> None:
+    """A package that an extra needs is installed, under the other conditions of its marker."""
+    lock = tmp_path / "lock"
+    lock.write_text(
+        '[[package]]\nname = "one"\nversion = "1"\ngroups = ["main"]\nfiles = []\n'
+        "markers = \"extra == 'redis' and os_name == 'a'\"\n",
+        encoding="utf-8",
+    )
+    files = written(tmp_path, "--variant", "cuda", lock=lock)
+    assert files["requirements"]["one"] == "==1 ; python_version >= \"3\" and os_name == 'a'"

@@ -10,6 +10,7 @@ from app.llm.report import GenerationReport
 from app.services.answers import Answer
 from app.services.flights import Flight
 from app.services.response_cache import ResponseCache, cache_key
+from app.state.answers import MemoryAnswers
 from app.utils.errors import DeadlineExceededError, InternalError, OverloadedError
 
 
@@ -52,7 +53,8 @@ class Generation:
 def make_cache() -> tuple[ResponseCache, Metrics]:
     """An empty response cache."""
     metrics = Metrics()
-    return ResponseCache(CacheSettings(), metrics), metrics
+    settings = CacheSettings()
+    return ResponseCache(settings, metrics, MemoryAnswers(settings)), metrics
 
 
 async def read(flight: Flight) -> str:
@@ -76,7 +78,7 @@ async def test_identical_requests_run_once_and_all_get_the_answer() -> None:
     generation.go.set()
     assert await asyncio.gather(*readers) == ["012"] * 50
     assert generation.started == 1
-    stored = cache.lookup("me", "k")
+    stored = await cache.lookup("me", "k")
     assert stored is not None
     assert await read(stored) == "012"
     value = metrics.registry.get_sample_value
@@ -128,7 +130,7 @@ async def test_an_error_reaches_every_reader_and_is_not_kept() -> None:
         *(read(cache.generate("me", "k", failing)) for _ in range(3)), return_exceptions=True
     )
     assert [type(r) for r in results] == [OverloadedError] * 3
-    assert cache.lookup("me", "k") is None
+    assert await cache.lookup("me", "k") is None
 
 
 async def test_an_answer_that_breaks_off_is_not_kept() -> None:
@@ -146,7 +148,7 @@ async def test_an_answer_that_breaks_off_is_not_kept() -> None:
     with pytest.raises(InternalError):
         await anext(pieces)
     await answer.aclose()
-    assert cache.lookup("me", "k") is None
+    assert await cache.lookup("me", "k") is None
 
 
 async def test_no_key_means_no_cache() -> None:
@@ -166,16 +168,17 @@ async def test_each_kept_answer_has_an_id_of_its_own() -> None:
     generation = Generation()
     generation.go.set()
     await read(cache.generate("me", "k", generation))
-    first, second = cache.lookup("me", "k"), cache.lookup("me", "k")
+    first, second = await cache.lookup("me", "k"), await cache.lookup("me", "k")
     assert first is not None
     assert second is not None
     assert first.id != second.id
 
 
-def test_switched_off_it_keeps_nothing() -> None:
+async def test_switched_off_it_keeps_nothing() -> None:
     """With cache.enabled false a look-up never hits."""
-    cache = ResponseCache(CacheSettings(enabled=False), Metrics())
-    assert cache.lookup("me", "k") is None
+    settings = CacheSettings(enabled=False)
+    cache = ResponseCache(settings, Metrics(), MemoryAnswers(settings))
+    assert await cache.lookup("me", "k") is None
 
 
 @pytest.mark.parametrize("pieces", [0, 1, 200])
@@ -199,7 +202,7 @@ async def test_a_hit_is_counted_and_its_report_complete() -> None:
     generation = Generation()
     generation.go.set()
     await read(cache.generate("me", "k", generation))
-    stored = cache.lookup("me", "k")
+    stored = await cache.lookup("me", "k")
     assert stored is not None
     assert stored.report == REPORT
     value = metrics.registry.get_sample_value

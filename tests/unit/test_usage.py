@@ -10,7 +10,7 @@ from pydantic import SecretStr
 from app.core.config.security import NamedKey, SecuritySettings
 from app.core.metrics import Metrics
 from app.core.security import KeyRing
-from app.core.usage import UsageLedger
+from app.state.usage import UsageLedger
 from app.utils.errors import TokenBudgetExceededError
 
 NOON = datetime(2026, 3, 31, 12, tzinfo=UTC).timestamp()
@@ -38,32 +38,32 @@ def books() -> Books:
     return Books()
 
 
-def test_a_spent_budget_ends_the_day(books: Books) -> None:
+async def test_a_spent_budget_ends_the_day(books: Books) -> None:
     """A caller that has used its whole budget is rejected until midnight UTC."""
     books.ledger.add_tokens(books.limited, 50, 49)
-    books.ledger.check(books.limited)
+    await books.ledger.check(books.limited)
     books.ledger.add_tokens(books.limited, 0, 1)
     with pytest.raises(TokenBudgetExceededError) as caught:
-        books.ledger.check(books.limited)
+        await books.ledger.check(books.limited)
     assert caught.value.retry_after == DAY / 2
     refused = books.metrics.registry.get_sample_value("rate_limited_total", {"reason": "budget"})
     assert refused == 1
     # A caller is accepted again after retry_after seconds, and not before.
     books.now += caught.value.retry_after - 0.001
     with pytest.raises(TokenBudgetExceededError):
-        books.ledger.check(books.limited)
+        await books.ledger.check(books.limited)
     books.now += 0.001
-    books.ledger.check(books.limited)
+    await books.ledger.check(books.limited)
 
 
-def test_a_caller_without_a_budget_is_never_refused(books: Books) -> None:
+async def test_a_caller_without_a_budget_is_never_refused(books: Books) -> None:
     """A key without a budget is not rejected, whatever it and other keys have used."""
     for caller in (books.limited, books.free):
         books.ledger.add_tokens(caller, 10**9, 10**9)
-    books.ledger.check(books.free)
+    await books.ledger.check(books.free)
 
 
-def test_a_new_budget_counts_at_once(books: Books) -> None:
+async def test_a_new_budget_counts_at_once(books: Books) -> None:
     """A replaced key's budget applies at once, to the usage of the whole day."""
     books.ledger.add_tokens(books.limited, BUDGET, 0)
     for budget, refused in ((BUDGET + 1, False), (1, True)):
@@ -71,9 +71,9 @@ def test_a_new_budget_counts_at_once(books: Books) -> None:
         books.keys.replace(SecuritySettings(api_keys=[key]))
         if refused:
             with pytest.raises(TokenBudgetExceededError):
-                books.ledger.check(books.limited)
+                await books.ledger.check(books.limited)
         else:
-            books.ledger.check(books.limited)
+            await books.ledger.check(books.limited)
 
 
 @given(
@@ -81,7 +81,7 @@ def test_a_new_budget_counts_at_once(books: Books) -> None:
         st.tuples(st.booleans(), st.integers(0, 50), st.integers(0, 50), st.floats(0, 2 * DAY))
     )
 )
-def test_the_books_balance(entries: list[tuple[bool, int, int, float]]) -> None:
+async def test_the_books_balance(entries: list[tuple[bool, int, int, float]]) -> None:
     """The day and the total of each caller are the sums of its entries."""
     books = Books()
     made: list[tuple[str, int, int, int]] = []
@@ -92,7 +92,7 @@ def test_the_books_balance(entries: list[tuple[bool, int, int, float]]) -> None:
         books.ledger.add_tokens(caller, prompt, completion)
         made.append((caller, int(books.now // DAY), prompt, completion))
     for caller in (books.limited, books.free):
-        day, total = books.ledger.of(caller)
+        day, total = await books.ledger.of(caller)
         own = [entry for entry in made if entry[0] == caller]
         today = [entry for entry in own if entry[1] == int(books.now // DAY)]
         for usage, counted in ((total, own), (day, today)):

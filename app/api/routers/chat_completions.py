@@ -33,12 +33,12 @@ SessionId = Annotated[
     ),
 ]
 
+# Headers are strings, and the document says which.
 Replaced = Annotated[
-    int,
+    str,
     Header(
         alias="X-Session-Replace",
-        ge=0,
-        le=100_000,
+        pattern="^[0-9]{1,5}$",
         description="How many of the session's last messages this turn replaces, once its answer "
         "is complete: to ask again, or to change what was asked.",
     ),
@@ -58,7 +58,7 @@ async def chat_completions(
     deadline: Deadline,
     request: Request,
     session_id: SessionId = None,
-    replaced: Replaced = 0,
+    replaced: Replaced = "0",
 ) -> Response:
     """Answer a conversation as OpenAI's API does."""
     take(body, services)
@@ -82,7 +82,7 @@ async def chat_completions(
         reasoning_names=services.settings.model.reasoning_names,
     )
     openings = [
-        services.conversation.open(job, session_id, replaced=replaced)
+        services.conversation.open(job, session_id, replaced=int(replaced))
         if session_id
         else services.generation.open(job)
         for job in jobs

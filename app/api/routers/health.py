@@ -66,7 +66,7 @@ async def readyz(services: AppServices, response: Response) -> ProbeResponse:
 async def metrics(services: AppServices, request: Request) -> Response:
     """Metrics in Prometheus' text format; with `metrics.require_key`, for keys of that scope."""
     if services.settings.metrics.require_key:
-        identify(request, services).require("metrics")
+        (await identify(request, services)).require("metrics")
     # The figures of processes are in files, which are not to be read on the event loop.
     page = await asyncio.to_thread(services.metrics.render)
     return Response(page, media_type=services.metrics.content_type)

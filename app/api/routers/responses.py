@@ -27,6 +27,7 @@ from app.utils.errors import (
     RateLimitExceededError,
     ResponseNotFoundError,
     SessionBusyError,
+    StateUnavailableError,
 )
 
 _ITEM_ID = re.compile(r"[a-z]+(_[0-9a-f]{32})_[0-9]+")
@@ -53,7 +54,9 @@ _ID = {
         {"name": "response_id", "in": "path", "required": True, "schema": {"type": "string"}}
     ]
 }
-_KEPT = responses(InvalidAPIKeyError, ResponseNotFoundError, RateLimitExceededError)
+_KEPT = responses(
+    InvalidAPIKeyError, ResponseNotFoundError, RateLimitExceededError, StateUnavailableError
+)
 
 
 @router.post(
@@ -81,7 +84,7 @@ async def create_response(
     keeps = services.settings.chat_history.enabled if body.store is None else body.store
     response_id = f"resp_{uuid.uuid4().hex}"
     items = [
-        _referred(item, conversation, caller.key_id, param=f"input.{i}.id")
+        await _referred(item, conversation, caller.key_id, param=f"input.{i}.id")
         for i, item in enumerate(body.input)
     ]
     messages = input_messages(items)
@@ -110,12 +113,12 @@ async def create_response(
         | {"store": keeps}
         | body.echo(),
         logprobs=body.logprobs is not None,
-        keep=partial(conversation.keep_response, caller.key_id, response_id),
+        keep=partial(conversation.keep_response, turn),
     )
     return await answer(request, body, [job], [conversation.open_response(job, turn)], shape)
 
 
-def _referred(
+async def _referred(
     item: InputItem, conversation: ConversationService, caller: str, *, param: str
 ) -> InputItem:
     """The item to which a reference refers, or the item itself.
@@ -126,7 +129,7 @@ def _referred(
     if item.type != "item_reference":
         return item
     if name := _ITEM_ID.fullmatch(item.id or ""):
-        session = conversation.find_response(caller, f"resp{name[1]}", param)
+        session = await conversation.find_response(caller, f"resp{name[1]}", param)
         for found in msgspec.json.decode(session.response)["output"]:
             if found["id"] == item.id:
                 return InputItem.model_validate(found)
@@ -137,7 +140,7 @@ def _referred(
 async def get_response(request: Request, conversation: Conversation, caller: Caller) -> Response:
     """A response of the caller's own, as it was answered."""
     response_id = request.path_params["response_id"]
-    session = conversation.find_response(caller.key_id, response_id)
+    session = await conversation.find_response(caller.key_id, response_id)
     return Response(session.response, media_type="application/json")
 
 
@@ -147,5 +150,5 @@ async def delete_response(
 ) -> DeletedResponse:
     """Forget a response; those that continue it stay."""
     response_id = request.path_params["response_id"]
-    conversation.forget_response(caller.key_id, response_id)
+    await conversation.forget_response(caller.key_id, response_id)
     return DeletedResponse(id=response_id)

@@ -10,6 +10,7 @@ from app.utils.errors import (
     InvalidAPIKeyError,
     RateLimitExceededError,
     SessionNotFoundError,
+    StateUnavailableError,
     ValidationFailedError,
 )
 
@@ -18,7 +19,11 @@ router = APIRouter(
     dependencies=KEY_SCHEMES,
     tags=["sessions"],
     responses=responses(
-        InvalidAPIKeyError, SessionNotFoundError, ValidationFailedError, RateLimitExceededError
+        InvalidAPIKeyError,
+        SessionNotFoundError,
+        ValidationFailedError,
+        RateLimitExceededError,
+        StateUnavailableError,
     ),
 )
 
@@ -28,7 +33,7 @@ async def get_session(
     session_id: str, conversation: Conversation, caller: Caller
 ) -> SessionResponse:
     """What was said in a conversation of the caller's own."""
-    session = conversation.find(caller.key_id, session_id)
+    session = await conversation.find(caller.key_id, session_id)
     return SessionResponse(
         session_id=session.id,
         system=session.system,
@@ -41,5 +46,5 @@ async def get_session(
 @router.delete("/v1/sessions/{session_id}", status_code=204, response_class=Response)
 async def delete_session(session_id: str, conversation: Conversation, caller: Caller) -> Response:
     """Forget a conversation; a turn under way is not kept either."""
-    conversation.forget(caller.key_id, session_id)
+    await conversation.forget(caller.key_id, session_id)
     return Response(status_code=204)

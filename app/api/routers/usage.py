@@ -7,7 +7,7 @@ from app.api.errors import responses
 from app.api.guard import KEY_SCHEMES, AnyKeyRoute
 from app.api.schemas import KeyUsage, UsageCount, UsageResponse
 from app.core.security import Principal
-from app.core.usage import Usage, UsageLedger
+from app.state.usage import Usage, UsageLedger
 from app.utils.errors import InvalidAPIKeyError, RateLimitExceededError
 
 router = APIRouter(route_class=AnyKeyRoute, dependencies=KEY_SCHEMES, tags=["usage"])
@@ -18,16 +18,17 @@ async def get_usage(services: AppServices, caller: Caller) -> UsageResponse:
     """Requests and tokens of the caller's key, or of every key for one with the scope admin."""
     ledger = services.usage
     shown = services.keys.principals if "admin" in caller.scopes else [caller]
+    keys = [await _usage_of(principal, ledger) for principal in shown]
     return UsageResponse(
         day=ledger.today,
         seconds_left=ledger.seconds_left,
         since=ledger.since,
-        keys=[_usage_of(principal, ledger) for principal in shown],
+        keys=keys,
     )
 
 
-def _usage_of(principal: Principal, ledger: UsageLedger) -> KeyUsage:
-    today, total = ledger.of(principal.key_id)
+async def _usage_of(principal: Principal, ledger: UsageLedger) -> KeyUsage:
+    today, total = await ledger.of(principal.key_id)
     budget = principal.daily_tokens
     return KeyUsage(
         name=principal.name,

@@ -24,6 +24,7 @@ from app.core.config.errors import Origins
 from app.core.config.logging import LoggingSettings
 from app.core.config.security import PRODUCTION_KEY_MIN_CHARS, SecuritySettings
 from app.core.config.server import ServerSettings
+from app.core.config.state import StateSettings
 from app.core.config.variables import cleaned, misspelt, read_env_file
 from app.core.config.yaml_file import read_yaml
 from app.utils.errors import ConfigurationError
@@ -289,6 +290,7 @@ class Settings(BaseSettings):
     cache: CacheSettings = CacheSettings()
     idempotency: IdempotencySettings = IdempotencySettings()
     chat_history: ChatHistorySettings = ChatHistorySettings()
+    state: StateSettings = StateSettings()
     pii: PiiSettings = PiiSettings()
     output: OutputSettings = OutputSettings()
     metrics: MetricsSettings = MetricsSettings()

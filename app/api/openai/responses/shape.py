@@ -4,7 +4,7 @@ A whole response is what the events of its stream come to.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -32,13 +32,19 @@ class ResponsesShape(Shape):
     """
 
     def __init__(
-        self, response_id: str, echo: Event, *, logprobs: bool, keep: Callable[[bytes], None]
+        self,
+        response_id: str,
+        echo: Event,
+        *,
+        logprobs: bool,
+        keep: Callable[[bytes], Awaitable[None]],
     ) -> None:
         self._id = response_id
         self._echo = echo
         self._logprobs = logprobs
         self._keep = keep
         self._created = int(time.time())
+        self._complete = b""
         self._events = 0
         # Items that are complete, and the one that is not.
         self._output: list[Event] = []
@@ -94,6 +100,10 @@ class ResponsesShape(Shape):
         """The whole response."""
         response = self._finished(answers[0])
         yield self._event(f"response.{response['status']}", response=_raw(response))
+
+    async def settle(self) -> None:
+        """Keep the response."""
+        await self._keep(self._complete)
 
     def frame(self, event: Event) -> bytes:
         """One event, with its name."""
@@ -183,7 +193,7 @@ class ResponsesShape(Shape):
         response |= {"completed_at": int(time.time()), "usage": _usage(answer)}
         if reason:
             response["incomplete_details"] = {"reason": reason}
-        self._keep(to_json(response))
+        self._complete = to_json(response)
         return response
 
 

@@ -1,7 +1,4 @@
-"""Usage by API key, and daily token budgets.
-
-Both are kept in memory, as the rate limits are: a restart resets them.
-"""
+"""Usage by API key, and daily token budgets."""
 
 import math
 import time
@@ -32,7 +29,7 @@ class Usage:
 
 
 class UsageLedger:
-    """Counts requests and tokens by API key, and enforces the keys' daily budgets.
+    """Counts requests and tokens by API key in this process, and enforces the daily budgets.
 
     ``clock`` is Unix time, and ``since`` the time at which counting began.
     """
@@ -48,8 +45,12 @@ class UsageLedger:
         self._today: defaultdict[str, Usage] = defaultdict(Usage)
         self._total: defaultdict[str, Usage] = defaultdict(Usage)
 
-    def of(self, caller: str) -> tuple[Usage, Usage]:
-        """A caller's usage today (UTC) and since the service started; both go on counting."""
+    async def of(self, caller: str) -> tuple[Usage, Usage]:
+        """A caller's usage today (UTC) and since counting began."""
+        return self._own(caller)
+
+    def _own(self, caller: str) -> tuple[Usage, Usage]:
+        """What this process has counted; both go on counting."""
         if self._day != self.today:
             self._day = self.today
             self._today.clear()
@@ -65,7 +66,7 @@ class UsageLedger:
         """Seconds until midnight UTC, rounded up so that waiting them reaches the next day."""
         return math.ceil(_DAY_SECONDS - self.clock() % _DAY_SECONDS)
 
-    def check(self, caller: str) -> None:
+    async def check(self, caller: str) -> None:
         """Check that a caller's budget is not spent; running requests may exceed it.
 
         Raises:
@@ -74,17 +75,21 @@ class UsageLedger:
         principal = self._keys.find(caller)
         if principal is None or principal.daily_tokens is None:
             return
-        if self.of(caller)[0].tokens >= principal.daily_tokens:
+        today, _ = await self.of(caller)
+        if today.tokens >= principal.daily_tokens:
             self._metrics.rate_limited.labels("budget").inc()
             raise TokenBudgetExceededError(retry_after=self.seconds_left)
 
     def add_request(self, caller: str) -> None:
         """Count an answer that has begun."""
-        for usage in self.of(caller):
-            usage.requests += 1
+        self._add(caller, 1, 0, 0)
 
     def add_tokens(self, caller: str, prompt_tokens: int, completion_tokens: int) -> None:
         """Count the tokens of a generation that has ended, successfully or not."""
-        for usage in self.of(caller):
+        self._add(caller, 0, prompt_tokens, completion_tokens)
+
+    def _add(self, caller: str, requests: int, prompt_tokens: int, completion_tokens: int) -> None:
+        for usage in self._own(caller):
+            usage.requests += requests
             usage.prompt_tokens += prompt_tokens
             usage.completion_tokens += completion_tokens
