@@ -292,7 +292,8 @@ class _Begin:
         parts: list[str] = re.findall(r'"[^"]*"|[{}:,]|[^\s{}:,"]+', head)
         escaped = [re.escape(part).replace("NAME", r"([\w-]+)") for part in parts]
         self._pattern = re.compile(gap + gap.join((*escaped, "")))
-        self._first, self._name, self._last = parts[0].partition("NAME")
+        self._first, named, self._last = parts[0].partition("NAME")
+        self._is_named = bool(named)
 
     def match(self, text: str) -> re.Match[str] | None:
         """The beginning of a call at the beginning of a text; its group is the name."""
@@ -303,7 +304,7 @@ class _Begin:
         text = text.lstrip(_SPACE)
         if len(text) >= _LONGEST_HEAD or not self._first.startswith(text[: len(self._first)]):
             return False
-        if not self._name or len(text) < len(self._first):
+        if not self._is_named or len(text) < len(self._first):
             return True
         last = re.sub(r"^[\w-]+", "", text[len(self._first) :])
         return self._last.startswith(last[: len(self._last)])
