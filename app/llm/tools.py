@@ -231,6 +231,9 @@ class ToolFormat:
 
 _OBJECT = '{"name": "NAME", "arguments": '
 _HERMES = ToolFormat("<tool_call>", "\n", _OBJECT, "}", "\n</tool_call>")
+_MISTRAL = ToolFormat(
+    *("[TOOL_CALLS]", " [", _OBJECT, "}", "]"), separator=", ", calls_in_template=True
+)
 DEFAULT_FORMAT = replace(_HERMES, in_template=False)
 
 # For each format the texts by which a chat template shows that it is this one.
@@ -238,7 +241,7 @@ _FORMATS: tuple[tuple[tuple[str, ...], ToolFormat], ...] = (
     # Qwen 2.5 and 3, Hermes, SmolLM3, Granite 4. Qwen3-Coder writes XML in the same tags.
     (("<tool_call>",), _HERMES),
     (
-        ("<|python_tag|>", '"parameters": '),
+        ("<|start_header_id|>", '"parameters": '),
         ToolFormat("", "", '{"name": "NAME", "parameters": ', "}"),
     ),
     # Phi 4 mini.
@@ -257,13 +260,9 @@ _FORMATS: tuple[tuple[tuple[str, ...], ToolFormat], ...] = (
         ("[TOOL_CALLS]", "[ARGS]"),
         ToolFormat("[TOOL_CALLS]", "", "NAME[ARGS]", calls_in_template=True),
     ),
-    # Mistral before that: 7B v0.3, Nemo, Small 3.1.
-    (
-        ("[TOOL_CALLS]",),
-        ToolFormat(
-            *("[TOOL_CALLS]", " [", _OBJECT, "}", "]"), separator=", ", calls_in_template=True
-        ),
-    ),
+    # Mistral before that: Nemo; 7B v0.3 and Small 3.1, which write a blank.
+    (("[TOOL_CALLS][",), replace(_MISTRAL, opening="[")),
+    (("[TOOL_CALLS]",), _MISTRAL),
 )
 
 

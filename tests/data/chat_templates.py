@@ -68,7 +68,7 @@ LLAMA3: Final = (
     "{{ call.arguments | tojson }}}<|eot_id|>"
     "{% elif not (loop.first and m.role == 'system') %}"
     "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-    "{% endif %}{% endfor %}{# <|python_tag|> #}"
+    "{% endif %}{% endfor %}"
     f"{_ASK}<|start_header_id|>assistant<|end_header_id|>\n\n{{% endif %}}"
 )
 
@@ -99,6 +99,10 @@ MISTRAL: Final = (
     "{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
+# Nemo and Small 2409 write no blanks.
+MISTRAL_NEMO: Final = MISTRAL.replace("[TOOL_CALLS] [", "[TOOL_CALLS][").replace(
+    "[INST] ", "[INST]"
+)
 # The reasoning of its latest models is left out here.
 MISTRAL_ARGS: Final = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}"

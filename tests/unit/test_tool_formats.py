@@ -72,8 +72,8 @@ MODELS = {
         f'[TOOL_CALLS] [{{"name": "add", "arguments": {GIVEN[0]}}}, '
         f'{{"name": "now", "arguments": {{}}}}, {{"name": "add", "arguments": {GIVEN[2]}}}]',
     ),
-    "mistral with ids": Model(
-        templates.MISTRAL,
+    "mistral nemo": Model(
+        templates.MISTRAL_NEMO,
         ("[INST]", "[/INST]", "[TOOL_CALLS]"),
         f'[TOOL_CALLS][{{"name": "add", "arguments": {GIVEN[0]}, "id": "abc"}},'
         f'{{"name": "now", "arguments": {{}}, "id": "}}"}}, '

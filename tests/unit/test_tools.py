@@ -21,7 +21,7 @@ from app.llm.tools import (
 )
 
 HERMES = tool_format("{% if tools %}<tool_call>{{ tools }}</tool_call>{% endif %}")
-LLAMA = tool_format('{% if tools %}<|python_tag|>{"name": x, "parameters": y}{% endif %}')
+LLAMA = tool_format('{% if tools %}<|start_header_id|>{"name": x, "parameters": y}{% endif %}')
 NAMES = {"add", "get-weather_2"}
 
 arguments = st.dictionaries(
