@@ -84,8 +84,8 @@ help: ## List the targets
 		/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: model ## Install, fetch a small real model, start the service and ask it a question
-	@$(RUN) python -m scripts.demo
+demo: model ## Fetch a small real model, start the service and ask it (KEEP=1 leaves it running)
+	@$(RUN) KEEP=$(KEEP) python -m scripts.demo
 
 .PHONY: install
 install: $(INSTALL_STAMP) ## Install the locked dependencies into .venv/ (TORCH=cpu: without CUDA)
@@ -152,6 +152,10 @@ test-browser: install ## Test the pages in a real Chromium, at full length (Debi
 screenshots: model ## Take pictures of the playground with the bundled model, for docs/images
 	$(RUN) python -m tests.playground
 
+.PHONY: docs
+docs: install ## Make README.md and docs/ a site in build/docs/site, with strict links
+	$(RUN) python -m scripts.docs_site
+
 .PHONY: format
 format: install ## Format the code and sort the imports
 	$(RUN) ruff check --select I --fix-only .
@@ -203,7 +207,7 @@ test-replicas: install ## Restart and kill copies of the service behind a real H
 
 .PHONY: failures
 failures: install ## Failure modes at their full size: 10,000 connections, half a minute of silence
-	$(RUN) pytest tests/api -m full_size -rP
+	$(RUN) pytest tests/api tests/engine -m full_size -rP
 
 .PHONY: fuzz
 fuzz: install ## Fuzz for an hour or more (ARGS="schema wire code --schema-cases 5000 …" for a part)

@@ -19,7 +19,9 @@ from sse_starlette.sse import AppStatus
 from app import __version__
 from app.api.application import GuardedApplication
 from app.api.dependencies import Services
+from app.api.document import DOCUMENT
 from app.api.errors import register_error_handlers
+from app.api.guard import GeneratingRoute
 from app.api.load_shedding import LoadShedding
 from app.api.middleware import (
     BodyLimitMiddleware,
@@ -47,11 +49,13 @@ from app.core.config.doubts import doubts
 from app.core.config.security import SecuritySettings
 from app.core.event_loop import EventLoopMonitor
 from app.core.logging import configure_logging, get_logger
+from app.core.machine import compute_threads
 from app.core.metrics import Metrics
 from app.core.rate_limit import CallerLimits, ClientAddress
 from app.core.reload import reloading_on_hangup
 from app.core.security import KeyRing
 from app.core.shutdown import GracefulShutdown
+from app.core.traces import make_tracer_provider
 from app.core.tracing import limit_tracing
 from app.llm.client.client import EngineClient
 from app.llm.generator import GenerationOptions, TextGenerator
@@ -65,6 +69,8 @@ from app.utils.errors import StartupError
 from app.utils.garbage import no_collections
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
     from app.llm.chain import Chains
 
 log = get_logger()
@@ -97,8 +103,9 @@ def create_app(
     for doubt in doubts(settings):
         log.warning(doubt)
     limit_tracing(settings.tracing, os.environ)
+    spans = make_tracer_provider(settings.app.name, os.environ)
     metrics = Metrics(lines.take_dropped)
-    keys = KeyRing(settings.security)
+    keys = KeyRing(settings.security, are_told=settings.metrics.require_key)
     state = make_state(settings, metrics, keys)
     engine = _make_engine(settings, metrics, on_fatal)
     generator = TextGenerator(engine)
@@ -113,6 +120,7 @@ def create_app(
         usage=state.usage,
         security=settings.security,
     )
+    generation.tracer = spans.get_tracer("llm-service") if spans else None
     services = Services(
         settings=settings,
         started=time.monotonic(),
@@ -133,7 +141,24 @@ def create_app(
             enabled=settings.chat_history.enabled,
         ),
     )
-    return _build(settings, services, chains, state)
+    engine.on_ready = partial(announce, services)
+    return _build(settings, services, chains, state, spans)
+
+
+def announce(services: Services, address: str | None = None) -> None:
+    """Log that requests are taken: at which address, by which engine, and with what."""
+    settings, info = services.settings, services.engine.info
+    if info is None:
+        return
+    at = f" at {address}" if address else ""
+    if address and settings.app.has_playground:
+        at += " (open it for the playground)"
+    threads = f", {compute_threads(os.environ)} threads" if info.device == "cpu" else ""
+    names = ("process_resident_memory_bytes", "llm_engine_process_resident_memory_bytes")
+    used = sum(services.metrics.registry.get_sample_value(name) or 0 for name in names)
+    engine = f"{info.backend} ({info.device}, {info.dtype}{threads})"
+    size = f"{used / 1e6:,.0f} MB of memory, a context of {info.context_length:,} tokens"
+    log.info("ready for requests%s: %s on %s, %s", at, info.model, engine, size)
 
 
 def _make_engine(
@@ -164,19 +189,34 @@ def _make_chains(settings: Settings, generator: TextGenerator) -> "Chains":
 
 
 def _build(
-    settings: Settings, services: Services, chains: "Callable[[], Chains]", state: State
+    settings: Settings,
+    services: Services,
+    chains: "Callable[[], Chains]",
+    state: State,
+    spans: "TracerProvider | None",
 ) -> FastAPI:
     interactive = settings.app.environment != "production"
+    traced: set[str] = set()
     app = GuardedApplication(
         connections=Connections(settings.server, services.addresses, services.metrics),
         title=settings.app.name,
         version=__version__,
-        lifespan=_lifespan(settings, services, chains, state),
+        **DOCUMENT,
+        lifespan=_lifespan(settings, services, chains, state, spans),
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json" if interactive else None,
-        # It would export the messages and tracebacks of exceptions, prompts and all.
-        telemetry={"tracing": False, "metrics": False, "logs": False},
+        # Its logs would export the messages and tracebacks of exceptions, prompts and all.
+        telemetry={
+            "tracing": spans is not None,
+            "tracer_provider": spans,
+            "metrics": False,
+            "logs": False,
+            "operation_spans": False,
+            "auto_configure": False,
+            # The path of a session has its name.
+            "exclude": lambda scope: scope["type"] != "http" or scope["path"] not in traced,
+        },
     )
     app.state.services = services
     register_error_handlers(app)
@@ -186,6 +226,7 @@ def _build(
     ):
         # An included router would be asked twice for each request.
         app.router.routes.extend(module.router.routes)
+        traced |= {r.path for r in module.router.routes if isinstance(r, GeneratingRoute)}
     if interactive:
         app.router.routes.extend(documentation_routes())
     if settings.app.has_playground:
@@ -210,7 +251,11 @@ def _build(
 
 
 def _lifespan(
-    settings: Settings, services: Services, chains: "Callable[[], Chains]", state: State
+    settings: Settings,
+    services: Services,
+    chains: "Callable[[], Chains]",
+    state: State,
+    spans: "TracerProvider | None",
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -234,6 +279,8 @@ def _lifespan(
                     yield
                 finally:
                     await services.engine.stop()
+                    if spans is not None:
+                        await asyncio.to_thread(spans.shutdown)
 
     return lifespan
 

@@ -1,7 +1,8 @@
 """Show the service: `make demo`, or `python -m scripts.demo` inside the environment.
 
 Starts the service with the bundled model on a free port, waits until it is ready, asks it a
-question over a stream, shows how to ask the next one, and stops it.
+question over a stream, shows how to ask the next one, and stops it. With KEEP=1 it leaves the
+service running.
 """
 
 from __future__ import annotations
@@ -57,8 +58,11 @@ class Answer:
 
 
 @contextmanager
-def running_service(key: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Run the service with the bundled model; yields its URL and process, and stops it."""
+def running_service(key: str, *, keep: bool) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run the service with the bundled model; yields its URL and process.
+
+    It is stopped in the end, unless it is to be kept and nothing has failed.
+    """
     port = _free_port()
     LOG.parent.mkdir(exist_ok=True)
     environment = os.environ | {
@@ -86,7 +90,8 @@ def running_service(key: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         # The first error matters more than a failure of the stop.
         _kill_group(process)
         raise
-    stop(process)
+    if not keep:
+        stop(process)
 
 
 def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
@@ -277,7 +282,8 @@ def demo() -> None:
     """
     fetch_with_progress()
     key = secrets.token_urlsafe(24)
-    with running_service(key) as (url, process):
+    keep = os.environ.get("KEEP", "") not in ("", "0")
+    with running_service(key, keep=keep) as (url, process):
         # A proxy of the environment may not reach this machine.
         with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
             wait_until_ready(client, process)
@@ -288,10 +294,16 @@ def demo() -> None:
             f"{answer.tokens / answer.seconds:.1f} tokens per second, "
             f"the first after {answer.first_piece_seconds:.2f} s."
         )
-        print("\nFor the next question, start the service with")
-        print(f"\n  MODEL__SOURCE=bundled SECURITY__API_KEY={key} make run")
-        print("\nand ask it from another terminal:")
-        print(f"\n  {curl_command(key, NEXT_QUESTION)}")
+        port = 8000
+        if keep:
+            port = int(url.rpartition(":")[2])
+            print(f"\nThe service goes on; `kill {process.pid}` stops it.", end=" ")
+        else:
+            print("\nFor the next question, start the service with")
+            print(f"\n  MODEL__SOURCE=bundled SECURITY__API_KEY={key} make run\n")
+        print(f"Its page is http://localhost:{port}/, which asks for the key {key}.")
+        print("\nOr ask it from another terminal:")
+        print(f"\n  {curl_command(key, NEXT_QUESTION, port)}")
 
 
 def main() -> int:

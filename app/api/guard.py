@@ -9,6 +9,7 @@ from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.types import Receive, Scope
 
+from app.api.accounts import accounted
 from app.api.body import parse_json, unpack
 from app.api.dependencies import Services, services_of
 from app.api.errors import error_response, validation_error, with_errors
@@ -101,12 +102,14 @@ class GuardedRoute(APIRoute):
         async def guarded(request: Request) -> Response:
             try:
                 response = await self._answer(request, handle)
+                response.headers.update(_limit_headers(request))
             except RequestValidationError as error:
-                return self._refuse(request, self.refusal(error.errors()))
+                response = self._refuse(request, self.refusal(error.errors()))
             except ServiceError as error:
                 error.param = self.param_names.get(error.param or "", error.param)
-                return self._refuse(request, error)
-            response.headers.update(_limit_headers(request))
+                response = self._refuse(request, error)
+            # A stream has set another.
+            request.scope["state"].setdefault("outcome", response.status_code)
             return response
 
         return guarded
@@ -149,6 +152,10 @@ class GeneratingRoute(GuardedRoute):
     """A route whose requests need a place in the engine, unless their answers are cached."""
 
     generates = True
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, endpoint, **options)
+        self.app = accounted(self.app)
 
 
 class AnyKeyRoute(GuardedRoute):

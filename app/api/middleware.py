@@ -12,6 +12,7 @@ from functools import cache
 from http import HTTPStatus
 from time import perf_counter
 
+from opentelemetry import trace
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -19,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import METHODS, error_response
-from app.core.logging import get_logger, request_id_var
+from app.core.logging import get_logger, request_id_var, trace_var
 from app.core.metrics import Metrics
 from app.utils.errors import BodyTooLargeError, InternalError, InvalidRequestError, ServiceError
 
@@ -68,6 +69,7 @@ class RequestContextMiddleware:
         begin = perf_counter()
         request_id = _request_id(scope["headers"])
         token = request_id_var.set(request_id)
+        traced = trace_var.set(_span_members())
         status = 0
 
         async def send_with_headers(message: Message) -> None:
@@ -95,6 +97,7 @@ class RequestContextMiddleware:
         finally:
             self._record(scope, status, perf_counter() - begin)
             request_id_var.reset(token)
+            trace_var.reset(traced)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         """Count a finished request and log it; ``status`` is 0 when there was no response."""
@@ -213,6 +216,17 @@ def _value(headers: HeaderPairs, name: bytes) -> bytes:
         if header == name:
             return value
     return b""
+
+
+def _span_members() -> dict[str, str] | None:
+    """The current span, as the log names it."""
+    span = trace.get_current_span().get_span_context()
+    if not span.is_valid:
+        return None
+    return {
+        "trace_id": trace.format_trace_id(span.trace_id),
+        "span_id": trace.format_span_id(span.span_id),
+    }
 
 
 def new_request_id() -> str:

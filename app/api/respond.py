@@ -13,6 +13,7 @@ from app.api.sse import DONE, EventStream, frame, told_error
 from app.llm.tool_calls import Piece
 from app.services.answers import Answer
 from app.services.choices import Choices, open_choices
+from app.utils.errors import ServiceError
 
 Event = dict[str, Any]
 
@@ -92,7 +93,9 @@ async def respond(
     """
     if stream:
         choices = await open_choices(openings)
-        return EventStream(choices, _frames(choices, shape))
+        # Until it is whole.
+        request.state.outcome = CLIENT_CLOSED_REQUEST
+        return EventStream(choices, _frames(request, choices, shape))
 
     async def complete() -> BaseModel:
         choices = await open_choices(openings)
@@ -110,7 +113,7 @@ async def respond(
     return Response(body, media_type="application/json")
 
 
-async def _frames(choices: Choices, shape: Shape) -> AsyncIterator[bytes]:
+async def _frames(request: Request, choices: Choices, shape: Shape) -> AsyncIterator[bytes]:
     """The events of a stream; a fault on the way becomes an event too."""
     try:
         for event in shape.first(choices.answers):
@@ -122,6 +125,8 @@ async def _frames(choices: Choices, shape: Shape) -> AsyncIterator[bytes]:
         await shape.settle()
         for event in end:
             yield shape.frame(event)
+        request.state.outcome = 200
     except Exception as error:  # noqa: BLE001 - logged and told to the reader
+        request.state.outcome = error.status if isinstance(error, ServiceError) else 500
         yield shape.fault(error, choices.answers)
     yield DONE

@@ -15,6 +15,13 @@ from typing import Any
 MAX_LINES = 10_000
 """Most lines that wait; at 300 bytes each these are 3 MB."""
 
+PERCENT = "percent"
+"""Member of a record of progress: how much is done."""
+
+_BAR = 20
+# The beginning of the terminal's line, which is emptied. Each line is written so, because the bar
+# may be another process's.
+_NEW_LINE = "\r\033[K"
 # Time for the last lines before an exit. The service kills an engine process after a second.
 _FLUSH_SECONDS = 0.5
 # How long to wait for a descriptor that does not block and has no room.
@@ -27,20 +34,31 @@ class LogQueue(QueueHandler):
     Args:
         descriptor: Where the lines go.
         formatter: Makes a line of a record.
+        draws: Whether the descriptor is a terminal, where progress is one line that changes.
     """
 
-    def __init__(self, descriptor: int, formatter: logging.Formatter) -> None:
+    def __init__(
+        self, descriptor: int, formatter: logging.Formatter, *, draws: bool = False
+    ) -> None:
         # Unlike queue.Queue, it can be used by a destructor that runs while it is being used.
         self._lines: SimpleQueue[Any] = SimpleQueue()
         super().__init__(self._lines)
         self.setFormatter(formatter)
+        self._descriptor, self._draws = descriptor, draws
         self._refused = self._told = 0
         self._writer = _Writer(self._lines, descriptor)
         self._writer.start()
 
     def prepare(self, record: logging.LogRecord) -> str:
-        """The record's line."""
-        return self.format(record)
+        """The record's line, with its end."""
+        if not self._draws:
+            return f"{self.format(record)}\n"
+        percent = getattr(record, PERCENT, None)
+        if percent is None:
+            return f"{_NEW_LINE}{self.format(record)}\n"
+        done = "#" * round(percent * _BAR / 100)
+        width = os.get_terminal_size(self._descriptor).columns - 1
+        return _NEW_LINE + f"[{done:-<{_BAR}}] {record.getMessage()}"[:width]
 
     def enqueue(self, record: Any) -> None:
         """Queue a line, or count it where there is no room."""
@@ -86,7 +104,7 @@ class _Writer(QueueListener):
         if isinstance(record, threading.Event):
             record.set()
             return
-        data = f"{record}\n".encode("utf-8", "backslashreplace")
+        data = str(record).encode("utf-8", "backslashreplace")
         while data:
             try:
                 data = data[os.write(self._descriptor, data) :]

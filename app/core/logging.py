@@ -6,6 +6,7 @@ put a piece of a prompt into it. Code that knows that there is none logs the mes
 """
 
 import logging
+import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -15,16 +16,22 @@ from typing import Any
 from pythonjsonlogger.json import JsonFormatter
 
 from app.core.config.logging import LoggingSettings
-from app.core.log_queue import LogQueue
+from app.core.log_queue import PERCENT, LogQueue
 from app.utils.timing import utc_timestamp
 
 LOGGER_NAME = "llm_service"
+AUDIT = "audit"
+"""The logger of who asked for what, see ``logging.audit``."""
 STDERR = 2
 """The descriptor of standard error."""
 
 request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 """Id of the request that is being served; set by the outermost middleware."""
 
+trace_var: ContextVar[dict[str, str] | None] = ContextVar("trace", default=None)
+"""Members that name the request's span in each of its lines, where it is traced."""
+
+_PERCENT_STEP = 5
 # Libraries whose lines at INFO are noise, or repeat the access log.
 _QUIET = ("httpx", "httpcore", "huggingface_hub", "transformers", "filelock", "sse_starlette")
 
@@ -32,6 +39,29 @@ _QUIET = ("httpx", "httpcore", "huggingface_hub", "transformers", "filelock", "s
 def get_logger(name: str | None = None) -> logging.Logger:
     """The service's logger, or a child of it."""
     return logging.getLogger(f"{LOGGER_NAME}.{name}" if name else LOGGER_NAME)
+
+
+def log_progress(message: str, percent: int | None) -> None:
+    """Log how far something is: a bar at a terminal, else a line every few per cent."""
+    get_logger("engine").info(message, extra={} if percent is None else {PERCENT: percent})
+
+
+class _FewPercents(logging.Filter):
+    """Leaves out progress of less than five per cent."""
+
+    _told = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether ``record`` is to be written."""
+        percent = getattr(record, PERCENT, None)
+        if percent is None:
+            return True
+        if percent < self._told:
+            self._told = 0
+        if percent < self._told + _PERCENT_STEP:
+            return False
+        self._told = percent
+        return True
 
 
 class _WithoutMessages(logging.Formatter):
@@ -71,6 +101,7 @@ class ServiceJsonFormatter(_WithoutMessages, JsonFormatter):
         log_data["message"] = record.getMessage()
         if request_id := request_id_var.get():
             log_data["request_id"] = request_id
+        log_data.update(trace_var.get() or {})
         super().add_fields(log_data, record, message_dict)
         # uvicorn repeats its messages here with a terminal's escape codes.
         log_data.pop("color_message", None)
@@ -101,12 +132,18 @@ def configure_logging(settings: LoggingSettings, descriptor: int = STDERR) -> Lo
     for before in root.handlers:
         if isinstance(before, LogQueue):
             before.close()
-    formatter = ServiceJsonFormatter() if settings.format == "json" else TextFormatter()
-    handler = LogQueue(descriptor, formatter)
+    is_terminal = os.isatty(descriptor)
+    is_text = settings.format == "text" or (settings.format == "auto" and is_terminal)
+    formatter = TextFormatter() if is_text else ServiceJsonFormatter()
+    draws = is_text and is_terminal
+    handler = LogQueue(descriptor, formatter, draws=draws)
+    if not draws:
+        handler.addFilter(_FewPercents())
     root.handlers[:] = [handler]
     logging.captureWarnings(True)
     root.setLevel(logging.WARNING)
     get_logger().setLevel(settings.level)
+    get_logger(AUDIT).setLevel(logging.INFO if settings.audit else logging.CRITICAL)
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True

@@ -96,6 +96,12 @@ class Metrics:
         self.kv_cache_usage = self._gauge(
             "llm_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1."
         )
+        self.key_requests = self._counter(
+            "llm_requests_total", "Requests for answers, by API key.", "key", "outcome"
+        )
+        self.key_tokens = self._counter(
+            "llm_tokens_total", "Prompt and completion tokens used, by API key.", "key"
+        )
         self.ignored_fields = self._counter(
             "llm_ignored_fields_total", "Fields of requests taken without effect.", "field"
         )

@@ -32,11 +32,17 @@ _MAX_BUCKETS = 100_000
 class Buckets(Protocol):
     """Where the callers' buckets are."""
 
-    async def take(self, item: RateLimitItem, caller: str) -> tuple[bool, float]:
-        """Take a token; ``False``, and nothing is taken, when the bucket has none.
+    async def take(self, item: RateLimitItem, caller: str, cost: int = 1) -> tuple[bool, float]:
+        """Take tokens; ``False``, and nothing is taken, when the bucket has fewer.
 
         Returns:
-            Whether there was one, and the seconds until the bucket is full.
+            Whether there were as many, and the seconds until the bucket is full.
+        """
+
+    def owe(self, item: RateLimitItem, caller: str, cost: int) -> None:
+        """Take tokens, now or very soon, that the bucket need not have.
+
+        Until it has got what it lacks, not even none can be taken.
         """
 
 
@@ -67,13 +73,22 @@ class TokenBucketRateLimiter(RateLimiter):
         interval, burst = self.terms(item)
         key = item.key_for(*identifiers)
         with self._lock:
-            now = self.clock()
-            full_at = max(self._full_at.get(key, now), now) + cost * interval
+            now, full_at = self.clock(), self._full_after(key, cost * interval)
             # Rounding errors of a few ulps in the sum must not cost a caller a token.
             if full_at - now > burst * interval * (1 + 1e-9):
                 return False
             self._full_at[key] = full_at
             return True
+
+    def _full_after(self, key: str, seconds: float) -> float:
+        now = self.clock()
+        return max(self._full_at.get(key, now), now) + seconds
+
+    def owe(self, item: RateLimitItem, caller: str, cost: int) -> None:
+        """See :class:`Buckets`."""
+        key, (interval, _) = item.key_for(caller), self.terms(item)
+        with self._lock:
+            self._full_at[key] = self._full_after(key, cost * interval)
 
     def test(self, item: RateLimitItem, *identifiers: str, cost: int = 1) -> bool:
         """Whether the bucket has ``cost`` tokens; takes none."""
@@ -91,9 +106,9 @@ class TokenBucketRateLimiter(RateLimiter):
         full_at = time.time() + self._seconds_until_full(item, *identifiers)
         return WindowStats(full_at, int(self._tokens(item, *identifiers)))
 
-    async def take(self, item: RateLimitItem, caller: str) -> tuple[bool, float]:
+    async def take(self, item: RateLimitItem, caller: str, cost: int = 1) -> tuple[bool, float]:
         """See :class:`Buckets`."""
-        return self.hit(item, caller), self._seconds_until_full(item, caller)
+        return self.hit(item, caller, cost=cost), self._seconds_until_full(item, caller)
 
 
 STRATEGIES[_STRATEGY] = TokenBucketRateLimiter  # type: ignore[assignment]

@@ -21,6 +21,8 @@ class Principal:
     key_id: str
     scopes: frozenset[Scope]
     daily_tokens: int | None = None
+    tokens_per_minute: int | None = None
+    max_concurrent: int | None = None
 
     def require(self, scope: Scope) -> None:
         """Check that the key has a scope.
@@ -33,15 +35,27 @@ class Principal:
 
 
 class KeyRing:
-    """The accepted API keys, stored as SHA-256 digests."""
+    """The accepted API keys, stored as SHA-256 digests.
 
-    def __init__(self, settings: SecuritySettings) -> None:
+    Args:
+        are_told: Whether metrics may name them; not where anybody can read the metrics.
+    """
+
+    def __init__(self, settings: SecuritySettings, *, are_told: bool = False) -> None:
+        self._are_told = are_told
         self.replace(settings)
 
     def replace(self, settings: SecuritySettings) -> None:
         """Accept exactly the keys of ``settings`` from now on."""
         self._principals = {
-            k.sha256: Principal(k.name, k.sha256.hex(), frozenset(k.scopes), k.daily_tokens)
+            k.sha256: Principal(
+                name=k.name,
+                key_id=k.sha256.hex(),
+                scopes=frozenset(k.scopes),
+                daily_tokens=k.daily_tokens,
+                tokens_per_minute=k.tokens_per_minute,
+                max_concurrent=k.max_concurrent,
+            )
             for k in settings.accepted_keys
         }
         self._by_id = {caller.key_id: caller for caller in self._principals.values()}
@@ -54,6 +68,11 @@ class KeyRing:
     def find(self, key_id: str) -> Principal | None:
         """The owner of a key by its id; ``None`` when the key is not accepted any more."""
         return self._by_id.get(key_id)
+
+    def label(self, key_id: str | None) -> str:
+        """What metrics call a key by its id; all that are not accepted have one name."""
+        principal = self._by_id.get(key_id or "") if self._are_told else None
+        return principal.name if principal else "other"
 
     def authenticate(self, headers: Mapping[str, str]) -> Principal:
         """The owner of the key in a request's headers, whose names are in lower case.

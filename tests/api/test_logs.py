@@ -242,3 +242,13 @@ def test_the_text_format_is_for_people(text_log: list[str]) -> None:
     for line in text_log:
         with pytest.raises(json.JSONDecodeError):
             json.loads(line)
+
+
+def test_the_start_ends_with_what_is_served(echo_service: Service) -> None:
+    """The line of a start's end names the model, its engine, threads, memory and context."""
+    (line,) = [e["message"] for e in echo_service.log() if e["message"].startswith("ready for")]
+    assert re.fullmatch(
+        r"ready for requests: echo on echo \(cpu, \w+, \d+ threads\), \d+ MB of memory, "
+        r"a context of [\d,]+ tokens",
+        line,
+    )

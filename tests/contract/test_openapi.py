@@ -160,9 +160,30 @@ def test_every_error_has_the_one_shape(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_route_says_what_it_does(name: str) -> None:
-    """Each route has a description and a tag."""
-    assert OPERATIONS[name].get("description")
-    assert OPERATIONS[name].get("tags")
+    """Each route has a description, one described tag, and a summary of its own in words."""
+    operation = OPERATIONS[name]
+    assert operation.get("description")
+    (tag,) = operation["tags"]
+    assert {t["name"]: t["description"] for t in document()["tags"]}[tag]
+    assert len(operation["summary"].split()) >= 3
+    assert [o["summary"] for o in OPERATIONS.values()].count(operation["summary"]) == 1
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_parameter_is_described(name: str) -> None:
+    """A parameter has a description, and an example where a request needs it.
+
+    Swagger UI would send the examples of optional headers with every request that it tries.
+    """
+    for parameter in OPERATIONS[name].get("parameters", []):
+        assert parameter.get("description"), parameter["name"]
+        assert bool(parameter["schema"].get("examples")) == parameter["required"], parameter["name"]
+
+
+def test_the_document_says_what_the_service_is() -> None:
+    """The document begins with a description, and names the server that served it."""
+    assert document()["info"]["description"]
+    assert [server["url"] for server in document()["servers"]] == ["/"]
 
 
 if __name__ == "__main__":

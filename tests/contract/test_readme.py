@@ -193,6 +193,34 @@ def test_the_sections_are_the_users() -> None:
     assert tuple(headings) == SECTIONS
 
 
+def test_the_figures_at_the_top_are_measured() -> None:
+    """The README's headline and its measured memory are the figures of docs/performance.md."""
+    page = (PROJECT_ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
+
+    def rows(text: str, name: str) -> list[list[str]]:
+        lines = re.findall(rf"^\| ?({re.escape(name)}(?:\|| \().*)\|$", text, re.MULTILINE)
+        return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+    def speed(server: str, column: int) -> str:
+        return rows(page, server)[0][column].split(" ")[0]
+
+    servers = ("ours, openvino", "transformers serve", "llama-server")
+    alone = [speed(server, 1) for server in ("ours, openvino", "llama-server")]
+    (headline,) = re.findall(r"^\*\*\d+ tokens/s.*?\n\n", readme, re.MULTILINE | re.DOTALL)
+    assert re.findall(r"\b\d{3}\b", headline) == [*(speed(s, 3) for s in servers), *alone]
+
+    def gigabytes(text: str) -> str:
+        mebibytes = sum(int(n.replace(",", "")) for n in re.findall(r"[\d,]*\d", text))
+        return f"{mebibytes * 2**20 / 1e9:.1f} GB"
+
+    (gemma,) = rows(readme, "google/gemma-2-2b-it")
+    in_integers = [rows(page, f"ours, {name}")[0][4] for name in ("by default", "int4")]
+    assert gemma[2] == " · ".join(gigabytes(text) for text in in_integers)
+    (bundled,) = rows(readme, "SmolLM2-135M-Instruct")
+    assert bundled[2].split(" · ")[0] == gigabytes(rows(page, "ours, openvino")[1][2])
+
+
 def test_the_project_structure_is_there() -> None:
     """Every file and folder of the README's tree exists."""
     (tree,) = (b.code for b in blocks(README) if "├──" in b.code)

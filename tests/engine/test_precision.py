@@ -80,7 +80,7 @@ def greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def reference() -> Reference:
     """The plain bfloat16 model's answers to the chats."""
-    snapshot = find_model(SETTINGS, token=None, progress=lambda _: None)
+    snapshot = find_model(SETTINGS, token=None, progress=lambda *_: None)
     pipe = load_pipeline(SETTINGS, snapshot, read_gguf(SETTINGS, snapshot))
     encoded = []
     for topic in TOPICS:

@@ -44,7 +44,10 @@ hub.PROGRESS_SECONDS = 0
 for line in sys.stdin:
     said = []
     try:
-        found = hub.download(**json.loads(line), progress=said.append)
+        found = hub.download(
+            **json.loads(line),
+            progress=lambda message, _: said.append(message),
+        )
         answer = {
             "directory": str(found.directory),
             "gguf": found.gguf,

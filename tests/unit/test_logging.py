@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
+import pty
 import sys
+import termios
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +17,7 @@ from app.core.logging import (
     TextFormatter,
     configure_logging,
     get_logger,
+    log_progress,
     request_id_var,
 )
 from tests.conftest import flush_log, restored_logging
@@ -174,6 +178,43 @@ def test_every_logger_writes_through_one_handler(capfd: pytest.CaptureFixture[st
         "the server's",
         "a library's",
     ]
+
+
+def written(settings: LoggingSettings, descriptor: int, reader: int) -> str:
+    """What the log writes of a download in steps of one per cent, and of a line after it."""
+    configure_logging(settings, descriptor)
+    for percent in range(101):
+        log_progress(f"downloading: {percent} %", percent)
+    get_logger().info("ready")
+    text = ""
+    while "ready" not in text:
+        text += os.read(reader, 65_536).decode()
+    return text
+
+
+@pytest.mark.usefixtures("restored")
+def test_progress_is_a_line_every_few_per_cent() -> None:
+    """Where the log is no terminal, auto is JSON, with a line for each five per cent."""
+    reader, writer = os.pipe()
+    lines = [json.loads(line) for line in written(LoggingSettings(), writer, reader).splitlines()]
+    assert [line["percent"] for line in lines[:-1]] == [*range(5, 101, 5)]
+    assert lines[-1]["message"] == "ready"
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.usefixtures("restored")
+def test_progress_is_a_bar_at_a_terminal() -> None:
+    """At a terminal auto is text, and a download is one line that changes and then disappears."""
+    reader, writer = pty.openpty()
+    termios.tcsetwinsize(writer, (24, 30))
+    shown = written(LoggingSettings(), writer, reader)
+    first, *steps, last = shown.split("\r\x1b[K")
+    assert (first, len(steps)) == ("", 101)
+    assert steps[50] == "[##########----------] downloading: 50 %"[:29]
+    assert last.strip().endswith("INFO    llm_service: ready")
+    os.close(reader)
+    os.close(writer)
 
 
 @pytest.mark.usefixtures("restored")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from app.core.config import ChatHistorySettings, IdempotencySettings, RateLimitSettings, Settings
-from app.core.config.security import SecuritySettings
+from app.core.config.security import NamedKey, SecuritySettings
 from app.core.metrics import Metrics
 from app.core.rate_limit import CallerLimits
 from app.core.security import KeyRing
@@ -40,13 +40,16 @@ def server() -> Iterator[RedisServer]:
 
 @asynccontextmanager
 async def shared(
-    server: RedisServer, metrics: Metrics | None = None, **sections: Any
+    server: RedisServer,
+    metrics: Metrics | None = None,
+    keys: KeyRing | None = None,
+    **sections: Any,
 ) -> AsyncIterator[State]:
     """The state of one replica."""
     values: dict[str, Any] = {"backend": "redis", "url": server.url, "timeout_seconds": 20}
     values |= sections.pop("state", {})
     configured = Settings(_env_file=None, state=values, **sections)
-    state = make_state(configured, metrics or Metrics(), KeyRing(SecuritySettings()))
+    state = make_state(configured, metrics or Metrics(), keys or KeyRing(SecuritySettings()))
     async with state.connected:
         yield state
 
@@ -205,6 +208,29 @@ async def test_a_bucket_gives_its_burst(server: RedisServer, per_minute: int) ->
             await limits.take("key:a", reason="key")
         assert caught.value.retry_after in (60 // per_minute, 60 // per_minute + 1)
         assert await limits.take("key:b", reason="key")
+
+
+async def test_the_tokens_of_a_minute_are_shared(server: RedisServer) -> None:
+    """Tokens used at one replica count at the other, and at each alone while Redis is away."""
+    key = NamedKey(name="few", key=SecretStr("few"), tokens_per_minute=100)
+    keys = KeyRing(SecuritySettings(api_keys=[key]))
+    caller = keys.principals[0].key_id
+    state_settings = {"prefix": "minutes"}
+    async with (
+        shared(server, keys=keys, state=state_settings) as one,
+        shared(server, keys=keys, state=state_settings) as two,
+    ):
+        for state in (one, two):
+            await state.usage.check(caller)
+        one.usage.add_tokens(caller, 100, 50)
+        await asyncio.sleep(0.5)
+        with pytest.raises(RateLimitExceededError) as caught:
+            await two.usage.check(caller)
+        assert caught.value.retry_after in (29, 30)
+        with server.stopped():
+            with pytest.raises(RateLimitExceededError):
+                await one.usage.check(caller)
+            await two.usage.check(caller)
 
 
 async def test_more_callers_than_connections_wait(server: RedisServer) -> None:

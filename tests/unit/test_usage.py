@@ -9,9 +9,10 @@ from pydantic import SecretStr
 
 from app.core.config.security import NamedKey, SecuritySettings
 from app.core.metrics import Metrics
+from app.core.rate_limit import TokenBucketRateLimiter
 from app.core.security import KeyRing
 from app.state.usage import UsageLedger
-from app.utils.errors import TokenBudgetExceededError
+from app.utils.errors import RateLimitExceededError, TokenBudgetExceededError
 
 NOON = datetime(2026, 3, 31, 12, tzinfo=UTC).timestamp()
 DAY = 86_400
@@ -24,12 +25,20 @@ class Books:
     def __init__(self) -> None:
         self.now = NOON
         limited = NamedKey(name="limited", key=SecretStr("a"), daily_tokens=BUDGET)
-        self.keys = KeyRing(
-            SecuritySettings(api_keys=[limited, NamedKey(name="free", key=SecretStr("b"))])
-        )
-        self.limited, self.free = (p.key_id for p in self.keys.principals)
+        slow = NamedKey(name="slow", key=SecretStr("c"), tokens_per_minute=60, max_concurrent=2)
+        free = NamedKey(name="free", key=SecretStr("b"))
+        self.keys = KeyRing(SecuritySettings(api_keys=[limited, free, slow]), are_told=True)
+        self.limited, self.free, self.slow = (p.key_id for p in self.keys.principals)
         self.metrics = Metrics()
-        self.ledger = UsageLedger(self.keys, self.metrics, lambda: self.now)
+        self.ledger = UsageLedger(self.keys, self.metrics, lambda: self.now, self._timed)
+
+    def _timed(self, own: TokenBucketRateLimiter) -> TokenBucketRateLimiter:
+        own.clock = lambda: self.now
+        return own
+
+    def counted(self, name: str, **labels: str) -> float:
+        """A metric's value."""
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
 @pytest.fixture
@@ -46,8 +55,7 @@ async def test_a_spent_budget_ends_the_day(books: Books) -> None:
     with pytest.raises(TokenBudgetExceededError) as caught:
         await books.ledger.check(books.limited)
     assert caught.value.retry_after == DAY / 2
-    refused = books.metrics.registry.get_sample_value("rate_limited_total", {"reason": "budget"})
-    assert refused == 1
+    assert books.counted("rate_limited_total", reason="budget") == 1
     # A caller is accepted again after retry_after seconds, and not before.
     books.now += caught.value.retry_after - 0.001
     with pytest.raises(TokenBudgetExceededError):
@@ -74,6 +82,52 @@ async def test_a_new_budget_counts_at_once(books: Books) -> None:
                 await books.ledger.check(books.limited)
         else:
             await books.ledger.check(books.limited)
+
+
+async def test_a_minutes_tokens_refill_steadily(books: Books) -> None:
+    """A caller over its tokens of a minute is 429 until what it used too much is refilled."""
+    books.ledger.add_tokens(books.slow, 50, 10)
+    await books.ledger.check(books.slow)
+    books.ledger.add_tokens(books.slow, 0, 30)
+    with pytest.raises(RateLimitExceededError) as caught:
+        await books.ledger.check(books.slow)
+    assert caught.value.retry_after == 30
+    assert books.counted("rate_limited_total", reason="tokens") == 1
+    books.now += 29.9
+    with pytest.raises(RateLimitExceededError):
+        await books.ledger.check(books.slow)
+    books.now += 0.1
+    for _ in range(3):
+        await books.ledger.check(books.slow)
+
+
+async def test_a_key_has_so_many_answers_at_once(books: Books) -> None:
+    """A caller with its most answers under way is 429 until one of them has ended."""
+    with books.ledger.generating(books.slow):
+        await books.ledger.check(books.slow)
+        with books.ledger.generating(books.slow):
+            for _ in range(3):
+                with pytest.raises(RateLimitExceededError):
+                    await books.ledger.check(books.slow)
+            await books.ledger.check(books.free)
+        await books.ledger.check(books.slow)
+    assert books.counted("rate_limited_total", reason="concurrency") == 3
+
+
+async def test_only_names_of_the_configuration_are_labels(books: Books) -> None:
+    """Tokens are counted under the key's name, and under `other` once it is not accepted."""
+    books.ledger.add_tokens(books.free, 2, 3)
+    books.keys.replace(SecuritySettings())
+    books.ledger.add_tokens(books.free, 5, 8)
+    books.ledger.add_tokens("unknown", 13, 21)
+    assert books.counted("llm_tokens_total", key="free") == 5
+    assert books.counted("llm_tokens_total", key="other") == 47
+
+
+def test_metrics_that_anybody_may_read_name_no_key() -> None:
+    """Where the metrics need no key every key is `other` in them."""
+    keys = KeyRing(SecuritySettings())
+    assert [keys.label(p.key_id) for p in keys.principals] == ["other"]
 
 
 @given(

@@ -29,14 +29,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from app.core.config import PROJECT_ROOT, ModelSettings
 from app.llm.client.process import VLLM_PYTHON
+from app.llm.engine.openvino.conversion import convert
 from app.llm.engine.transformers.backend import TransformersBackend
+from app.llm.models.snapshot import Snapshot
 from app.utils.errors import ModelLoadError
 from benchmarks.page import replace_section
 from tests.support import backends
 from tests.zoo import check, gguf_file, tiny
 
 GGUF: Final = ".gguf"
-"""Ends the names of models that OpenVINO runs."""
+"""Ends the names of models that OpenVINO reads from a GGUF file."""
+
+CONVERTED: Final = ".openvino"
+"""Ends the names of models that are converted for OpenVINO."""
 
 PAGE: Final = PROJECT_ROOT / "docs" / "models.md"
 WIDTH: Final = 108
@@ -67,10 +72,10 @@ class Row:
 
 
 def examine(kind: str, engine: str, folder: Path) -> Row:
-    """Make an architecture's model, load it and compare its answers; OpenVINO gets a GGUF file."""
+    """Make an architecture's model, load it and compare its answers; OpenVINO gets its formats."""
     path = folder
     try:
-        tiny.make(kind.removesuffix(GGUF), folder)
+        tiny.make(kind.removesuffix(GGUF).removesuffix(CONVERTED), folder)
         if kind.endswith(GGUF):
             path = gguf_file.write(folder)
         reference = check.Reference(folder)
@@ -78,6 +83,13 @@ def examine(kind: str, engine: str, folder: Path) -> Row:
     except Exception as error:  # noqa: BLE001 - transformers raises anything
         return Row("not built", _short(f"{type(error).__name__}: {error}"), kind)
     settings = ModelSettings(source="local", name=str(path), engine=engine, dtype="float32")
+    if kind.endswith(CONVERTED):
+        path = folder / "converted"
+        try:
+            convert(settings, Snapshot(folder, None), path, lambda _: None)
+        except Exception as error:  # noqa: BLE001 - the service runs it with transformers then
+            return Row("refused", _short(str(error)), kind)
+        settings = settings.model_copy(update={"name": str(path)})
     try:
         backend = backends.load(settings, max_running=MAX_RUNNING)
     except ModelLoadError as error:
@@ -170,7 +182,7 @@ def render(rows: Iterable[Row], vllm: frozenset[str] = frozenset()) -> str:
         groups.items(), key=lambda group: (order.index(group[0][0]), -len(group[1]))
     ):
         why = f" ({reason})" if reason else ""
-        names = ", ".join(sorted(kinds))
+        names = ", ".join(sorted(kind.removesuffix(CONVERTED) for kind in kinds))
         text = f"- **{outcome}, {len(kinds)}**{why}: {names}"
         entries.append(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
     return "\n".join(entries)
@@ -189,13 +201,16 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         kinds = options.kinds or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *tiny.VARIANTS]
-        files = [] if options.kinds else [f"{kind}{GGUF}" for kind in gguf_file.KINDS]
+        more = [f"{kind}{GGUF}" for kind in gguf_file.KINDS] + [f"{k}{CONVERTED}" for k in kinds]
+        more = [] if options.kinds else more
         for row in itertools.chain(
-            run(kinds, options.engine, Path(folder)), run(files, "openvino", Path(folder))
+            run(kinds, options.engine, Path(folder)), run(more, "openvino", Path(folder))
         ):
             sys.stdout.write(f"{row.kind}: {row.outcome}. {row.reason}\n")
             sys.stdout.flush()
-            rows.append(row)
+            # A model that is not converted is in the list by what runs it instead.
+            if row.outcome not in {"refused", "not built"} or not row.kind.endswith(CONVERTED):
+                rows.append(row)
     bad = [row for row in rows if row.outcome in {"WRONG", "CRASHED"}]
     if bad:
         names = ", ".join(row.kind for row in bad)

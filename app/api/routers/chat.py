@@ -27,6 +27,7 @@ router = APIRouter(route_class=GeneratingRoute, dependencies=KEY_SCHEMES, tags=[
 
 @router.post(
     "/v1/chat",
+    summary="Answer a conversation, kept in a session or not",
     response_model=ChatResponse,
     responses={
         200: {**STREAM[200], "links": _LINKS},

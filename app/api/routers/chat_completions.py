@@ -47,6 +47,7 @@ Replaced = Annotated[
 
 @router.post(
     "/v1/chat/completions",
+    summary="Answer a conversation, as OpenAI does",
     response_model=ChatCompletion,
     responses=STREAM
     | responses(*GENERATION_ERRORS, ModelNotFoundError, SessionBusyError, bad_request=True),

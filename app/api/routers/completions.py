@@ -18,6 +18,7 @@ router = APIRouter(route_class=OpenAIRoute, dependencies=KEY_SCHEMES, tags=["ope
 
 @router.post(
     "/v1/completions",
+    summary="Continue prompts, as OpenAI does",
     response_model=Completion,
     responses=STREAM | responses(*GENERATION_ERRORS, ModelNotFoundError, bad_request=True),
 )

@@ -27,7 +27,11 @@ _STATUS: dict[EngineState, Status] = {
 
 
 @router.head("/health", include_in_schema=False)
-@router.get("/health", responses={503: {"description": "Not healthy", "model": HealthResponse}})
+@router.get(
+    "/health",
+    summary="Is the model healthy",
+    responses={503: {"description": "Not healthy", "model": HealthResponse}},
+)
 async def health(services: AppServices, response: Response) -> HealthResponse:
     """Service health and model status; 503 while loading, draining or unhealthy."""
     engine = services.engine
@@ -42,14 +46,18 @@ async def health(services: AppServices, response: Response) -> HealthResponse:
 
 
 @router.head("/livez", include_in_schema=False)
-@router.get("/livez")
+@router.get("/livez", summary="Is the process alive")
 async def livez() -> ProbeResponse:
     """Whether the process answers at all."""
     return ProbeResponse(status="alive")
 
 
 @router.head("/readyz", include_in_schema=False)
-@router.get("/readyz", responses={503: {"description": "Not ready", "model": ProbeResponse}})
+@router.get(
+    "/readyz",
+    summary="Would it take a request",
+    responses={503: {"description": "Not ready", "model": ProbeResponse}},
+)
 async def readyz(services: AppServices, response: Response) -> ProbeResponse:
     """Whether requests would be taken; a full queue is no reason to send them elsewhere."""
     if services.engine.state is EngineState.READY:
@@ -60,6 +68,7 @@ async def readyz(services: AppServices, response: Response) -> ProbeResponse:
 
 @router.get(
     "/metrics",
+    summary="Metrics for Prometheus",
     response_class=Response,
     responses=responses(InvalidAPIKeyError, InsufficientScopeError, RateLimitExceededError),
 )

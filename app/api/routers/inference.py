@@ -17,6 +17,7 @@ router = APIRouter(route_class=GeneratingRoute, dependencies=KEY_SCHEMES, tags=[
 
 @router.post(
     "/v1/generate",
+    summary="Continue a prompt",
     response_model=GenerateResponse,
     responses=STREAM | responses(*GENERATION_ERRORS),
 )

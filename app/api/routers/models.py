@@ -11,7 +11,13 @@ from app.api.openai.routes import OpenAIRoute, check_model
 from app.api.openai.schemas import ModelCard, ModelList
 from app.utils.errors import InvalidAPIKeyError, ModelNotFoundError, RateLimitExceededError
 
-_MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+_MODEL = {
+    "name": "model",
+    "in": "path",
+    "required": True,
+    "description": "The model's name, or one of model.aliases.",
+    "schema": {"type": "string", "examples": ["default"]},
+}
 
 router = APIRouter(
     prefix="/v1/models",
@@ -22,7 +28,7 @@ router = APIRouter(
 )
 
 
-@router.get("")
+@router.get("", summary="List the model under its names")
 async def list_models(services: AppServices) -> ModelList:
     """List the served model and its aliases."""
     model = services.settings.model
@@ -33,6 +39,7 @@ async def list_models(services: AppServices) -> ModelList:
 # it can be refused.
 @router.get(
     "/{model:path}",
+    summary="Show the model under one of its names",
     responses=responses(ModelNotFoundError),
     openapi_extra={"parameters": [_MODEL]},
 )

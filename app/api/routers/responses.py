@@ -51,7 +51,13 @@ _PATH = "/v1/responses/{response_id}"
 # Any text is an id: declared as an argument, FastAPI would say that it can be refused.
 _ID = {
     "parameters": [
-        {"name": "response_id", "in": "path", "required": True, "schema": {"type": "string"}}
+        {
+            "name": "response_id",
+            "in": "path",
+            "required": True,
+            "description": "The id of a kept response.",
+            "schema": {"type": "string", "examples": ["resp_0ef3c807a98541f1a9837554da921e84"]},
+        }
     ]
 }
 _KEPT = responses(
@@ -61,6 +67,7 @@ _KEPT = responses(
 
 @router.post(
     "/v1/responses",
+    summary="Answer an input and keep the response, as OpenAI does",
     response_model=ResponseObject,
     responses=STREAM
     | responses(
@@ -136,7 +143,13 @@ async def _referred(
     raise ResponseNotFoundError(param=param)
 
 
-@router.get(_PATH, response_model=ResponseObject, responses=_KEPT, openapi_extra=_ID)
+@router.get(
+    _PATH,
+    summary="Show a kept response",
+    response_model=ResponseObject,
+    responses=_KEPT,
+    openapi_extra=_ID,
+)
 async def get_response(request: Request, conversation: Conversation, caller: Caller) -> Response:
     """A response of the caller's own, as it was answered."""
     response_id = request.path_params["response_id"]
@@ -144,7 +157,7 @@ async def get_response(request: Request, conversation: Conversation, caller: Cal
     return Response(session.response, media_type="application/json")
 
 
-@router.delete(_PATH, responses=_KEPT, openapi_extra=_ID)
+@router.delete(_PATH, summary="Forget a kept response", responses=_KEPT, openapi_extra=_ID)
 async def delete_response(
     request: Request, conversation: Conversation, caller: Caller
 ) -> DeletedResponse:

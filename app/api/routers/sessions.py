@@ -1,6 +1,8 @@
 """GET and DELETE /v1/sessions/{session_id}: a conversation's history, and forgetting it."""
 
-from fastapi import APIRouter, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Response
 
 from app.api.dependencies import Caller, Conversation
 from app.api.errors import responses
@@ -13,6 +15,11 @@ from app.utils.errors import (
     StateUnavailableError,
     ValidationFailedError,
 )
+
+SessionId = Annotated[
+    str,
+    Path(description="The id that began the conversation.", examples=["user-123-conversation"]),
+]
 
 router = APIRouter(
     route_class=GuardedRoute,
@@ -28,9 +35,13 @@ router = APIRouter(
 )
 
 
-@router.get("/v1/sessions/{session_id}", response_model=SessionResponse)
+@router.get(
+    "/v1/sessions/{session_id}",
+    summary="Show a conversation",
+    response_model=SessionResponse,
+)
 async def get_session(
-    session_id: str, conversation: Conversation, caller: Caller
+    session_id: SessionId, conversation: Conversation, caller: Caller
 ) -> SessionResponse:
     """What was said in a conversation of the caller's own."""
     session = await conversation.find(caller.key_id, session_id)
@@ -43,8 +54,15 @@ async def get_session(
     )
 
 
-@router.delete("/v1/sessions/{session_id}", status_code=204, response_class=Response)
-async def delete_session(session_id: str, conversation: Conversation, caller: Caller) -> Response:
+@router.delete(
+    "/v1/sessions/{session_id}",
+    summary="Forget a conversation",
+    status_code=204,
+    response_class=Response,
+)
+async def delete_session(
+    session_id: SessionId, conversation: Conversation, caller: Caller
+) -> Response:
     """Forget a conversation; a turn under way is not kept either."""
     await conversation.forget(caller.key_id, session_id)
     return Response(status_code=204)

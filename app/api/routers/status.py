@@ -21,7 +21,7 @@ from app.llm.client.client import EngineState
 router = APIRouter(tags=["health"])
 
 
-@router.get("/status")
+@router.get("/status", summary="What is served, how full it is, which limits hold")
 async def status(services: AppServices) -> StatusResponse:
     """Detailed status with cache statistics. Reads what is known; never asks the engine."""
     settings = services.settings

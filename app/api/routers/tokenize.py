@@ -15,7 +15,10 @@ router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["in
 
 
 @router.post(
-    "/v1/tokenize", response_model_exclude_unset=True, responses=responses(*GENERATION_ERRORS)
+    "/v1/tokenize",
+    summary="Split a text or a chat into tokens",
+    response_model_exclude_unset=True,
+    responses=responses(*GENERATION_ERRORS),
 )
 async def tokenize(
     body: TokenizeRequest, generation: Generation, deadline: Deadline

@@ -13,7 +13,11 @@ from app.utils.errors import InvalidAPIKeyError, RateLimitExceededError
 router = APIRouter(route_class=AnyKeyRoute, dependencies=KEY_SCHEMES, tags=["usage"])
 
 
-@router.get("/v1/usage", responses=responses(InvalidAPIKeyError, RateLimitExceededError))
+@router.get(
+    "/v1/usage",
+    summary="Requests and tokens of each key",
+    responses=responses(InvalidAPIKeyError, RateLimitExceededError),
+)
 async def get_usage(services: AppServices, caller: Caller) -> UsageResponse:
     """Requests and tokens of the caller's key, or of every key for one with the scope admin."""
     ledger = services.usage

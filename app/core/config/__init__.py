@@ -93,8 +93,8 @@ class ModelSettings(Section):
     )
     quantization: Literal["auto", "none", "int8", "int4"] = Field(
         "auto",
-        description="Integers in large linear layers: faster, smaller, less exact; transformers "
-        "engine on a CPU. auto: the best that fits into memory, int8 for models over a billion "
+        description="Integers in large linear layers of safetensors on a CPU: faster, smaller, "
+        "less exact. auto: the best that fits into memory, int8 for models over a billion "
         "parameters, else none.",
     )
     cuda_memory_share: float = Field(
@@ -106,8 +106,8 @@ class ModelSettings(Section):
     engine: Literal["auto", "openvino", "transformers", "vllm", "echo"] = Field(
         "auto",
         description="Backend that runs the model. auto: openvino on a CPU where it can read the "
-        "model (GGUF, OpenVINO), vllm on a GPU where it is installed, else transformers. echo "
-        "repeats the prompt, for tests.",
+        "model (GGUF, OpenVINO), vllm on a GPU where it is installed, else transformers. openvino "
+        "converts safetensors. echo repeats the prompt, for tests.",
     )
     max_tokens: int = Field(
         512, ge=1, le=1_000_000, description="Most tokens of an answer, and the default."

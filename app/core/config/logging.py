@@ -19,6 +19,13 @@ class LoggingSettings(Section):
     level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_level)] = Field(
         "INFO", description="Lowest level logged."
     )
-    format: Literal["json", "text"] = Field(
-        "json", description="json: one object a line; text: lines for a terminal."
+    format: Literal["auto", "json", "text"] = Field(
+        "auto",
+        description="json: one object a line; text: lines for people; auto: text at a terminal, "
+        "else json.",
+    )
+    audit: bool = Field(
+        False,
+        description="One line more, at any level, for each request for an answer: key, model, "
+        "tokens, outcome; never text.",
     )

@@ -29,6 +29,8 @@ class NamedKey(Section):
     digest: Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
     scopes: list[Scope] = Field(default=["infer"], min_length=1)
     daily_tokens: Annotated[int, Field(ge=1)] | None = None
+    tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+    max_concurrent: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _has_one_form(self) -> Self:
@@ -64,7 +66,8 @@ class SecuritySettings(Section):
         default_factory=list,
         description="Further keys, each {name, key}, or {name, digest} with sha256: and the key's "
         "SHA-256 in hexadecimal; scopes (infer, metrics, admin; default: infer) says what it "
-        "permits, daily_tokens how many prompt and completion tokens it may use a day (UTC).",
+        "permits; daily_tokens and tokens_per_minute bound its prompt and completion tokens by day "
+        "(UTC) and minute, max_concurrent the answers generated for it at once, by each copy.",
     )
     max_prompt_chars: int = Field(
         4000, ge=1, le=10_000_000, description="Most characters in a prompt or in all messages."

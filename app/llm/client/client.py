@@ -13,7 +13,7 @@ from functools import cache
 from app.core.config import ModelSettings
 from app.core.config.engine import EngineSettings
 from app.core.config.logging import LoggingSettings
-from app.core.logging import get_logger
+from app.core.logging import get_logger, log_progress
 from app.core.metrics import Metrics
 from app.llm.client.admission import RequestQueue
 from app.llm.client.place import Place, PlaceListener
@@ -73,6 +73,7 @@ class EngineClient:
         loading_message: What the engine process is loading, for /status.
         restarts: How often the engine process has been started again.
         last_end: How the last engine process ended; ``None`` if none did.
+        on_ready: Called on a thread whenever an engine process is ready.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class EngineClient:
         self.loading_message = "starting the engine process"
         self.restarts = 0
         self.last_end: str | None = None
+        self.on_ready: Callable[[], None] = lambda: log.info("ready for requests")
         self.queue = RequestQueue(engine, metrics, model_label)
         metrics.add_engine_process(lambda: self._process.pid if self._process else None)
         self._metrics = metrics
@@ -258,7 +260,7 @@ class EngineClient:
         elif isinstance(report, Loading):
             self._phase = Duty.FETCHING if report.fetching else Duty.LOADING
             self.loading_message = report.message
-            log.info(report.message)
+            log_progress(report.message, report.percent)
         elif isinstance(report, Loaded):
             # As a task, so that Ready is read meanwhile. Before it is read, the watchdog takes an
             # idle process for a stalled one.
@@ -268,7 +270,7 @@ class EngineClient:
             if self._describing is not None:
                 await self._describing
             self._serve()
-            log.info("ready for requests")
+            await asyncio.to_thread(self.on_ready)
         else:
             await self._give_up(report.message)
 

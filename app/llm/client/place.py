@@ -94,6 +94,8 @@ class Place:
         self._ended: tuple[FinishReason, float] | None = None
         self._admitted_at = time.perf_counter()
         self._running_since: float | None = None
+        self._began_at: float | None = None
+        self._first_token_at: float | None = None
         self._last_token_at: float | None = None
         limits, later = queue.limits, asyncio.get_running_loop().call_later
         self._queue_timeout = later(
@@ -192,6 +194,21 @@ class Place:
         self._queue.prompts.add(self._tokens, self.caller)
         self._queue.leave(self)
 
+    def phases(self, now: float) -> list[tuple[str, float, float]]:
+        """Waiting, reading the prompt and generating: name, beginning and end of each so far.
+
+        Args:
+            now: As :func:`time.perf_counter`, in which all times are.
+        """
+        begins = [
+            ("queue", self._admitted_at),
+            ("prefill", self._began_at),
+            ("decode", self._first_token_at),
+        ]
+        known = [(name, begin) for name, begin in begins if begin is not None]
+        ends = [*(begin for _, begin in known[1:]), now]
+        return [(name, begin, end) for (name, begin), end in zip(known, ends, strict=True)]
+
     # --- for the queue and the engine ------------------------------------------------------
 
     def submit(self) -> None:
@@ -204,6 +221,7 @@ class Place:
         now = time.perf_counter()
         if self._running_since is None:
             # The queue's time limit does not apply again where another engine process takes over.
+            self._began_at = now
             self._queue_timeout.cancel()
             self._queue.metrics.queue_time.observe(now - self._admitted_at)
             self._queue.metrics.prompt_tokens.inc(self.prompt_tokens)
@@ -256,6 +274,7 @@ class Place:
         if new:
             metrics.tokens_generated.labels(self._queue.model).inc(new)
             if self._last_token_at is None:
+                self._first_token_at = now
                 metrics.time_to_first_token.observe(now - self._admitted_at)
             else:
                 metrics.inter_token_latency.observe((now - self._last_token_at) / new)

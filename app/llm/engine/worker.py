@@ -218,7 +218,9 @@ def _load(channel: Channel, configure: Configure) -> Backend | None:
             vllm_arguments=configure.vllm_arguments,
             token=configure.huggingface_token,
             progress=lambda message: channel.send(Loading(message=message)),
-            fetch_progress=lambda message: channel.send(Loading(message=message, fetching=True)),
+            fetch_progress=lambda message, percent: channel.send(
+                Loading(message=message, fetching=True, percent=percent)
+            ),
             loaded=lambda info: channel.send(Loaded(info=info)),
         )
     except ModelLoadError as error:

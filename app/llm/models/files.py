@@ -1,10 +1,11 @@
 """Checks a model's files before a library reads them."""
 
+import hashlib
 import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +20,8 @@ from app.utils.errors import ModelLoadError
 MAX_SIZE: Final = 2**20
 """Most elements in a dimension of a tensor; the largest vocabularies have 262,144 tokens."""
 
+# As much of each file tells it from others of its size.
+_HEAD = 1 << 16
 # Layers of a model whose tensors are not counted; the deepest have 126.
 _MAX_LAYERS = 10_000
 # Most weights in a byte.
@@ -27,6 +30,21 @@ _WEIGHTS_PER_BYTE = 8
 _SIZE = re.compile(
     r"^(?:num_hidden_|num_|n_)(layers?)$|(?:^|_)(?:size|dim|heads|embd|inner|d_model)$"
 )
+
+
+def fingerprint(snapshot: Snapshot, code: Iterable[Path], *facts: object) -> str:
+    """A name for what is made of a model's files by the source files ``code``, given ``facts``."""
+    digest = hashlib.sha256(repr((facts, snapshot.revision, snapshot.weights)).encode())
+    folder = snapshot.directory
+    files = (
+        [folder / snapshot.weights]
+        if snapshot.weights
+        else [*folder.glob("*.json"), *folder.glob("*.safetensors")]
+    )
+    for path in (*sorted(code), *sorted(files)):
+        with path.open("rb") as file:
+            digest.update(repr((path.name, path.stat().st_size)).encode() + file.read(_HEAD))
+    return digest.hexdigest()
 
 
 def check_folder(folder: Path) -> None:

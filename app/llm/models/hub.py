@@ -9,6 +9,7 @@ import logging
 import ssl
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,7 +22,7 @@ from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
 from app.llm.models.snapshot import (
     OPENVINO_MODEL,
-    Progress,
+    FetchProgress,
     Snapshot,
     check_storage,
     choose_weights,
@@ -29,8 +30,11 @@ from app.llm.models.snapshot import (
 )
 from app.utils.errors import ModelLoadError
 
-PROGRESS_SECONDS = 2.0
-"""Minimum time between two reports of progress."""
+PROGRESS_SECONDS = 0.5
+"""Minimum time between two reports of what has come."""
+
+_RATE_SAMPLES = 6
+_REPORTED_BYTES = 1_000_000
 
 # Suffixes of the files that hold a tokenizer, a configuration or a chat template.
 _COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt")
@@ -54,7 +58,7 @@ def download(
     *,
     revision: str | None,
     token: str | None,
-    progress: Progress,
+    progress: FetchProgress,
     openvino: bool = False,
 ) -> Snapshot:
     """Download ``owner/name`` or ``owner/name/FILE.gguf`` from the hub, or find it in the cache.
@@ -70,7 +74,7 @@ def download(
     token = _checked_token(token)
     # The library would print its log lines a second time, beside the service's log.
     logging.getLogger("huggingface_hub").handlers.clear()
-    progress(f"looking up {wanted.repo} on the hub")
+    progress(f"looking up {wanted.repo} on the hub", None)
     try:
         return _download(wanted, token, progress)
     except errors.HfHubHTTPError as error:
@@ -159,7 +163,7 @@ def _explain_refusal(error: errors.HfHubHTTPError, wanted: _Wanted, *, has_token
     return f"the hub answered {status} for {repo}: try again later, {_ALTERNATIVES}"
 
 
-def _download(wanted: _Wanted, token: str | None, progress: Progress) -> Snapshot:
+def _download(wanted: _Wanted, token: str | None, progress: FetchProgress) -> Snapshot:
     try:
         info = HfApi(token=token or False).model_info(
             wanted.repo, revision=wanted.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
@@ -180,7 +184,7 @@ def _download(wanted: _Wanted, token: str | None, progress: Progress) -> Snapsho
     files = _needed(names, weights)
     cache = _folder(wanted.repo)
     _remove_abandoned(cache)
-    progress(f"downloading {wanted.repo} ({len(files)} files)")
+    progress(f"downloading {wanted.repo} ({len(files)} files)", None)
     try:
         directory = snapshot_download(
             wanted.repo,
@@ -210,7 +214,7 @@ def _explain_transport(error: BaseException | None) -> tuple[str, str]:
     return "the hub cannot be reached", "check the network and HF_ENDPOINT"
 
 
-def _from_cache(wanted: _Wanted, progress: Progress, reason: str, advice: str) -> Snapshot:
+def _from_cache(wanted: _Wanted, progress: FetchProgress, reason: str, advice: str) -> Snapshot:
     """Find the last download of the model, if it is complete."""
     repo, revision = wanted.repo, wanted.revision
     try:
@@ -238,7 +242,7 @@ def _from_cache(wanted: _Wanted, progress: Progress, reason: str, advice: str) -
         raise ModelLoadError(
             f"{reason}, and {repo} is not {whole}in the cache: {advice}, {_ALTERNATIVES}"
         ) from None
-    progress(f"{reason}; using {repo} from the cache")
+    progress(f"{reason}; using {repo} from the cache", None)
     # The cache names a snapshot's folder by its commit.
     return Snapshot(directory, weights, directory.name)
 
@@ -282,10 +286,12 @@ def _needed(names: list[str], weights: str | None) -> list[str]:
     return [*companions, *(own or tensors)]
 
 
-def _progress_bar(repo: str, progress: Progress) -> type[hub_tqdm]:
+def _progress_bar(repo: str, progress: FetchProgress) -> type[hub_tqdm]:
     """A class of progress bars that call ``progress`` instead of drawing."""
     lock = threading.Lock()
     last = time.monotonic()
+    # When how many bytes were here, in the last seconds: files begin and end with a wait.
+    samples: deque[tuple[float, float]] = deque(maxlen=_RATE_SAMPLES)
 
     class ReportingBar(hub_tqdm):
         # No monitor thread: nothing is drawn.
@@ -308,8 +314,16 @@ def _progress_bar(repo: str, progress: Progress) -> type[hub_tqdm]:
                 due = self._counts_bytes and time.monotonic() - last >= PROGRESS_SECONDS
                 if due:
                     last = time.monotonic()
-            if due and self.total:
-                share = 100 * self.n / self.total
-                progress(f"downloading {repo}: {share:.0f} % of {self.total / 1e6:.0f} MB")
+            # The small files come first, one by one; the total grows with each.
+            if due and (self.total or 0) >= _REPORTED_BYTES:
+                percent = int(100 * self.n / self.total)
+                text = f"downloading {repo}: {percent} % of {self.total / 1e6:,.0f} MB"
+                (before, had), now = samples[0] if samples else (last, self.n), time.monotonic()
+                samples.append((now, self.n))
+                if self.n > had:
+                    rate = (self.n - had) / (now - before)
+                    left = (self.total - self.n) / rate
+                    text += f", {rate / 1e6:,.1f} MB/s, {left:,.0f} s left"
+                progress(text, percent)
 
     return ReportingBar

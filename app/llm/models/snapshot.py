@@ -11,6 +11,9 @@ from app.utils.errors import ModelLoadError
 Progress = Callable[[str], None]
 """Called with one line on the progress, for the log and for /status."""
 
+FetchProgress = Callable[[str, int | None], None]
+"""The same while files are fetched: several times a second with the per cent that have come."""
+
 OPENVINO_MODEL = "openvino_model.xml"
 """The file that marks a folder in OpenVINO's own format; a .bin file beside it has the weights."""
 
@@ -43,6 +46,13 @@ class Snapshot:
     def gguf(self) -> str | None:
         """Name of the GGUF file; ``None`` for the other formats."""
         return None if self.is_openvino else self.weights
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weights' files."""
+        pattern = "openvino_*.bin" if self.is_openvino else "*.safetensors"
+        files = [self.directory / self.gguf] if self.gguf else self.directory.glob(pattern)
+        return sum(file.stat().st_size for file in files)
 
 
 def is_gguf(name: str) -> bool:

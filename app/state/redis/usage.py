@@ -4,10 +4,12 @@ import asyncio
 import uuid
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from time import time
 
 from app.core.metrics import Metrics
 from app.core.security import KeyRing
+from app.state.redis.limits import RedisBuckets
 from app.state.redis.link import RedisLink, Script
 from app.state.usage import Usage, UsageLedger
 from app.utils.errors import StateUnavailableError
@@ -54,7 +56,7 @@ class RedisUsage(UsageLedger):
         metrics: Metrics,
         clock: Callable[[], float] = time,
     ) -> None:
-        super().__init__(keys, metrics, clock)
+        super().__init__(keys, metrics, clock, partial(RedisBuckets, link))
         self._link = link
         # By day and caller; and by a token for each, once one may have been sent.
         self._counted: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])

@@ -12,6 +12,7 @@ from app.core.config import ModelSettings
 from app.core.logging import get_logger
 from app.core.machine import compute_threads
 from app.llm.engine.cache_size import cache_tokens
+from app.llm.engine.openvino.converted import NotConvertedError, convert_once
 from app.llm.engine.openvino.gguf import why_not_read
 from app.llm.models.description import (
     ModelShape,
@@ -32,7 +33,7 @@ from app.utils.errors import ModelLoadError
 
 log = get_logger("engine")
 
-_REASONS = {
+OPENVINO_REASONS = {
     "openvino": "model.engine is openvino",
     "auto": "model.engine is auto, and OpenVINO is the fastest on a CPU",
 }
@@ -49,18 +50,25 @@ class OpenVinoUnsupportedError(Exception):
 def load_openvino(
     settings: ModelSettings, snapshot: Snapshot, *, max_running: int, progress: Progress
 ) -> Backend:
-    """Load a GGUF file or an OpenVINO model, for a batch of at most ``max_running`` requests.
+    """Load a GGUF file, an OpenVINO model, or safetensors, which are converted to one.
+
+    ``max_running`` is the most requests in a batch.
 
     Raises:
         OpenVinoUnsupportedError: OpenVINO cannot run it, though its files are complete.
         ModelLoadError: Its files are incomplete, or its tokenizer cannot be read.
     """
+    if snapshot.weights is None:
+        try:
+            snapshot = convert_once(settings, snapshot, progress)
+        except NotConvertedError as error:
+            raise OpenVinoUnsupportedError(str(error)) from error
     progress(f"loading {settings.label} with OpenVINO")
     with TokenizerProcess(settings, snapshot) as reader:
         header = read_gguf(settings, snapshot, (TOKENS,)) if snapshot.gguf else None
         keep_telemetry_out()
         try:
-            shape = _gguf_shape(header) if header else None
+            shape = check_gguf(header) if header else None
             # This import takes time, and the other process reads the tokenizer meanwhile.
             from app.llm.engine.openvino.backend import SUPPORTED, OpenVinoBackend, start_pipeline
 
@@ -72,7 +80,7 @@ def load_openvino(
                     tokenizer=_vocabulary(header) if header else None,
                     max_running=max_running,
                     cache_blocks=blocks,
-                    properties=_properties(settings),
+                    properties=_properties(settings, shape),
                 )
         except (ModelLoadError, OpenVinoUnsupportedError):
             raise
@@ -84,7 +92,7 @@ def load_openvino(
         model=settings.label,
         revision=snapshot.revision,
         backend="openvino",
-        backend_reason=_REASONS[settings.engine],
+        backend_reason=OPENVINO_REASONS[settings.engine],
         device="cpu",
         dtype=shape.weights,
         context_length=shape.context_length,
@@ -100,8 +108,16 @@ def load_openvino(
     )
 
 
-def _gguf_shape(header: GgufHeader) -> ModelShape:
-    shape = gguf_shape(header)
+def check_gguf(header: GgufHeader) -> ModelShape:
+    """The shape of a model whose GGUF file OpenVINO reads as it is meant.
+
+    Raises:
+        OpenVinoUnsupportedError: It does not.
+    """
+    try:
+        shape = gguf_shape(header)
+    except UnknownShapeError as error:
+        raise OpenVinoUnsupportedError(one_line(error)) from error
     if reason := why_not_read(header):
         raise OpenVinoUnsupportedError(reason)
     return shape
@@ -148,8 +164,12 @@ def keep_telemetry_out() -> None:
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
-def _properties(settings: ModelSettings) -> dict[str, Any]:
+def _properties(settings: ModelSettings, shape: ModelShape) -> dict[str, Any]:
     properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": compute_threads(os.environ)}
+    if settings.dtype == "auto" and shape.weights in {"int8", "int4"}:
+        # The plugin multiplies integers only where it computes the rest in float32. In bfloat16 it
+        # unpacks the weights in each step, see ADR 14.
+        properties["INFERENCE_PRECISION_HINT"] = "f32"
     if precision := _PRECISIONS.get(settings.dtype):
         properties["INFERENCE_PRECISION_HINT"] = precision
         properties["KV_CACHE_PRECISION"] = precision

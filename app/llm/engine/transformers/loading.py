@@ -64,7 +64,8 @@ def load_transformers(
     on_cuda = settings.device == "cuda"
     bits = 0
     if not on_cuda:
-        bits, why = _choose_bits(settings, snapshot, header, max_running)
+        bits, why = choose_bits(settings, snapshot, header, max_running)
+        log.info("%s", why)
         if bits:
             reason = f"{reason}; {why}"
     pipe = load_pipeline(settings, snapshot, header, bits)
@@ -94,10 +95,14 @@ def load_transformers(
         return _start(pipe, info, snapshot, max_running, settings.cuda_memory_share)
 
 
-def _choose_bits(
+def choose_bits(
     settings: ModelSettings, snapshot: Snapshot, header: GgufHeader | None, max_running: int
 ) -> tuple[int, str]:
-    """Bits of the weights' integers, 0 for none, and the reason."""
+    """Bits of the weights' integers on a CPU, 0 for none, and the reason.
+
+    Raises:
+        ModelLoadError: The weights do not fit into the free memory.
+    """
     from app.llm.engine.transformers.weights import choose_weights_precision
 
     dtype: Any = weight_dtype(settings, snapshot)
@@ -106,7 +111,6 @@ def _choose_bits(
     )
     name = f"int{choice.bits}" if choice.bits else str(dtype).removeprefix("torch.")
     why = f"weights are {name}, since {choice.reason}"
-    log.info("%s", why)
     return choice.bits, why
 
 
@@ -139,11 +143,11 @@ def _start(
     from app.llm.engine.transformers.attention_choice import attention_of
     from app.llm.engine.transformers.backend import TransformersBackend
     from app.llm.engine.transformers.plain import PlainBackend
-    from app.llm.engine.transformers.start_check import StartCheck
+    from app.llm.engine.transformers.start_check import StartCheck, known_as
 
     model, usual = pipe.model, attention_of(pipe.model)
     limits: dict[str, Any] = {"max_running": max_running, "cuda_memory_share": memory_share}
-    check = StartCheck(model, info, snapshot)
+    check = StartCheck(model, known_as(model, info, snapshot))
     if (reason := _why_not_paged(model, info.context_length)) is None:
         check.prepare("paged")
         paged: Backend | None = None
@@ -269,7 +273,7 @@ def _from_pretrained(
         model, report = AutoModelForCausalLM.from_pretrained(  # nosec B615
             snapshot.directory,
             output_loading_info=True,
-            # For a line that names the tensor, see _check_weights.
+            # For a line that names the tensor, see check_weights.
             ignore_mismatched_sizes=True,
             **weights,
             **pretrained_source(snapshot),
@@ -279,12 +283,12 @@ def _from_pretrained(
             model.hf_quantizer.remove_quantization_config(model)
         if getattr(model.config.get_text_config(), "num_hidden_layers", None) == 0:
             raise ValueError("it has no layers")
-        _check_weights(settings.label, model, report)
+        check_weights(settings.label, model, report)
         check(model, report)
         return pipeline("text-generation", model=model, tokenizer=tokenizer, device=settings.device)
 
 
-def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
+def check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
     """Refuse weights that transformers would replace by random numbers, and values that are none.
 
     Args:

@@ -5,7 +5,6 @@ is an empty file beside the hub's cache.
 """
 
 import contextlib
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from app.llm.engine.transformers.attention_choice import attention_of
-from app.llm.models.description import fixed_rope_limit
+from app.llm.models.description import context_length, fixed_rope_limit
+from app.llm.models.files import fingerprint
 from app.llm.models.snapshot import Snapshot
 from app.llm.protocol import Backend, EngineInfo, GenerationRequest, SamplingParams, TokenEvent
 
@@ -32,8 +32,6 @@ _TOLERANCE: Final = 2e-3
 _TOLERANCE_16: Final = 0.3
 # The mean of all differences is smaller than the largest one that is looked at.
 _CAUSAL: Final = 20
-# As much of each file tells it from others of its size.
-_HEAD: Final = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -50,18 +48,28 @@ class StartCheck:
 
     Args:
         model: With the attention function that it was loaded with.
-        info: What is served.
-        snapshot: The model's files.
+        known_as: Names the model in the record; ``None``: it is checked, and there is no record.
+        tolerance: Largest difference of log-probabilities, in nats; by default that of rounding.
+        window: A longer prompt goes past a sliding window of so many tokens; 0: there is none.
     """
 
-    def __init__(self, model: Any, info: EngineInfo, snapshot: Snapshot) -> None:
+    def __init__(
+        self,
+        model: Any,
+        known_as: str | None = None,
+        *,
+        tolerance: float | None = None,
+        window: int = 0,
+    ) -> None:
         self._model = model
-        self._vocabulary = info.vocabulary_size
+        self._vocabulary = int(model.config.get_text_config().vocab_size)
         # Beyond its limit a rotary embedding changes for the tokens before, too.
-        limit = min(info.context_length, fixed_rope_limit(model.config))
+        limit = min(context_length(model.config), fixed_rope_limit(model.config))
         self._longest = int(limit) - max(_ANSWERS)
-        self._tolerance = _TOLERANCE if model.dtype == torch.float32 else _TOLERANCE_16
-        self._known_as = _fingerprint(model, info, snapshot)
+        self._rounding = _TOLERANCE if model.dtype == torch.float32 else _TOLERANCE_16
+        self._tolerance = self._rounding if tolerance is None else tolerance
+        self._known_as = known_as
+        self._lengths = (*_LENGTHS, window + _LENGTHS[-1]) if window else _LENGTHS
         self._answers: list[_Answer] = []
 
     def prepare(self, path: str) -> None:
@@ -73,13 +81,12 @@ class StartCheck:
         if self._answers or self._has_passed(path):
             return
         with torch.inference_mode():
-            prompts = [self._prompt(i, length) for i, length in enumerate(_LENGTHS)]
+            prompts = [self._prompt(i, length) for i, length in enumerate(self._lengths)]
             self._check_causal(prompts[0])
             # Prompts of one length share the steps of one batch.
-            self._answers = [
-                *self._generate(prompts[:2], _ANSWERS[:2]),
-                *self._generate(prompts[2:], _ANSWERS[2:]),
-            ]
+            self._answers = self._generate(prompts[:2], _ANSWERS[:2])
+            for prompt in prompts[2:]:
+                self._answers += self._generate([prompt], _ANSWERS[2:])
 
     def passes(self, path: str, backend: Backend) -> bool:
         """Whether a backend's answers are those of ``generate``, alone and together."""
@@ -92,16 +99,21 @@ class StartCheck:
                 return False
         record = self._record(path)
         with contextlib.suppress(OSError):
+            if record is None:
+                return True
             record.parent.mkdir(parents=True, exist_ok=True)
             record.touch()
         return True
 
     def _has_passed(self, path: str) -> bool:
+        record = self._record(path)
         with contextlib.suppress(OSError):
-            return self._record(path).exists()
+            return record is not None and record.exists()
         return False
 
-    def _record(self, path: str) -> Path:
+    def _record(self, path: str) -> Path | None:
+        if self._known_as is None:
+            return None
         return Path(constants.HF_HOME) / "checked-models" / f"{self._known_as}-{path}"
 
     def _prompt(self, number: int, length: int) -> list[int]:
@@ -117,7 +129,7 @@ class StartCheck:
         logits = self._model(**self._inputs(rows), return_dict=True).logits[:, :-1]
         first, second = logits.float().log_softmax(-1)
         change = (first - second).abs().mean()
-        if len(prompt) > 1 and not change <= self._tolerance / _CAUSAL:
+        if len(prompt) > 1 and not change <= self._rounding / _CAUSAL:
             raise ValueError("its tokens see later ones, which text generation does not support")
 
     def _inputs(self, rows: list[list[int]]) -> dict[str, Tensor]:
@@ -183,23 +195,12 @@ class StartCheck:
         return bool(abs(row[token] - value) <= self._tolerance)
 
 
-def _fingerprint(model: Any, info: EngineInfo, snapshot: Snapshot) -> str:
+def known_as(model: Any, info: EngineInfo, snapshot: Snapshot) -> str:
     """Names the model's files, the code that runs it, and how it computes."""
-    digest = hashlib.sha256()
     versions = (
         torch.__version__,
         transformers.__version__,
         torch.backends.cpu.get_cpu_capability(),
     )
-    digest.update(repr((versions, info.device, info.dtype, attention_of(model))).encode())
-    digest.update(repr((snapshot.revision, snapshot.weights)).encode())
-    folder = snapshot.directory
-    files = (
-        [folder / snapshot.weights]
-        if snapshot.weights
-        else [*folder.glob("*.json"), *folder.glob("*.safetensors")]
-    )
-    for path in sorted([*Path(__file__).parent.glob("*.py"), *files]):
-        with path.open("rb") as file:
-            digest.update(repr((path.name, path.stat().st_size)).encode() + file.read(_HEAD))
-    return digest.hexdigest()
+    code = Path(__file__).parent.glob("*.py")
+    return fingerprint(snapshot, code, versions, info.device, info.dtype, attention_of(model))
