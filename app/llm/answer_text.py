@@ -50,6 +50,7 @@ class AnswerText:
         stop: The answer ends before the first of these, in its reasoning or in its text.
         with_logprobs: Whether the events have log-probabilities.
         thinking: Finds the reasoning, if there may be any.
+        with_calls: Whether special tokens that mark calls of tools are a part of the text.
 
     Attributes:
         report: How the answer ended, once it has.
@@ -64,6 +65,7 @@ class AnswerText:
         *,
         with_logprobs: bool,
         thinking: Thinking | None,
+        with_calls: bool = False,
     ) -> None:
         self.report: GenerationReport | None = None
         self.stopped = False
@@ -72,6 +74,7 @@ class AnswerText:
         self._detokenizer = Detokenizer(tokenizer.decoder)
         self._stops = StopMatcher(stop)
         self._thinking = thinking
+        self._marks = tokenizer.call_marks if with_calls else {}
         self._reasoning_stops = StopMatcher(stop)
         self._place = place
         self._token_ids: list[int] = []
@@ -81,7 +84,10 @@ class AnswerText:
 
     def add(self, event: TokenEvent) -> TextPiece:
         """The text that an event's tokens complete, and the reasoning before it."""
-        texts = [self._detokenizer.feed([token]) for token in event.token_ids]
+        texts = [
+            self._detokenizer.feed([token]) or self._marks.get(token, "")
+            for token in event.token_ids
+        ]
         reasoning = text = ""
         if self._thinking is not None and not self._thinking.has_text:
             reasoning, event, texts = self._reason(self._thinking, event, texts)

@@ -41,6 +41,7 @@ class GenerationOptions:
         logprobs: How many of the likeliest tokens to tell beside each token and its
             log-probability; ``None`` tells neither.
         thinking_budget: Most tokens of reasoning; past them it is ended. ``None``: any number.
+        with_calls: Whether the text may have calls of tools.
         place: The place that the request holds; ``None`` takes one when the prompt is ready.
     """
 
@@ -51,6 +52,7 @@ class GenerationOptions:
     logprobs: int | None = None
     grammar: Grammar | None = None
     thinking_budget: int | None = None
+    with_calls: bool = False
     place: Place | None = None
 
 
@@ -148,6 +150,7 @@ class TextGenerator:
             options.stop,
             with_logprobs=options.logprobs is not None,
             thinking=thinking,
+            with_calls=options.with_calls,
         )
         if text.is_due:
             prompt += text.turn()[1]

@@ -97,16 +97,25 @@ class Tag(msgspec.Struct, frozen=True):
     where: str = "tools"
 
 
+class SharedFrame(msgspec.Struct, frozen=True):
+    """What stands before, between and behind tagged parts that follow one another."""
+
+    opening: str
+    separator: str
+    closing: str
+
+
 class TagsGrammar(msgspec.Struct, frozen=True, tag="tags"):
     """An answer with tagged parts, such as tool calls, that follow their schemas.
 
     Attributes:
-        tags: Each ``begin`` starts with the trigger.
+        tags: Each ``begin`` starts with the trigger, or their shared frame's opening does.
         trigger: Wherever the answer has this text, one of the tags begins.
         required: Whether the answer consists of one or more tagged parts alone; otherwise it is
             text that may have tagged parts.
         single: Whether the answer ends after the first tagged part.
         otherwise: What the answer may be instead of tagged parts; only with ``required``.
+        shared: The frame of all tagged parts, behind which the answer ends.
     """
 
     tags: list[Tag]
@@ -114,6 +123,7 @@ class TagsGrammar(msgspec.Struct, frozen=True, tag="tags"):
     required: bool = False
     single: bool = False
     otherwise: JsonSchemaGrammar | RegexGrammar | None = None
+    shared: SharedFrame | None = None
 
 
 Grammar = JsonSchemaGrammar | RegexGrammar | TagsGrammar

@@ -15,6 +15,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count, pairwise
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
@@ -28,6 +29,7 @@ from app.llm.models.renamed_tokens import rename_added_tokens
 from app.llm.protocol import EngineInfo
 from app.llm.reasoning import REASONING_MEMBERS, ModelReasoning, Thinking
 from app.llm.spellings import Spellings
+from app.llm.tool_calls import escaped_around_calls, with_tool_calls
 from app.llm.tools import Tool, tool_format
 from app.utils.errors import ChatTemplateError, ValidationFailedError
 
@@ -55,7 +57,7 @@ class PromptTokenizer:
     ``decoder`` is the copy of the tokenizer for the event loop. ``template_tokens`` are the
     spellings of the special tokens that frame turns in the chat template. ``frames_turns`` is false
     where plain text does, which a message can imitate. ``reasoning`` is what the template says of
-    reasoning.
+    reasoning, and ``call_marks`` are texts of special tokens in calls of tools, by their ids.
     """
 
     def __init__(self, info: EngineInfo) -> None:
@@ -69,6 +71,8 @@ class PromptTokenizer:
         # The other special tokens, such as <s>, may be meant in an answer.
         self.template_tokens = tuple(t for t in special if t in template)
         self.special_token_ids = frozenset(special.values())
+        # Decoding leaves out special tokens.
+        self.call_marks = {i: t for t, i in special.items() if self.tool_format.spells(t)}
         self.reasoning = ModelReasoning(
             template,
             {t.content: (i, t.special) for i, t in added.items()},
@@ -170,13 +174,11 @@ class PromptTokenizer:
             ChatTemplateError: The model's template rejects the messages, or fails on them.
         """
         messages = self.tool_format.for_template(messages, tools)
+        if self.tool_format.calls_in_template:
+            messages = with_tool_calls(messages, self.tool_format)
         if not self._takes_system:
             messages = _fold_system(messages)
-        # A template may look for such a token in an answer, as for the end of its reasoning.
-        plain = [
-            self._spellings.escape(m["content"], is_answer=m["role"] == "assistant")
-            for m in messages
-        ]
+        plain = [self._escape(m["role"], m["content"]) for m in messages]
         told = tools if self.tool_format.in_template else ()
         definitions = [self._spellings.escape_within(tool.definition()) for tool in told]
         values = self._spellings.escape_within(values)
@@ -203,6 +205,14 @@ class PromptTokenizer:
             written += [self._write(f"@{ids}"), answer, self._write("/"), literal]
             position = end + len(literal)
         return "".join(written) + rendered[position:]
+
+    def _escape(self, role: str, content: str) -> str:
+        """A message's text in which only the marks of calls are special tokens."""
+        # A template may look for such a token in an answer, as for the end of its reasoning.
+        escape = partial(self._spellings.escape, is_answer=role == "assistant")
+        if role != "assistant" or not self.call_marks or self.tool_format.calls_in_template:
+            return escape(content)
+        return escaped_around_calls(content, self.tool_format, escape)
 
     def _probe_frames(self) -> bool:
         """Whether a turn begins with a token that no text of a caller can become."""
@@ -231,11 +241,13 @@ class PromptTokenizer:
         tools: Sequence[dict[str, Any]] = (),
         values: Mapping[str, Any] | None = None,
     ) -> str:
-        chat: list[dict[str, str]] = []
+        chat: list[dict[str, Any]] = []
         for message, content in zip(messages, contents, strict=True):
             chat.append({"role": message["role"], "content": content})
             if reasoning := message.get("reasoning_content"):
                 chat[-1] |= dict.fromkeys(REASONING_MEMBERS, self._spellings.escape(reasoning))
+            for name in message.keys() & {"tool_calls", "tool_call_id", "name", "tools"}:
+                chat[-1][name] = self._spellings.escape_within(message[name])
         return self._template.render(chat, tools, values)
 
     def token_bytes(self, token_id: int) -> bytes:

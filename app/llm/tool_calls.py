@@ -1,12 +1,16 @@
 """Parses the calls of tools in a model's answer while it arrives."""
 
+import json
 import re
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
+from typing import Any
 
 from app.llm.detokenizer import overlap
-from app.llm.tools import ToolFormat
+from app.llm.tools import CalledFunction, ToolFormat
 
 _SPACE = " \t\r\n"
 # A function's name has at most 64 characters; the rest leaves room for white space.
@@ -49,18 +53,17 @@ class ToolCallParser:
         repeats: Whether a repeated call has ended the answer.
     """
 
-    def __init__(self, form: ToolFormat, names: Collection[str]) -> None:
+    def __init__(self, form: ToolFormat, names: Collection[str] | None = None) -> None:
         self._names = names
         self._trigger = form.trigger
-        self._opening_length = len(form.opening)
-        # Not \s, which matches more than JSON's white space. The same characters have to match
-        # here and where white space is stripped, or the text would depend on how it is cut.
-        gap = f"[{_SPACE}]*"
-        parts = (r"\{", '"name"', ":", r'"([\w-]+)"', ",", f'"{form.arguments_key}"', ":", "")
-        self._head = re.compile(gap + gap.join(parts))
+        self._mark_length = len(form.mark)
+        self._separator = None if form.separator is None else form.separator.strip(_SPACE)
+        self._begin = _Begin(form.head)
+        self._opening = form.opening.strip(_SPACE)
+        self._foot = form.foot
         # Llama writes a semicolon between calls, and nothing after them.
-        self._closing = "}" + form.closing
-        self._separators = _SPACE if form.closing else _SPACE + ";"
+        self._closing = form.closing
+        self._separators = _SPACE if form.mark else _SPACE + ";"
         self._buffer = ""
         self._state: Callable[[list[Piece]], bool] = self._read_text
         self._value = _JsonValue()
@@ -96,22 +99,31 @@ class ToolCallParser:
         if at < 0:
             self._pass_text(pieces, len(self._buffer) - overlap(self._buffer, self._trigger))
             return False
-        body = self._buffer[at + self._opening_length :]
-        head = self._head.match(body)
-        if head is not None and head[1] in self._names:
+        body = self._buffer[at + self._mark_length :].lstrip(_SPACE)
+        waits = len(body) < _LONGEST_HEAD and self._opening.startswith(body)
+        # A model may leave out the bracket of a list.
+        body = body.removeprefix(self._opening)
+        head = self._begin.match(body)
+        if head is not None and self._is_known(head[1]):
             self._pass_text(pieces, at)
-            self._buffer = body[head.end() :]
-            self._call, self._held = "", []
-            self._tell(pieces, CallPiece(self.calls, f"call_{uuid.uuid4().hex[:24]}", head[1]))
-            self.calls += 1
-            self._value = _JsonValue()
-            self._state = self._read_arguments
+            self._begin_call(pieces, head[1], body[head.end() :])
             return True
-        if head is None and len(body) < _LONGEST_HEAD and body.lstrip(_SPACE)[:1] in ("", "{"):
+        if head is None and (waits or self._begin.may_match(body)):
             self._pass_text(pieces, at)
             return False
         self._pass_text(pieces, at + len(self._trigger))
         return True
+
+    def _is_known(self, name: str) -> bool:
+        return self._names is None or name in self._names
+
+    def _begin_call(self, pieces: list[Piece], name: str, rest: str) -> None:
+        self._buffer = rest
+        self._call, self._held = "", []
+        self._tell(pieces, CallPiece(self.calls, f"call_{uuid.uuid4().hex[:24]}", name))
+        self.calls += 1
+        self._value = _JsonValue()
+        self._state = self._read_arguments
 
     def _read_arguments(self, pieces: list[Piece]) -> bool:
         if not self._value.began:
@@ -143,7 +155,7 @@ class ToolCallParser:
         else:
             pieces += self._held or ()
             self._earlier.append(self._call)
-            self._state = self._read_closing
+            self._state = self._read_foot
         self._held = None
 
     def _drop(self, _: list[Piece]) -> bool:
@@ -151,10 +163,43 @@ class ToolCallParser:
         self._buffer = ""
         return False
 
-    def _read_closing(self, _: list[Piece]) -> bool:
-        """Skip the text that closes a call; returns whether to go on parsing."""
+    def _read_foot(self, _: list[Piece]) -> bool:
+        """Skip the text that ends a call; returns whether to go on parsing."""
+        rest = self._buffer.lstrip(_SPACE)
+        if self._foot == "}" and rest.startswith(","):
+            # Mistral may write an id behind the arguments.
+            self._value = _JsonValue()
+            self._value.feed("{")
+            self._state = self._skip_members
+            return True
+        return self._skip(self._foot, self._read_next)
+
+    def _skip_members(self, _: list[Piece]) -> bool:
+        self._buffer = self._buffer[self._value.feed(self._buffer) :]
+        if self._value.ended:
+            self._state = self._read_next
+        return self._value.ended
+
+    def _read_next(self, pieces: list[Piece]) -> bool:
+        """Begin the next call of a list, or go on behind the last."""
+        if self._separator is not None:
+            rest = self._buffer.lstrip(_SPACE)
+            if not rest:
+                return False
+            separated = rest.startswith(self._separator)
+            rest = rest.removeprefix(self._separator)
+            head = self._begin.match(rest)
+            if separated and head is not None and self._is_known(head[1]):
+                self._begin_call(pieces, head[1], rest[head.end() :])
+                return True
+            if separated and head is None and self._begin.may_match(rest):
+                return False
+        return self._skip(self._closing, self._read_text)
+
+    def _skip(self, closing: str, state: Callable[[list[Piece]], bool]) -> bool:
+        """Skip as much of a text as has come; returns whether to go on parsing."""
         rest = self._buffer
-        for expected in self._closing:
+        for expected in closing.replace("\n", ""):
             rest = rest.lstrip(_SPACE)
             if not rest:
                 return False
@@ -163,7 +208,7 @@ class ToolCallParser:
             rest = rest[1:]
         self._buffer = rest
         self._after_call = True
-        self._state = self._read_text
+        self._state = state
         return True
 
     def _pass_text(self, pieces: list[Piece], length: int) -> None:
@@ -173,6 +218,96 @@ class ToolCallParser:
             pieces.append(text)
             self._after_call = False
         self._buffer = self._buffer[len(text) :]
+
+
+def with_tool_calls(
+    messages: Sequence[Mapping[str, Any]], form: ToolFormat
+) -> list[Mapping[str, Any]]:
+    """Messages with the calls in their texts as templates take them; results are in their order."""
+    converted: list[Mapping[str, Any]] = []
+    unanswered: list[dict[str, str]] = []
+    numbers = count()
+    for message in messages:
+        if message["role"] == "assistant":
+            text, found = read_calls(message["content"], form)
+            # Mistral's ids have nine letters and digits.
+            called = [{"tool_call_id": f"call{next(numbers):05}", "name": f["name"]} for f in found]
+            unanswered = called.copy()
+            if found:
+                calls = [
+                    {
+                        "id": c["tool_call_id"],
+                        "type": "function",
+                        "function": {**f, "arguments": _as_value(f["arguments"])},
+                    }
+                    for c, f in zip(called, found, strict=True)
+                ]
+                kept = {k: v for k, v in message.items() if k != "token_ids"}
+                message = {**kept, "content": text, "tool_calls": calls}  # noqa: PLW2901
+        elif message["role"] == "tool" and unanswered:
+            message = {**message, **unanswered.pop(0)}  # noqa: PLW2901
+        converted.append(message)
+    return converted
+
+
+def read_calls(text: str, form: ToolFormat) -> tuple[str, list[CalledFunction]]:
+    """The text of a whole answer without its calls, and the calls."""
+    parser = ToolCallParser(form)
+    said, calls = "", list[CalledFunction]()
+    for piece in (*parser.feed(text), *parser.flush()):
+        if isinstance(piece, CallPiece):
+            if piece.name is not None:
+                calls.append({"name": piece.name, "arguments": ""})
+            calls[-1]["arguments"] += piece.arguments
+        elif isinstance(piece, str):
+            said += piece
+    return said, calls
+
+
+def escaped_around_calls(text: str, form: ToolFormat, escape: Callable[[str], str]) -> str:
+    """An answer's text with all escaped that its calls do not consist of."""
+    said, calls = read_calls(text, form)
+    if not calls:
+        return escape(text)
+    clean: list[CalledFunction] = [
+        {"name": call["name"], "arguments": escape(call["arguments"])} for call in calls
+    ]
+    return "\n".join([*([escape(said)] if said else []), form.written(clean)])
+
+
+def _as_value(arguments: str) -> Any:
+    """Arguments as templates take them; those that are no JSON stay text."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(arguments)
+    return arguments
+
+
+class _Begin:
+    """Finds the text before a call's arguments, which holds the function's name."""
+
+    def __init__(self, head: str) -> None:
+        # Not \s, which matches more than JSON's white space. The same characters have to match
+        # here and where white space is stripped, or the text would depend on how it is cut.
+        gap = f"[{_SPACE}]*"
+        parts: list[str] = re.findall(r'"[^"]*"|[{}:,]|[^\s{}:,"]+', head)
+        escaped = [re.escape(part).replace("NAME", r"([\w-]+)") for part in parts]
+        self._pattern = re.compile(gap + gap.join((*escaped, "")))
+        self._first, named, self._last = parts[0].partition("NAME")
+        self._is_named = bool(named)
+
+    def match(self, text: str) -> re.Match[str] | None:
+        """The beginning of a call at the beginning of a text; its group is the name."""
+        return self._pattern.match(text)
+
+    def may_match(self, text: str) -> bool:
+        """Whether the text may become a match when more of it has come."""
+        text = text.lstrip(_SPACE)
+        if len(text) >= _LONGEST_HEAD or not self._first.startswith(text[: len(self._first)]):
+            return False
+        if not self._is_named or len(text) < len(self._first):
+            return True
+        last = re.sub(r"^[\w-]+", "", text[len(self._first) :])
+        return self._last.startswith(last[: len(self._last)])
 
 
 class _JsonValue:

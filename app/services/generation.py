@@ -163,10 +163,12 @@ class GenerationService:
     async def _fill(
         self, flight: Flight, job: Job, options: GenerationOptions, place: Place
     ) -> GenerationReport:
-        trigger = self._generator.tool_format.trigger if job.tools else None
+        form = self._generator.tool_format if job.tools else None
         tokens = self._engine.template_tokens
         thoughts = self._screening.answer(tokens)
-        screen = self._screening.answer(tokens, job.grammar, trigger)
+        if form is not None:
+            tokens = tuple(token for token in tokens if not form.spells(token))
+        screen = self._screening.answer(tokens, job.grammar, form.before_json if form else None)
         calls = self._parser(job.tools)
         report: GenerationReport | None = None
         is_over = False
@@ -260,6 +262,7 @@ class GenerationService:
             logprobs=job.logprobs,
             thinking_budget=job.thinking_budget,
             grammar=self._grammar(job.tools, job.grammar),
+            with_calls=job.tools is not None,
         )
 
     async def not_held(self, job: Job) -> frozenset[str]:

@@ -247,7 +247,7 @@ class CallsScreen:
         call = self._rest[begin : begin + _MOST_SPACE].lstrip()
         if not call and len(self._rest) - begin < _MOST_SPACE:
             return self._pass(at)
-        if call[:1] != "{":
+        if call[:1] not in ("{", "["):
             return self._pass(begin)
         passed = self._pass(begin) + self._text.flush()
         self._json = self._open_json()

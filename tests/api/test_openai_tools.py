@@ -5,10 +5,14 @@ from typing import Any
 
 import pytest
 from jsonschema import validate
+from msgspec import structs
 from starlette.testclient import TestClient
 
+from app.llm.tokenizer import PromptTokenizer
 from tests.conftest import RunApp
+from tests.data.chat_templates import CHATML
 from tests.support.openai import CHAT, chat, chunks, refused, user
+from tests.support.scripted import described
 from tests.support.service import Service
 
 WEATHER = {
@@ -240,3 +244,27 @@ def test_tools_beside_a_response_format(bundled_service: Service) -> None:
     assert called(required)
     assert required["finish_reason"] == "tool_calls"
     assert required["message"]["content"] is None
+
+
+def test_calls_that_a_special_token_marks(run_app: RunApp) -> None:
+    """The mark leaves only answers without tools; arguments are redacted as JSON, streamed too."""
+    client = run_app(pii={"input": "off", "output": "redact"})
+    engine = client.app.state.services.engine  # type: ignore[attr-defined]
+    template = CHATML + "{# tools [TOOL_CALLS] #}"
+    model = described(template, ("[TOOL_CALLS]",))
+    engine.info = structs.replace(
+        engine.info, chat_template=template, tokenizer_json=model.tokenizer_json
+    )
+    engine.tokenizer.close()
+    engine.tokenizer = PromptTokenizer(engine.info)
+    text = '[TOOL_CALLS] [{"name": "now", "arguments": {"by": "ann@example.com"}}]'
+    expected = [("now", '{"by": "[EMAIL]"}')]
+    (choice,) = chat(client, text, tools=[NOW]).json()["choices"]
+    assert called(choice) == expected
+    assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
+    found = chunks(chat(client, text, tools=[NOW], stream=True))
+    pieces = [p for c in found for p in c["choices"][0]["delta"].get("tool_calls", [])]
+    assert [pieces[0]["function"]["name"]] == ["now"]
+    assert "".join(p["function"]["arguments"] for p in pieces) == expected[0][1]
+    (plain,) = chat(client, text).json()["choices"]
+    assert "[TOOL_CALLS]" not in plain["message"]["content"]

@@ -68,7 +68,7 @@ LLAMA3: Final = (
     "{{ call.arguments | tojson }}}<|eot_id|>"
     "{% elif not (loop.first and m.role == 'system') %}"
     "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-    "{% endif %}{% endfor %}{# <|python_tag|> #}"
+    "{% endif %}{% endfor %}"
     f"{_ASK}<|start_header_id|>assistant<|end_header_id|>\n\n{{% endif %}}"
 )
 
@@ -89,9 +89,31 @@ MISTRAL: Final = (
     "{{ bos_token }}{% for m in chat %}{% if m.role == 'user' %}{% if loop.last and tools %}"
     "[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
     "[INST] {{ (system if loop.last else '') + m.content }}[/INST]"
-    "{% elif m.tool_calls %}[TOOL_CALLS] {{ m.tool_calls | tojson }}{{ eos_token }}"
-    "{% elif m.role == 'tool' %}[TOOL_RESULTS] {{ m.content }}[/TOOL_RESULTS]"
+    "{% elif m.tool_calls %}[TOOL_CALLS] [{% for call in m.tool_calls %}"
+    "{% if call.id | length != 9 %}{{ raise_exception('ids have 9 characters') }}{% endif %}"
+    "{{ (call.function | tojson)[:-1] + ', \"id\": \"' + call.id + '\"}' }}"
+    "{{ ', ' if not loop.last else ']' + eos_token }}{% endfor %}"
+    "{% elif m.role == 'tool' %}"
+    "{% if m.tool_call_id | length != 9 %}{{ raise_exception('ids have 9 characters') }}{% endif %}"
+    "[TOOL_RESULTS] {{ m.content }}, {{ m.tool_call_id }}[/TOOL_RESULTS]"
     "{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+# Nemo and Small 2409 write no blanks.
+MISTRAL_NEMO: Final = MISTRAL.replace("[TOOL_CALLS] [", "[TOOL_CALLS][").replace(
+    "[INST] ", "[INST]"
+)
+# The reasoning of its latest models is left out here.
+MISTRAL_ARGS: Final = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}"
+    "[SYSTEM_PROMPT]{{ messages[0].content }}[/SYSTEM_PROMPT]{% endif %}"
+    "{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %}{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{% set given = call.function.arguments %}"
+    "{{ '[TOOL_CALLS]' + call.function.name + '[ARGS]' }}"
+    "{{ given if given is string else given | tojson }}{% endfor %}{{ eos_token }}"
+    "{% elif m.role == 'tool' %}[TOOL_RESULTS]{{ m.content }}[/TOOL_RESULTS]{% endif %}{% endfor %}"
 )
 
 GEMMA: Final = (
@@ -120,6 +142,14 @@ PHI3_EARLY: Final = (
 PHI3: Final = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
     f"{_ASK}{{{{ '<|assistant|>\\n' }}}}{{% else %}}{{{{ eos_token }}}}{{% endif %}}"
+)
+# The tools are a member of the system message, as JSON text.
+PHI4_MINI: Final = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' and 'tools' in message and message['tools'] is not none %}"
+    "{{ '<|system|>' + message['content'] + '<|tool|>' + message['tools'] + '<|/tool|><|end|>' }}"
+    "{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}"
+    f"{_END}{_ASK}{{{{ '<|assistant|>' }}}}{{% else %}}{{{{ eos_token }}}}{{% endif %}}"
 )
 PHI4: Final = (
     f"{_EACH}<|im_start|>{{{{ m.role }}}}<|im_sep|>{{{{ m.content }}}}<|im_end|>{_END}"
@@ -169,6 +199,11 @@ GRANITE: Final = (
     "{{ tools | tojson(indent=4) }}<|end_of_text|>\n"
     f"{{% endif %}}{_EACH}<|start_of_role|>{{{{ m.role }}}}<|end_of_role|>{{{{ m.content }}}}"
     f"<|end_of_text|>\n{_END}{_ASK}<|start_of_role|>assistant<|end_of_role|>{{% endif %}}"
+)
+GRANITE3: Final = (
+    "<|start_of_role|>system<|end_of_role|>You help.{% if tools %} Where a tool is required, "
+    "respond only with <|tool_call|> followed by a JSON list of tools used.{% endif %}"
+    "<|end_of_text|>\n" + GRANITE.replace("tools<|end", "available_tools<|end")
 )
 OPENCHAT: Final = (
     "{{ bos_token }}{% for m in messages %}"

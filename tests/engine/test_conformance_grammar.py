@@ -19,6 +19,7 @@ from app.llm.protocol import (
     JsonSchemaGrammar,
     RegexGrammar,
     SamplingParams,
+    SharedFrame,
     Tag,
     TagsGrammar,
     TokenEvent,
@@ -157,6 +158,29 @@ def test_tags_may_come_in_text(backend: Backend, single: bool) -> None:
     calls = "(ab[12]c)?" if single else "(ab[12]c|[^a])*"
     for said in texts:
         assert re.fullmatch(rf"(?s)[^a]*{calls}(a|ab|ab[12])?", said), said
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_tags_may_share_a_frame(backend: Backend, required: bool) -> None:
+    """Tagged parts in one frame are a list, behind which the answer ends."""
+    grammar = TagsGrammar(
+        tags=[Tag(begin="b", schema='{"enum": [1, 2]}', end="c")],
+        trigger="a",
+        required=required,
+        shared=SharedFrame("a[", ", ", "]"),
+    )
+    requests = [
+        with_grammar(f"r{i}", grammar, 120, sampling=SamplingParams(temperature=2, seed=i))
+        for i in range(8)
+    ]
+    answers = run(backend, *requests)
+    said = [text(backend, events) for events in answers.values()]
+    ended = [events[-1].finish_reason == "stop" for events in answers.values()]
+    before = "" if required else "[^a]*"
+    lists = [t for t, is_whole in zip(said, ended, strict=True) if is_whole and "a" in t]
+    assert lists, "the tiny model is expected to end a list"
+    assert all(re.fullmatch(rf"(?s){before}a\[b[12]c(, b[12]c)*\]", t) for t in lists), lists
+    assert all(re.match(rf"(?s){before}(a|$)(\[|$)(b|$)([12]|$)", t) for t in said), said
 
 
 def test_requests_without_a_grammar_are_not_changed(backend: Backend) -> None:

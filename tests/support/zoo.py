@@ -58,6 +58,7 @@ _S = ("<s>", "</s>")
 _IM = ("<|im_start|>", "<|im_end|>")
 _HEADER = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
 _INST = ("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]")
+_MISTRAL = ("[ARGS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
 _TURN = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 _PHI = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
 _DEEPSEEK = ("<\uff5cbegin▁of▁sentence\uff5c>", "<\uff5cend▁of▁sentence\uff5c>")
@@ -80,6 +81,7 @@ ZOO = {
     "llama2 not legacy": Pair(kinds.llama2_new, _S, templates.LLAMA2, lead=" "),
     "mistral": Pair(kinds.llama2_new, (*_S, *_INST), templates.MISTRAL, lead=" "),
     "mistral legacy": Pair(kinds.llama2, (*_S, *_INST), templates.MISTRAL, stable=False),
+    "mistral args": Pair(kinds.llama3, (*_S, *_INST, *_MISTRAL), templates.MISTRAL_ARGS),
     "gemma": Pair(kinds.gemma, _TURN, templates.GEMMA, takes_system=False),
     "gemma3": Pair(kinds.gemma, _TURN, templates.GEMMA3),
     "phi3": Pair(kinds.phi3, (*_S, *_PHI), templates.PHI3),

@@ -162,15 +162,19 @@ def test_ids_of_tools_are_those_of_transformers(pair: Pair, both: Tokenizers) ->
     """Tools, calls and results have transformers' ids where the template's form is known."""
     reference, tokenizer = both
     function = {"name": "get_weather", "arguments": '{"city": "Paris"}'}
-    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": function}]}
-    result = {"role": "tool", "content": "21 degrees"}
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "call00000", "function": function}],
+    }
+    result = {"role": "tool", "content": "21 degrees", "tool_call_id": "call00000"}
     asked = [{"role": "system", "content": SYSTEM}, *chat("What is the weather?")]
     messages = [*asked, call, result]
     text = tokenizer.tool_format.as_text(messages)  # type: ignore[arg-type]
     ids = tokenizer.encode_chat(text, [TOOL])
     if tokenizer.tool_format.in_template:
         read = {**function, "arguments": json.loads(function["arguments"])}
-        called = {**call, "tool_calls": [{"id": "1", "function": read}]}
+        called = {**call, "tool_calls": [{"id": "call00000", "function": read}]}
         messages = [*asked, called, result]
         assert ids == expected(reference, messages, tools=[TOOL.definition()])
     else:

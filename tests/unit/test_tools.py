@@ -21,7 +21,7 @@ from app.llm.tools import (
 )
 
 HERMES = tool_format("{% if tools %}<tool_call>{{ tools }}</tool_call>{% endif %}")
-LLAMA = tool_format('{% if tools %}<|python_tag|>{"name": x, "parameters": y}{% endif %}')
+LLAMA = tool_format('{% if tools %}<|start_header_id|>{"name": x, "parameters": y}{% endif %}')
 NAMES = {"add", "get-weather_2"}
 
 arguments = st.dictionaries(
@@ -90,9 +90,18 @@ def message(text: str, calls: list[tuple[str, Any]]) -> ChatMessage:
     return {"role": "assistant", "content": text, "tool_calls": written}
 
 
-@pytest.mark.parametrize(
-    "form", [DEFAULT_FORMAT, HERMES, LLAMA], ids=["default", "hermes", "llama"]
-)
+MISTRAL = tool_format("{% if tools %}[TOOL_CALLS]{% endif %}")
+MISTRAL_ARGS = tool_format("{% if tools %}[TOOL_CALLS][ARGS]{% endif %}")
+ALL = {
+    "default": DEFAULT_FORMAT,
+    "hermes": HERMES,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "mistral args": MISTRAL_ARGS,
+}
+
+
+@pytest.mark.parametrize("form", ALL.values(), ids=ALL)
 @given(text=plain, calls=calls_of, places=st.lists(st.integers(0, 10_000), max_size=30))
 def test_what_is_written_is_read(
     form: ToolFormat, text: str, calls: list[tuple[str, Any]], places: list[int]
@@ -109,7 +118,6 @@ def test_what_is_written_is_read(
     assert [(name, json.loads(given_)) for name, given_ in read_calls] == calls
 
 
-FORMATS = {"default": DEFAULT_FORMAT, "llama": LLAMA}
 ODD = [
     ("default", "no call <b>at all</b> \n"),
     ("default", '<tool_call>\n{"name": "unknown", "arguments": {}}\n</tool_call>'),
@@ -120,6 +128,11 @@ ODD = [
     ("default", "   "),
     ("llama", '{"name": "unknown", "parameters": {}} \n'),
     ("llama", '{"names": ["add"]}'),
+    ("mistral", '[TOOL_CALLS] [{"name": "unknown", "arguments": {}}]'),
+    ("mistral", "[TOOL_CALLS] [1]"),
+    ("mistral", "[TOOL_CALLS"),
+    ("mistral args", "[TOOL_CALLS]unknown[ARGS]{}"),
+    ("mistral args", "[TOOL_CALLS]add and [ARGS]"),
 ]
 
 
@@ -128,7 +141,7 @@ def test_other_text_stays_text(form: str, text: str) -> None:
     """Text that only resembles a call of a known function is passed on unchanged."""
     for size in (1, 2, 7, len(text)):
         pieces = [text[i : i + size] for i in range(0, len(text), size)]
-        assert joined(read(FORMATS[form], pieces)) == (text, [])
+        assert joined(read(ALL[form], pieces)) == (text, [])
 
 
 def test_truncated_arguments_are_passed_on() -> None:
@@ -292,11 +305,10 @@ def test_the_format_of_a_template_is_recognised() -> None:
     """Hermes's and Llama's formats are recognised; other templates get the default format."""
     assert HERMES.in_template
     assert LLAMA.in_template
-    assert (LLAMA.opening, LLAMA.arguments_key) == ("", "parameters")
+    assert LLAMA.trigger == '{"name": "'
     assert HERMES.for_template([{"role": "tool", "content": "x"}], [ADD])[0]["role"] == "tool"
     for template in (
         "{{ messages }}<tool_call>",
-        "{% if tools %}[TOOL_CALLS]{% endif %}",
         "{% if tools %}<tool_call><function=f></tool_call>{% endif %}",
     ):
         assert tool_format(template) is DEFAULT_FORMAT

@@ -7,7 +7,7 @@ from typing import Any
 from app.llm.ebnf import automaton, regex
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.schema import SchemaCompiler
-from app.llm.ebnf.writer import Rules, alternatives, literal, optional, sequence
+from app.llm.ebnf.writer import EMPTY, Rules, alternatives, literal, optional, sequence
 from app.llm.protocol import Grammar, JsonSchemaGrammar, RegexGrammar, TagsGrammar
 
 # The library takes half a second of two cores to compile this many any characters, or a second on a
@@ -65,23 +65,30 @@ def parse_schema(text: str) -> Any:
 
 
 def _tags(grammar: TagsGrammar, rules: Rules) -> str:
-    if not grammar.tags or not all(t.begin.startswith(grammar.trigger) for t in grammar.tags):
+    shared = grammar.shared
+    begins = [shared.opening] if shared else [t.begin for t in grammar.tags]
+    if not grammar.tags or not all(begin.startswith(grammar.trigger) for begin in begins):
         raise GrammarError("each tag has to begin with the trigger")
+    # If the answer may hold other text, the library has consumed the trigger by then.
+    skip = 0 if grammar.required else len(grammar.trigger)
     parts = []
     for tag in grammar.tags:
         value = SchemaCompiler(parse_schema(tag.schema), rules).compile()
-        # If the answer may hold other text, the library has consumed the trigger by then.
-        begin = tag.begin if grammar.required else tag.begin[len(grammar.trigger) :]
+        begin = tag.begin if shared else tag.begin[skip:]
         parts.append(sequence([literal(begin), value, literal(tag.end)]))
     tagged = rules.name(alternatives(parts))
+    if shared:
+        more = "" if grammar.single else f"({sequence([literal(shared.separator), tagged])})*"
+        frame = [literal(shared.opening[skip:]), tagged, more or EMPTY, literal(shared.closing)]
+        tagged = rules.name(sequence(frame))
     if not grammar.required:
         # The library wants one string here: literal() writes several where a character needs it.
         trigger = literal(grammar.trigger)
         if not grammar.trigger or not grammar.trigger.isascii() or '" "' in trigger:
             raise GrammarError("the trigger is empty or not plain text")
-        loop = "false" if grammar.single else "true"
+        loop = "false" if grammar.single or shared else "true"
         return rules.text(f"TagDispatch(({trigger}, {tagged}), loop_after_dispatch={loop})")
-    if not grammar.single:
+    if not grammar.single and not shared:
         tagged = rules.name(f"{tagged} ({optional(literal(chr(10)))} {tagged})*")
     ways = [tagged, *([_whole(grammar.otherwise, rules)] if grammar.otherwise else [])]
     return rules.text(alternatives(ways))

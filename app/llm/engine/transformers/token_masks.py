@@ -5,6 +5,7 @@ backends accept the same grammars.
 """
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
@@ -75,6 +76,8 @@ class GrammarCompiler:
             llguidance.LLTokenizer, tokenizer_json, n_vocab=vocabulary_size, eos_token=sorted(eos)
         )
         thread.shutdown(wait=False)
+        added = json.loads(tokenizer_json).get("added_tokens", [])
+        self._added = {token["content"]: token["id"] for token in added}
 
     def compile(self, grammar: Grammar) -> TokenMask:
         """Compile a grammar to the mask of an answer's first token.
@@ -84,7 +87,7 @@ class GrammarCompiler:
         """
         matcher = llguidance.LLMatcher(
             self._tokenizer.result(),
-            translate(grammar),
+            translate(grammar, self._added),
             log_level=0,
             limits=llguidance.LLParserLimits(verbose_errors=False),
         )
@@ -93,8 +96,11 @@ class GrammarCompiler:
         return TokenMask(matcher)
 
 
-def translate(grammar: Grammar) -> str:
+def translate(grammar: Grammar, added: Mapping[str, int]) -> str:
     """Translate a grammar to llguidance's format.
+
+    ``added`` are the ids of added tokens by their texts. No text of a grammar matches those that
+    are special, or that stand in angle brackets.
 
     Raises:
         GrammarError: It is malformed.
@@ -105,7 +111,7 @@ def translate(grammar: Grammar) -> str:
     if isinstance(grammar, RegexGrammar):
         pattern = regex.canonical(regex.parse(grammar.pattern, whole=True))
         return llguidance.LLMatcher.grammar_from_regex(pattern)
-    return llguidance.LLMatcher.grammar_from_lark(_lark(grammar))
+    return llguidance.LLMatcher.grammar_from_lark(_lark(grammar, added))
 
 
 def _first_line(error: str) -> str:
@@ -113,27 +119,35 @@ def _first_line(error: str) -> str:
     return error.partition("\n")[0][:200]
 
 
-def _lark(grammar: TagsGrammar) -> str:
+def _lark(grammar: TagsGrammar, added: Mapping[str, int]) -> str:
+    def text(written: str) -> str:
+        return _text(written, added)
+
     # If text is allowed between the tags, the rule ``trigger`` has read the start of a tag already.
     skip = 0 if grammar.required else len(grammar.trigger)
     tagged = " | ".join(f"tag_{i}" for i in range(len(grammar.tags)))
+    shared, single = grammar.shared, grammar.single
+    if shared is not None:
+        more = "" if single else f"({text(shared.separator)} ({tagged}))*"
+        tagged = f"{text(shared.opening[skip:])} ({tagged}) {more} {text(shared.closing)}"
     if grammar.required:
-        rules = [f"start: one{'' if grammar.single else ' (NEWLINE? one)*'}", f"one: {tagged}"]
+        more = "" if single or shared else " (NEWLINE? one)*"
+        rules = [f"start: one{more}", f"one: {tagged}"]
         if isinstance(grammar.otherwise, JsonSchemaGrammar):
             rules[0] += f" | %json {_json_schema(grammar.otherwise.schema)}"
         elif grammar.otherwise is not None:
             pattern = regex.canonical(regex.parse(grammar.otherwise.pattern, whole=True))
             rules[0] += f" | /{pattern}/"
     else:
+        mark = added.get(grammar.trigger)
         rules = [
-            "start: one | TEXT" if grammar.single else "start: one* TEXT",
-            f"one: trigger ({tagged})",
+            "start: one | TEXT" if single or shared else "start: one* TEXT",
+            f"one: trigger ({tagged})" + ("" if mark is None else f" | TEXT <[{mark}]> ({tagged})"),
             f"trigger[lazy]: TEXT {json.dumps(grammar.trigger)}",
         ]
     for i, tag in enumerate(grammar.tags):
-        rules.append(
-            f"tag_{i}: {_text(tag.begin[skip:])} %json {_json_schema(tag.schema)} {_text(tag.end)}"
-        )
+        begin = tag.begin if shared else tag.begin[skip:]
+        rules.append(f"tag_{i}: {text(begin)} %json {_json_schema(tag.schema)} {text(tag.end)}")
     return "\n".join([*rules, r"NEWLINE: /\n/", r"TEXT: /(.|\n)*/", ""])
 
 
@@ -141,8 +155,18 @@ def _json_schema(text: str) -> str:
     return json.dumps({"x-guidance": _JSON_OPTIONS, **_closed(parse_schema(text))})
 
 
-def _text(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False) if text else ""
+def _text(text: str, added: Mapping[str, int]) -> str:
+    """A text, in which each added token may also be spelled by other tokens."""
+    pattern = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
+    parts = re.split(f"({pattern})", text) if pattern else [text]
+    written = (
+        f"({json.dumps(part)} | <[{added[part]}]>)"
+        if part in added
+        else json.dumps(part, ensure_ascii=False)
+        for part in parts
+        if part
+    )
+    return " ".join(written)
 
 
 def _closed(schema: Any) -> dict[str, Any]:
