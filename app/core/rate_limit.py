@@ -73,22 +73,22 @@ class TokenBucketRateLimiter(RateLimiter):
         interval, burst = self.terms(item)
         key = item.key_for(*identifiers)
         with self._lock:
-            now, full_at = self.clock(), self._full_after(key, cost * interval)
+            now = self.clock()
+            full_at = self._full_after(key, now, cost * interval)
             # Rounding errors of a few ulps in the sum must not cost a caller a token.
             if full_at - now > burst * interval * (1 + 1e-9):
                 return False
             self._full_at[key] = full_at
             return True
 
-    def _full_after(self, key: str, seconds: float) -> float:
-        now = self.clock()
+    def _full_after(self, key: str, now: float, seconds: float) -> float:
         return max(self._full_at.get(key, now), now) + seconds
 
     def owe(self, item: RateLimitItem, caller: str, cost: int) -> None:
         """See :class:`Buckets`."""
         key, (interval, _) = item.key_for(caller), self.terms(item)
         with self._lock:
-            self._full_at[key] = self._full_after(key, cost * interval)
+            self._full_at[key] = self._full_after(key, self.clock(), cost * interval)
 
     def test(self, item: RateLimitItem, *identifiers: str, cost: int = 1) -> bool:
         """Whether the bucket has ``cost`` tokens; takes none."""
