@@ -123,9 +123,11 @@ def test_an_engine_out_of_memory_is_replaced(fresh_service: Service) -> None:
     """An engine that cannot allocate dies and is replaced; every request gets a response."""
     restarts = fresh_service.metric("llm_engine_restarts_total")
     pid = fresh_service.engine_pid
-    size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-    # It can allocate nothing beyond what it has.
-    resource.prlimit(pid, resource.RLIMIT_AS, (size, size))
+    status = Path(f"/proc/{pid}/status").read_text().split()
+    size = int(status[status.index("VmData:") + 1]) * 1024
+    # It can write to nothing beyond what it has, parts of its address space that are reserved
+    # included.
+    resource.prlimit(pid, resource.RLIMIT_DATA, (size, size))
     with ThreadPoolExecutor(64) as pool:
         bodies = [generate("x" * 3900 + str(i), max_tokens=10) for i in range(64)]
         answers = list(pool.map(lambda body: ask(fresh_service, body), bodies))
