@@ -59,7 +59,7 @@ def test_check_says_what_a_start_would_do(check: Check, model: Path) -> None:
     lines = dict(line.split(maxsplit=1) for line in said.splitlines())
     size = (model / "model.safetensors").stat().st_size
     assert lines["model"] == f"{model}: safetensors, {size / 1e6:.1f} MB"
-    assert lines["engine"].startswith("transformers: model.engine is auto, and OpenVINO reads")
+    assert lines["engine"].startswith("transformers: model.engine is auto, and safetensors")
     assert "; weights are " in lines["engine"]
     assert re.fullmatch(r"cpu, \d+ threads", lines["device"])
     assert re.fullmatch(r"\d+\.\d GB free", lines["memory"])
