@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 from collections.abc import Iterator
@@ -160,8 +161,11 @@ def test_a_schema_beyond_vllms_own_is_held(sdk: OpenAI) -> None:
             "json_schema": {"name": "c", "schema": schema, "strict": True},
         },
     )
+    text = answered.choices[0].message.content or ""
+    assert re.match(r'{"code": ?"[A-Z]{3}"[,}]', text)
+    # The data may be longer than the answer.
     if answered.choices[0].finish_reason == "stop":
-        validate(json.loads(answered.choices[0].message.content or ""), schema)
+        validate(json.loads(text), schema)
 
 
 def test_a_refused_schema_fails_alone(service: Service) -> None:
@@ -249,6 +253,7 @@ def test_helpers_and_the_engine_share_their_end() -> None:
             os.kill(pid, signal.SIGSTOP)
         # The block's end waits for the end of all of its processes.
         service.process.kill()
+        service.process.wait(30)
 
 
 def loading(service: Service) -> str | None:
