@@ -97,10 +97,14 @@ class Metrics:
             "llm_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1."
         )
         self.key_requests = self._counter(
-            "llm_requests_total", "Requests for answers, by API key.", "key", "outcome"
+            "llm_requests_total",
+            "Requests for answers, by API key; metrics.require_key shows names.",
+            *("key", "outcome"),
         )
         self.key_tokens = self._counter(
-            "llm_tokens_total", "Prompt and completion tokens used, by API key.", "key"
+            "llm_tokens_total",
+            "Prompt and completion tokens, by API key; metrics.require_key shows names.",
+            "key",
         )
         self.ignored_fields = self._counter(
             "llm_ignored_fields_total", "Fields of requests taken without effect.", "field"
