@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from app.core.traces import make_tracer_provider
 from app.utils.errors import ConfigurationError
@@ -108,6 +109,30 @@ def test_a_streamed_chat_is_five_spans(traced: tuple[Service, Collector]) -> Non
     assert {(e["trace_id"], e["span_id"]) for e in lines} == {(TRACE, root["id"])}
     for secret in (CANARY, API_KEY):
         assert all(secret.encode() not in raw for raw in taken.raw)
+
+
+def test_latencies_name_the_sampled_traces_behind_them(traced: tuple[Service, Collector]) -> None:
+    """OpenMetrics has a sampled request's trace beside its latencies, and none of another."""
+    service, _ = traced
+    unsampled = {"traceparent": f"00-{8:032x}-{PARENT}-00"}
+    with service.client() as client:
+        for headers in (unsampled, parent_of(7), unsampled):
+            body = generate("exemplar", cache=False)
+            assert client.post("/v1/generate", json=body, headers=headers).is_success
+        page = client.get("/metrics", headers={"Accept": "application/openmetrics-text"})
+    assert page.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    found: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(page.text):  # type: ignore[no-untyped-call]
+        for sample in family.samples:
+            if sample.exemplar:
+                found.setdefault(family.name, set()).add(sample.exemplar.labels["trace_id"])
+    assert found.keys() == {
+        *("http_request_duration_seconds", "llm_request_duration_seconds"),
+        *("llm_request_queue_seconds", "llm_time_to_first_token_seconds"),
+    }
+    for traces in found.values():
+        assert f"{7:032x}" in traces
+        assert f"{8:032x}" not in traces
 
 
 def test_failed_generations_say_why(traced: tuple[Service, Collector]) -> None:
