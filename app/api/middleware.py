@@ -31,6 +31,8 @@ HeaderPairs = Iterable[tuple[bytes, bytes]]
 HeaderList = list[tuple[bytes, bytes]]
 
 UNMATCHED = "unmatched"
+UNSAMPLED_SPAN = "llm-service.span"
+"""Where the scope has the span that a request would have, were it sampled."""
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Data loads nothing and is not framed. A page brings its own policy.
 _SECURITY_HEADERS = (
@@ -70,7 +72,7 @@ class RequestContextMiddleware:
         begin = perf_counter()
         request_id = _request_id(scope["headers"])
         token = request_id_var.set(request_id)
-        span = trace.get_current_span().get_span_context()
+        span = scope.get(UNSAMPLED_SPAN) or trace.get_current_span().get_span_context()
         traced = trace_var.set(_names_of(span))
         exemplar = exemplar_var.set(_exemplar(span))
         status = 0
