@@ -206,7 +206,7 @@ def test_a_lost_engine_is_replaced(service: Service, number: int) -> None:
     restarts = service.metric("llm_engine_restarts_total")
     with open_stream(service, LONG) as found:
         os.kill(service.engine_pid, number)
-        assert rest_of(found)[-1]["error"]["code"] == "engine_unavailable"
+        assert rest_of(found)[-1]["error"]["code"] == "engine_failed"
     lives_on(service, restarts)
 
 
@@ -240,7 +240,7 @@ def test_helpers_and_the_engine_share_their_end() -> None:
         service.wait_until_ready()
         with open_stream(service, LONG) as found:
             os.kill(helpers(service)[0], signal.SIGKILL)
-            assert rest_of(found)[-1]["error"]["code"] == "engine_unavailable"
+            assert rest_of(found)[-1]["error"]["code"] == "engine_failed"
         lives_on(service, 0)
         stopped = helpers(service)
         for pid in stopped:

@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Protocol, Self
 from app.core.metrics import exemplar_var
 from app.llm.ebnf.check import error_of
 from app.llm.protocol import FinishReason, GenerationRequest, TokenEvent
-from app.utils.errors import DeadlineExceededError, ServiceError
+from app.utils.errors import (
+    DeadlineExceededError,
+    EngineFailedError,
+    RetryableError,
+    ServiceError,
+)
 
 if TYPE_CHECKING:
     from app.llm.client.admission import RequestQueue
@@ -157,7 +162,8 @@ class Place:
         Raises:
             OverloadedError: The request waited too long for a slot.
             DeadlineExceededError: The request took too long.
-            EngineUnavailableError: The engine process died.
+            EngineUnavailableError: There was no engine process for too long.
+            EngineFailedError: The engine process died with the request.
             DrainingError: The service is shutting down.
             InvalidGrammarError: The engine's library refuses the request's grammar.
             InternalError: This request failed inside the engine.
@@ -178,6 +184,9 @@ class Place:
     def fail(self, error: ServiceError) -> None:
         """End the request with ``error``, wherever it is; nothing happens where it has ended."""
         if self.stage is not Stage.ENDED:
+            if self.suspect and not self.answered and isinstance(error, RetryableError):
+                # It may be what killed the engine process, and is not to be sent to another copy.
+                error = EngineFailedError()
             self._error = error
             self._end()
             self._news.set()
