@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from app.llm.engine.cache_size import ROWS_OF_INTEGERS
 from app.llm.engine.openvino.loading import keep_telemetry_out
 from app.llm.engine.transformers.pages import forget_pages, is_mapped, private_memory
 
@@ -37,8 +38,6 @@ _SMALLEST: Final = 32
 _SHORT: Final = 2048
 # Names of layers that read the same rows in every architecture that has them.
 _TOGETHER: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-# Rows of a call. Each layer keeps memory for the most that it has had, and more gain no speed.
-_ROWS: Final = 64
 # Weights that are rounded at a time, in float32.
 _AT_ONCE: Final = 1 << 20
 # A group of zeros would divide by zero; the smallest number of float16.
@@ -116,8 +115,10 @@ class _Product:
     def _multiply(self, x: Tensor) -> list[Tensor]:
         rows = x.reshape(-1, self._columns).float().contiguous()
         results = [torch.empty(len(rows), size) for size in self._sizes]
-        for first in range(0, len(rows), _ROWS):
-            self._use(*(_shared(t[first : first + _ROWS]) for t in (rows, *results)))
+        # Each layer keeps memory for the longest call that it has had, and more gain no speed.
+        for first in range(0, len(rows), ROWS_OF_INTEGERS):
+            part = slice(first, first + ROWS_OF_INTEGERS)
+            self._use(*(_shared(t[part]) for t in (rows, *results)))
             self._request.infer()
         # The request keeps its tensors, and those of a prompt are large.
         self._use(*map(_nothing, (self._columns, *self._sizes)))
