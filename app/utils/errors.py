@@ -310,10 +310,16 @@ class EngineFailedError(ServiceError):
     """The engine process died with this request.
 
     Balancers repeat a 503 on another copy, whose engine it might kill too.
+
+    Args:
+        twice: Two processes did. The official clients, which repeat a 500, obey the header.
     """
 
     code = "engine_failed"
     default_message = "The engine stopped unexpectedly during this request."
+
+    def __init__(self, *, twice: bool = False) -> None:
+        super().__init__(headers={"X-Should-Retry": "false"} if twice else None)
 
 
 class StateUnavailableError(RetryableError):

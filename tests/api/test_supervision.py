@@ -11,11 +11,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
+from openai import OpenAI
 
 from tests.support.live import LONG, STEP, ask, background, generate, open_stream, rest_of
 from tests.support.programs import BUSY, PINNED, running
-from tests.support.service import Service, running_service
+from tests.support.service import API_KEY, Service, running_service
 from tests.support.tiny_gguf import make_tiny_gguf
 from tests.support.tiny_model import make_tiny_model
 
@@ -105,13 +107,19 @@ def weigh_session(process: int, nice: int) -> None:
 def test_a_request_that_kills_the_engine_twice_is_given_up_and_named(
     fresh_service: Service,
 ) -> None:
-    """A request that kills the engine is tried once more, alone; the log has both of its ids."""
+    """What kills the engine is tried once more, and not by official clients; the log names it."""
     restarts = fresh_service.metric("llm_engine_restarts_total")
-    with fresh_service.client() as client:
-        headers = {"X-Request-ID": "the-poisonous"}
-        refused = client.post("/v1/generate", json=generate("[echo:poison]"), headers=headers)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (500, "engine_failed")
-    assert "retry-after" not in refused.headers
+    http = openai.DefaultHttpxClient(trust_env=False)
+    with (
+        OpenAI(base_url=f"{fresh_service.base_url}/v1", api_key=API_KEY, http_client=http) as sdk,
+        pytest.raises(openai.InternalServerError) as refused,
+    ):
+        sdk.chat.completions.create(
+            model="default",
+            messages=[{"role": "user", "content": "[echo:poison]"}],
+            extra_headers={"X-Request-ID": "the-poisonous"},
+        )
+    assert (refused.value.status_code, refused.value.code) == (500, "engine_failed")
     fresh_service.wait_until_ready()
     assert fresh_service.metric("llm_engine_restarts_total") == restarts + 2
     about = [e for e in fresh_service.log() if e.get("request_id") == "the-poisonous"]

@@ -265,6 +265,12 @@ async def test_answers_at_once_are_shared(server: RedisServer) -> None:
     async with shared(server, keys=keys) as third, asyncio.timeout(30):
         while not await both(third):  # noqa: ASYNC110 - Redis' clock
             await asyncio.sleep(0.05)
+        # Without Redis those of the replica itself count.
+        with server.gone():
+            async with third.usage.generating(caller.key_id), third.usage.generating(caller.key_id):
+                with pytest.raises(RateLimitExceededError):
+                    await third.usage.check(caller.key_id)
+            await third.usage.check(caller.key_id)
     await lost.__aexit__(None, None, None)
 
 

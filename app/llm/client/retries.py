@@ -93,7 +93,7 @@ class InFlight:
             again = "again: it is given up" if place.suspect else "half answered"
             _log(place, logging.ERROR, f"the engine process died with this request {again}")
             del self._places[place.request.id]
-            place.fail(EngineFailedError())
+            place.fail(EngineFailedError(twice=place.suspect))
 
     def _send(self, place: Place) -> None:
         place.sent = True
