@@ -23,9 +23,19 @@ from app.llm.engine.openvino.compression import weight_constant
 from app.llm.engine.openvino.conversion import convert
 from app.llm.engine.openvino.converted import NotConvertedError, convert_once
 from app.llm.engine.openvino.tracing import UnconvertibleError, to_openvino
-from app.llm.models.snapshot import OPENVINO_MODEL, Progress, Snapshot
+from app.llm.models.progress import Progress
+from app.llm.models.snapshot import OPENVINO_MODEL, Snapshot
 from scripts import export_openvino
-from tests.support.backends import change_config, load_local, refusal, request, run, tokens
+from tests.conftest import restored_logging
+from tests.support.backends import (
+    change_config,
+    load_local,
+    refusal,
+    request,
+    run,
+    stages,
+    tokens,
+)
 from tests.zoo import check, tiny
 
 FLOAT32 = ModelSettings(source="local", name="tiny", dtype="float32")
@@ -80,7 +90,7 @@ def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Converter:
 
 
 def start(
-    folder: Path, revision: str | None = None, progress: Progress = lambda _: None
+    folder: Path, revision: str | None = None, progress: Progress = lambda *_: None
 ) -> Snapshot:
     """The part of a service's start that has a model converted."""
     return convert_once(FLOAT32, Snapshot(folder, None, revision), progress)
@@ -129,7 +139,7 @@ def test_killed_and_twice_at_once(home: Path, tiny_model_dir: Path) -> None:
         "from app.llm.engine.openvino.converted import convert_once; "
         "from app.llm.models.snapshot import Snapshot; from pathlib import Path; "
         "convert_once(ModelSettings.model_validate_json(sys.argv[1]), "
-        "Snapshot(Path(sys.argv[2]), None), lambda line: print(line, flush=True))"
+        "Snapshot(Path(sys.argv[2]), None), lambda line, _=None: print(line, flush=True))"
     )
     command = [sys.executable, "-c", program, settings.model_dump_json(), str(tiny_model_dir)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as killed:
@@ -140,7 +150,7 @@ def test_killed_and_twice_at_once(home: Path, tiny_model_dir: Path) -> None:
     said: list[str] = []
     with ThreadPoolExecutor() as pool:
         starts = [
-            pool.submit(convert_once, settings, Snapshot(tiny_model_dir, None), said.append)
+            pool.submit(convert_once, settings, Snapshot(tiny_model_dir, None), stages(said))
             for _ in range(2)
         ]
         first, second = (start.result() for start in starts)
@@ -306,7 +316,8 @@ def test_an_export_is_served(
     """An exported folder is served in the precision that was asked for."""
     folder = tmp_path / "out"
     arguments = [str(tiny_model_dir), "--weights", "int4", "--output", str(folder)]
-    assert export_openvino.main(arguments) == 0
+    with restored_logging():
+        assert export_openvino.main(arguments) == 0
     assert f"MODEL__SOURCE=local MODEL__NAME={folder} make run" in capsys.readouterr().out
     backend = load_local(folder)
     assert (backend.info.backend, backend.info.dtype) == ("openvino", "int4")
@@ -319,7 +330,8 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     """An export that fails says why, and half a model never looks like one."""
     model = tmp_path / "tiny"
     tiny.make("gemma2", model)
-    assert export_openvino.main([str(model), "--output", str(tmp_path / "out")]) == 1
+    with restored_logging():
+        assert export_openvino.main([str(model), "--output", str(tmp_path / "out")]) == 1
     assert "has no softcap: serve it with transformers" in capsys.readouterr().err
     assert [*tmp_path.iterdir()] == [model]
 
