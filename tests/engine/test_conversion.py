@@ -104,7 +104,7 @@ def test_a_family_answers_as_generate(tmp_path: Path, monkeypatch: pytest.Monkey
     """
     monkeypatch.setattr(check, "ANSWER", 6)
     tiny.make("gemma3_text", tmp_path / "tiny")
-    convert(FLOAT32, Snapshot(tmp_path / "tiny", None), tmp_path / "out", lambda _: None)
+    convert(FLOAT32, Snapshot(tmp_path / "tiny", None), tmp_path / "out", lambda *_: None)
     backend = load_local(tmp_path / "out", engine="openvino")
     assert check.faults(backend, check.Reference(tmp_path / "tiny"), (3, 300)) == []
 
@@ -248,10 +248,14 @@ def test_two_starts_at_once(
 ) -> None:
     """One of two starts converts, and the other waits for it, also if it ends without a model."""
     lines: SimpleQueue[str] = SimpleQueue()
+
+    def told(line: str, _: int | None = None, /) -> None:
+        lines.put(line)
+
     awaited = {"begun", "waiting for another start, which converts the model"}
     converter.does(f"{FILLS}; echo begun; read -r _ < {converter.fifo}; {end}")
     with ThreadPoolExecutor() as pool:
-        starts = [pool.submit(start, tiny_model_dir, None, lines.put) for _ in range(2)]
+        starts = [pool.submit(start, tiny_model_dir, None, told) for _ in range(2)]
         while awaited:
             awaited.discard(lines.get(timeout=60))
         converter.does(FILLS)
@@ -269,15 +273,21 @@ def test_a_start_is_killed_and_its_conversion_is_not(
     converter.does(f"{FILLS}; echo begun; read -r _ < {converter.fifo}")
     processes = multiprocessing.get_context("fork")
     ours, theirs = processes.Pipe()
-    killed = processes.Process(target=start, args=(tiny_model_dir, None, theirs.send))
+    killed = processes.Process(
+        target=start, args=(tiny_model_dir, None, lambda line, _=None: theirs.send(line))
+    )
     killed.start()
     while ours.recv() != "begun":
         pass
     killed.kill()
     killed.join()
     lines: SimpleQueue[str] = SimpleQueue()
+
+    def told(line: str, _: int | None = None, /) -> None:
+        lines.put(line)
+
     with ThreadPoolExecutor() as pool:
-        second = pool.submit(start, tiny_model_dir, None, lines.put)
+        second = pool.submit(start, tiny_model_dir, None, told)
         assert lines.get(timeout=60) == "waiting for another start, which converts the model"
         converter.does(FILLS)
         converter.fifo.write_text("go\n")
@@ -291,7 +301,7 @@ def test_a_full_disk(tiny_model_dir: Path, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "openvino_model.bin").symlink_to("/dev/full")
     with pytest.raises(OSError, match="cannot be written, is the disk full"):
-        convert(FLOAT32, Snapshot(tiny_model_dir, None), folder, lambda _: None)
+        convert(FLOAT32, Snapshot(tiny_model_dir, None), folder, lambda *_: None)
 
 
 @pytest.mark.full_size
@@ -306,7 +316,7 @@ def test_a_wrong_conversion_is_found(
 
     monkeypatch.setattr(conversion, "weight_constant", negative)
     with pytest.raises(UnconvertibleError, match="its tokens differ from those of transformers"):
-        convert(FLOAT32, Snapshot(tiny_model_dir, None), tmp_path / "out", lambda _: None)
+        convert(FLOAT32, Snapshot(tiny_model_dir, None), tmp_path / "out", lambda *_: None)
 
 
 @pytest.mark.full_size

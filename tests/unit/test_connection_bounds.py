@@ -217,7 +217,7 @@ async def test_the_address_is_that_of_the_server(
 ) -> None:
     """However uvicorn is started, the application knows where a person finds it."""
     async with running(http="httptools", **options) as config:
-        assert config.app.address == address
+        assert cast("GuardedApplication", config.app).address == address
 
 
 async def test_a_server_that_cannot_be_guarded_is_told(warnings: list[str]) -> None:

@@ -125,7 +125,7 @@ def _copy_texts(source: Path, folder: Path) -> None:
 def main(arguments: list[str]) -> None:
     """Convert, with the progress or the reason of a failure as lines on standard output.
 
-    A line is the per cent of its stage, where they are known, a tab and a message.
+    A line is a message, and where it is known a tab and the per cent of its stage.
 
     Args:
         arguments: The ``model`` section as JSON, the model's folder, and the folder to fill.
@@ -137,7 +137,7 @@ def main(arguments: list[str]) -> None:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
         def say(line: str, percent: int | None = None, /) -> None:
-            output.write(f"{'' if percent is None else percent}\t{line}\n")
+            output.write(f"{line}\n" if percent is None else f"{line}\t{percent}\n")
             output.flush()
 
         try:

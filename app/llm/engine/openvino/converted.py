@@ -140,11 +140,11 @@ def _run(
     ) as process:
         reason = None
         for line in process.stdout or ():
-            percent, _, message = line.rstrip().partition("\t")
+            message, _, percent = line.rstrip().partition("\t")
             if message.startswith(FAILED):
                 reason = message.removeprefix(FAILED)
             else:
-                progress(message, int(percent) if percent else None)
+                progress(message, int(percent) if percent.isdigit() else None)
     if process.returncode == -signal.SIGKILL:
         reason = "its conversion was killed, most likely because memory ran out"
     elif process.returncode:
