@@ -15,7 +15,7 @@ from app.core.config.logging import LoggingSettings
 from app.core.logging import configure_logging, log_progress
 from app.llm.loader import find_model
 from app.llm.models.files import check_files
-from app.utils.errors import ModelLoadError
+from app.utils.errors import ModelLoadError, StartupError
 
 WEIGHTS = ("int8", "int4", "none")
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         export(asked.model, asked.weights, partial)
         partial.rename(output)
-    except (ModelLoadError, OSError) as error:
+    except (StartupError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     finally:

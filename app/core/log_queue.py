@@ -60,7 +60,8 @@ class LogQueue(QueueHandler):
             return f"{_NEW_LINE}{self.format(record)}\n"
         done = "#" * round(percent * _BAR / 100)
         bar = "" if percent == UNKNOWN else f"[{done:-<{_BAR}}] "
-        width = os.get_terminal_size(self._descriptor).columns - 1
+        # A terminal of a program may have no size.
+        width = (os.get_terminal_size(self._descriptor).columns or 80) - 1
         return _NEW_LINE + f"{bar}{record.getMessage()}"[:width]
 
     def enqueue(self, record: Any) -> None:

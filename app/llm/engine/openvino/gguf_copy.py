@@ -50,7 +50,7 @@ def loadable(path: Path, header: GgufHeader, progress: Progress) -> Iterator[str
             progress(f"{path} {why}: OpenVINO loads a copy in {where} ({size / 1e6:.0f} MB)")
             write_repacked(path, header, copy, progress)
             copy.flush()
-            progress("OpenVINO loads the copy")
+            progress("loading the copy with OpenVINO")
             yield str(link)
 
 
