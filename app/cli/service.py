@@ -83,7 +83,7 @@ def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes] | No
             if engine["state"] == "ready":
                 _show("")
                 return str(status["model"]["name"])
-            message = f"{engine['state']}: {engine['message']}"
+            message = str(engine["message"] or engine["state"])
         except httpx.TransportError:
             if process is None:
                 raise
