@@ -84,6 +84,8 @@ def _replica() -> FastAPI:
 
     @asynccontextmanager
     async def until_ready(application: Any) -> AsyncIterator[Any]:
+        # Serve's proxy listens elsewhere.
+        application.address = None
         async with served(application) as state:
             # A model that cannot be loaded ends the process.
             while services.engine.state is not EngineState.READY:  # noqa: ASYNC110 - it has no event
