@@ -246,7 +246,9 @@ class GenerationService:
         """Token ids of a screened job's prompt, as the model gets them."""
         if job.prompt is not None:
             return await self._generator.text_tokens(job.prompt)
-        return await self._generator.chat_tokens(job.messages, _tools_of(job), job.template_values)
+        return await self._generator.chat_tokens(
+            job.messages, _tools_of(job), job.template_values, job.thinking_budget
+        )
 
     def _options(self, job: Job) -> GenerationOptions:
         if job.max_tokens is not None and job.max_tokens > self._model.max_tokens:

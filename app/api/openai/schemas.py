@@ -224,13 +224,18 @@ class ChatCompletionRequest(OpenAIFields, ReasoningFields, PlatformHints):
         """The tools, if the model may call any."""
         if not self.tools or self.tool_choice == "none":
             return None
-        tools = (tool.function for tool in self.tools)
         choice = self.tool_choice or "auto"
         return ToolUse(
-            tuple(Tool(f.name, f.description, f.parameters, f.strict) for f in tools),
+            tools_of(self.tools),
             f"={choice.function.name}" if isinstance(choice, NamedToolChoice) else choice,
             self.parallel_tool_calls,
         )
+
+
+def tools_of(fields: list[ToolField]) -> tuple[Tool, ...]:
+    """Tools as the services take them."""
+    functions = (field.function for field in fields)
+    return tuple(Tool(f.name, f.description, f.parameters, f.strict) for f in functions)
 
 
 def check_tools(names: list[str], chosen: list[str], required: bool) -> None:
@@ -287,19 +292,24 @@ class CompletionRequest(OpenAIFields):
         return self
 
 
-class TokenizeRequest(OpenAIModel):
-    """Body of POST /v1/tokenize; either a text or messages."""
+class TokenizeRequest(OpenAIModel, ReasoningFields):
+    """Body of POST /v1/tokenize: a text, or messages and what else is in a chat's prompt."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "Hello, world."}]})
 
     text: str | None = Field(None, min_length=1)
     messages: list[OpenAIMessage] | None = Field(None, min_length=1, max_length=1000)
+    tools: list[ToolField] = Field([], max_length=MAX_TOOLS)
     return_token_strs: bool = Field(False, description="Tell the text of each token too.")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
         if (self.text is None) == (self.messages is None):
             raise ValueError("either text or messages")
+        of_chats = {"tools", *ReasoningFields.model_fields}
+        if self.text is not None and (sent := of_chats & self.model_fields_set):
+            raise ValueError(f"{min(sent)} is for messages")
+        check_tools([tool.function.name for tool in self.tools], [], False)
         return self
 
 
@@ -326,7 +336,7 @@ class ModelCard(BaseModel):
     )
     max_tokens: int = Field(description="Most tokens of an answer.")
     supported_parameters: list[str] = Field(
-        description="What the engine honours, once the model is loaded; as in /status."
+        description="The fields that model and engine honour, once it is loaded; as in /status."
     )
 
 
