@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from app.api.openai.responses.request import ResponsesRequest
+from app.api.openai.schemas import ChatCompletionRequest, CompletionRequest
 from tests.conftest import RunApp
 from tests.support.openai import PLATFORM_HINTS, chat, complete, refused, user
 
@@ -186,4 +188,14 @@ def test_a_model_tells_what_it_takes(client: TestClient) -> None:
     assert card["context_length"] == status["engine"]["context_length"]
     assert card["max_tokens"] == status["limits"]["max_tokens"]
     assert card["supported_parameters"] == status["engine"]["supported_parameters"]
-    assert "min_tokens" in card["supported_parameters"]
+    honoured = {
+        name
+        for body in (ChatCompletionRequest, CompletionRequest, ResponsesRequest)
+        for name, field in body.model_fields.items()
+        if field.description != "Taken, without effect."
+    }
+    # The echo engine has no grammars, and its model no reasoning.
+    unable = {"response_format", "chat_template_kwargs"}
+    unable |= {"reasoning", "reasoning_effort", "thinking_token_budget"}
+    assert unable < honoured
+    assert set(card["supported_parameters"]) == honoured - unable

@@ -31,6 +31,11 @@ class OpenAIModel(RequestModel):
             return kept
         return {name: value for name, value in kept.items() if value is not None}
 
+    @classmethod
+    def honoured(cls) -> set[str]:
+        """The names of the fields that have an effect."""
+        return {name for name, field in cls.model_fields.items() if _HINT not in field.metadata}
+
     def hints(self) -> Iterator[str]:
         """The names of the fields without effect that were sent, in parts too."""
         for name in self.model_fields_set:

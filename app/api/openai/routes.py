@@ -11,11 +11,11 @@ from app.api.dependencies import Services, services_of
 from app.api.errors import openai_status, validation_error
 from app.api.guard import GeneratingRoute
 from app.api.openai.responses.request import ResponsesRequest
-from app.api.openai.schemas import OpenAIFields
+from app.api.openai.schemas import ChatCompletionRequest, CompletionRequest, OpenAIFields
 from app.api.requests import sampling_fields
 from app.api.respond import Shape, respond
 from app.core.security import Principal
-from app.llm.protocol import JsonSchemaGrammar
+from app.llm.protocol import REQUEST_FEATURES, SAMPLING_FIELDS, JsonSchemaGrammar
 from app.services.answers import Answer, Job
 from app.utils.errors import ModelNotFoundError, ServiceError, UnsupportedParameterError
 
@@ -24,6 +24,9 @@ Openings = Sequence[Coroutine[Any, Any, Answer]]
 
 # What pydantic says of a field that this service does not have.
 _UNSUPPORTED = {"extra_forbidden", "unsupported_parameter"}
+
+# Fields that need a feature of the engine by another name.
+_BY_FEATURE = {"min_tokens": "ignore_eos", "grammar": "response_format"}
 
 
 class OpenAIRoute(GeneratingRoute):
@@ -66,6 +69,25 @@ def check_model(name: str, services: Services) -> None:
     model = services.settings.model
     if name != model.label and name not in model.aliases:
         raise ModelNotFoundError
+
+
+def supported_parameters(services: Services) -> list[str]:
+    """The fields of OpenAI's routes that the served model and its engine honour.
+
+    None before the model is loaded.
+    """
+    engine = services.engine
+    if engine.info is None or engine.tokenizer is None:
+        return []
+    able, reasoning = engine.info.supported, engine.tokenizer.reasoning
+    unable = {*SAMPLING_FIELDS, *REQUEST_FEATURES} - able
+    unable |= {field for feature, field in _BY_FEATURE.items() if feature in unable}
+    if reasoning.form is None:
+        unable |= {"reasoning", "reasoning_effort", "thinking_token_budget"}
+    if not reasoning.variables:
+        unable.add("chat_template_kwargs")
+    bodies = (ChatCompletionRequest, CompletionRequest, ResponsesRequest)
+    return sorted({name for body in bodies for name in body.honoured()} - unable)
 
 
 def jobs_for(
