@@ -12,17 +12,18 @@ from opentelemetry.trace import Tracer
 
 from app.core.config import ModelSettings
 from app.core.config.security import SecuritySettings
+from app.core.logging import get_logger
 from app.llm.answer_text import TextPiece
 from app.llm.client.client import EngineClient
 from app.llm.client.place import Place
-from app.llm.ebnf.check import fit_grammar
+from app.llm.ebnf.check import broken_keywords, fit_grammar
 from app.llm.generator import GenerationOptions, TextGenerator
 from app.llm.models.recommended_sampling import DEFAULT_SAMPLING
-from app.llm.protocol import Grammar, SamplingParams
+from app.llm.protocol import Grammar, JsonSchemaGrammar, SamplingParams
 from app.llm.report import GenerationReport
 from app.llm.system_prompt import SYSTEM_PROMPT
-from app.llm.tool_calls import ToolCallParser
-from app.llm.tools import ChatMessage, Tool, ToolCall, ToolUse
+from app.llm.tool_calls import ToolCallParser, read_calls
+from app.llm.tools import CalledFunction, ChatMessage, Tool, ToolCall, ToolUse
 from app.services.answers import Answer, Job
 from app.services.flights import Flight
 from app.services.response_cache import ResponseCache, cache_key
@@ -38,6 +39,8 @@ from app.utils.errors import (
 
 if TYPE_CHECKING:
     from app.llm.chain import Chains
+
+log = get_logger("generation")
 
 
 class GenerationService:
@@ -143,7 +146,7 @@ class GenerationService:
         ):
             try:
                 report = await self._fill(flight, job, replace(options, place=place), place)
-                return report
+                return await self._checked(report, job, flight.text)
             finally:
                 # A caller that leaves before the end has used the tokens generated so far.
                 used = report or place
@@ -197,6 +200,25 @@ class GenerationService:
         if report is None:
             raise InternalError
         return replace(report, token_ids=()) if screen.changed else report
+
+    async def _checked(self, report: GenerationReport, job: Job, text: str) -> GenerationReport:
+        """The report of an answer, with what it breaks of the schemas that were not held."""
+        keywords = await self.not_held(job) if report.finish_reason == "stop" else frozenset()
+        if not keywords:
+            return report
+        said, calls = text, list[CalledFunction]()
+        if job.tools is not None:
+            said, calls = read_calls(text, self._generator.tool_format)
+        schemas = {t.name: json.dumps(t.schema) for t in _tools_of(job) if not t.strict}
+        values = [(schemas[c["name"]], c["arguments"]) for c in calls if c["name"] in schemas]
+        if isinstance(job.grammar, JsonSchemaGrammar) and not calls:
+            values = [(job.grammar.schema, said)]
+        broken = await broken_keywords(values, keywords)
+        for keyword in broken:
+            self._engine.queue.metrics.schema_violations.labels(keyword).inc()
+        if broken:
+            log.info("an answer breaks its schema: %s", ", ".join(broken))
+        return replace(report, broken_keywords=broken)
 
     def _stream(self, job: Job, options: GenerationOptions) -> AsyncGenerator[str, None]:
         chains = self._chains()
