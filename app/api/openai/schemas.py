@@ -66,12 +66,27 @@ class NamedToolChoice(OpenAIModel):
     function: FunctionReference
 
 
+class AllowedTools(OpenAIModel):
+    """Some of the functions, as if there were no others."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedToolChoice] = Field(min_length=1, max_length=MAX_TOOLS)
+
+
+class AllowedToolsChoice(OpenAIModel):
+    """The functions that may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class StreamOptions(OpenAIModel):
     """What a stream tells beside the answer."""
 
     neutral: ClassVar = {"include_obfuscation": (False,)}
 
     include_usage: bool = Field(False, description="Tell the usage in a last chunk.")
+    continuous_usage_stats: Hint = None
 
 
 def _stop_strings(stop: Any) -> Any:
@@ -199,9 +214,9 @@ class ChatCompletionRequest(OpenAIFields, ReasoningFields, PlatformHints):
         0, ge=0, le=20, description="Tell so many of the likeliest tokens beside it."
     )
     tools: list[ToolField] = Field([], max_length=MAX_TOOLS)
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = Field(
-        None, description="auto where there are tools."
-    )
+    tool_choice: (
+        Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolsChoice | None
+    ) = Field(None, description="auto where there are tools.")
     parallel_tool_calls: bool = Field(True, description="Whether an answer may hold several calls.")
     store: Hint = None
     verbosity: Hint = None
@@ -214,28 +229,40 @@ class ChatCompletionRequest(OpenAIFields, ReasoningFields, PlatformHints):
         self.max_tokens = self.max_completion_tokens or self.max_tokens
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is for logprobs: true")
-        choice = self.tool_choice
-        named = [choice.function.name] if isinstance(choice, NamedToolChoice) else []
-        check_tools([tool.function.name for tool in self.tools], named, choice == "required")
+        choice, named = self.tool_choice, list[NamedToolChoice]()
+        if isinstance(choice, NamedToolChoice):
+            named = [choice]
+        elif isinstance(choice, AllowedToolsChoice):
+            named = choice.allowed_tools.tools
+        names = [tool.function.name for tool in self.tools]
+        check_tools(names, [one.function.name for one in named], choice == "required")
         return self
 
     @property
     def tool_use(self) -> ToolUse | None:
         """The tools, if the model may call any."""
-        if not self.tools or self.tool_choice == "none":
-            return None
-        choice = self.tool_choice or "auto"
-        return ToolUse(
-            tools_of(self.tools),
-            f"={choice.function.name}" if isinstance(choice, NamedToolChoice) else choice,
-            self.parallel_tool_calls,
-        )
+        choice, only = self.tool_choice or "auto", None
+        if isinstance(choice, AllowedToolsChoice):
+            only = {one.function.name for one in choice.allowed_tools.tools}
+            choice = choice.allowed_tools.mode
+        elif isinstance(choice, NamedToolChoice):
+            choice = f"={choice.function.name}"
+        return tool_use(tools_of(self.tools), choice, self.parallel_tool_calls, only)
 
 
 def tools_of(fields: list[ToolField]) -> tuple[Tool, ...]:
     """Tools as the services take them."""
     functions = (field.function for field in fields)
     return tuple(Tool(f.name, f.description, f.parameters, f.strict) for f in functions)
+
+
+def tool_use(
+    tools: tuple[Tool, ...], choice: str, parallel: bool, only: set[str] | None
+) -> ToolUse | None:
+    """What the model may call of ``tools``: those named in ``only``, if there is such a set."""
+    if choice == "none" or not tools:
+        return None
+    return ToolUse(tuple(t for t in tools if only is None or t.name in only), choice, parallel)
 
 
 def check_tools(names: list[str], chosen: list[str], required: bool) -> None:
