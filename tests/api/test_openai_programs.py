@@ -165,7 +165,8 @@ def test_null_asks_for_nothing(client: TestClient) -> None:
     """A null is taken in every field, in those that this service does not have too."""
     fields = {"foo": None, "audio": None, "tools": None, "stream_options": None, "top_a": None}
     message = {"role": "user", "content": "hello", "tool_calls": None, "mood": None}
-    answer = chat(client, messages=[message], **fields)
+    form = {"type": "text", "json_schema": None, "schema": None}
+    answer = chat(client, messages=[message], response_format=form, **fields)
     assert answer.json()["choices"] == chat(client).json()["choices"]
 
 

@@ -144,6 +144,23 @@ def test_a_refusal_names_the_place(bundled_service: Service) -> None:
         bundled_service, response_format={"type": "json_schema", "json_schema": json_schema}
     )
     assert "response_format.json_schema.schema.properties.tags.items: the" in answer.text
+    flat = {"type": "function", "name": "f", "parameters": form, "strict": True}
+    other = {"type": "function", "name": "g"}
+    allowed = {
+        "type": "allowed_tools",
+        "mode": "auto",
+        "tools": [{"type": "function", "name": "f"}],
+    }
+    text = {"format": {"type": "json_schema", "name": "x", "schema": form, "strict": True}}
+    for fields, place, param in (
+        ({"tools": [other, flat], "tool_choice": allowed}, "tools.1.parameters", "tools"),
+        ({"text": text}, "text.format.schema", "text.format"),
+    ):
+        with bundled_service.client() as client:
+            body = {"model": "default", "input": "x", **fields}
+            answer = client.post("/v1/responses", json=body)
+        assert refused(answer) == (400, "invalid_grammar", param)
+        assert f" {place}.properties.tags.items: the" in answer.text
     native = {"type": "json_schema", "json_schema": {"schema": form}}
     with bundled_service.client() as client:
         answer = client.post("/v1/generate", json={"prompt": "x", "response_format": native})

@@ -98,7 +98,8 @@ def jobs_for(
     form = body.response_format
     grammar = form.grammar() if form else None
     if isinstance(grammar, JsonSchemaGrammar) and form and form.json_schema:
-        grammar = structs.replace(grammar, strict=form.json_schema.strict)
+        strict = form.json_schema.strict
+        grammar = structs.replace(grammar, strict=strict, where=body.schema_place)
     fields["grammar"] = grammar
     fields["max_tokens"] = _cut(body, services_of(request)) or body.max_tokens
     bias = {int(token): value for token, value in body.logit_bias.items()}

@@ -12,7 +12,9 @@ from pydantic_core import PydanticCustomError
 from app.api.openai.messages import MAX_TOOLS, Hint, OpenAIMessage, OpenAIModel
 from app.api.requests import (
     MAX_STOP_CHARS,
+    JsonSchemaFormat,
     ReasoningFields,
+    ResponseFormat,
     Sampling,
     SamplingFields,
     StopString,
@@ -152,8 +154,24 @@ class OpenAISampling(OpenAIModel, Sampling):
         return self
 
 
+class OpenAIJsonSchema(OpenAIModel, JsonSchemaFormat):
+    """A JSON schema; null asks for nothing beside it."""
+
+
+class OpenAIResponseFormat(OpenAIModel, ResponseFormat):
+    """What the answer must look like; see docs/api.md, Structured output."""
+
+    json_schema: OpenAIJsonSchema | None = None
+
+
 class OpenAIFields(OpenAISampling, SamplingFields):
     """Fields that chat completions and completions share."""
+
+    schema_place: ClassVar = "response_format.json_schema.schema"
+
+    response_format: OpenAIResponseFormat | None = Field(
+        None, description="What the answer must look like."
+    )
 
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="How many answers; each takes a place.")
     stream_options: StreamOptions | None = None
@@ -253,7 +271,10 @@ class ChatCompletionRequest(OpenAIFields, ReasoningFields, PlatformHints):
 def tools_of(fields: list[ToolField]) -> tuple[Tool, ...]:
     """Tools as the services take them."""
     functions = (field.function for field in fields)
-    return tuple(Tool(f.name, f.description, f.parameters, f.strict) for f in functions)
+    return tuple(
+        Tool(f.name, f.description, f.parameters, f.strict, f"tools.{i}.function.parameters")
+        for i, f in enumerate(functions)
+    )
 
 
 def tool_use(

@@ -132,6 +132,7 @@ class ResponsesRequest(OpenAISampling, PlatformHints):
         "stream_options": ({}, {"include_obfuscation": False}),
     }
     n: ClassVar = 1
+    schema_place: ClassVar = "text.format.schema"
 
     input: Annotated[
         list[InputItem],
@@ -233,7 +234,10 @@ class ResponsesRequest(OpenAISampling, PlatformHints):
             choice = choice.mode
         elif isinstance(choice, FunctionChoice):
             choice = f"={choice.name}"
-        tools = tuple(Tool(t.name, t.description, t.parameters, t.strict) for t in self.tools)
+        tools = tuple(
+            Tool(t.name, t.description, t.parameters, t.strict, f"tools.{i}.parameters")
+            for i, t in enumerate(self.tools)
+        )
         return tool_use(tools, choice, self.parallel_tool_calls, only)
 
     def echo(self) -> dict[str, Any]:
