@@ -10,6 +10,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from pydantic_core import PydanticCustomError
 
 from app.api.openai.messages import MAX_TOOLS, Hint, OpenAIMessage, OpenAIModel
+from app.api.openai.tools import (
+    AllowedToolsChoice,
+    NamedToolChoice,
+    ToolField,
+    check_tools,
+    tool_use,
+    tools_of,
+)
 from app.api.requests import (
     MAX_STOP_CHARS,
     JsonSchemaFormat,
@@ -19,7 +27,7 @@ from app.api.requests import (
     SamplingFields,
     StopString,
 )
-from app.llm.tools import Tool, ToolUse
+from app.llm.tools import ToolUse
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 32
@@ -28,58 +36,8 @@ MAX_STOPS = 16
 # More than any answer has.
 _NEVER_ENDS: Final = 2**31 - 1
 
-FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-
-
-class FunctionField(OpenAIModel):
-    """A function that the model may call."""
-
-    name: FunctionName
-    description: str | None = None
-    parameters: dict[str, Any] | None = Field(
-        None, description="JSON Schema of the arguments, an object; see Structured output."
-    )
-    strict: bool = Field(False, description="Refuse a schema that cannot be held in full.")
-    annotations: Hint = None
-    cache_control: Hint = None
-
-
-class ToolField(OpenAIModel):
-    """A tool; functions are the only ones."""
-
-    type: Literal["function"]
-    function: FunctionField
-    annotations: Hint = None
-    cache_control: Hint = None
-
-
-class FunctionReference(OpenAIModel):
-    """A function by its name."""
-
-    name: FunctionName
-
-
-class NamedToolChoice(OpenAIModel):
-    """The one function that must be called."""
-
-    type: Literal["function"]
-    function: FunctionReference
-
-
-class AllowedTools(OpenAIModel):
-    """Some of the functions, as if there were no others."""
-
-    mode: Literal["auto", "required"]
-    tools: list[NamedToolChoice] = Field(min_length=1, max_length=MAX_TOOLS)
-
-
-class AllowedToolsChoice(OpenAIModel):
-    """The functions that may be called."""
-
-    type: Literal["allowed_tools"]
-    allowed_tools: AllowedTools
 
 
 class StreamOptions(OpenAIModel):
@@ -266,38 +224,6 @@ class ChatCompletionRequest(OpenAIFields, ReasoningFields, PlatformHints):
         elif isinstance(choice, NamedToolChoice):
             choice = f"={choice.function.name}"
         return tool_use(tools_of(self.tools), choice, self.parallel_tool_calls, only)
-
-
-def tools_of(fields: list[ToolField]) -> tuple[Tool, ...]:
-    """Tools as the services take them."""
-    functions = (field.function for field in fields)
-    return tuple(
-        Tool(f.name, f.description, f.parameters, f.strict, f"tools.{i}.function.parameters")
-        for i, f in enumerate(functions)
-    )
-
-
-def tool_use(
-    tools: tuple[Tool, ...], choice: str, parallel: bool, only: set[str] | None
-) -> ToolUse | None:
-    """What the model may call of ``tools``: those named in ``only``, if there is such a set."""
-    if choice == "none" or not tools:
-        return None
-    return ToolUse(tuple(t for t in tools if only is None or t.name in only), choice, parallel)
-
-
-def check_tools(names: list[str], chosen: list[str], required: bool) -> None:
-    """Check the names of tools, and those that tool_choice has.
-
-    Raises:
-        ValueError: They do not fit.
-    """
-    if len(set(names)) < len(names):
-        raise ValueError("two tools have the same name")
-    if not set(chosen) <= set(names):
-        raise ValueError("tool_choice names a function that is not in tools")
-    if required and not names:
-        raise ValueError("tool_choice is required, but there are no tools")
 
 
 def _prompts(prompt: Any) -> Any:

@@ -6,7 +6,8 @@ from app.api.dependencies import Deadline, Generation
 from app.api.errors import responses
 from app.api.guard import KEY_SCHEMES, GuardedRoute
 from app.api.openai.messages import chat_messages
-from app.api.openai.schemas import TokenizeRequest, TokenizeResponse, tools_of
+from app.api.openai.schemas import TokenizeRequest, TokenizeResponse
+from app.api.openai.tools import tools_of
 from app.api.requests import reasoning_fields
 from app.llm.tools import ToolUse
 from app.services.answers import Job

@@ -7,13 +7,8 @@ from pydantic_core import PydanticCustomError
 
 from app.api.openai.messages import MAX_TOOLS, Hint, OpenAIModel
 from app.api.openai.responses.items import InputItem
-from app.api.openai.schemas import (
-    FunctionName,
-    OpenAISampling,
-    PlatformHints,
-    check_tools,
-    tool_use,
-)
+from app.api.openai.schemas import OpenAISampling, PlatformHints
+from app.api.openai.tools import FunctionName, check_tools, tool_use
 from app.api.requests import Effort, JsonSchemaFormat, ResponseFormat
 from app.llm.tools import Tool, ToolUse
 
