@@ -221,9 +221,8 @@ class ChatCompletionRequest(OpenAIFields, ReasoningFields, PlatformHints):
         if isinstance(choice, AllowedToolsChoice):
             only = {one.function.name for one in choice.allowed_tools.tools}
             choice = choice.allowed_tools.mode
-        elif isinstance(choice, NamedToolChoice):
-            choice = f"={choice.function.name}"
-        return tool_use(tools_of(self.tools), choice, self.parallel_tool_calls, only)
+        name = f"={choice.function.name}" if isinstance(choice, NamedToolChoice) else choice
+        return tool_use(tools_of(self.tools), name, self.parallel_tool_calls, only)
 
 
 def _prompts(prompt: Any) -> Any:

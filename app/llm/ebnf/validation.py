@@ -87,13 +87,16 @@ def _additional(validator: Any, rule: Any, value: Any, schema: Any) -> Any:
     return Draft202012Validator.VALIDATORS["additionalProperties"](validator, rule, value, schema)
 
 
-_OWN: Final = {"pattern": _pattern, "uniqueItems": _unique, "additionalProperties": _additional}
+_CHECKS: Final[dict[str, Check]] = {
+    **Draft202012Validator.VALIDATORS,
+    "pattern": _pattern,
+    "uniqueItems": _unique,
+    "additionalProperties": _additional,
+}
 _Validator: Final = validators.create(
     meta_schema=Draft202012Validator.META_SCHEMA,
     validators={
-        name: _bounded(_OWN.get(name, check))
-        for name, check in Draft202012Validator.VALIDATORS.items()
-        if name not in _WITH_PATTERNS
+        name: _bounded(check) for name, check in _CHECKS.items() if name not in _WITH_PATTERNS
     },
     type_checker=Draft202012Validator.TYPE_CHECKER,
     format_checker=Draft202012Validator.FORMAT_CHECKER,

@@ -227,13 +227,12 @@ class ResponsesRequest(OpenAISampling, PlatformHints):
         if isinstance(choice, AllowedToolsChoice):
             only = {function.name for function in choice.tools}
             choice = choice.mode
-        elif isinstance(choice, FunctionChoice):
-            choice = f"={choice.name}"
+        name = f"={choice.name}" if isinstance(choice, FunctionChoice) else choice
         tools = tuple(
             Tool(t.name, t.description, t.parameters, t.strict, f"tools.{i}.parameters")
             for i, t in enumerate(self.tools)
         )
-        return tool_use(tools, choice, self.parallel_tool_calls, only)
+        return tool_use(tools, name, self.parallel_tool_calls, only)
 
     def echo(self) -> dict[str, Any]:
         """The members of a response that repeat the request."""
