@@ -105,7 +105,7 @@ def test_parts_share_the_limits() -> None:
 
 @pytest.mark.parametrize("size", [151_936, 262_144])
 def test_short_limits_are_held_with_a_large_vocabulary(size: int) -> None:
-    """A limit costs the characters that it counts, so Qwen's and Gemma's tokens allow short ones."""
+    """A limit costs the characters that it counts, so large vocabularies allow short ones."""
     for limits in ({"minLength": 1}, {"maxLength": 8}, {"minLength": 2, "maxLength": 9}):
         fit(JsonSchemaGrammar(json.dumps({"type": "string", **limits})), size)
 
