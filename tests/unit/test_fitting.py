@@ -138,6 +138,13 @@ def test_only_what_is_not_held_is_widened(
         assert widened in found
 
 
+def test_names_of_the_callers_own_are_not_told() -> None:
+    """A keyword that means nothing is not named: a header has no text that a caller chooses."""
+    strange = {"a\r\nSet-Cookie: b": 1, "not": {"const": 1}}
+    for schema in ({"default": strange, "items": {"$ref": "#/default"}}, {"items": strange}):
+        assert fitted(schema)[1] == {"not"}
+
+
 ANY_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 A: Any = {"a": {}}
 B: Any = {"b": {}}
