@@ -39,11 +39,13 @@ def command(name: str) -> list[str | Path]:
     """How to run a client's program; its environment is made and filled at the first call."""
     home = Path(os.environ.get("CLIENTS_HOME") or PROJECT_ROOT / ".tools" / "clients") / name
     home.mkdir(parents=True, exist_ok=True)
-    stamp = home / "installed"
+    # A longer list of packages than that of the last time is installed too.
+    stamp, packages = home / "installed", " ".join((PYTHON | JAVASCRIPT)[name])
+    is_filled = stamp.exists() and stamp.read_text(encoding="utf-8") == packages
     if name in PYTHON:
         run: list[str | Path] = [home / "bin" / "python", PROGRAMS / f"{name}_program.py"]
         install: list[str | Path] = [run[0], "-m", "pip", "install", "--quiet", *PYTHON[name]]
-        if not stamp.exists():
+        if not is_filled:
             venv.create(home, with_pip=True)
     else:
         # node looks for packages beside the program alone.
@@ -51,9 +53,9 @@ def command(name: str) -> list[str | Path]:
             shutil.copy(file, home)
         run = ["node", home / f"{name}_program.mjs"]
         install = ["npm", "install", "--silent", "--prefix", home, *JAVASCRIPT[name]]
-    if not stamp.exists():
+    if not is_filled:
         subprocess.run(install, check=True)
-        stamp.touch()
+        stamp.write_text(packages, encoding="utf-8")
     return run
 
 
