@@ -66,8 +66,7 @@ async def broken_keywords(
     def check() -> tuple[str, ...]:
         from app.llm.ebnf.validation import broken_keywords
 
-        broken = (broken_keywords(schema, value, keywords) for schema, value in values)
-        return tuple(sorted(frozenset[str]().union(*broken)))
+        return broken_keywords(values, keywords)
 
     return await asyncio.to_thread(check)
 

@@ -1,12 +1,13 @@
 """Checks values against the keywords of a schema that its grammar does not hold.
 
 The schema is a caller's. So what it can ask for is bounded: patterns are run by RE2, a reference
-leads to no other document, and a check takes little processor time or has no result.
+leads to no other document, and a check that takes long has no result.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from contextvars import ContextVar
 from itertools import islice
 from typing import Any, Final
@@ -19,7 +20,7 @@ from app.llm.ebnf.rewriting import Rewriter
 
 Check = Callable[[Any, Any, Any, Any], Any]
 
-# Seconds of processor time; an answer of 500 tokens takes one or two hundredths.
+# Seconds of processor time for an answer; one of 500 tokens takes one or two hundredths.
 _MOST_SECONDS: Final = 0.2
 _MOST_FAULTS: Final = 100
 # The library runs the patterns of these with `re`, which need not end.
@@ -28,15 +29,20 @@ _WITH_PATTERNS: Final = ("patternProperties", "unevaluatedItems", "unevaluatedPr
 _deadline: ContextVar[float] = ContextVar("deadline")
 
 
-def broken_keywords(schema: str, value: str, keywords: frozenset[str]) -> frozenset[str]:
-    """Those of ``keywords`` that a value breaks; none where it cannot be told, or not cheaply.
+def broken_keywords(values: Iterable[tuple[str, str]], keywords: frozenset[str]) -> tuple[str, ...]:
+    """Those of ``keywords`` that values break; none where it cannot be told, or not cheaply.
 
     Args:
-        schema: JSON text.
-        value: JSON text; what is not, as after a stop string, is not looked at.
-        keywords: Names of keywords that the schema has.
+        values: Schemas and values, as JSON text. What is none, as after a stop string, is not
+            looked at.
+        keywords: Names of keywords that the schemas have.
     """
     _deadline.set(time.thread_time() + _MOST_SECONDS)
+    broken = (_broken(schema, value, keywords) for schema, value in values)
+    return tuple(sorted(frozenset[str]().union(*broken)))
+
+
+def _broken(schema: str, value: str, keywords: frozenset[str]) -> frozenset[str]:
     try:
         written = json.loads(schema)
         # Other drafts' words for the same.
@@ -69,9 +75,10 @@ def _bounded(check: Check) -> Check:
 
 
 def _pattern(_: Any, rule: Any, value: Any, __: Any) -> Iterator[ValidationError]:
-    # A pattern that RE2 does not know, such as a lookahead, ends the check.
-    if isinstance(value, str) and LinearPattern(rule).search(value) is None:
-        yield ValidationError("")
+    # What RE2 does not know, such as a lookahead, is not checked.
+    with suppress(ValueError):
+        if isinstance(value, str) and LinearPattern(rule).search(value) is None:
+            yield ValidationError("")
 
 
 def _unique(_: Any, rule: Any, value: Any, __: Any) -> Iterator[ValidationError]:
