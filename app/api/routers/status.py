@@ -75,7 +75,7 @@ def _engine(services: Services) -> EngineStatus:
     )
     return EngineStatus(
         state=engine.state,
-        message=None if ready else engine.loading_message,
+        message=None if ready else engine.stage.text,
         restarts=engine.restarts,
         last_end=engine.last_end,
         queue=queue,
