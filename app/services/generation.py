@@ -146,7 +146,7 @@ class GenerationService:
         ):
             try:
                 report = await self._fill(flight, job, replace(options, place=place), place)
-                return await self._checked(report, job, flight.text)
+                return await self._checked(report, job, options.grammar, flight.text)
             finally:
                 # A caller that leaves before the end has used the tokens generated so far.
                 used = report or place
@@ -201,9 +201,12 @@ class GenerationService:
             raise InternalError
         return replace(report, token_ids=()) if screen.changed else report
 
-    async def _checked(self, report: GenerationReport, job: Job, text: str) -> GenerationReport:
+    async def _checked(
+        self, report: GenerationReport, job: Job, grammar: Grammar | None, text: str
+    ) -> GenerationReport:
         """The report of an answer, with what it breaks of the schemas that were not held."""
-        keywords = await self.not_held(job) if report.finish_reason == "stop" else frozenset()
+        is_complete = report.finish_reason == "stop"
+        keywords = await self._not_held(grammar) if is_complete else frozenset()
         if not keywords:
             return report
         said, calls = text, list[CalledFunction]()
@@ -291,11 +294,12 @@ class GenerationService:
 
     async def not_held(self, job: Job) -> frozenset[str]:
         """The keywords of a job's schemas that its answer need not follow."""
-        grammar = self._options(job).grammar
+        return await self._not_held(self._options(job).grammar)
+
+    async def _not_held(self, grammar: Grammar | None) -> frozenset[str]:
         if grammar is None:
             return frozenset()
-        _, dropped = await fit_grammar(grammar, self._generator.info)
-        return dropped
+        return (await fit_grammar(grammar, self._generator.info))[1]
 
     def _grammar(self, use: ToolUse | None, text: Grammar | None) -> Grammar | None:
         """The grammar of an answer that has calls, or a text of a form."""
