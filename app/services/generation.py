@@ -19,14 +19,15 @@ from app.llm.client.place import Place
 from app.llm.ebnf.check import broken_keywords, fit_grammar
 from app.llm.generator import GenerationOptions, TextGenerator
 from app.llm.models.recommended_sampling import DEFAULT_SAMPLING
-from app.llm.protocol import Grammar, JsonSchemaGrammar, SamplingParams
+from app.llm.protocol import Grammar, SamplingParams
 from app.llm.report import GenerationReport
 from app.llm.system_prompt import SYSTEM_PROMPT
-from app.llm.tool_calls import ToolCallParser, read_calls
-from app.llm.tools import CalledFunction, ChatMessage, Tool, ToolCall, ToolUse
+from app.llm.tool_calls import ToolCallParser
+from app.llm.tools import ChatMessage, Tool, ToolCall, ToolUse
 from app.services.answers import Answer, Job
 from app.services.flights import Flight
 from app.services.response_cache import ResponseCache, cache_key
+from app.services.schema_values import schema_values
 from app.services.screening import Screening
 from app.services.traces import record_generation
 from app.state.usage import UsageLedger
@@ -209,14 +210,7 @@ class GenerationService:
         keywords = await self._not_held(grammar) if is_complete else frozenset()
         if not keywords:
             return report
-        said, calls = text, list[CalledFunction]()
-        if job.tools is not None:
-            said, calls = read_calls(text, self._generator.tool_format)
-        schemas = {t.name: json.dumps(t.schema) for t in _tools_of(job) if not t.strict}
-        values = [(schemas[c["name"]], c["arguments"]) for c in calls if c["name"] in schemas]
-        if isinstance(job.grammar, JsonSchemaGrammar) and not calls:
-            values = [(job.grammar.schema, said)]
-        broken = await broken_keywords(values, keywords)
+        broken = await broken_keywords(schema_values(job, text, self._generator), keywords)
         for keyword in broken:
             self._engine.queue.metrics.schema_violations.labels(keyword).inc()
         if broken:
