@@ -96,20 +96,20 @@ async def respond(
         request.state.outcome = CLIENT_CLOSED_REQUEST
         return EventStream(choices, _frames(request, choices, shape))
 
-    async def complete() -> BaseModel:
+    async def complete() -> Response:
         choices = await open_choices(openings)
         try:
             content = shape.whole(choices.answers, await choices.collect())
             await shape.settle()
-            return content
+            broken = {name for a in choices.answers for name in a.report.broken_keywords}
         finally:
             await choices.aclose()
+        headers = {"X-Schema-Violations": ", ".join(sorted(broken))} if broken else None
+        body = content.model_dump_json(exclude_unset=True)
+        return Response(body, media_type="application/json", headers=headers)
 
-    content = await unless_disconnected(request, complete())
-    if content is None:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    body = content.model_dump_json(exclude_unset=True)
-    return Response(body, media_type="application/json")
+    response = await unless_disconnected(request, complete())
+    return response or Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def _frames(request: Request, choices: Choices, shape: Shape) -> AsyncIterator[bytes]:

@@ -77,7 +77,7 @@ def plain(rules: Rules, least: int, most: int | None) -> str:
         return sequence([_QUOTE, writer.repeat(character, least, most), _QUOTE])
     more = None if most is None else most - least
     end = rules.once((_QUOTE, more), partial(_at_most, rules, more))
-    blocks = [_counted(rules, _BLOCK, EMPTY)] * (least // _BLOCK)
+    blocks = [_counted(rules, _BLOCK, EMPTY) for _ in range(least // _BLOCK)]
     return sequence([_QUOTE, *blocks, _counted(rules, least % _BLOCK, EMPTY), end])
 
 
