@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,14 +102,21 @@ def _fatal(message: str) -> None:
     raise AssertionError(message)
 
 
-def run(cases: int, seed: int, app: Watched | None = None) -> Findings:
-    """Send about so many cases to the service, at the least the examples and the boundaries."""
+def run(
+    cases: int, seed: int, app: Watched | None = None, *, spared: Sequence[str] = ()
+) -> Findings:
+    """Send about so many cases to the service, at the least the examples and the boundaries.
+
+    Of the paths ``spared`` the boundaries are left out.
+    """
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     app = app or application()
     found = Findings()
     try:
-        schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=_config(cases, seed))
+        schema = schemathesis.openapi.from_asgi(
+            "/openapi.json", app, config=_config(cases, seed, spared)
+        )
         _wait_for(app.is_ready, START_SECONDS)
         before = app.tasks()
         for event in from_schema(schema).execute():
@@ -129,7 +136,7 @@ def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.02)
 
 
-def _config(cases: int, seed: int) -> schemathesis.Config:
+def _config(cases: int, seed: int, spared: Sequence[str]) -> schemathesis.Config:
     return schemathesis.Config.from_dict(
         {
             "seed": seed,
@@ -143,6 +150,10 @@ def _config(cases: int, seed: int) -> schemathesis.Config:
             # What is written to the report is made up by us.
             "output": {"sanitization": {"enabled": False}},
             "checks": _CHECKS,
+            "operations": [
+                {"include-path": path, "phases": {"coverage": {"enabled": False}}}
+                for path in spared
+            ],
         }
     )
 

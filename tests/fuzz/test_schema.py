@@ -10,12 +10,14 @@ from tests.fuzz import schema
 
 # The same each time; `make fuzz` takes another each time.
 SEED = 1
+# Their fields are those of other routes. `make fuzz` tries their boundaries, too.
+SPARED = ["/v1/chat", "/v1/completions", "/v1/tokenize"]
 
 
 @pytest.mark.no_cover
 def test_the_document_is_kept() -> None:
-    """Every example and boundary of the document, and some random and chained requests."""
-    found = schema.run(40, SEED)
+    """Every example, most boundaries, and some random and chained requests."""
+    found = schema.run(40, SEED, spared=SPARED)
     assert not found.failures, "\n\n".join(f"{k}\n{v}" for k, v in found.failures.items())
     assert found.tasks == []
     assert found.cases.keys() == {"examples", "coverage", "fuzzing", "stateful"}
