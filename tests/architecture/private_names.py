@@ -7,6 +7,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.architecture import syntax
+
 # Names with an underscore that their library's documentation describes: they are no secrets.
 DOCUMENTED = {"_exit", "_replace", "_asdict", "_fields", "_make"}
 # LangChain's documentation tells authors of models to define these.
@@ -67,7 +69,7 @@ class _Module:
     """
 
     def __init__(self, path: Path, package: str) -> None:
-        self._nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        self._nodes = syntax.nodes(path)
         self._path = path
         self._package = package
         self.defined = _defined(self._nodes)

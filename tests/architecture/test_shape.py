@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from app.core.config import PROJECT_ROOT
+from tests.architecture import syntax
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -18,7 +19,7 @@ Code = dict[str, list[ast.AST]]
 def code() -> Code:
     """The nodes of every Python file, by its path inside the project."""
     return {
-        str(path.relative_to(PROJECT_ROOT)): list(ast.walk(ast.parse(path.read_text("utf-8"))))
+        str(path.relative_to(PROJECT_ROOT)): syntax.nodes(path)
         for folder in ("app", "benchmarks", "scripts", "tests")
         for path in sorted((PROJECT_ROOT / folder).rglob("*.py"))
     }
