@@ -142,7 +142,10 @@ class TextGenerator:
             options = replace(options, grammar=grammar)
         tokenizer = self.tokenizer
         thinking = tokenizer.thinking(
-            prompt, budget=options.thinking_budget, gated=options.grammar is not None
+            prompt,
+            budget=options.thinking_budget,
+            gated=options.grammar is not None,
+            with_calls=options.with_calls,
         )
         text = AnswerText(
             tokenizer,

@@ -108,7 +108,8 @@ class GenerationService:
     def _parser(self, use: ToolUse | None) -> ToolCallParser | None:
         if use is None:
             return None
-        return ToolCallParser(self._generator.tool_format, {tool.name for tool in use.allowed})
+        schemas = {tool.name: tool.schema for tool in use.allowed}
+        return ToolCallParser(self._generator.tool_format, schemas)
 
     def _cache_key(self, job: Job, options: GenerationOptions) -> str:
         info = self._engine.info

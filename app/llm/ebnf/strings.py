@@ -120,13 +120,18 @@ def _before(rest: str) -> list[str]:
 
 def matching(rules: Rules, node: Node, least: int, most: int | None) -> str:
     """A string that matches a parsed regular expression, of ``least`` to ``most`` characters."""
+    check_lengths(node, least, most)
+    return rules.once(node, lambda: _written(rules, automaton.of_expression(node, _spelled)))
+
+
+def check_lengths(node: Node, least: int, most: int | None) -> None:
+    """Reject lengths that some match of a regular expression does not have."""
     shortest, longest = regex.lengths(node)
     if shortest < least or longest > (math.inf if most is None else most):
         raise GrammarError(
             "minLength and maxLength beside pattern or format are only supported where every "
             "match has such a length"
         )
-    return rules.once(node, lambda: _written(rules, automaton.of_expression(node, _spelled)))
 
 
 def _written(rules: Rules, states: list[State]) -> str:

@@ -6,7 +6,7 @@ A grammar that is too large or too costly raises :class:`GrammarError`.
 
 import functools
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Final
 
@@ -161,6 +161,11 @@ class Rules:
             raise GrammarError("it is too large")
         self._size += len(body)
         self._bodies[name] = body
+
+    @property
+    def bodies(self) -> Mapping[str, str]:
+        """The bodies of the rules by their names."""
+        return self._bodies
 
     def name(self, body: str, items: int = 0) -> str:
         """The name of a rule with this body; equal bodies share one, and are compiled once.
