@@ -275,6 +275,7 @@ def _kinds(root: Mapping[str, Any], schema: Any) -> set[str]:
     found = keywords.target(root, schema)
     parts = [p for k in ("anyOf", "oneOf", "allOf") for p in found.get(k) or ()]
     if not parts:
-        return keywords.kinds(found)
+        named = keywords.kinds(found)
+        return named | {"null"} if named and found.get("nullable") is True else named
     each = [_kinds(root, part) for part in parts]
     return set().union(*each) if all(each) else set()

@@ -1,15 +1,25 @@
 """Arguments in the notations of Qwen 3.5 and Gemma 4: written, and read however they are cut."""
 
 import json
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
+import jsonschema
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.llm import notations
-from app.llm.protocol import Notation
+from app.llm.ebnf.fitting import fit
+from app.llm.engine.echo import build_tokenizer
+from app.llm.engine.transformers.token_masks import GrammarCompiler
+from app.llm.protocol import Notation, TagsGrammar
+from app.llm.tool_calls import read_calls
+from app.llm.tool_formats import tool_format
+from app.llm.tools import Tool, ToolUse
+from tests.data.call_templates import GEMMA4, QWEN35
+from tests.data.program_schemas import schemas
 
 _TEXTS = st.text(alphabet=st.characters(codec="utf-8"), max_size=8) | st.sampled_from(
     [
@@ -28,10 +38,14 @@ _TEXTS = st.text(alphabet=st.characters(codec="utf-8"), max_size=8) | st.sampled
 )
 _NAMES = st.from_regex(r"[a-zA-Z_][a-zA-Z0-9_.-]{0,6}", fullmatch=True)
 _VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | _TEXTS,
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | _TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_NAMES, inner, max_size=3),
     max_leaves=6,
-).filter(lambda value: value not in (float("inf"), float("-inf")))
+)
 _KINDS = {dict: "object", list: "array", bool: "boolean", str: "string", int: "integer"}
 
 
@@ -50,6 +64,7 @@ def read(
 
 
 @pytest.mark.parametrize(("notation", "foot"), [("xml", "</function>"), ("gemma", "}")])
+@settings(max_examples=40)
 @given(given_=st.dictionaries(_NAMES, _VALUES, max_size=3), places=st.lists(st.integers(0, 999)))
 def test_what_is_written_is_read(
     notation: Notation, foot: str, given_: dict[str, Any], places: list[int]
@@ -75,6 +90,7 @@ def test_what_is_written_is_read(
         ({"type": "boolean"}, "True", True),
         ({"type": ["string", "null"]}, "None", None),
         ({"type": ["string", "null"]}, "5", "5"),
+        ({"type": "string", "nullable": True}, "null", None),
         ({"anyOf": [{"type": "string"}, {"type": "number"}]}, "5.5", 5.5),
         ({"anyOf": [{"$ref": "#/$defs/code"}, {"type": "null"}]}, "5", "5"),
         ({"enum": ["1", "2"]}, "1", "1"),
@@ -119,3 +135,48 @@ def test_a_text_is_passed_on_as_it_comes() -> None:
     assert reader.feed('<parameter=a>\nIt "is"\n') == ('{"a": "It \\"is\\"', 21)
     assert reader.feed("\n</para") == ("", 0)
     assert reader.feed("\n</paragraph") == ("\\n</paragraph", 12)
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    """Compiles grammars for tokens of one byte."""
+    tokenizer = build_tokenizer()
+    end = tokenizer.encode("<|im_end|>").ids
+    return GrammarCompiler(tokenizer.to_str(), tokenizer.get_vocab_size(), end)
+
+
+def random_answer(compiler: GrammarCompiler, grammar: TagsGrammar, seed: int) -> str | None:
+    """A random text of a grammar; ``None`` where it does not end soon."""
+    tokenizer = build_tokenizer()
+    chance, mask = torch.Generator().manual_seed(seed), compiler.compile(grammar)
+    (end,) = tokenizer.encode("<|im_end|>").ids
+    closing = [tokenizer.encode(c).ids[0] for c in '"}],<\n/>|']
+    ids: list[int] = []
+    while end not in ids and len(ids) < 400:
+        logits = torch.rand(tokenizer.get_vocab_size(), generator=chance)
+        logits[closing] += 0.5
+        logits[end] += 1
+        mask.apply(logits)
+        ids.append(int(logits.argmax()))
+        mask.accept(ids[-1:])
+        assert mask.error is None
+    return tokenizer.decode(ids[:-1]) if end in ids else None
+
+
+@pytest.mark.parametrize("template", [QWEN35, GEMMA4], ids=["xml", "gemma"])
+def test_every_call_follows_a_programs_schema(compiler: GrammarCompiler, template: str) -> None:
+    """No schema of a program is refused, and random calls, read back, are valid under it."""
+    form = tool_format(template)
+    read_back = 0
+    for i, (name, schema) in enumerate(islice(schemas(), 0, None, 6)):
+        use = ToolUse((Tool("f", None, schema),), "required", parallel=False)
+        grammar, _ = fit(form.grammar(use), None)
+        assert isinstance(grammar, TagsGrammar)
+        if (answer := random_answer(compiler, grammar, i)) is None:
+            continue
+        said, (call,) = read_calls(answer, form, {"f": schema})
+        assert said == "", name
+        held = json.loads(grammar.tags[0].schema)
+        jsonschema.Draft202012Validator(held).validate(json.loads(call["arguments"]))
+        read_back += 1
+    assert read_back > 10

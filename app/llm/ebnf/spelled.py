@@ -52,6 +52,10 @@ class MarkedCompiler(SchemaCompiler):
         character = self._rules.name(one_of(_without(mark[0], _ANY)))
         return sequence([writer.repeat(character, least, most), literal(mark)])
 
+    def _unlisted(self, least: int, most: int | None) -> str:
+        """A name of so many characters."""
+        return writer.repeat(one_of(_NAMES), least, most)
+
     def _until(self, mark: str) -> str:
         return self._rules.once(mark, lambda: automaton.as_rules(_to_first(mark), self._rules))
 
@@ -60,6 +64,12 @@ class GemmaCompiler(MarkedCompiler):
     """Writes objects whose names have no quotes, and strings between marks."""
 
     _blank = EMPTY
+
+    def compile(self) -> str:
+        """The expression of the arguments, which are an object in any case."""
+        if self._root is True or not self._root:
+            self._root = {"type": "object"}
+        return super().compile()
 
     def _string(self, schema: Schema) -> str:
         mark = notations.GEMMA_QUOTE
@@ -72,7 +82,7 @@ class GemmaCompiler(MarkedCompiler):
         node, least, most = rule_of(rule)
         if node is not None:
             raise GrammarError("a rule for names is not supported in the model's notation")
-        return writer.repeat(one_of(_NAMES), max(1, least), most)
+        return self._unlisted(max(1, least), most)
 
     def _named(self, name: str) -> str:
         return _plain(name, ",:{}[]<")
@@ -110,8 +120,9 @@ class XmlCompiler(MarkedCompiler):
             raise GrammarError("its properties are not supported in the model's notation")
         self._count(len(members))
         if not members:
-            name = writer.repeat(one_of(_NAMES), 1, None)
-            return EMPTY if others is False else f"({self._parameter(name, others, path)})*"
+            if others is False:
+                return EMPTY
+            return f"({self._parameter(self._unlisted(1, None), others, path)})*"
         written = [
             (self._parameter(literal(_plain(n, "<>")), p, path.inside(forced=n in required)), n)
             for n, p in members.items()
@@ -167,7 +178,7 @@ class XmlCompiler(MarkedCompiler):
         return alternatives(ways) if ways else self._until(notations.BEHIND_VALUE)
 
     def _as_json(self, schema: Schema, path: Path) -> str:
-        return self._value(schema, path)
+        return self._compiled(schema, path)
 
 
 _COMPILERS: Final[dict[Notation, type[SchemaCompiler]]] = {

@@ -191,14 +191,21 @@ class _Marked(MarkedCompiler):
     def _until(self, mark: str) -> str:
         return _UNTIL[mark]
 
+    def _unlisted(self, least: int, most: int | None) -> str:
+        return f"/[A-Za-z0-9_.-]{{{least},{'' if most is None else most}}}/"
+
     def _of_type(self, name: str, schema: keywords.Schema, path: Path) -> str:
         if name in {"integer", "number"}:
             return self._as_json({**schema, "type": name}, path)
         return super()._of_type(name, schema, path)
 
     def _as_json(self, schema: keywords.Schema, _: Path) -> str:
-        shared = {k: self._root[k] for k in ("$defs", "definitions") if k in self._root}
-        return f"%json {_json_schema(json.dumps({**schema, **shared}))}"
+        text = json.dumps(schema)
+        if '"$ref"' in text:
+            # References lead from the root, which is not the library's.
+            inner = {**_moved(schema), "$defs": {"root": _moved(self._root)}}
+            text = json.dumps(inner)
+        return f"%json {_json_schema(text)}"
 
 
 class _Gemma(_Marked, GemmaCompiler):
@@ -230,6 +237,20 @@ def _marked_texts(added: Mapping[str, int]) -> list[str]:
         token = f" | TEXT <[{added[mark]}]>" if mark in added else ""
         rules.append(f"{name}: spelled_{name}{token}")
     return rules
+
+
+def _moved(part: Any) -> Any:
+    """A part of a schema whose root is a definition of another one."""
+    if isinstance(part, list):
+        return [_moved(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    return {
+        name: f"#/$defs/root{value[1:]}"
+        if name == "$ref" and isinstance(value, str)
+        else _moved(value)
+        for name, value in part.items()
+    }
 
 
 def _coded(text: str) -> str:
