@@ -131,6 +131,8 @@ _FORMATS: tuple[tuple[tuple[str, ...], ToolFormat], ...] = (
     (("[TOOL_CALLS][",), replace(_MISTRAL, opening="[")),
     (("[TOOL_CALLS]",), _MISTRAL),
 )
+# What stands in the same tags in other forms; GLM 4.5 has the last.
+_OTHERS = ("<function=", "<arg_key>")
 # Formats of models whose templates do not know of tools.
 _TOLD: tuple[tuple[tuple[str, ...], ToolFormat], ...] = (
     ((_SEP, "```json"), _DEEPSEEK_3),
@@ -147,6 +149,5 @@ def tool_format(template: str) -> ToolFormat:
     rows = _FORMATS if re.search(r"\btools\b", template) else _TOLD
     found = (form for signs, form in rows if all(sign in template for sign in signs))
     form = next(found, DEFAULT_FORMAT)
-    # There are other calls with this beginning.
-    is_other = "<function=" in template and form.notation != "xml"
+    is_other = form.notation != "xml" and any(sign in template for sign in _OTHERS)
     return DEFAULT_FORMAT if is_other else form

@@ -42,12 +42,10 @@ class Tool:
         return {"type": "object", "properties": {}, "additionalProperties": False}
 
     def definition(self) -> dict[str, Any]:
-        """The function in the form that chat templates expect."""
-        function: dict[str, Any] = {"name": self.name}
-        if self.description is not None:
-            function["description"] = self.description
-        function["parameters"] = dict(self.parameters or {"type": "object", "properties": {}})
-        return {"type": "function", "function": function}
+        """The function in the form that chat templates expect; some add to the description."""
+        parameters = dict(self.parameters or {"type": "object", "properties": {}})
+        told = {"name": self.name, "description": self.description or "", "parameters": parameters}
+        return {"type": "function", "function": told}
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,7 @@ GPT_OSS: Final = (
     "{% if messages[0].role == 'system' or tools %}<|start|>developer<|message|>"
     "{{ messages[0].content if messages[0].role == 'system' }}"
     "{% if tools %}\n\nnamespace functions {\n{% for tool in tools %}"
-    "// {{ tool.function.description }}\ntype {{ tool.function.name }} = (_: "
+    "{{ '// ' + tool.function.description }}\ntype {{ tool.function.name }} = (_: "
     "{{ tool.function.parameters | tojson }}) => any;\n{% endfor %}}{% endif %}<|end|>{% endif %}"
     "{% set at = namespace(name=none) %}{% for m in messages %}{% if m.role == 'assistant' %}"
     "{% if m.tool_calls %}{% set call = m.tool_calls[0].function %}{% set at.name = call.name %}"

@@ -311,8 +311,9 @@ def test_the_format_of_a_template_is_recognised() -> None:
     assert HERMES.for_template([{"role": "tool", "content": "x"}], [ADD])[0]["role"] == "tool"
     for template in (
         "{{ messages }}<tool_call>",
-        # The tags of Qwen 3.5 in another form, and Gemma with calls of another form.
+        # The tags of Qwen 3.5 and Hermes in other forms, and Gemma with calls of another form.
         "{% if tools %}<tool_call><function=f></tool_call>{% endif %}",
+        "{% if tools %}<tool_call>f<arg_key></tool_call>{% endif %}",
         "{% if tools %}<start_of_turn><start_function_call>{% endif %}",
     ):
         assert tool_format(template) is DEFAULT_FORMAT
