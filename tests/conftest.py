@@ -12,6 +12,7 @@ from typing import Any
 import hypothesis
 import pytest
 from starlette.testclient import TestClient
+from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
 from app.core.config import Settings, load_settings
 from app.core.logging import get_logger
@@ -27,6 +28,7 @@ from tests.support.service import (
     running_service,
 )
 from tests.support.settings import Load
+from tests.support.tiny_gguf import make_tiny_gguf
 
 # As in an engine process. Otherwise torch's threads in this process spin while they wait, and take
 # the cores from the service under test (docs/adr/0010). torch reads it once, when it is imported.
@@ -36,11 +38,46 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # OpenVINO does not read this variable: with one thread it crashes on a tiny model.
     os.environ["MKL_NUM_THREADS"] = "1"
 
-# An example may be slow on a slow machine. pytest's time limit still holds.
-hypothesis.settings.register_profile("untimed", deadline=None)
-hypothesis.settings.load_profile("untimed")
+# An example may be slow on a slow machine. pytest's time limit still holds. Each run has others;
+# `make test-full` has more.
+hypothesis.settings.register_profile("suite", deadline=None, max_examples=30)
+hypothesis.settings.register_profile("full", deadline=None, max_examples=200)
+hypothesis.settings.load_profile("full" if "FULL_SIZE" in os.environ else "suite")
 
 RunApp = Callable[..., TestClient]
+
+
+# Files that load the bundled model, in a service or in the test process.
+_BUNDLED = frozenset(
+    f"tests/{name}.py"
+    for name in (
+        "contract/test_openai_clients",
+        "contract/test_readme",
+        "contract/test_responses_client",
+        "contract/test_user_document",
+        "engine/test_batch_precision",
+        "engine/test_bundled_model",
+        "engine/test_grammar_costs",
+        "engine/test_random_schemas",
+        "test_inference",
+    )
+)
+
+
+class _OneProcessForTheBundledModel(LoadFileScheduling):  # type: ignore[misc]
+    """Gives each file to one test process, and all with the bundled model to the same one.
+
+    It loads the model once, which takes 6 s of processor time for each process.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "bundled" if file in _BUNDLED else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    """Schedule `make test`'s files on its processes."""
+    return _OneProcessForTheBundledModel(config, log)
 
 
 def pytest_collection_finish() -> None:
@@ -154,6 +191,20 @@ def bundled_service() -> Iterator[Service]:
     if not bundled.is_fetched():
         pytest.skip("the bundled model is not here; `make model` fetches it")
     with running_service(MODEL__SOURCE="bundled", MODEL__ENGINE="auto") as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def tiny_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The service under uvicorn, with a random model on OpenVINO that keeps grammars.
+
+    It costs a tenth of the bundled model, for tests that look at the form of an answer alone.
+    """
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    name = str(make_tiny_gguf(path, context=4096))
+    with running_service(
+        MODEL__SOURCE="local", MODEL__NAME=name, MODEL__ENGINE="openvino"
+    ) as service:
         yield service
 
 

@@ -278,9 +278,8 @@ def test_response_tools(client: TestClient) -> None:
     assert response_events(respond(client, tools=[huge], stream=True))
 
 
-@pytest.mark.model
 @pytest.mark.timeout(300)
-def test_response_formats_and_forced_calls(bundled_service: Service) -> None:
+def test_response_formats_and_forced_calls(tiny_service: Service) -> None:
     """text.format holds the text to a schema, and tool_choice the answer to calls."""
     schema = {
         "type": "object",
@@ -291,7 +290,7 @@ def test_response_formats_and_forced_calls(bundled_service: Service) -> None:
     fields = {"model": "default", "input": "The weather in Paris?", "temperature": 0}
     form = {"type": "json_schema", "name": "place", "schema": schema, "strict": True}
     calls = {"tools": [{**WEATHER, "parameters": schema}], "tool_choice": "required"}
-    with bundled_service.client(timeout=200) as client:
+    with tiny_service.client(timeout=200) as client:
         text = client.post(RESPONSES, json={**fields, "text": {"format": form}}).json()
         called = client.post(RESPONSES, json={**fields, **calls}).json()
     assert text["text"]["format"] == form

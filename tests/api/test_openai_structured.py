@@ -1,4 +1,4 @@
-"""Structured output on the routes, with the real model: answers match the schema."""
+"""Structured output on the routes, with a random model: answers match the schema."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from tests.support.openai import CHAT, COMPLETIONS, refused, user
 from tests.support.service import Service, running_service
 from tests.support.tiny_gguf import make_tiny_gguf
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 CITY = {
     "type": "object",
@@ -54,32 +54,30 @@ def text_of(response: httpx.Response) -> str:
     return text
 
 
-def test_response_formats(bundled_service: Service) -> None:
+def test_response_formats(tiny_service: Service) -> None:
     """A chat keeps each kind of response format."""
-    validate(json.loads(text_of(chat(bundled_service, response_format=SCHEMA))), CITY)
-    assert re.fullmatch(DATE["regex"], text_of(chat(bundled_service, response_format=DATE)))
-    assert text_of(chat(bundled_service, response_format=CHOICE)) in CHOICE["choice"]
+    validate(json.loads(text_of(chat(tiny_service, response_format=SCHEMA))), CITY)
+    assert re.fullmatch(DATE["regex"], text_of(chat(tiny_service, response_format=DATE)))
+    assert text_of(chat(tiny_service, response_format=CHOICE)) in CHOICE["choice"]
     formats: list[Any] = [{"type": "text"}, None]
-    texts = [chat(bundled_service, response_format=f, max_tokens=16, cache=False) for f in formats]
+    texts = [chat(tiny_service, response_format=f, max_tokens=16, cache=False) for f in formats]
     assert texts[0].json()["choices"] == texts[1].json()["choices"]
     # The object may be longer than max_tokens; then the text is the beginning of one.
-    answer = chat(bundled_service, response_format=OBJECT, max_tokens=40).json()["choices"][0]
+    answer = chat(tiny_service, response_format=OBJECT, max_tokens=40).json()["choices"][0]
     assert answer["message"]["content"].startswith("{")
     if answer["finish_reason"] == "stop":
         assert isinstance(json.loads(answer["message"]["content"]), dict)
 
 
-def test_every_generating_route_has_them(bundled_service: Service) -> None:
+def test_every_generating_route_has_them(tiny_service: Service) -> None:
     """The native routes and completions keep a format, too; so do the joined pieces of streams."""
     form = {"response_format": DATE}
     date = re.compile(DATE["regex"])
-    assert date.fullmatch(text_of(post(bundled_service, "/v1/generate", prompt="On ", **form)))
-    assert date.fullmatch(
-        text_of(post(bundled_service, "/v1/chat", messages=user("When?"), **form))
-    )
-    completion = post(bundled_service, COMPLETIONS, model="default", prompt="On ", **form)
+    assert date.fullmatch(text_of(post(tiny_service, "/v1/generate", prompt="On ", **form)))
+    assert date.fullmatch(text_of(post(tiny_service, "/v1/chat", messages=user("When?"), **form)))
+    completion = post(tiny_service, COMPLETIONS, model="default", prompt="On ", **form)
     assert date.fullmatch(text_of(completion))
-    streamed = chat(bundled_service, stream=True, cache=False, **form).text.splitlines()
+    streamed = chat(tiny_service, stream=True, cache=False, **form).text.splitlines()
     chunks = [json.loads(line[6:]) for line in streamed if line.startswith("data: {")]
     deltas = [c["choices"][0]["delta"].get("content", "") for c in chunks]
     assert date.fullmatch("".join(deltas))
@@ -113,44 +111,42 @@ def test_redacted_answers_are_json(tmp_path: Path) -> None:
     ids=["keyword", "lookahead", "regex", "array", "loop", "size", "type"],
 )
 def test_a_schema_that_cannot_be_honoured_is_refused(
-    bundled_service: Service, form: dict[str, Any], param: str
+    tiny_service: Service, form: dict[str, Any], param: str
 ) -> None:
     """An unsupported strict schema is 400 with the reason, in a response format and in a tool."""
     json_schema = {"name": "x", "schema": form, "strict": True}
     named = {"type": "json_schema", "json_schema": json_schema}
     began = time.monotonic()
-    response = chat(bundled_service, response_format=named)
+    response = chat(tiny_service, response_format=named)
     assert refused(response) == (400, "invalid_grammar", param)
     # The bound is 200 ms; a test's margin is tenfold.
     assert time.monotonic() - began < 2
     function = {"name": "f", "parameters": form, "strict": True}
     tool = {"type": "function", "function": function}
     if form.get("type") == "object":
-        response = chat(bundled_service, tools=[tool], tool_choice="required")
+        response = chat(tiny_service, tools=[tool], tool_choice="required")
         assert refused(response) == (400, "invalid_grammar", "tools")
 
 
-def test_a_refusal_names_the_place(bundled_service: Service) -> None:
+def test_a_refusal_names_the_place(tiny_service: Service) -> None:
     """The message names the place of a keyword that a strict schema may not have."""
     inner = {"type": "array", "items": {"type": "array", "uniqueItems": True}}
     form = {"type": "object", "properties": {"tags": inner}, "required": ["tags"]}
     tool = {"type": "function", "function": {"name": "f", "parameters": form, "strict": True}}
     plain = {"type": "function", "function": {"name": "g"}}
-    answer = chat(bundled_service, tools=[plain, tool])
+    answer = chat(tiny_service, tools=[plain, tool])
     place = "tools.1.function.parameters.properties.tags.items: the keyword uniqueItems"
     assert place in answer.json()["error"]["message"]
     json_schema = {"name": "x", "schema": form, "strict": True}
-    answer = chat(
-        bundled_service, response_format={"type": "json_schema", "json_schema": json_schema}
-    )
+    answer = chat(tiny_service, response_format={"type": "json_schema", "json_schema": json_schema})
     assert "response_format.json_schema.schema.properties.tags.items: the" in answer.text
     native = {"type": "json_schema", "json_schema": {"schema": form}}
-    with bundled_service.client() as client:
+    with tiny_service.client() as client:
         answer = client.post("/v1/generate", json={"prompt": "x", "response_format": native})
     assert refused(answer) == (400, "invalid_grammar", "response_format")
 
 
-def test_a_schema_that_is_not_strict_is_widened(bundled_service: Service) -> None:
+def test_a_schema_that_is_not_strict_is_widened(tiny_service: Service) -> None:
     """A header names the keywords that an answer or a call need not follow; others hold."""
     members = {
         "kind": {"enum": ["a", "b"]},
@@ -164,29 +160,29 @@ def test_a_schema_that_is_not_strict_is_widened(bundled_service: Service) -> Non
     }
     form = {"type": "object", "properties": members, "required": list(members)}
     named = {"type": "json_schema", "json_schema": {"name": "x", "schema": form}}
-    answer = chat(bundled_service, response_format=named, max_tokens=100)
+    answer = chat(tiny_service, response_format=named, max_tokens=100)
     assert answer.headers["X-Schema-Not-Held"] == "format, uniqueItems"
     value = json.loads(text_of(answer))
     assert value["kind"] in ("a", "b")
     assert len(value["when"]) <= 9
     assert len(value["tags"]) <= 3
     tool = {"type": "function", "function": {"name": "f", "parameters": form}}
-    called = chat(bundled_service, tools=[tool], tool_choice="required", stream=True)
+    called = chat(tiny_service, tools=[tool], tool_choice="required", stream=True)
     assert called.headers["X-Schema-Not-Held"] == "format, uniqueItems"
     held = {**named, "json_schema": {"name": "x", "schema": {"type": "boolean"}}}
-    assert "X-Schema-Not-Held" not in chat(bundled_service, response_format=held).headers
+    assert "X-Schema-Not-Held" not in chat(tiny_service, response_format=held).headers
 
 
 @pytest.mark.parametrize("extra", [{"min_tokens": 3}, {"ignore_eos": True}])
-def test_a_form_ends_by_itself(bundled_service: Service, extra: dict[str, Any]) -> None:
+def test_a_form_ends_by_itself(tiny_service: Service, extra: dict[str, Any]) -> None:
     """What keeps an answer from ending is refused by name beside a form, and beside tools."""
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     for form in ({"response_format": {"type": "json_object"}}, {"tools": [tool]}):
-        answer = chat(bundled_service, **form, **extra)
+        answer = chat(tiny_service, **form, **extra)
         assert refused(answer) == (400, "unsupported_parameter", "min_tokens")
 
 
-def test_a_bad_pattern_is_refused(bundled_service: Service) -> None:
+def test_a_bad_pattern_is_refused(tiny_service: Service) -> None:
     """An unsupported regular expression is 400 and named."""
-    response = chat(bundled_service, response_format={"type": "regex", "regex": "(a"})
+    response = chat(tiny_service, response_format={"type": "regex", "regex": "(a"})
     assert refused(response) == (400, "invalid_grammar", "response_format")

@@ -194,7 +194,7 @@ def test_an_engine_without_grammars_cannot_be_made_to_call(client: TestClient) -
 
 
 def ask(service: Service, **fields: Any) -> dict[str, Any]:
-    """The one choice of a greedy answer of the real model."""
+    """The one choice of a greedy answer of a random model."""
     body = {
         "model": "default",
         "messages": user("What is the weather in Paris, in celsius?"),
@@ -210,38 +210,36 @@ def ask(service: Service, **fields: Any) -> dict[str, Any]:
     return choice
 
 
-@pytest.mark.model
 @pytest.mark.timeout(300)
-def test_tool_choices(bundled_service: Service) -> None:
+def test_tool_choices(tiny_service: Service) -> None:
     """A required call has arguments of the schema; there is one unless calls may be parallel."""
     named = {"type": "function", "function": {"name": "get_weather"}}
-    forced = ask(bundled_service, tool_choice=named)
+    forced = ask(tiny_service, tool_choice=named)
     ((name, arguments),) = called(forced)
     assert name == "get_weather"
     validate(json.loads(arguments), WEATHER["function"]["parameters"])  # type: ignore[index]
     assert forced["finish_reason"] == "tool_calls"
     assert forced["message"]["content"] is None
-    required = called(ask(bundled_service, tool_choice="required", parallel_tool_calls=False))
+    required = called(ask(tiny_service, tool_choice="required", parallel_tool_calls=False))
     assert len(required) == 1
     assert required[0][0] in ("get_weather", "now")
-    none = ask(bundled_service, tool_choice="none", max_tokens=12)
+    none = ask(tiny_service, tool_choice="none", max_tokens=12)
     assert called(none) == []
     assert none["message"]["content"]
     nothing = {"type": "function", "function": {"name": "now"}}
-    assert called(ask(bundled_service, tool_choice=nothing)) == [("now", "{}")]
+    assert called(ask(tiny_service, tool_choice=nothing)) == [("now", "{}")]
 
 
-@pytest.mark.model
 @pytest.mark.timeout(300)
-def test_tools_beside_a_response_format(bundled_service: Service) -> None:
+def test_tools_beside_a_response_format(tiny_service: Service) -> None:
     """With auto the answer is a call or of the schema, with required it is a call."""
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     for fields in ({}, {"messages": user('Answer with {"ok": true}.')}, {"tools": [NOW]}):
-        auto = ask(bundled_service, response_format=form, **fields)
+        auto = ask(tiny_service, response_format=form, **fields)
         if not called(auto):
             validate(json.loads(auto["message"]["content"]), schema)
-    required = ask(bundled_service, response_format=form, tool_choice="required")
+    required = ask(tiny_service, response_format=form, tools=[NOW], tool_choice="required")
     assert called(required)
     assert required["finish_reason"] == "tool_calls"
     assert required["message"]["content"] is None

@@ -24,6 +24,7 @@ from app.core.config import PROJECT_ROOT, load_settings
 from app.main import create_app
 from tests.conftest import RunApp, running_app
 from tests.support.service import API_KEY, OTHER_KEY, isolated_environment, session_members
+from tests.support.tiny_gguf import make_tiny_gguf
 from tests.support.tiny_model import make_tiny_model
 
 NEW_KEY = "a-key-from-the-environment"
@@ -175,14 +176,14 @@ def test_prompt_length(small: TestClient) -> None:
 
 def test_a_local_model(monkeypatch: pytest.MonkeyPatch, run_app: RunApp, tmp_path: Path) -> None:
     """MODEL__SOURCE=local serves the model at the path in MODEL__NAME, on MODEL__DEVICE=cpu."""
-    folder = make_tiny_model(tmp_path / "model")
-    monkeypatch.setenv("MODEL__ENGINE", "transformers")
+    path = make_tiny_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setenv("MODEL__ENGINE", "auto")
     monkeypatch.setenv("MODEL__SOURCE", "local")
-    monkeypatch.setenv("MODEL__NAME", str(folder))
+    monkeypatch.setenv("MODEL__NAME", str(path))
     monkeypatch.setenv("MODEL__DEVICE", "cpu")
     client = run_app()
-    assert client.get("/health").json()["model_name"] == str(folder)
-    assert generate(client).json()["model"] == str(folder)
+    assert client.get("/health").json()["model_name"] == str(path)
+    assert generate(client).json()["model"] == str(path)
     assert client.get("/status").json()["engine"]["device"] == "cpu"
 
 

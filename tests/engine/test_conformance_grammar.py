@@ -104,6 +104,19 @@ def test_an_answer_matches_its_regular_expression(
     assert events[-1].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("pattern", ["[^a\ufffd]{20}", "[\u0101-\u2345\u3001-\ufff0]{20}"])
+def test_an_answer_is_of_whole_characters(backend: Backend, pattern: str) -> None:
+    """Where any character may come, no bytes come that are none in UTF-8."""
+    asked = [
+        with_grammar(
+            f"r{seed}", RegexGrammar(pattern), sampling=SamplingParams(temperature=2, seed=seed)
+        )
+        for seed in range(8)
+    ]
+    for events in run(backend, *asked).values():
+        assert re.fullmatch(pattern, text(backend, events), re.DOTALL)
+
+
 def tags(*, required: bool = False, single: bool = False) -> TagsGrammar:
     """Two tools, called by ``<f:…>`` and an argument."""
     calls = [

@@ -12,14 +12,14 @@ import pytest
 
 from app.core.config import ModelSettings
 from app.llm.engine.openvino.loading import keep_telemetry_out
-from app.llm.models import bundled
 from app.llm.models.description import Vocabulary, gguf_vocabulary, read_tokenizer
-from app.llm.models.gguf_header import GgufArray, GgufHeader, read_header
+from app.llm.models.gguf_header import GgufArray, GgufHeader
 from app.llm.models.snapshot import Snapshot
 from app.llm.models.tokenizer_process import TokenizerProcess
 from app.llm.protocol import Backend
-from tests.support.backends import load_bundled, load_local, refusal, request, run, tokens
+from tests.support.backends import load_local, refusal, request, run, tokens
 from tests.support.tiny_gguf import make_tiny_gguf
+from tests.support.vocabularies import own_and_librarys_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +71,6 @@ def test_auto_uses_openvino_for_a_gguf_file(loaded: Backend, gguf: Path, said: l
     assert (info.backend, info.dtype, info.context_length) == ("openvino", "f16", 512)
     assert info.backend_reason == "model.engine is auto, and OpenVINO is the fastest on a CPU"
     assert said == [f"loading {gguf} with OpenVINO"]
-
-
-def own_and_librarys_vocabulary(path: Path) -> list[tuple[dict[str, int], int]]:
-    """A GGUF file's vocabulary and end-of-sequence token: ours, and as OpenVINO reads them."""
-    import openvino_genai
-
-    from app.llm.engine.openvino.vocabulary import vocabulary_tokenizer
-
-    vocabulary = gguf_vocabulary(read_header(path, ("tokenizer.ggml.tokens",)))
-    assert vocabulary is not None
-    both = vocabulary_tokenizer(vocabulary), openvino_genai.Tokenizer(str(path))
-    return [(tokenizer.get_vocab(), tokenizer.get_eos_token_id()) for tokenizer in both]
 
 
 def test_the_vocabulary_equals_the_librarys(loaded: Backend, gguf: Path) -> None:
@@ -311,16 +299,6 @@ def test_the_reading_process_dies(gguf: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.model
-def test_the_bundled_model_is_run_by_openvino() -> None:
-    """OpenVINO runs the bundled model with its context length, weights and vocabulary."""
-    if not bundled.is_fetched():
-        pytest.skip("the bundled model is not here: make model")
-    info = load_bundled("auto").info
-    assert (info.backend, info.dtype, info.context_length) == ("openvino", "q4_1", 8192)
-    own, librarys = own_and_librarys_vocabulary(bundled.bundled_model_path())
-    assert own == librarys
-
-
 @pytest.mark.parametrize("engine", ["openvino", "transformers"])
 def test_a_template_of_ones_own_replaces_the_models(
     gguf: Path, tiny_model_dir: Path, tmp_path: Path, engine: str

@@ -97,7 +97,7 @@ def test_sessions_follow_their_model(client: TestClient) -> None:
     """Sequences of turns, refusals and deletions by two callers, checked after every step."""
     machine = type("Machine", (Sessions,), {"client": client})
     few = settings(
-        max_examples=12,
+        max_examples=8,
         stateful_step_count=12,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.explicit, Phase.reuse, Phase.generate],

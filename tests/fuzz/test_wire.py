@@ -7,7 +7,7 @@ import pytest
 from tests.fuzz import wire
 from tests.support.service import running_service
 
-CASES = 4000
+CASES = 2000
 
 
 @pytest.mark.no_cover

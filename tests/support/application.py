@@ -69,7 +69,8 @@ class Client:
 @asynccontextmanager
 async def start(**sections: Any) -> AsyncIterator[Client]:
     """A client of a running application."""
-    app = make_app(**sections)
+    # Making it reads files, as a module does that is imported.
+    app = await asyncio.to_thread(make_app, **sections)
     async with app.router.lifespan_context(app):
         client = Client(app)
         async with asyncio.timeout(30):

@@ -32,6 +32,7 @@ def make_tiny_gguf(
     path: Path,
     *,
     half: bool = True,
+    context: int = tiny_model.CONTEXT_LENGTH,
     template: str = tiny_model.CHAT_TEMPLATE,
     keys: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
@@ -42,6 +43,7 @@ def make_tiny_gguf(
 
     Args:
         path: Where to.
+        context: The context length in tokens.
         half: Matrices of 16-bit floats, else of 32 bits.
         template: The chat template.
         keys: More metadata: whole numbers, floats, texts or lists of them.
@@ -57,7 +59,7 @@ def make_tiny_gguf(
     writer.add_name("tiny")
     kind = f"MOSTLY_{packed.name}" if packed else "MOSTLY_F16" if half else "ALL_F32"
     writer.add_file_type(gguf.LlamaFileType[kind])
-    writer.add_context_length(tiny_model.CONTEXT_LENGTH)
+    writer.add_context_length(context)
     writer.add_embedding_length(tiny_model.HIDDEN)
     writer.add_block_count(tiny_model.LAYERS)
     writer.add_feed_forward_length(tiny_model.INTERMEDIATE)

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
@@ -230,7 +230,6 @@ def expressions(characters: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 
 
 @pytest.mark.no_cover
-@settings(max_examples=150)
 @given(
     expressions(st.sampled_from(["a", "b", "[ab]", "[b-d]", ".", "ab", '"', "[^a]"])),
     st.lists(st.text('abcd"', max_size=8), min_size=1, max_size=8),
@@ -264,7 +263,6 @@ def test_an_expression_with_few_ways_needs_no_automaton_of_millions_of_states(
 _BOUND = st.none() | st.decimals(-2000, 2000, places=2) | st.integers(-300, 300).map(Decimal)
 
 
-@settings(max_examples=60)
 @given(_BOUND, _BOUND, st.integers(-2500, 2500), st.data())
 def test_whole_numbers_are_those_between_the_bounds(
     minimum: Decimal | None, maximum: Decimal | None, number: int, data: st.DataObject
@@ -285,7 +283,6 @@ def test_whole_numbers_are_those_between_the_bounds(
 
 
 @pytest.mark.no_cover
-@settings(max_examples=60)
 @given(_BOUND, _BOUND, st.data())
 def test_numbers_are_between_the_bounds(
     minimum: Decimal | None, maximum: Decimal | None, data: st.DataObject
@@ -304,7 +301,6 @@ def test_numbers_are_between_the_bounds(
     assert maximum is None or value <= maximum
 
 
-@settings(max_examples=60)
 @given(st.sets(st.characters(exclude_categories=["Cs"]), min_size=1), st.booleans())
 # A class of one character is written as a string, which has shorter escapes.
 @pytest.mark.no_cover

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from app.utils.errors import DeadlineExceededError, EngineUnavailableError
@@ -140,7 +140,6 @@ async def happen(engine: ManualEngine, what: str, which: int) -> None:
 
 
 @pytest.mark.no_cover
-@settings(max_examples=200)
 @given(max_running=st.integers(1, 3), events=EVENTS)
 def test_in_any_order_of_events_no_caller_is_starved_and_nothing_is_left(
     max_running: int, events: list[tuple[str, int]]

@@ -200,7 +200,9 @@ class _Parser:
                     raise GrammarError("a regular expression has a malformed range of characters")
                 first = [(first[0][0], last[0][0])]
             ranges += first
-        ranges = writer.complement(ranges) if negated else writer.union(ranges)
+        others = writer.complement(ranges)
+        # A range may span the surrogates, which neither has.
+        ranges = others if negated else writer.complement(others)
         if not ranges:
             raise GrammarError("a regular expression has an empty class")
         return Characters(tuple(ranges))

@@ -6,7 +6,7 @@ A grammar that is too large or too costly raises :class:`GrammarError`.
 
 import functools
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Final
 
@@ -52,6 +52,8 @@ def one_of(ranges: Sequence[Range]) -> str:
     """The expression of one character of ``ranges``, which are sorted and do not touch."""
     if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
         return literal(chr(ranges[0][0]))
+    # Of a range that is no product of ranges of bytes, xgrammar takes bytes that are no UTF-8.
+    ranges = [piece for one in ranges for piece in _by_bytes(one)]
     # Characters printed as \xN come last, where only a backslash or the bracket follows them. A
     # caret must not come first.
     ordered = sorted(
@@ -61,6 +63,23 @@ def one_of(ranges: Sequence[Range]) -> str:
         rest = [(_CARET + 1, ordered[0][1]), *ordered[1:]]
         return alternatives([literal("^"), one_of([r for r in rest if r[0] <= r[1]])])
     return f"[{''.join(_member(r) for r in ordered)}]"
+
+
+def _by_bytes(characters: Range) -> Iterator[Range]:
+    """The range in parts of which every mix of their bytes in UTF-8 is a character of the part."""
+    first, last = characters
+    # The largest numbers of one, two and three bytes; each byte after the first has six bits.
+    ends = [end for end in (0x7F, 0x7FF, 0xFFFF) if first <= end < last]
+    for bits in (6, 12, 18) if first > 0x7F and not ends else ():
+        low = (1 << bits) - 1
+        if first | low < last:
+            ends += [first | low] if first & low else []
+            ends += [(last & ~low) - 1] if ~last & low else []
+    if not ends:
+        yield characters
+        return
+    yield from _by_bytes((first, min(ends)))
+    yield from _by_bytes((min(ends) + 1, last))
 
 
 def _member(characters: Range) -> str:

@@ -9,8 +9,8 @@ from app.utils.errors import ModelLoadError
 PROMPT_TOKENS_PER_STEP: Final = 256
 """Most prompt tokens in a step beside the running requests; ADR 14 has the measurements."""
 
-PROMPT_TOKENS_OF_INTEGERS: Final = 64
-"""The same for integer layers: a model with 2.6 billion parameters takes 9 ms for each."""
+ROWS_OF_INTEGERS: Final = 64
+"""Rows that integer layers multiply in one call, and tokens of a step; ADR 12 has the costs."""
 
 # Tokens of cache for each running request. If all are longer, some wait and are computed again.
 TOKENS_PER_REQUEST = 1024

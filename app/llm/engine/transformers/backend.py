@@ -18,8 +18,8 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from app.core.logging import get_logger
 from app.llm.engine.cache_size import (
-    PROMPT_TOKENS_OF_INTEGERS,
     PROMPT_TOKENS_PER_STEP,
+    ROWS_OF_INTEGERS,
     cache_tokens,
 )
 from app.llm.engine.transformers.attention_choice import (
@@ -74,7 +74,8 @@ class TransformersBackend:
         self._computes_logits_at = "logits_to_keep" in signature(pipe.model.forward).parameters
         config = batching_config(pipe.model, max_running, cuda_memory_share)
         if info.dtype in {"int8", "int4"}:
-            config.max_batch_tokens = PROMPT_TOKENS_OF_INTEGERS + max_running
+            # A few rows more than one call takes would read all weights once more.
+            config.max_batch_tokens = max(ROWS_OF_INTEGERS, max_running + ROWS_OF_INTEGERS // 2)
         self._batching = self._start_batching(config)
         log.info("attention is %s", attention_of(pipe.model))
 

@@ -8,7 +8,7 @@ measurements.
 
 import mmap
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from itertools import groupby
 from typing import Any, Final
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from app.llm.engine.cache_size import ROWS_OF_INTEGERS
 from app.llm.engine.openvino.loading import keep_telemetry_out
 from app.llm.engine.transformers.pages import forget_pages, is_mapped, private_memory
 
@@ -37,8 +38,6 @@ _SMALLEST: Final = 32
 _SHORT: Final = 2048
 # Names of layers that read the same rows in every architecture that has them.
 _TOGETHER: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-# Rows of a call. Each layer keeps memory for the most that it has had, and more gain no speed.
-_ROWS: Final = 64
 # Weights that are rounded at a time, in float32.
 _AT_ONCE: Final = 1 << 20
 # A group of zeros would divide by zero; the smallest number of float16.
@@ -67,18 +66,18 @@ class IntegerLinear(nn.Module):
         self.is_finite = self.quantized.is_finite
         if is_mapped(weight):
             forget_pages(weight)
-        self._product: _Product | None = None
+        self.product: Future[_Product] | None = None
         self._place = 0
 
-    def compute_with(self, product: "_Product", place: int) -> None:
+    def compute_with(self, product: "Future[_Product]", place: int) -> None:
         """Take this layer's results from one place of a product."""
-        self._product, self._place = product, place
+        self.product, self._place = product, place
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` [..., in_features] by the weight's transpose, and add the bias."""
-        if self._product is None:
-            self._product = _Product([self.quantized])
-        y = self._product.part(x, self._place)
+        if self.product is None:
+            self.product = _pool().submit(_Product, [self.quantized])
+        y = self.product.result().part(x, self._place)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y.add_(self.bias)
 
@@ -115,9 +114,12 @@ class _Product:
 
     def _multiply(self, x: Tensor) -> list[Tensor]:
         rows = x.reshape(-1, self._columns).float().contiguous()
-        results = [torch.empty(len(rows), size) for size in self._sizes]
-        for first in range(0, len(rows), _ROWS):
-            self._use(*(_shared(t[first : first + _ROWS]) for t in (rows, *results)))
+        # The default type is the model's while others of its layers are read.
+        results = [torch.empty(len(rows), size, dtype=torch.float32) for size in self._sizes]
+        # Each layer keeps memory for the longest call that it has had, and more gain no speed.
+        for first in range(0, len(rows), ROWS_OF_INTEGERS):
+            part = slice(first, first + ROWS_OF_INTEGERS)
+            self._use(*(_shared(t[part]) for t in (rows, *results)))
             self._request.infer()
         # The request keeps its tensors, and those of a prompt are large.
         self._use(*map(_nothing, (self._columns, *self._sizes)))
@@ -251,7 +253,7 @@ def _shared(values: Tensor) -> openvino.Tensor:
 
 @cache
 def _nothing(size: int) -> openvino.Tensor:
-    return _shared(torch.zeros(1, size))
+    return _shared(torch.zeros(1, size, dtype=torch.float32))
 
 
 def _group(columns: int, bits: int) -> int:
@@ -279,26 +281,41 @@ def quantize_linears(model: Any, bits: int) -> None:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if can_quantize(module):
             model.set_submodule(name, IntegerLinear(module, bits_of(module, model, bits)))
-    together = []
+    for module in list(model.modules()):
+        compile_products(module)
     for module in model.modules():
-        children = [(n, m) for n, m in module.named_children() if isinstance(m, IntegerLinear)]
-        for _, layers in groupby(children, key=lambda child: _reads(*child)):
-            together.append([layer for _, layer in layers])
-    # OpenVINO compiles a model on one thread.
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(_compute_together, together))
+        if isinstance(module, IntegerLinear) and module.product is not None:
+            module.product.result()
 
 
-def _reads(name: str, layer: IntegerLinear) -> tuple[int, str]:
+def compile_products(module: nn.Module) -> None:
+    """Start to compile a module's products of which all layers are integers, on other threads.
+
+    Layers of a module that read the same rows share a product. OpenVINO compiles it on one thread,
+    so that other layers can be read and compiled at the same time.
+    """
+    children: list[tuple[str, Any]] = [
+        (name, child)
+        for name, child in module.named_children()
+        if isinstance(child, IntegerLinear) or can_quantize(child)
+    ]
+    for _, group in groupby(children, key=lambda child: _reads(*child)):
+        layers = [layer for _, layer in group]
+        if all(isinstance(layer, IntegerLinear) and layer.product is None for layer in layers):
+            product = _pool().submit(_Product, [layer.quantized for layer in layers])
+            for place, layer in enumerate(layers):
+                layer.compute_with(product, place)
+
+
+def _reads(name: str, layer: Any) -> tuple[int, str]:
     """Equal for layers of a module that read the same rows."""
     together = (names[0] for names in _TOGETHER if name in names)
-    return layer.in_features, next(together, name)
+    return int(layer.in_features), next(together, name)
 
 
-def _compute_together(layers: list[IntegerLinear]) -> None:
-    product = _Product([layer.quantized for layer in layers])
-    for place, layer in enumerate(layers):
-        layer.compute_with(product, place)
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads())
 
 
 def compute_in_float32(model: Any) -> None:

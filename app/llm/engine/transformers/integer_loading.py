@@ -12,7 +12,12 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from app.llm.engine.transformers.integer_linear import IntegerLinear, bits_of, can_quantize
+from app.llm.engine.transformers.integer_linear import (
+    IntegerLinear,
+    bits_of,
+    can_quantize,
+    compile_products,
+)
 
 _NAME: Final = "cpu_integers"
 
@@ -50,6 +55,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
         # Its bias is read before or after, and stays a parameter of this name.
         linear.weight = nn.Parameter(weight, requires_grad=False)
         model.set_submodule(name, IntegerLinear(linear, bits_of(linear, model, self._bits)))
+        compile_products(model.get_submodule(name.rpartition(".")[0]))
         missing_keys.discard(full_layer_name)
         return {}
 
