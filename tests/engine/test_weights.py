@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 
 from app.core.config import ModelSettings
 from app.llm.engine.transformers import integer_linear, weights
 from app.llm.engine.transformers.integer_linear import IntegerLinear
 from app.llm.engine.transformers.loading import load_pipeline
+from app.llm.models.description import read_gguf
 from app.llm.models.snapshot import Snapshot
 from app.utils.errors import ModelLoadError
 from tests.support.backends import PROMPT, load, request, run, tokens
+from tests.support.tiny_gguf import make_tiny_gguf
 from tests.support.tiny_model import make_tiny_model
 
 
@@ -45,6 +48,24 @@ def test_safetensors_become_integers_while_they_are_read(model: Path, quantizati
     row = torch.tensor([PROMPT])
     with torch.inference_mode():
         assert torch.equal(read(row).logits, whole(row).logits)
+
+
+@pytest.mark.parametrize("packed", [None, GGMLQuantizationType.Q8_0], ids=["f16", "q8_0"])
+def test_gguf_weights_become_integers_one_by_one(
+    model: Path, packed: GGMLQuantizationType | None
+) -> None:
+    """The same layers hold the same integers as those of a file that was unpacked whole."""
+    path = make_tiny_gguf(model / "tiny.gguf", packed=packed)
+    snapshot = Snapshot(model, path.name)
+    header = read_gguf(settings(path), snapshot)
+    read = load_pipeline(settings(path), snapshot, header, 8).model
+    assert [m for m in read.modules() if type(m) is torch.nn.Linear] == []
+    whole = load_pipeline(settings(path).model_copy(update={"dtype": "bfloat16"}), snapshot, header)
+    for loaded in (read, whole.model):
+        integer_linear.quantize_linears(loaded, 8)
+    row = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        assert torch.equal(read(row).logits, whole.model(row).logits)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

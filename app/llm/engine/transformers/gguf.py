@@ -7,13 +7,15 @@ weights are loaded. What cannot be honoured is refused: the answers would be wro
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
 import gguf
 import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
 from transformers import modeling_gguf_pytorch_utils as legacy
 from transformers.integrations import gguf as integration
 from transformers.quantizers import quantizer_gguf
@@ -30,6 +32,26 @@ _NEUTRAL = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0}
 # Keys of the tokenizer that are large, and that transformers does not need for the model.
 _VOCABULARY = re.compile(r"tokenizer\.ggml\.(?:tokens|token_type|scores|merges)")
 _NUMBERS: dict[type, int] = {int: 5, float: 6, bool: 7}
+# Tensors with a row for each token of the vocabulary, and rows that are unpacked at a time.
+_TABLES = {"token_embd.weight", "output.weight"}
+_ROWS = 4096
+# transformers' classes that make one weight of one tensor.
+_ONE_TO_ONE = {
+    legacy.TensorProcessor,
+    legacy.LlamaTensorProcessor,
+    legacy.Gemma2TensorProcessor,
+    legacy.NemotronTensorProcessor,
+}
+
+
+def is_unpacked_by_tensor(header: GgufHeader) -> bool:
+    """Whether weights become integers one by one; else all are unpacked to 16 bits before."""
+    return _processor(header) in _ONE_TO_ONE
+
+
+def _processor(header: GgufHeader) -> Any:
+    name = header.metadata.get("general.architecture")
+    return legacy.TENSOR_PROCESSORS.get(name, legacy.TensorProcessor)
 
 
 class GgufModel:
@@ -39,6 +61,7 @@ class GgufModel:
         self._path = path
         self._header = header
         self._architecture = str(header.metadata.get("general.architecture"))
+        self._is_unpacked_by_tensor = False
 
     @contextmanager
     def read_once(self) -> Iterator[None]:
@@ -187,6 +210,26 @@ class GgufModel:
 
     # --- The weights ------------------------------------------------------------------------------
 
+    def unread_weights(self, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+        """The model's class, and its weights as ``state_dict``, each unpacked when it is indexed.
+
+        Returns:
+            Nothing where transformers makes a weight of several tensors.
+        """
+        if not is_unpacked_by_tensor(self._header):
+            return {}
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        processor = _processor(self._header)(config=config.to_dict())
+        names = legacy.get_gguf_hf_weights_map(model, processor)
+        unread = {
+            names.get(name, name): _Unread(partial(self._tensor, name), processor, dtype)
+            for name in self._header.shapes
+            if name not in _FREQUENCIES
+        }
+        self._is_unpacked_by_tensor = True
+        return {"class": type(model), "state_dict": unread}
+
     def check_tensors(self, model: Any, report: dict[str, Any]) -> None:
         """Refuse tensors that the model does not use.
 
@@ -200,16 +243,40 @@ class GgufModel:
             )
 
     def _unused(self, model: Any) -> set[str]:
-        if self._architecture in integration.GGUF_ARCHS:
+        if self._architecture in integration.GGUF_ARCHS or self._is_unpacked_by_tensor:
             return set()
-        make: Callable[..., Any] = legacy.TENSOR_PROCESSORS.get(
-            self._architecture, legacy.TensorProcessor
-        )
-        used = set(legacy.get_gguf_hf_weights_map(model, make(config=model.config.to_dict())))
+        processor = _processor(self._header)(config=model.config.to_dict())
+        used = set(legacy.get_gguf_hf_weights_map(model, processor))
         used |= {f"{name}.weight" for name in used} | set(_FREQUENCIES)
         if model.config.tie_word_embeddings:
             used.add("output.weight")
         return set(self._header.shapes) - used
+
+
+class _Unread:
+    """A tensor of the file that is read when transformers indexes it, as it does with a slice."""
+
+    def __init__(self, read: Callable[[], Any], processor: Any, dtype: torch.dtype) -> None:
+        # The file is mapped only while a tensor is read: its pages count as memory of the process.
+        self._read = read
+        self._processor = processor
+        self._dtype = dtype
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        tensor = self._read()
+        if tensor.name in _TABLES:
+            return self._in_parts(tensor)
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        weights = self._processor.process(weights=values, name=tensor.name).weights
+        return torch.from_numpy(np.array(weights)).to(self._dtype)
+
+    def _in_parts(self, tensor: Any) -> torch.Tensor:
+        """A table, which no class changes, so that little of it is in float32 at a time."""
+        parts = (
+            gguf.dequantize(tensor.data[row : row + _ROWS], tensor.tensor_type)
+            for row in range(0, len(tensor.data), _ROWS)
+        )
+        return torch.cat([torch.from_numpy(np.array(part)).to(self._dtype) for part in parts])
 
 
 def _field(value: Any) -> SimpleNamespace:

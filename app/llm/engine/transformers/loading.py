@@ -246,8 +246,14 @@ def load_pipeline(
             config = AutoConfig.from_pretrained(snapshot.directory, **pretrained_source(snapshot))  # nosec B615
             file.complete(config)
         weights["config"] = config
-        # Otherwise each forward pass on a CPU would dequantize the weights again.
-        weights["quantization_config"] = GgufConfig(dequantize=True)
+        unread = file.unread_weights(config, weights["dtype"]) if bits else {}
+        if not unread:
+            # Otherwise each forward pass on a CPU would dequantize the weights again.
+            weights["quantization_config"] = GgufConfig(dequantize=True)
+        else:
+            from app.llm.engine.transformers.integer_loading import IntegerConfig
+
+            weights |= {"quantization_config": IntegerConfig(bits), **unread}
         pipe = _from_pretrained(settings, snapshot, weights, header, file.check_tensors)
     pipe.model.generation_config.eos_token_id = sorted(end_token_ids(header)) or None
     return pipe
@@ -260,7 +266,7 @@ def _from_pretrained(
     header: GgufHeader | None = None,
     check: Callable[[Any, dict[str, Any]], None] = lambda *_: None,
 ) -> "Pipeline":
-    from transformers import AutoModelForCausalLM, pipeline
+    from transformers import AutoModelForCausalLM, GgufConfig, pipeline
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     tokenizer = load_tokenizer(settings, snapshot, header)
@@ -269,16 +275,21 @@ def _from_pretrained(
         if method and method not in {*AUTO_QUANTIZER_MAPPING, "bitsandbytes"}:
             # transformers would read the weights as if they were not quantized.
             raise ValueError("transformers does not know this format")
+        source = {
+            "pretrained_model_name_or_path": snapshot.directory,
+            **pretrained_source(snapshot),
+        }
+        if "state_dict" in weights:
+            source = {"pretrained_model_name_or_path": None}
         # The folder is local, see pretrained_source.
-        model, report = AutoModelForCausalLM.from_pretrained(  # nosec B615
-            snapshot.directory,
+        model, report = weights.pop("class", AutoModelForCausalLM).from_pretrained(  # nosec B615
             output_loading_info=True,
             # For a line that names the tensor, see check_weights.
             ignore_mismatched_sizes=True,
+            **source,
             **weights,
-            **pretrained_source(snapshot),
         )
-        if "use_safetensors" in weights and "quantization_config" in weights:
+        if not isinstance(weights.get("quantization_config"), GgufConfig | None):
             # The layers are like others from here on.
             model.hf_quantizer.remove_quantization_config(model)
         if getattr(model.config.get_text_config(), "num_hidden_layers", None) == 0:

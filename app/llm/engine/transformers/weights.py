@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from app.core.config import ModelSettings
 from app.core.machine import available_memory
 from app.llm.engine.cache_size import TOKENS_PER_REQUEST
+from app.llm.engine.transformers.gguf import is_unpacked_by_tensor
 from app.llm.models.description import (
     cache_values_per_token,
     context_length,
@@ -67,8 +68,11 @@ def choose_weights_precision(
     for bits, size in _BYTES.items():
         # The largest is the embedding or the output layer; the first stays in its file.
         small = table * _BYTES[8] + (count - table) * size
-        # A GGUF file is unpacked to 16 bits before its weights are rounded.
-        needs[bits] = max(small, 2.0 * count) if header else small
+        if header:
+            # Its embedding is unpacked; of some kinds all weights are, before they are rounded.
+            small += 2.0 * table
+            small = small if is_unpacked_by_tensor(header) else max(small, 2.0 * count)
+        needs[bits] = small
     tokens, cache = _cache(snapshot, header, max_running, max(2, weight_bytes))
     free = available_memory()
     wanted = _wanted(settings, snapshot, count)
