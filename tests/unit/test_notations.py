@@ -168,7 +168,7 @@ def test_every_call_follows_a_programs_schema(compiler: GrammarCompiler, templat
     """No schema of a program is refused, and random calls, read back, are valid under it."""
     form = tool_format(template)
     read_back = 0
-    for i, (name, schema) in enumerate(islice(schemas(), 0, None, 6)):
+    for i, (name, schema) in enumerate(islice(schemas(), 0, None, 16)):
         use = ToolUse((Tool("f", None, schema),), "required", parallel=False)
         grammar, _ = fit(form.grammar(use), None)
         assert isinstance(grammar, TagsGrammar)
@@ -179,4 +179,4 @@ def test_every_call_follows_a_programs_schema(compiler: GrammarCompiler, templat
         held = json.loads(grammar.tags[0].schema)
         jsonschema.Draft202012Validator(held).validate(json.loads(call["arguments"]))
         read_back += 1
-    assert read_back > 10
+    assert read_back > 5
