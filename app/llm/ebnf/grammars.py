@@ -18,7 +18,7 @@ from app.llm.protocol import Grammar, JsonSchemaGrammar, RegexGrammar, TagsGramm
 _COUNTED_CHARACTERS = 120
 _VOCABULARY = 50_000
 # vLLM compiles in threads beside its steps, and one answer waits.
-_COUNTED_IN_PATTERNS = 1_000
+_COUNTED_IN_THREADS = 1_000
 # Characters that the library prints in another form, and then reads wrong.
 _LATIN = re.compile("[\x7f-\xff]")
 
@@ -27,7 +27,7 @@ def to_ebnf(grammar: Grammar, vocabulary_size: int | None) -> str:
     """Translate a grammar to xgrammar's dialect of EBNF; its first rule is ``root``.
 
     The more tokens the model has, the longer openvino's library takes to compile counted
-    characters, and the fewer may be counted. ``None`` is for a library that counts at no cost.
+    characters, and the fewer may be counted. ``None`` is for vLLM.
 
     Raises:
         GrammarError: The grammar cannot be compiled, or would not be enforced in full.
@@ -41,9 +41,9 @@ def to_ebnf(grammar: Grammar, vocabulary_size: int | None) -> str:
 def rules_for(vocabulary_size: int | None) -> Rules:
     """No rules yet; see :func:`to_ebnf` for the size."""
     if vocabulary_size is None:
-        return Rules(_COUNTED_IN_PATTERNS, counts=True)
+        return Rules(_COUNTED_IN_THREADS)
     budget = _COUNTED_CHARACTERS * math.pow(_VOCABULARY / vocabulary_size, 1.5)
-    return Rules(budget, counts=False)
+    return Rules(budget)
 
 
 def _whole(grammar: JsonSchemaGrammar | RegexGrammar, rules: Rules) -> str:

@@ -17,7 +17,6 @@ from app.llm.protocol import JsonSchemaGrammar, Notation, Tag
 
 # Larger classes of characters leave out the one that begins the mark.
 _FEW: Final = 128
-_ANY: Final = tuple(writer.complement(()))
 # Letters, digits, "_", "-" and ".".
 _NAMES: Final = ((0x2D, 0x2E), (0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A))
 
@@ -47,10 +46,10 @@ class MarkedCompiler(SchemaCompiler):
         return sequence([automaton.as_rules(states, self._rules), literal(mark)])
 
     def _counted(self, mark: str, least: int, most: int | None) -> str:
-        if not self._rules.counts:
-            self._rules.pay(most or least)
-        character = self._rules.name(one_of(_without(mark[0], _ANY)))
-        return sequence([writer.repeat(character, least, most), literal(mark)])
+        if most is not None:
+            return strings.counted(self._rules, least, most, literal(mark), mark[0])
+        fixed = strings.counted(self._rules, least, least, EMPTY, mark[0])
+        return sequence([fixed, self._until(mark)])
 
     def _unlisted(self, least: int, most: int | None) -> str:
         """A name of so many characters."""

@@ -156,11 +156,9 @@ class Rules:
 
     Args:
         budget: Limits the cost of compiling, in the unit of :func:`cost_of`.
-        counts: Whether the library counts the characters of a string itself, at no cost.
     """
 
-    def __init__(self, budget: float, *, counts: bool) -> None:
-        self.counts = counts
+    def __init__(self, budget: float) -> None:
         self._bodies: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._written: dict[Hashable, str] = {}

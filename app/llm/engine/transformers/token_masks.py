@@ -128,7 +128,7 @@ def _lark(grammar: TagsGrammar, added: Mapping[str, int]) -> str:
     def text(written: str) -> str:
         return _text(written, added)
 
-    inner = Rules(math.inf, counts=True)
+    inner = Rules(math.inf)
 
     # If text is allowed between the tags, the rule ``trigger`` has read the start of a tag already.
     skip = 0 if grammar.required else len(grammar.trigger)
