@@ -50,6 +50,9 @@ endef
 unexport PIP_TARGET PIP_PREFIX PIP_ROOT PIP_USER PIP_PYTHON PIP_CONSTRAINT PIP_REQUIREMENT
 unexport PIP_NO_DEPS PIP_DRY_RUN PYTHONHOME VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV
 
+# make would hand down what these targets are given, where the service looks for its settings.
+unexport MODEL OUTPUT
+
 # Container images like to set it. Without bytecode every process compiles its half of torch and
 # transformers anew, which doubles the start of the engine.
 unexport PYTHONDONTWRITEBYTECODE

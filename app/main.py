@@ -141,17 +141,18 @@ def create_app(
             enabled=settings.chat_history.enabled,
         ),
     )
-    engine.on_ready = partial(announce, services)
-    return _build(settings, services, chains, state, spans)
+    app = _build(settings, services, chains, state, spans)
+    engine.on_ready = partial(_announce, services, app)
+    return app
 
 
-def announce(services: Services, address: str | None = None) -> None:
+def _announce(services: Services, app: GuardedApplication) -> None:
     """Log that requests are taken: at which address, by which engine, and with what."""
     settings, info = services.settings, services.engine.info
     if info is None:
         return
-    at = f" at {address}" if address else ""
-    if address and settings.app.has_playground:
+    at = f" at {app.address}" if app.address else ""
+    if app.address and settings.app.has_playground:
         at += " (open it for the playground)"
     threads = f", {compute_threads(os.environ)} threads" if info.device == "cpu" else ""
     names = ("process_resident_memory_bytes", "llm_engine_process_resident_memory_bytes")
@@ -194,7 +195,7 @@ def _build(
     chains: "Callable[[], Chains]",
     state: State,
     spans: "TracerProvider | None",
-) -> FastAPI:
+) -> GuardedApplication:
     interactive = settings.app.environment != "production"
     traced: set[str] = set()
     app = GuardedApplication(

@@ -52,7 +52,7 @@ def main() -> None:
         max_running=settings.engine.max_running,
         echo_step_seconds=0.0,
         token=None,
-        progress=lambda message: print(message, file=sys.stderr),
+        progress=lambda message, _=None: print(message, file=sys.stderr),
     )
     tokenizer = PromptTokenizer(backend.info)
     print("{}", flush=True)

@@ -21,6 +21,11 @@ BESIDE = (
 CHANGES = {
     # A site has no listing of a folder.
     "README.md": (r"\]\(docs/adr\)", "](docs/adr/index.md)"),
+    # The theme would take the script that draws Mermaid from the internet.
+    "docs/architecture.md": (
+        r"(?s)```mermaid\n.*?```",
+        "![The two processes](images/processes.svg)",
+    ),
     # Versions are compared where the repository is.
     "CHANGELOG.md": (r"(?m)^\[[^]]+\]: \.\./\.\./.*$", ""),
 }

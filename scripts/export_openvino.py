@@ -4,15 +4,18 @@ The service does the same at its first start, and keeps the result beside the hu
 """
 
 import argparse
+import logging
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from app.core.config import PROJECT_ROOT, ModelSettings, load_settings
+from app.core.config.logging import LoggingSettings
+from app.core.logging import configure_logging, log_progress
 from app.llm.loader import find_model
 from app.llm.models.files import check_files
-from app.utils.errors import ModelLoadError
+from app.utils.errors import ModelLoadError, StartupError
 
 WEIGHTS = ("int8", "int4", "none")
 
@@ -38,13 +41,13 @@ def export(model: str, weights: str, folder: Path) -> None:
     settings = ModelSettings(name=model, source=source, quantization=weights, engine="transformers")
     token = load_settings().huggingface_token
     snapshot = find_model(
-        settings, token=token.get_secret_value() if token else None, progress=print
+        settings, token=token.get_secret_value() if token else None, progress=log_progress
     )
     check_files(snapshot)
     if snapshot.weights:
         raise ModelLoadError(f"{model} is no safetensors model: OpenVINO reads it as it is")
     try:
-        convert(settings.model_copy(update={"engine": "openvino"}), snapshot, folder, print)
+        convert(settings.model_copy(update={"engine": "openvino"}), snapshot, folder, log_progress)
     except UnconvertibleError as error:
         raise ModelLoadError(f"{error}: serve it with transformers") from error
 
@@ -60,17 +63,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if output.exists():
         print(f"{output} is there already: remove it, or name another --output", file=sys.stderr)
         return 1
+    configure_logging(LoggingSettings(format="text"))
     # The name is given at the end, so that a half-written model never has it.
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         export(asked.model, asked.weights, partial)
         partial.rename(output)
-    except (ModelLoadError, OSError) as error:
+    except (StartupError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        logging.shutdown()
     print(f"Done. Serve it with: MODEL__SOURCE=local MODEL__NAME={output} make run")
     return 0
 

@@ -5,11 +5,15 @@ Does nothing, and needs no network, when the model is here already.
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from app.core.config import PROJECT_ROOT
+from app.core.config.logging import LoggingSettings
 from app.core.config.variables import read_env_file
+from app.core.logging import configure_logging, log_progress
 from app.llm.models.bundled import BUNDLED, FetchError, bundled_model_path, fetch, is_fetched
+from app.llm.models.progress import Transfer
 from app.utils.errors import ConfigurationError
 
 
@@ -23,7 +27,9 @@ def fetch_with_progress() -> None:
         print(f"The bundled model is here: {bundled_model_path()}", file=sys.stderr)
         return
     print(f"Fetching the bundled model: {BUNDLED.filename} (93 MB)", file=sys.stderr, flush=True)
-    path = fetch(verbose=True)
+    configure_logging(LoggingSettings(format="text"))
+    path = fetch(BUNDLED, Transfer("downloading the bundled model", log_progress).came)
+    logging.shutdown()
     print(f"Checked its SHA-256 and kept it: {path}", file=sys.stderr)
 
 

@@ -24,11 +24,15 @@ class GuardedApplication(FastAPI):
     ``uvicorn app.main:app`` names no protocol, and must be as safe as any other start. uvicorn
     begins the lifespan before it accepts a connection, and the lifespan's ``receive`` is a method
     of an object with the server's configuration, which names the class of connections.
+
+    Attributes:
+        address: Where a person finds the service; ``None`` where uvicorn does not say it.
     """
 
     def __init__(self, *, connections: Connections, **options: Any) -> None:
         super().__init__(redirect_slashes=False, **options)
         self._connections = connections
+        self.address: str | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the lifespan."""
@@ -39,6 +43,7 @@ class GuardedApplication(FastAPI):
             return
         config: Any = getattr(getattr(receive, "__self__", None), "config", None)
         if isinstance(config, Config) and config.http_protocol_class is HttpToolsProtocol:
+            self.address = _address(config)
             config.http_protocol_class = cast("Any", partial(GuardedProtocol, self._connections))
             if config.timeout_keep_alive != _DEFAULT_KEEP_ALIVE:
                 log.warning("--timeout-keep-alive is not used: see server.keep_alive_seconds")
@@ -49,3 +54,12 @@ class GuardedApplication(FastAPI):
             await super().__call__(scope, receive, send)
         finally:
             watch.cancel()
+
+
+def _address(config: Config) -> str | None:
+    if config.uds is not None or config.fd is not None or not config.port:
+        return None
+    # An unspecified address is every one of this machine.
+    name = "localhost" if config.host in ("", "0.0.0.0", "::") else config.host  # noqa: S104 # nosec B104
+    host = f"[{name}]" if ":" in name else name
+    return f"{'https' if config.is_ssl else 'http'}://{host}:{config.port}/"

@@ -1,5 +1,6 @@
 """The guard of every route with a key: it identifies the caller before the body is read."""
 
+import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -106,7 +107,11 @@ class GuardedRoute(APIRoute):
             except RequestValidationError as error:
                 response = self._refuse(request, self.refusal(error.errors()))
             except ServiceError as error:
-                error.param = self.param_names.get(error.param or "", error.param)
+                if (param := error.param or "") in self.param_names:
+                    error.param = self.param_names[param]
+                    error.message = re.sub(
+                        rf"(?<![\w.]){param}(?=:| is )", error.param, error.message
+                    )
                 response = self._refuse(request, error)
             # A stream has set another.
             request.scope["state"].setdefault("outcome", response.status_code)

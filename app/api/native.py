@@ -90,5 +90,5 @@ def answer_fields(answer: Answer) -> dict[str, Any]:
         "cached": answer.cached,
         "id": answer.id,
         "finish_reason": report.finish_reason,
-        "usage": usage(answer),
+        "usage": usage([answer]),
     }

@@ -58,23 +58,22 @@ class Shape(ABC):
         return frame(error_content(told_error(error)))
 
 
-def usage(answer: Answer) -> dict[str, Any]:
-    """The members of :class:`Usage` for a complete answer."""
-    report = answer.report
-    dropped = answer.dropped_messages
+def usage(answers: Sequence[Answer], n: int = 1) -> dict[str, Any]:
+    """The members of :class:`Usage`; each ``n`` answers share a prompt, which counts once."""
+    reports = [answer.report for answer in answers]
+    prompt = sum(report.prompt_tokens for report in reports[::n])
+    completion = sum(report.completion_tokens for report in reports)
+    cached = sum(report.cached_tokens for report in reports[::n])
+    reasoning = sum(report.reasoning_tokens for report in reports)
+    dropped = answers[0].dropped_messages
     return {
-        "prompt_tokens": report.prompt_tokens,
-        "completion_tokens": report.completion_tokens,
-        "total_tokens": report.prompt_tokens + report.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": report.cached_tokens},
-        **reasoning_usage(report.reasoning_tokens),
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        **({"completion_tokens_details": {"reasoning_tokens": reasoning}} if reasoning else {}),
         **({"dropped_messages": dropped} if dropped else {}),
     }
-
-
-def reasoning_usage(tokens: int) -> dict[str, Any]:
-    """The member of :class:`Usage` that counts reasoning, where there is any."""
-    return {"completion_tokens_details": {"reasoning_tokens": tokens}} if tokens else {}
 
 
 async def respond(
@@ -97,20 +96,20 @@ async def respond(
         request.state.outcome = CLIENT_CLOSED_REQUEST
         return EventStream(choices, _frames(request, choices, shape))
 
-    async def complete() -> BaseModel:
+    async def complete() -> Response:
         choices = await open_choices(openings)
         try:
             content = shape.whole(choices.answers, await choices.collect())
             await shape.settle()
-            return content
+            broken = {name for a in choices.answers for name in a.report.broken_keywords}
         finally:
             await choices.aclose()
+        headers = {"X-Schema-Violations": ", ".join(sorted(broken))} if broken else None
+        body = content.model_dump_json(exclude_unset=True)
+        return Response(body, media_type="application/json", headers=headers)
 
-    content = await unless_disconnected(request, complete())
-    if content is None:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    body = content.model_dump_json(exclude_unset=True)
-    return Response(body, media_type="application/json")
+    response = await unless_disconnected(request, complete())
+    return response or Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def _frames(request: Request, choices: Choices, shape: Shape) -> AsyncIterator[bytes]:

@@ -6,7 +6,6 @@ A command's modules are imported when it runs: the service's own take a second.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from app.utils.errors import StartupError
 
@@ -16,16 +15,10 @@ def _serve(_: argparse.Namespace) -> int:
     import uvicorn
 
     from app.core.config import load_settings
-    from app.main import announce, create_app
+    from app.main import create_app
 
     settings = load_settings()
     app = create_app(settings)
-    if settings.app.port:
-        services, host = app.state.services, settings.app.host
-        # An unspecified address is every one of this machine.
-        name = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104 # nosec B104
-        address = f"http://{f'[{name}]' if ':' in name else name}:{settings.app.port}/"
-        services.engine.on_ready = partial(announce, services, address)
     # With its default log_config, uvicorn would replace the handlers that were just configured.
     uvicorn.run(app, host=settings.app.host, port=settings.app.port, log_config=None)
     return 0

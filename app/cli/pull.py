@@ -28,7 +28,7 @@ def pull(name: str | None, revision: str | None) -> int:
         token=token.get_secret_value() if token else None,
         progress=log_progress,
     )
-    log_progress(f"{model.label} is here: {snapshot.weight_bytes / 1e6:,.1f} MB of weights", None)
+    log_progress(f"{model.label} is here: {snapshot.weight_bytes / 1e6:,.1f} MB of weights")
     logging.shutdown()
     print(snapshot.directory / (snapshot.gguf or ""))
     return 0

@@ -83,7 +83,7 @@ def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes] | No
             if engine["state"] == "ready":
                 _show("")
                 return str(status["model"]["name"])
-            message = f"{engine['state']}: {engine['message']}"
+            message = str(engine["message"] or engine["state"])
         except httpx.TransportError:
             if process is None:
                 raise
@@ -98,5 +98,5 @@ def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes] | No
 def _show(text: str) -> None:
     """Draw the status line anew; nothing is drawn where standard error is no terminal."""
     if sys.stderr.isatty():
-        width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+        width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
         print(f"\r\033[K{text[:width]}", end="", file=sys.stderr, flush=True)

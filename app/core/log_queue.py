@@ -17,6 +17,8 @@ MAX_LINES = 10_000
 
 PERCENT = "percent"
 """Member of a record of progress: how much is done."""
+UNKNOWN = -1
+"""That member where nobody knows; only terminals show such a record."""
 
 _BAR = 20
 # The beginning of the terminal's line, which is emptied. Each line is written so, because the bar
@@ -57,8 +59,10 @@ class LogQueue(QueueHandler):
         if percent is None:
             return f"{_NEW_LINE}{self.format(record)}\n"
         done = "#" * round(percent * _BAR / 100)
-        width = os.get_terminal_size(self._descriptor).columns - 1
-        return _NEW_LINE + f"[{done:-<{_BAR}}] {record.getMessage()}"[:width]
+        bar = "" if percent == UNKNOWN else f"[{done:-<{_BAR}}] "
+        # A terminal of a program may have no size.
+        width = (os.get_terminal_size(self._descriptor).columns or 80) - 1
+        return _NEW_LINE + f"{bar}{record.getMessage()}"[:width]
 
     def enqueue(self, record: Any) -> None:
         """Queue a line, or count it where there is no room."""

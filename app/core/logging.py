@@ -41,8 +41,12 @@ def get_logger(name: str | None = None) -> logging.Logger:
     return logging.getLogger(f"{LOGGER_NAME}.{name}" if name else LOGGER_NAME)
 
 
-def log_progress(message: str, percent: int | None) -> None:
-    """Log how far something is: a bar at a terminal, else a line every few per cent."""
+def log_progress(message: str, percent: int | None = None) -> None:
+    """Log how far something is: a bar at a terminal, else a line every few per cent.
+
+    Without ``percent`` it is a line everywhere. A terminal alone shows one whose ``percent`` is
+    :data:`~app.core.log_queue.UNKNOWN`.
+    """
     get_logger("engine").info(message, extra={} if percent is None else {PERCENT: percent})
 
 

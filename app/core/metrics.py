@@ -105,6 +105,11 @@ class Metrics:
         self.ignored_fields = self._counter(
             "llm_ignored_fields_total", "Fields of requests taken without effect.", "field"
         )
+        self.schema_violations = self._counter(
+            "llm_schema_violations_total",
+            "Answers that break a keyword of their schema which the engine could not hold.",
+            "keyword",
+        )
         self.rejected = self._counter(
             "llm_requests_rejected_total", "Requests refused before they ran.", "reason"
         )

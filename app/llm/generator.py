@@ -18,6 +18,7 @@ from app.llm.protocol import (
     Grammar,
     SamplingParams,
 )
+from app.llm.reasoning import Thinking
 from app.llm.system_prompt import with_system_prompt
 from app.llm.tokenizer import PromptTokenizer
 from app.llm.tools import ChatMessage, Tool, ToolFormat
@@ -86,7 +87,11 @@ class TextGenerator:
         return await self.tokenizer.run(self.tokenizer.encode_text, text)
 
     async def chat_tokens(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Tool], values: Mapping[str, Any]
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Tool],
+        values: Mapping[str, Any],
+        thinking_budget: int | None,
     ) -> list[int]:
         """Token ids of a chat's prompt, the system message that stands before it included.
 
@@ -94,8 +99,26 @@ class TextGenerator:
             ModelLoadingError: The model has not been loaded yet.
             ChatTemplateError: The model's template refuses the messages.
         """
-        encode = self.tokenizer.encode_chat
-        return await self.tokenizer.run(encode, with_system_prompt(messages), tools, values)
+
+        def encode() -> list[int]:
+            prompt = self.tokenizer.chat_prompt(with_system_prompt(messages), tools, values)
+            return self.tokenizer.encode(self._begun(prompt, thinking_budget)[0])
+
+        return await self.tokenizer.run(encode)
+
+    def _begun(
+        self, prompt: str, budget: int | None, *, gated: bool = False, with_calls: bool = False
+    ) -> tuple[str, Thinking | None]:
+        """A prompt as the engine gets it, and what finds the reasoning in its answer.
+
+        Reasoning that the template has opened is ended there, where none is allowed.
+        """
+        thinking = self.tokenizer.thinking(
+            prompt, budget=budget, gated=gated, with_calls=with_calls
+        )
+        if thinking is not None and thinking.is_due:
+            prompt += thinking.turn(self.tokenizer.special_token_ids)
+        return prompt, thinking
 
     async def stream(
         self, prompt: str, options: GenerationOptions
@@ -141,9 +164,9 @@ class TextGenerator:
             grammar, _ = await fit_grammar(options.grammar, self.info)
             options = replace(options, grammar=grammar)
         tokenizer = self.tokenizer
-        thinking = tokenizer.thinking(
+        prompt, thinking = self._begun(
             prompt,
-            budget=options.thinking_budget,
+            options.thinking_budget,
             gated=options.grammar is not None,
             with_calls=options.with_calls,
         )
@@ -155,8 +178,6 @@ class TextGenerator:
             thinking=thinking,
             with_calls=options.with_calls,
         )
-        if text.is_due:
-            prompt += text.turn()[1]
         request = await self._prepare(prompt, options, place.id)
         gated = thinking is not None and thinking.gated
         place.start(structs.replace(request, grammar=None) if gated else request)

@@ -26,7 +26,8 @@ from app.llm.models import bundled
 from app.llm.models.description import load_tokenizer, read_gguf
 from app.llm.models.files import check_files, check_folder
 from app.llm.models.load_errors import explaining
-from app.llm.models.snapshot import FetchProgress, Progress, Snapshot, check_storage, choose_weights
+from app.llm.models.progress import Progress, Transfer
+from app.llm.models.snapshot import Snapshot, check_storage, choose_weights
 from app.llm.protocol import Backend, EngineInfo, GenerationRequest, SamplingParams
 from app.utils.errors import ModelLoadError
 
@@ -41,7 +42,7 @@ def load_backend(
     vllm_arguments: dict[str, Any] | None = None,
     token: str | None,
     progress: Progress,
-    fetch_progress: FetchProgress | None = None,
+    fetch_progress: Progress | None = None,
     loaded: Callable[[EngineInfo], None] = lambda _: None,
 ) -> Backend:
     """Load the configured model and start the backend that runs it.
@@ -59,8 +60,7 @@ def load_backend(
         loaded(echo.info)
         return echo
     check_device(settings)
-    fetching = fetch_progress or (lambda message, _: progress(message))
-    snapshot = find_model(settings, token=token, progress=fetching)
+    snapshot = find_model(settings, token=token, progress=fetch_progress or progress)
     check_files(snapshot)
     if why_vllm := _why_vllm(settings, snapshot):
         vllm = load_vllm(
@@ -278,7 +278,7 @@ def find_model(
     settings: ModelSettings,
     *,
     token: str | None,
-    progress: FetchProgress,
+    progress: Progress,
 ) -> Snapshot:
     """Bring the model's files onto this machine.
 
@@ -304,12 +304,14 @@ def find_model(
     )
 
 
-def _fetch_bundled(progress: FetchProgress) -> Snapshot:
+def _fetch_bundled(progress: Progress) -> Snapshot:
     if not bundled.is_fetched():
         check_storage(bundled.bundled_model_path().parent)
-        progress("fetching the bundled model (93 MB, once)", None)
+        progress("fetching the bundled model (93 MB, once)")
     try:
-        path = bundled.fetch()
+        path = bundled.fetch(
+            bundled.BUNDLED, Transfer("downloading the bundled model", progress).came
+        )
     except bundled.FetchError as error:
         raise ModelLoadError(str(error)) from None
     return Snapshot(path.parent, path.name, bundled.BUNDLED.sha256)

@@ -271,7 +271,8 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
     Attributes:
         fetching: Whether it waits for the network, or for another process that downloads the same
             model. Then a process without progress is not stalled.
-        percent: How much of a download has come; ``None`` in other messages.
+        percent: How much of a stage is done, where its end is known: a download's bytes, a
+            model's tensors.
     """
 
     message: str

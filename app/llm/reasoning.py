@@ -41,6 +41,7 @@ class ModelReasoning:
 
     Attributes:
         form: How the model writes it; ``None`` where it does not reason.
+        variables: Names of the template's variables that a caller may set.
         is_kept: Whether the template reads the reasoning of earlier answers.
     """
 
@@ -50,7 +51,7 @@ class ModelReasoning:
         added_tokens: Mapping[str, tuple[int, bool]],
         variables: Collection[str],
     ) -> None:
-        self._variables = set(variables) - _RESERVED
+        self.variables = set(variables) - _RESERVED
         signs = (f for f in FORMATS if f.sign in template or f.sign in added_tokens)
         self.form = next(signs, None)
         names = "|".join(REASONING_MEMBERS)
@@ -97,7 +98,7 @@ class ModelReasoning:
             UnsupportedParameterError: The template has no such variable, or the model does not
                 reason.
         """
-        values = {name: value for name, value in given.items() if name in self._variables}
+        values = {name: value for name, value in given.items() if name in self.variables}
         for name in given.keys() - values.keys():
             # A model that does not reason need not be told so.
             if self.form or name not in _SWITCHES or given[name]:
@@ -105,10 +106,10 @@ class ModelReasoning:
                     f"chat_template_kwargs.{name}: the model's chat template has no such variable.",
                     param=f"chat_template_kwargs.{name}",
                 )
-        switch = {name: effort != "none" for name in _SWITCHES if name in self._variables}
+        switch = {name: effort != "none" for name in _SWITCHES if name in self.variables}
         if effort is None:
             return values, None
-        if "reasoning_effort" in self._variables and effort != "none":
+        if "reasoning_effort" in self.variables and effort != "none":
             return {"reasoning_effort": effort, **switch, **values}, None
         if self.form is None and not switch and effort != "none":
             raise UnsupportedParameterError(

@@ -33,6 +33,8 @@ class GenerationReport:
         reasoning_tokens: Those of them that are reasoning.
         token_ids: The answer's tokens without the one that ended it; empty where they are not
             exactly the text, as after a stop string.
+        broken_keywords: Keywords of the request's schema that the engine could not hold, and that
+            the answer does not follow, as far as that was checked.
     """
 
     finish_reason: FinishReason
@@ -41,3 +43,4 @@ class GenerationReport:
     completion_tokens: int = 0
     reasoning_tokens: int = 0
     token_ids: tuple[int, ...] = ()
+    broken_keywords: tuple[str, ...] = ()

@@ -145,15 +145,6 @@ class PromptTokenizer:
             return self.encode_rendered(prompt.removeprefix(self._chat_mark))
         return self.encode_text(prompt)
 
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Tool] = (),
-        values: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Token ids of a chat's prompt; see :meth:`render_chat`."""
-        return self.encode_rendered(self.render_chat(messages, tools, values))
-
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

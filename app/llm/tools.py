@@ -25,13 +25,14 @@ class Tool:
 
     Its name has letters, digits, ``_`` and ``-``. ``parameters`` is the JSON Schema of its
     arguments, which are an object; ``None`` is for no arguments. A ``strict`` schema is held in
-    full or refused.
+    full or refused; ``where`` is the request field that has it, for errors.
     """
 
     name: str
     description: str | None = None
     parameters: Mapping[str, Any] | None = None
     strict: bool = False
+    where: str = "tools"
 
     @property
     def schema(self) -> Mapping[str, Any]:
@@ -198,11 +199,10 @@ class ToolFormat:
                 json.dumps(tool.schema),
                 foot,
                 strict=tool.strict,
-                where=f"tools.{i}.function.parameters",
+                where=tool.where,
                 notation=self.notation,
             )
-            for i, tool in enumerate(use.tools)
-            if tool in use.allowed
+            for tool in use.allowed
         ]
         required = use.choice != "auto"
         # A named tool is called once, as with OpenAI.

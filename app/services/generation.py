@@ -12,10 +12,11 @@ from opentelemetry.trace import Tracer
 
 from app.core.config import ModelSettings
 from app.core.config.security import SecuritySettings
+from app.core.logging import get_logger
 from app.llm.answer_text import TextPiece
 from app.llm.client.client import EngineClient
 from app.llm.client.place import Place
-from app.llm.ebnf.check import fit_grammar
+from app.llm.ebnf.check import broken_keywords, fit_grammar
 from app.llm.generator import GenerationOptions, TextGenerator
 from app.llm.models.recommended_sampling import DEFAULT_SAMPLING
 from app.llm.protocol import Grammar, SamplingParams
@@ -26,6 +27,7 @@ from app.llm.tools import ChatMessage, Tool, ToolCall, ToolUse
 from app.services.answers import Answer, Job
 from app.services.flights import Flight
 from app.services.response_cache import ResponseCache, cache_key
+from app.services.schema_values import schema_values
 from app.services.screening import Screening
 from app.services.traces import record_generation
 from app.state.usage import UsageLedger
@@ -38,6 +40,8 @@ from app.utils.errors import (
 
 if TYPE_CHECKING:
     from app.llm.chain import Chains
+
+log = get_logger("generation")
 
 
 class GenerationService:
@@ -144,7 +148,7 @@ class GenerationService:
         ):
             try:
                 report = await self._fill(flight, job, replace(options, place=place), place)
-                return report
+                return await self._checked(report, job, options.grammar, flight.text)
             finally:
                 # A caller that leaves before the end has used the tokens generated so far.
                 used = report or place
@@ -199,6 +203,21 @@ class GenerationService:
             raise InternalError
         return replace(report, token_ids=()) if screen.changed else report
 
+    async def _checked(
+        self, report: GenerationReport, job: Job, grammar: Grammar | None, text: str
+    ) -> GenerationReport:
+        """The report of an answer, with what it breaks of the schemas that were not held."""
+        is_complete = report.finish_reason == "stop"
+        keywords = await self._not_held(grammar) if is_complete else frozenset()
+        if not keywords:
+            return report
+        broken = await broken_keywords(schema_values(job, text, self._generator), keywords)
+        for keyword in broken:
+            self._engine.queue.metrics.schema_violations.labels(keyword).inc()
+        if broken:
+            log.info("an answer breaks its schema: %s", ", ".join(broken))
+        return replace(report, broken_keywords=broken)
+
     def _stream(self, job: Job, options: GenerationOptions) -> AsyncGenerator[str, None]:
         chains = self._chains()
         if job.prompt is not None:
@@ -247,7 +266,9 @@ class GenerationService:
         """Token ids of a screened job's prompt, as the model gets them."""
         if job.prompt is not None:
             return await self._generator.text_tokens(job.prompt)
-        return await self._generator.chat_tokens(job.messages, _tools_of(job), job.template_values)
+        return await self._generator.chat_tokens(
+            job.messages, _tools_of(job), job.template_values, job.thinking_budget
+        )
 
     def _options(self, job: Job) -> GenerationOptions:
         if job.max_tokens is not None and job.max_tokens > self._model.max_tokens:
@@ -268,11 +289,12 @@ class GenerationService:
 
     async def not_held(self, job: Job) -> frozenset[str]:
         """The keywords of a job's schemas that its answer need not follow."""
-        grammar = self._options(job).grammar
+        return await self._not_held(self._options(job).grammar)
+
+    async def _not_held(self, grammar: Grammar | None) -> frozenset[str]:
         if grammar is None:
             return frozenset()
-        _, dropped = await fit_grammar(grammar, self._generator.info)
-        return dropped
+        return (await fit_grammar(grammar, self._generator.info))[1]
 
     def _grammar(self, use: ToolUse | None, text: Grammar | None) -> Grammar | None:
         """The grammar of an answer that has calls, or a text of a form."""

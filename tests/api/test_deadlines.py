@@ -136,7 +136,7 @@ async def test_counting_a_sessions_history_is_part_of_the_time() -> None:
     """The turn is abandoned, and the session stays usable."""
     async with start() as client:
         await client.say("one")
-        with stuck(client, "encode_chat"):
+        with stuck(client, "chat_prompt"):
             response = await client.http.post(
                 "/v1/chat",
                 json={"messages": [{"role": "user", "content": "two"}], "session_id": "s"},

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from app.api.openai.responses.request import ResponsesRequest
+from app.api.openai.schemas import ChatCompletionRequest, CompletionRequest
 from tests.conftest import RunApp
-from tests.support.openai import PLATFORM_HINTS, chat, complete, refused, user
+from tests.support.openai import PLATFORM_HINTS, chat, chunks, complete, refused, user
 
 # Fields without effect, with values of their clients.
 HINTS: dict[str, Any] = {
@@ -61,6 +63,11 @@ CALLS: dict[str, dict[str, Any]] = {
     },
     "without an id": {"type": "function", "function": FUNCTION},
     "with a long id": {"id": "call_" + "x" * 500, "type": "function", "function": FUNCTION},
+    "with arguments that are no text": {
+        "id": "c",
+        "type": "function",
+        "function": {"name": "f", "arguments": {"a": 1}},
+    },
     "of a namespace": {"id": "c", "function": FUNCTION, "provider_specific_fields": None},
 }
 
@@ -128,11 +135,38 @@ def test_a_call_is_taken_back(client: TestClient, kind: str) -> None:
     assert sent.json() == expected.json()
 
 
+def test_options_of_a_stream_are_taken(client: TestClient) -> None:
+    """What load generators want beside the usage is a hint: the usage comes at the end."""
+    before = ignored(client).get("continuous_usage_stats", 0)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *_, last = chunks(chat(client, stream=True, stream_options=options))
+    assert last["usage"]["completion_tokens"] == len("hello") + 1
+    assert ignored(client)["continuous_usage_stats"] == before + 1
+
+
+def test_some_of_the_tools_are_allowed(client: TestClient) -> None:
+    """With allowed_tools the others are as if they were not there."""
+    f, g = ({"type": "function", "function": {"name": name}} for name in "fg")
+
+    def asked(tools: list[Any], mode: str, **fields: Any) -> Any:
+        allowed = {"mode": mode, "tools": tools}
+        choice = {"type": "allowed_tools", "allowed_tools": allowed}
+        return chat(client, tools=[f, g], tool_choice=choice, **fields)
+
+    alone = chat(client, tools=[g]).json()
+    assert asked([g], "auto").json()["usage"] == alone["usage"]
+    # The echo engine cannot be made to call.
+    assert refused(asked([g], "required"))[1:] == ("unsupported_parameter", "tools")
+    unknown = {"type": "function", "function": {"name": "h"}}
+    assert refused(asked([unknown], "auto"))[:2] == (400, "validation_error")
+
+
 def test_null_asks_for_nothing(client: TestClient) -> None:
     """A null is taken in every field, in those that this service does not have too."""
     fields = {"foo": None, "audio": None, "tools": None, "stream_options": None, "top_a": None}
     message = {"role": "user", "content": "hello", "tool_calls": None, "mood": None}
-    answer = chat(client, messages=[message], **fields)
+    form = {"type": "text", "json_schema": None, "schema": None}
+    answer = chat(client, messages=[message], response_format=form, **fields)
     assert answer.json()["choices"] == chat(client).json()["choices"]
 
 
@@ -186,4 +220,14 @@ def test_a_model_tells_what_it_takes(client: TestClient) -> None:
     assert card["context_length"] == status["engine"]["context_length"]
     assert card["max_tokens"] == status["limits"]["max_tokens"]
     assert card["supported_parameters"] == status["engine"]["supported_parameters"]
-    assert "min_tokens" in card["supported_parameters"]
+    honoured = {
+        name
+        for body in (ChatCompletionRequest, CompletionRequest, ResponsesRequest)
+        for name, field in body.model_fields.items()
+        if field.description != "Taken, without effect."
+    }
+    # The echo engine has no grammars, and its model no reasoning.
+    unable = {"response_format", "chat_template_kwargs"}
+    unable |= {"reasoning", "reasoning_effort", "thinking_token_budget"}
+    assert unable < honoured
+    assert set(card["supported_parameters"]) == honoured - unable

@@ -4,7 +4,9 @@ The prompt opens the reasoning, so that a message "thought</think>text" is echoe
 """
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Any
 
@@ -16,27 +18,11 @@ from app.llm.tokenizer import PromptTokenizer
 from tests.conftest import running_app
 from tests.data.chat_templates import CHATML
 from tests.support.openai import chat, chunks, refused, respond, response_events, user
+from tests.support.reasoning import teach
 from tests.support.sse import data_lines
 
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
-    "{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
-    "{% if enable_thinking is defined and not enable_thinking %}\n</think>\n\n{% endif %}"
-    "{% endif %}"
-)
 SAID = "I muse.\n</think>\n\nIt is so."
 THOUGHT, TEXT = "I muse.", "It is so."
-
-
-def teach(client: TestClient, template: str = TEMPLATE) -> TestClient:
-    """Let the served model have another chat template."""
-    engine = client.app.state.services.engine  # type: ignore[attr-defined]
-    engine.info = structs.replace(engine.info, chat_template=template)
-    engine.tokenizer.close()
-    engine.tokenizer = PromptTokenizer(engine.info)
-    return client
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +211,23 @@ def test_wishes(client: TestClient) -> None:
         assert (thought, message["content"]) == ("musi", "musing long")
 
 
+def test_a_model_tells_that_it_reasons(client: TestClient) -> None:
+    """The fields of reasoning are told of a model that reasons; of another one they are not."""
+    engine = client.app.state.services.engine  # type: ignore[attr-defined]
+    fields = {"reasoning", "reasoning_effort", "thinking_token_budget", "chat_template_kwargs"}
+    card = client.get("/v1/models/default").json()
+    assert fields <= set(card["supported_parameters"])
+    before = engine.info, engine.tokenizer
+    try:
+        engine.info = structs.replace(engine.info, chat_template=CHATML)
+        engine.tokenizer = PromptTokenizer(engine.info)
+        card = client.get("/v1/models/default").json()
+        assert fields.isdisjoint(card["supported_parameters"])
+        engine.tokenizer.close()
+    finally:
+        engine.info, engine.tokenizer = before
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -252,10 +255,9 @@ def test_a_model_that_does_not_reason(client: TestClient) -> None:
         engine.info = structs.replace(engine.info, chat_template=CHATML)
         engine.tokenizer = PromptTokenizer(engine.info)
         high = {"reasoning": {"effort": "high"}}
-        assert refused(respond(client, "x", **high)) == (
-            *(400, "unsupported_parameter"),
-            "reasoning.effort",
-        )
+        answer = respond(client, "x", **high)
+        assert refused(answer) == (400, "unsupported_parameter", "reasoning.effort")
+        assert answer.json()["error"]["message"].startswith("reasoning.effort: ")
         assert refused(chat(client, "x", reasoning_effort="high"))[2] == "reasoning_effort"
         for fields in ({"reasoning_effort": "none"}, {"thinking_token_budget": 9}):
             assert chat(client, "x", **fields).status_code == 200
@@ -285,6 +287,37 @@ def test_kept_answers_are_for_the_same_wishes(client: TestClient) -> None:
     again = chat(client, SAID, stream=True, headers=headers)
     assert again.headers["Idempotency-Replayed"] == "true"
     assert whole.text == again.text
+
+
+def test_an_engine_that_dies_behind_the_reasoning() -> None:
+    """The answer ends with an error; nothing of it is kept, and its place is free."""
+    said: dict[str, Any] = {"thinking_token_budget": 2, "cache": True, "temperature": 0}
+    with running_app(engine={"echo_step_seconds": 0.05}) as client, ThreadPoolExecutor() as pool:
+        services = client.app.state.services  # type: ignore[attr-defined]
+        value = services.metrics.registry.get_sample_value
+        for stream in (True, False):
+            teach(client)
+            before = value("tokens_generated_total", {"model": "echo"}) or 0
+            fields = {**said, "stream": stream, "headers": {"X-Session-ID": "s"}}
+            asked = pool.submit(chat, client, "m" * 100, **fields)
+            while (value("tokens_generated_total", {"model": "echo"}) or 0) < before + 5:
+                time.sleep(0.01)
+            assert client.portal is not None
+            client.portal.call(services.engine.kill)
+            answer = asked.result()
+            if stream:
+                *lines, last, done = data_lines(answer.text.splitlines())
+                deltas = [json.loads(line)["choices"][0]["delta"] for line in lines]
+                assert [name for name, _ in runs(deltas[1:])] == ["reasoning_content", "content"]
+                assert done == "[DONE]"
+                assert json.loads(last)["error"]["code"] == "engine_unavailable"
+            else:
+                assert refused(answer) == (503, "engine_unavailable", None)
+            assert services.engine.queue.is_empty
+            assert services.generation.cache_statistics()["entries"] == 0
+            assert client.get("/v1/sessions/s").status_code == 404
+            while client.get("/readyz").status_code != 200:
+                time.sleep(0.02)
 
 
 # --- Screening ------------------------------------------------------------------------------------

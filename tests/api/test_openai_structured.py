@@ -140,6 +140,23 @@ def test_a_refusal_names_the_place(tiny_service: Service) -> None:
     json_schema = {"name": "x", "schema": form, "strict": True}
     answer = chat(tiny_service, response_format={"type": "json_schema", "json_schema": json_schema})
     assert "response_format.json_schema.schema.properties.tags.items: the" in answer.text
+    flat = {"type": "function", "name": "f", "parameters": form, "strict": True}
+    other = {"type": "function", "name": "g"}
+    allowed = {
+        "type": "allowed_tools",
+        "mode": "auto",
+        "tools": [{"type": "function", "name": "f"}],
+    }
+    text = {"format": {"type": "json_schema", "name": "x", "schema": form, "strict": True}}
+    for fields, place, param in (
+        ({"tools": [other, flat], "tool_choice": allowed}, "tools.1.parameters", "tools"),
+        ({"text": text}, "text.format.schema", "text.format"),
+    ):
+        with tiny_service.client() as client:
+            body = {"model": "default", "input": "x", **fields}
+            answer = client.post("/v1/responses", json=body)
+        assert refused(answer) == (400, "invalid_grammar", param)
+        assert f" {place}.properties.tags.items: the" in answer.text
     native = {"type": "json_schema", "json_schema": {"schema": form}}
     with tiny_service.client() as client:
         answer = client.post("/v1/generate", json={"prompt": "x", "response_format": native})
@@ -171,6 +188,52 @@ def test_a_schema_that_is_not_strict_is_widened(tiny_service: Service) -> None:
     assert called.headers["X-Schema-Not-Held"] == "format, uniqueItems"
     held = {**named, "json_schema": {"name": "x", "schema": {"type": "boolean"}}}
     assert "X-Schema-Not-Held" not in chat(tiny_service, response_format=held).headers
+
+
+TWICE = {"type": "array", "items": {"const": 1}, "minItems": 2, "maxItems": 2, "uniqueItems": True}
+"""A schema whose only answer by the other keywords breaks the one that is not held."""
+
+
+@pytest.mark.parametrize("kind", ["chat", "response", "tool"])
+def test_an_answer_that_breaks_its_schema_is_told(tiny_service: Service, kind: str) -> None:
+    """What was not held is checked: a header and a metric name the keywords that are broken."""
+    members = {"a": TWICE, "b": {"not": {"const": False}, "type": "boolean"}}
+    form = {"type": "object", "properties": members, "required": list(members)}
+    metric = "llm_schema_violations_total"
+    before = tiny_service.metric(metric, keyword="uniqueItems")
+    if kind == "chat":
+        named = {"type": "json_schema", "json_schema": {"name": "x", "schema": form}}
+        answer = chat(tiny_service, response_format=named)
+        value = json.loads(text_of(answer))
+    elif kind == "response":
+        named = {"type": "json_schema", "name": "x", "schema": form}
+        body = {"model": "default", "input": "Answer.", "text": {"format": named}}
+        with tiny_service.client(timeout=200) as client:
+            answer = client.post("/v1/responses", json=body)
+        value = json.loads(answer.json()["output"][0]["content"][0]["text"])
+    else:
+        tool = {"type": "function", "function": {"name": "f", "parameters": form}}
+        answer = chat(tiny_service, tools=[tool], tool_choice="required", parallel_tool_calls=False)
+        (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
+        value = json.loads(call["function"]["arguments"])
+    assert value["a"] == [1, 1]
+    assert answer.headers["X-Schema-Not-Held"] == "not, uniqueItems"
+    broken = answer.headers["X-Schema-Violations"]
+    assert broken == ("uniqueItems" if value["b"] else "not, uniqueItems")
+    assert tiny_service.metric(metric, keyword="uniqueItems") == before + 1
+    lines = [entry["message"] for entry in tiny_service.log()]
+    assert f"an answer breaks its schema: {broken}" in lines
+
+
+def test_what_is_not_broken_is_not_told(tiny_service: Service) -> None:
+    """An answer that follows what was not held, and one that was cut, have no such header."""
+    twice = {**TWICE, "uniqueItems": True, "items": {"not": {"const": 2}, "type": "boolean"}}
+    once = {**twice, "minItems": 1, "maxItems": 1}
+    for schema, tokens in ((once, 100), (TWICE, 2)):
+        named = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        answer = chat(tiny_service, response_format=named, max_tokens=tokens)
+        assert "uniqueItems" in answer.headers["X-Schema-Not-Held"]
+        assert "X-Schema-Violations" not in answer.headers
 
 
 @pytest.mark.parametrize("extra", [{"min_tokens": 3}, {"ignore_eos": True}])

@@ -86,7 +86,7 @@ def reloader(tmp_path: Path) -> Iterator[Reloader]:
 
 @pytest.mark.timeout(500)
 def test_a_failed_start_answers_503_until_it_is_mended(reloader: Reloader) -> None:
-    """A missing model, then a wrong setting, give 503 with the log's line; an edit mends them."""
+    """A missing model or a wrong setting is 503 with its line; mended, the log has the address."""
     fault = "/nowhere does not exist"
     assert fault in reloader.wait_for(503, fault).json()["error"]["message"]
     assert fault in reloader.log
@@ -97,3 +97,8 @@ def test_a_failed_start_answers_503_until_it_is_mended(reloader: Reloader) -> No
     assert error["request_id"].startswith("req-")
     reloader.edit(WORKS)
     reloader.wait_for(200, '"healthy"')
+    ready = f"ready for requests at {reloader.url.replace('127.0.0.1', 'localhost')}/ (open it for"
+    deadline = time.monotonic() + SECONDS
+    while ready not in reloader.log:
+        assert time.monotonic() < deadline, reloader.log
+        time.sleep(0.1)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from app.api import requests
-from app.api.openai import messages
+from app.api.openai import messages, tools
 from app.api.openai import schemas as openai
 from app.api.openai.responses import items
 from app.api.openai.responses import request as responses
@@ -43,10 +43,17 @@ REQUIRED: dict[type[requests.RequestModel], dict[str, Any]] = {
     messages.TextPart: {"type": "text", "text": "hello"},
     messages.ToolCallField: {"function": FUNCTION},
     messages.CalledFunctionField: FUNCTION,
-    openai.ToolField: TOOL,
-    openai.FunctionField: {"name": "f"},
-    openai.NamedToolChoice: TOOL,
-    openai.FunctionReference: {"name": "f"},
+    tools.ToolField: TOOL,
+    tools.FunctionField: {"name": "f"},
+    tools.NamedToolChoice: TOOL,
+    tools.FunctionReference: {"name": "f"},
+    tools.AllowedTools: {"mode": "auto", "tools": [TOOL]},
+    tools.AllowedToolsChoice: {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": "auto", "tools": [TOOL]},
+    },
+    openai.OpenAIResponseFormat: {"type": "text"},
+    openai.OpenAIJsonSchema: {"schema": {}},
     openai.StreamOptions: {},
     responses.ResponsesRequest: {"model": "echo", "input": "hello"},
     responses.ResponsesTool: {"type": "function", "name": "f"},

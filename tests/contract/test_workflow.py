@@ -1,12 +1,13 @@
 """Continuous integration runs what the project says that it runs."""
 
 import re
+import subprocess
 from typing import Any
 
 import pytest
 import yaml
 
-from app.core.config import PROJECT_ROOT
+from app.core.config import PROJECT_ROOT, Settings
 from tests.contract.test_docs import make_targets
 
 MAKEFILE = (PROJECT_ROOT / "Makefile").read_text(encoding="utf-8")
@@ -55,3 +56,20 @@ def test_the_hooks_are_checks_of_ci() -> None:
     checks = re.search(r"^check-all: ([a-z -]+) ##", MAKEFILE, re.MULTILINE)
     assert checks
     assert hooks == set(checks[1].split()) - {"audit"}
+
+
+def test_a_targets_arguments_are_no_settings() -> None:
+    """What is given to `make export-openvino` does not reach the service's settings as MODEL."""
+    stamp = re.search(r"^INSTALL_STAMP := (\S+)", MAKEFILE, re.MULTILINE)
+    assert stamp
+    done = subprocess.run(
+        # Its command becomes one that shows the environment.
+        ["make", "--old-file", stamp[1], "RUN=env; :", "export-openvino", "MODEL=a/b", "OUTPUT=c"],
+        cwd=PROJECT_ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = {line.partition("=")[0] for line in done.stdout.splitlines()}
+    assert "PATH" in names
+    assert not names & {name.upper() for name in Settings.model_fields} - {"HUGGINGFACE_TOKEN"}

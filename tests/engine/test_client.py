@@ -1,7 +1,6 @@
 """Admission, deadlines, cancellation and supervision, with a real engine process."""
 
 import asyncio
-import contextlib
 import os
 import signal
 import threading
@@ -21,7 +20,7 @@ from app.utils.errors import (
     ModelLoadingError,
     OverloadedError,
 )
-from tests.support.engine import EchoEngine, echo_engine
+from tests.support.engine import EchoEngine, echo_engine, idle, pid
 from tests.support.queue import read
 
 _ids = iter(range(1_000_000))
@@ -43,32 +42,6 @@ async def collect(
 ) -> list[TokenEvent]:
     """All events of one request."""
     return await read(place or client.admit(), request(client, text))
-
-
-def engine_pids() -> list[int]:
-    """Engine processes among this process' children."""
-    thread = threading.main_thread().native_id
-    found = []
-    for child in Path(f"/proc/self/task/{thread}/children").read_text().split():
-        with contextlib.suppress(FileNotFoundError):
-            if "app.llm.engine.worker" in Path(f"/proc/{child}/cmdline").read_text():
-                found.append(int(child))
-    return found
-
-
-async def pid(*, other_than: int = 0) -> int:
-    """The engine process; waits for it to be started."""
-    async with asyncio.timeout(10):
-        while not (found := [one for one in engine_pids() if one != other_than]):  # noqa: ASYNC110 - polls another process
-            await asyncio.sleep(0.01)
-    return found[0]
-
-
-async def idle(engine: EchoEngine) -> None:
-    """Wait until no request holds anything, here and in the engine process."""
-    async with asyncio.timeout(10):
-        while not engine.client.queue.is_empty or engine.client.stats.running:  # noqa: ASYNC110 - polls another process
-            await asyncio.sleep(0.01)
 
 
 async def test_an_answer_comes_whole_and_ends_once() -> None:

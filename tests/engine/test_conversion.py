@@ -23,9 +23,19 @@ from app.llm.engine.openvino.compression import weight_constant
 from app.llm.engine.openvino.conversion import convert
 from app.llm.engine.openvino.converted import NotConvertedError, convert_once
 from app.llm.engine.openvino.tracing import UnconvertibleError, to_openvino
-from app.llm.models.snapshot import OPENVINO_MODEL, Progress, Snapshot
+from app.llm.models.progress import Progress
+from app.llm.models.snapshot import OPENVINO_MODEL, Snapshot
 from scripts import export_openvino
-from tests.support.backends import change_config, load_local, refusal, request, run, tokens
+from tests.conftest import restored_logging
+from tests.support.backends import (
+    change_config,
+    load_local,
+    refusal,
+    request,
+    run,
+    stages,
+    tokens,
+)
 from tests.zoo import check, tiny
 
 FLOAT32 = ModelSettings(source="local", name="tiny", dtype="float32")
@@ -80,7 +90,7 @@ def converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Converter:
 
 
 def start(
-    folder: Path, revision: str | None = None, progress: Progress = lambda _: None
+    folder: Path, revision: str | None = None, progress: Progress = lambda *_: None
 ) -> Snapshot:
     """The part of a service's start that has a model converted."""
     return convert_once(FLOAT32, Snapshot(folder, None, revision), progress)
@@ -94,7 +104,7 @@ def test_a_family_answers_as_generate(tmp_path: Path, monkeypatch: pytest.Monkey
     """
     monkeypatch.setattr(check, "ANSWER", 6)
     tiny.make("gemma3_text", tmp_path / "tiny")
-    convert(FLOAT32, Snapshot(tmp_path / "tiny", None), tmp_path / "out", lambda _: None)
+    convert(FLOAT32, Snapshot(tmp_path / "tiny", None), tmp_path / "out", lambda *_: None)
     backend = load_local(tmp_path / "out", engine="openvino")
     assert check.faults(backend, check.Reference(tmp_path / "tiny"), (3, 300)) == []
 
@@ -129,7 +139,7 @@ def test_killed_and_twice_at_once(home: Path, tiny_model_dir: Path) -> None:
         "from app.llm.engine.openvino.converted import convert_once; "
         "from app.llm.models.snapshot import Snapshot; from pathlib import Path; "
         "convert_once(ModelSettings.model_validate_json(sys.argv[1]), "
-        "Snapshot(Path(sys.argv[2]), None), lambda line: print(line, flush=True))"
+        "Snapshot(Path(sys.argv[2]), None), lambda line, _=None: print(line, flush=True))"
     )
     command = [sys.executable, "-c", program, settings.model_dump_json(), str(tiny_model_dir)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as killed:
@@ -140,7 +150,7 @@ def test_killed_and_twice_at_once(home: Path, tiny_model_dir: Path) -> None:
     said: list[str] = []
     with ThreadPoolExecutor() as pool:
         starts = [
-            pool.submit(convert_once, settings, Snapshot(tiny_model_dir, None), said.append)
+            pool.submit(convert_once, settings, Snapshot(tiny_model_dir, None), stages(said))
             for _ in range(2)
         ]
         first, second = (start.result() for start in starts)
@@ -238,10 +248,14 @@ def test_two_starts_at_once(
 ) -> None:
     """One of two starts converts, and the other waits for it, also if it ends without a model."""
     lines: SimpleQueue[str] = SimpleQueue()
+
+    def told(line: str, _: int | None = None, /) -> None:
+        lines.put(line)
+
     awaited = {"begun", "waiting for another start, which converts the model"}
     converter.does(f"{FILLS}; echo begun; read -r _ < {converter.fifo}; {end}")
     with ThreadPoolExecutor() as pool:
-        starts = [pool.submit(start, tiny_model_dir, None, lines.put) for _ in range(2)]
+        starts = [pool.submit(start, tiny_model_dir, None, told) for _ in range(2)]
         while awaited:
             awaited.discard(lines.get(timeout=60))
         converter.does(FILLS)
@@ -259,15 +273,21 @@ def test_a_start_is_killed_and_its_conversion_is_not(
     converter.does(f"{FILLS}; echo begun; read -r _ < {converter.fifo}")
     processes = multiprocessing.get_context("fork")
     ours, theirs = processes.Pipe()
-    killed = processes.Process(target=start, args=(tiny_model_dir, None, theirs.send))
+    killed = processes.Process(
+        target=start, args=(tiny_model_dir, None, lambda line, _=None: theirs.send(line))
+    )
     killed.start()
     while ours.recv() != "begun":
         pass
     killed.kill()
     killed.join()
     lines: SimpleQueue[str] = SimpleQueue()
+
+    def told(line: str, _: int | None = None, /) -> None:
+        lines.put(line)
+
     with ThreadPoolExecutor() as pool:
-        second = pool.submit(start, tiny_model_dir, None, lines.put)
+        second = pool.submit(start, tiny_model_dir, None, told)
         assert lines.get(timeout=60) == "waiting for another start, which converts the model"
         converter.does(FILLS)
         converter.fifo.write_text("go\n")
@@ -281,7 +301,7 @@ def test_a_full_disk(tiny_model_dir: Path, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "openvino_model.bin").symlink_to("/dev/full")
     with pytest.raises(OSError, match="cannot be written, is the disk full"):
-        convert(FLOAT32, Snapshot(tiny_model_dir, None), folder, lambda _: None)
+        convert(FLOAT32, Snapshot(tiny_model_dir, None), folder, lambda *_: None)
 
 
 @pytest.mark.full_size
@@ -296,7 +316,7 @@ def test_a_wrong_conversion_is_found(
 
     monkeypatch.setattr(conversion, "weight_constant", negative)
     with pytest.raises(UnconvertibleError, match="its tokens differ from those of transformers"):
-        convert(FLOAT32, Snapshot(tiny_model_dir, None), tmp_path / "out", lambda _: None)
+        convert(FLOAT32, Snapshot(tiny_model_dir, None), tmp_path / "out", lambda *_: None)
 
 
 @pytest.mark.full_size
@@ -306,7 +326,8 @@ def test_an_export_is_served(
     """An exported folder is served in the precision that was asked for."""
     folder = tmp_path / "out"
     arguments = [str(tiny_model_dir), "--weights", "int4", "--output", str(folder)]
-    assert export_openvino.main(arguments) == 0
+    with restored_logging():
+        assert export_openvino.main(arguments) == 0
     assert f"MODEL__SOURCE=local MODEL__NAME={folder} make run" in capsys.readouterr().out
     backend = load_local(folder)
     assert (backend.info.backend, backend.info.dtype) == ("openvino", "int4")
@@ -319,7 +340,8 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     """An export that fails says why, and half a model never looks like one."""
     model = tmp_path / "tiny"
     tiny.make("gemma2", model)
-    assert export_openvino.main([str(model), "--output", str(tmp_path / "out")]) == 1
+    with restored_logging():
+        assert export_openvino.main([str(model), "--output", str(tmp_path / "out")]) == 1
     assert "has no softcap: serve it with transformers" in capsys.readouterr().err
     assert [*tmp_path.iterdir()] == [model]
 

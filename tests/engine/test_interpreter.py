@@ -32,7 +32,7 @@ OTHER = "/usr/bin/env"
 def load_here(settings: ModelSettings) -> None:
     """Load a model in this process, whose environment has no vLLM."""
     loader.load_backend(
-        settings, max_running=2, echo_step_seconds=0, token=None, progress=lambda _: None
+        settings, max_running=2, echo_step_seconds=0, token=None, progress=lambda *_: None
     )
 
 

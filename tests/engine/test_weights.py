@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from app.core.config import ModelSettings
 from app.llm.engine.transformers import integer_linear, weights
 from app.llm.engine.transformers.integer_linear import IntegerLinear
 from app.llm.engine.transformers.loading import load_pipeline
+from app.llm.loader import load_backend
+from app.llm.models import progress
 from app.llm.models.description import read_gguf
 from app.llm.models.snapshot import Snapshot
 from app.utils.errors import ModelLoadError
@@ -75,6 +78,33 @@ def test_a_model_in_integers_answers(model: Path, quantization: str) -> None:
     assert backend.info.dtype == quantization
     assert "each request has a cache of its own" not in backend.info.backend_reason
     assert len(tokens(run(backend, request("a", PROMPT, 4))["a"])) == 4
+
+
+@pytest.mark.parametrize("form", ["float32", "int8", "gguf"])
+def test_loading_tells_how_many_tensors_are_read(
+    model: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """Each form of weights is told tensor by tensor, up to all of them."""
+    monkeypatch.setattr(progress, "PROGRESS_SECONDS", 0)
+    asked = settings(model, form if form == "int8" else "auto")
+    if form == "gguf":
+        asked = settings(make_tiny_gguf(model / "tiny.gguf"))
+    told: list[tuple[str, int]] = []
+    load_backend(
+        asked,
+        max_running=2,
+        echo_step_seconds=0,
+        token=None,
+        progress=lambda text, percent=None: told.append((text, percent)) if percent else None,
+    )
+    texts, percents = zip(*told, strict=True)
+    assert percents == tuple(sorted(percents))
+    assert percents[-1] == 100
+    tensors = re.fullmatch(
+        rf"loading {asked.label} with transformers: 100 % of (\d+) tensors", texts[-1]
+    )
+    assert tensors is not None
+    assert len(told) == int(tensors[1])
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

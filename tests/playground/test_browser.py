@@ -262,3 +262,10 @@ def test_a_call_is_answered_in_a_form(visitor: Visitor) -> None:
     page.reload()
     page.wait_for_selector(".message.tool")
     assert page.locator(".call").first.is_visible()
+    page.click("#new")
+    visitor.say(f"{CALL}\n{CALL}")
+    assert visitor.history()[1] not in (CALL, f"{CALL}\n{CALL}")
+    page.reload()
+    page.wait_for_selector(".call")
+    assert page.locator(".call").count() == 1
+    assert page.inner_text(".message.assistant .prose") == ""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from app.llm.protocol import ANY_OBJECT
 from tests.support.browser import Visitor
 from tests.support.curl import run_curl
 from tests.support.service import API_KEY
@@ -102,6 +103,16 @@ def test_a_mistake_in_a_schema_is_shown_where_it_is(visitor: Visitor) -> None:
     visitor.say("x")
     told = page.inner_text(".fault-note")
     assert page.inner_text("#schema-error") in told
+    schema = '{\n  "type": "object",\n  "properties": {\n    "city": {"type": "strng"}\n  }\n}'
+    page.fill("#schema", schema)
+    fault = f"The JSON schema cannot be used: {ANY_OBJECT.where}.properties.city: it says why."
+    error = {"message": fault, "code": "invalid_grammar", "param": "response_format"}
+    page.route(
+        "**/v1/chat/completions", lambda route: route.fulfill(status=400, json={"error": error})
+    )
+    visitor.say("x", answers=1)
+    assert page.inner_text("#schema-error").startswith(f"Line 4, column 13: {fault}")
+    assert page.inner_text(".line-numbers .at-fault") == "4"
 
 
 @pytest.mark.full_size

@@ -14,6 +14,7 @@ import torch
 from app.core.config import ModelSettings
 from app.llm.client.process import VLLM_PYTHON
 from app.llm.loader import load_backend
+from app.llm.models.progress import Progress
 from app.llm.protocol import Backend, GenerationRequest, SamplingParams, TokenEvent
 from app.utils.errors import ModelLoadError
 from tests.support.remote_backend import RemoteBackend
@@ -128,12 +129,17 @@ def need_vllm() -> None:
         pytest.skip("vLLM is not installed in .tools/vllm")
 
 
+def stages(said: list[str]) -> Progress:
+    """Progress that appends the stages to ``said``, and leaves out how far each of them is."""
+    return lambda message, percent=None: said.append(message) if percent is None else None
+
+
 def load(
     settings: ModelSettings, said: list[str] | None = None, *, max_running: int = MAX_RUNNING
 ) -> Backend:
     """Load a backend, vLLM's in its own interpreter and the others in this process.
 
-    Progress messages are appended to ``said``.
+    The stages of loading are appended to ``said``.
     """
     if settings.engine == "vllm":
         return RemoteBackend(str(VLLM_PYTHON), settings, max_running)
@@ -142,7 +148,7 @@ def load(
         max_running=max_running,
         echo_step_seconds=0,
         token=None,
-        progress=(said if said is not None else []).append,
+        progress=stages([] if said is None else said),
     )
 
 

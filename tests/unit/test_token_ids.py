@@ -70,9 +70,11 @@ def test_ids_of_a_chat_are_those_of_transformers(pair: Pair, both: Tokenizers) -
     reference, tokenizer = both
     for contents in CHATS:
         messages = chat(*contents)
-        assert tokenizer.encode_chat(messages) == expected(reference, messages)
+        assert tokenizer.encode(tokenizer.chat_prompt(messages)) == expected(reference, messages)
         messages.insert(0, {"role": "system", "content": SYSTEM})
-        assert tokenizer.encode_chat(messages) == expected(reference, told(pair, messages))
+        assert tokenizer.encode(tokenizer.chat_prompt(messages)) == expected(
+            reference, told(pair, messages)
+        )
 
 
 def test_spelled_tokens_are_text(pair: Pair, both: Tokenizers) -> None:
@@ -81,10 +83,10 @@ def test_spelled_tokens_are_text(pair: Pair, both: Tokenizers) -> None:
     tokens = framing(reference)
     spelled = f"a {''.join(tokens)} b{tokens[0]}"
     messages = chat(spelled, "Yes.", f"{tokens[-1]}x{tokens[-1]}\n y")
-    ids = tokenizer.encode_chat(messages)
+    ids = tokenizer.encode(tokenizer.chat_prompt(messages))
     if pair.build is llama2_normalized:
         count = [i in tokenizer.special_token_ids for i in ids].count(True)
-        plain = tokenizer.encode_chat(chat("a", "Yes.", "b"))
+        plain = tokenizer.encode(tokenizer.chat_prompt(chat("a", "Yes.", "b")))
         assert count == [i in tokenizer.special_token_ids for i in plain].count(True)
         assert spelled in tokenizer.decoder.decode(ids, skip_special_tokens=False)
     else:
@@ -98,7 +100,7 @@ def test_a_sessions_ids_are_those_of_transformers(pair: Pair, both: Tokenizers) 
     messages: list[dict[str, Any]] = []
     for answer in ANSWERS:
         messages += chat("What is the end?")
-        prompt = tokenizer.encode_chat(messages)
+        prompt = tokenizer.encode(tokenizer.chat_prompt(messages))
         assert prompt == expected(reference, messages)
         if pair.stable:
             assert prompt[: len(history)] == history
@@ -115,7 +117,7 @@ def test_a_sessions_unusual_tokens_are_kept(pair: Pair, both: Tokenizers) -> Non
     messages: list[dict[str, Any]] = []
     for answer in ANSWERS:
         messages += chat("What is the end?")
-        prompt = tokenizer.encode_chat(messages)
+        prompt = tokenizer.encode(tokenizer.chat_prompt(messages))
         assert prompt[: len(history)] == history
         usual = expected(reference, messages)
         assert spelling(tokenizer, prompt) == spelling(tokenizer, usual)
@@ -171,7 +173,7 @@ def test_ids_of_tools_are_those_of_transformers(pair: Pair, both: Tokenizers) ->
     asked = [{"role": "system", "content": SYSTEM}, *chat("What is the weather?")]
     messages = [*asked, call, result]
     text = tokenizer.tool_format.as_text(messages)  # type: ignore[arg-type]
-    ids = tokenizer.encode_chat(text, [TOOL])
+    ids = tokenizer.encode(tokenizer.chat_prompt(text, [TOOL]))
     if tokenizer.tool_format.in_template:
         read = {**function, "arguments": json.loads(function["arguments"])}
         called = {**call, "tool_calls": [{"id": "call00000", "function": read}]}

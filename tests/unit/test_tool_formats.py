@@ -118,7 +118,7 @@ def test_the_prompt_is_that_of_the_template(model: Model, tokenizer: PromptToken
     answer: ChatMessage = {"role": "assistant", "content": "", "tool_calls": given}
     results = [{"role": "tool", "content": str(i)} for i in range(len(CALLS))]
     (text,) = tokenizer.tool_format.as_text([answer])
-    prompt = tokenizer.encode_chat([*messages, text, *results], TOOLS)
+    prompt = tokenizer.encode(tokenizer.chat_prompt([*messages, text, *results], TOOLS))
     functions = [{"name": name, "arguments": arguments} for name, arguments in CALLS]
     calls = [
         {"id": f"call0000{i}", "type": "function", "function": f} for i, f in enumerate(functions)

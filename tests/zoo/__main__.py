@@ -86,7 +86,7 @@ def examine(kind: str, engine: str, folder: Path) -> Row:
     if kind.endswith(CONVERTED):
         path = folder / "converted"
         try:
-            convert(settings, Snapshot(folder, None), path, lambda _: None)
+            convert(settings, Snapshot(folder, None), path, lambda *_: None)
         except Exception as error:  # noqa: BLE001 - the service runs it with transformers then
             return Row("refused", _short(str(error)), kind)
         settings = settings.model_copy(update={"name": str(path)})

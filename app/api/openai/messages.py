@@ -4,6 +4,7 @@ A message of the role assistant is an earlier answer that a client sends back, o
 another one: what it carries beside its text and its calls is taken, and not read.
 """
 
+import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -30,6 +31,11 @@ class OpenAIModel(RequestModel):
         if not isinstance(kept, dict):
             return kept
         return {name: value for name, value in kept.items() if value is not None}
+
+    @classmethod
+    def honoured(cls) -> set[str]:
+        """The names of the fields that have an effect."""
+        return {name for name, field in cls.model_fields.items() if _HINT not in field.metadata}
 
     def hints(self) -> Iterator[str]:
         """The names of the fields without effect that were sent, in parts too."""
@@ -67,13 +73,19 @@ Content = Annotated[
 ]
 
 
+def _text_of(arguments: Any) -> Any:
+    return json.dumps(arguments) if isinstance(arguments, dict) else arguments
+
+
 class CalledFunctionField(OpenAIModel):
     """A function that was called."""
 
     model_config = ConfigDict(extra="ignore")
 
     name: str
-    arguments: str = Field(description="JSON text.")
+    arguments: Annotated[str, BeforeValidator(_text_of, json_schema_input_type=str | dict)] = Field(
+        "{}", description="JSON text; also what it says."
+    )
 
 
 class ToolCallField(OpenAIModel):

@@ -11,11 +11,11 @@ from app.api.dependencies import Services, services_of
 from app.api.errors import openai_status, validation_error
 from app.api.guard import GeneratingRoute
 from app.api.openai.responses.request import ResponsesRequest
-from app.api.openai.schemas import OpenAIFields
+from app.api.openai.schemas import ChatCompletionRequest, CompletionRequest, OpenAIFields
 from app.api.requests import sampling_fields
 from app.api.respond import Shape, respond
 from app.core.security import Principal
-from app.llm.protocol import JsonSchemaGrammar
+from app.llm.protocol import REQUEST_FEATURES, SAMPLING_FIELDS, JsonSchemaGrammar
 from app.services.answers import Answer, Job
 from app.utils.errors import ModelNotFoundError, ServiceError, UnsupportedParameterError
 
@@ -24,6 +24,9 @@ Openings = Sequence[Coroutine[Any, Any, Answer]]
 
 # What pydantic says of a field that this service does not have.
 _UNSUPPORTED = {"extra_forbidden", "unsupported_parameter"}
+
+# Fields that need a feature of the engine by another name.
+_BY_FEATURE = {"min_tokens": "ignore_eos", "grammar": "response_format"}
 
 
 class OpenAIRoute(GeneratingRoute):
@@ -68,6 +71,25 @@ def check_model(name: str, services: Services) -> None:
         raise ModelNotFoundError
 
 
+def supported_parameters(services: Services) -> list[str]:
+    """The fields of OpenAI's routes that the served model and its engine honour.
+
+    None before the model is loaded.
+    """
+    engine = services.engine
+    if engine.info is None or engine.tokenizer is None:
+        return []
+    able, reasoning = engine.info.supported, engine.tokenizer.reasoning
+    unable = {*SAMPLING_FIELDS, *REQUEST_FEATURES} - able
+    unable |= {field for feature, field in _BY_FEATURE.items() if feature in unable}
+    if reasoning.form is None:
+        unable |= {"reasoning", "reasoning_effort", "thinking_token_budget"}
+    if not reasoning.variables:
+        unable.add("chat_template_kwargs")
+    bodies = (ChatCompletionRequest, CompletionRequest, ResponsesRequest)
+    return sorted({name for body in bodies for name in body.honoured()} - unable)
+
+
 def jobs_for(
     body: OpenAIBody, caller: Principal, deadline: float | None, request: Request
 ) -> list[Job]:
@@ -76,7 +98,8 @@ def jobs_for(
     form = body.response_format
     grammar = form.grammar() if form else None
     if isinstance(grammar, JsonSchemaGrammar) and form and form.json_schema:
-        grammar = structs.replace(grammar, strict=form.json_schema.strict)
+        strict = form.json_schema.strict
+        grammar = structs.replace(grammar, strict=strict, where=body.schema_place)
     fields["grammar"] = grammar
     fields["max_tokens"] = _cut(body, services_of(request)) or body.max_tokens
     bias = {int(token): value for token, value in body.logit_bias.items()}

@@ -10,14 +10,24 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from pydantic_core import PydanticCustomError
 
 from app.api.openai.messages import MAX_TOOLS, Hint, OpenAIMessage, OpenAIModel
+from app.api.openai.tools import (
+    AllowedToolsChoice,
+    NamedToolChoice,
+    ToolField,
+    check_tools,
+    tool_use,
+    tools_of,
+)
 from app.api.requests import (
     MAX_STOP_CHARS,
+    JsonSchemaFormat,
     ReasoningFields,
+    ResponseFormat,
     Sampling,
     SamplingFields,
     StopString,
 )
-from app.llm.tools import Tool, ToolUse
+from app.llm.tools import ToolUse
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 32
@@ -26,44 +36,8 @@ MAX_STOPS = 16
 # More than any answer has.
 _NEVER_ENDS: Final = 2**31 - 1
 
-FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-
-
-class FunctionField(OpenAIModel):
-    """A function that the model may call."""
-
-    name: FunctionName
-    description: str | None = None
-    parameters: dict[str, Any] | None = Field(
-        None, description="JSON Schema of the arguments, an object; see Structured output."
-    )
-    strict: bool = Field(False, description="Refuse a schema that cannot be held in full.")
-    annotations: Hint = None
-    cache_control: Hint = None
-
-
-class ToolField(OpenAIModel):
-    """A tool; functions are the only ones."""
-
-    type: Literal["function"]
-    function: FunctionField
-    annotations: Hint = None
-    cache_control: Hint = None
-
-
-class FunctionReference(OpenAIModel):
-    """A function by its name."""
-
-    name: FunctionName
-
-
-class NamedToolChoice(OpenAIModel):
-    """The one function that must be called."""
-
-    type: Literal["function"]
-    function: FunctionReference
 
 
 class StreamOptions(OpenAIModel):
@@ -72,6 +46,7 @@ class StreamOptions(OpenAIModel):
     neutral: ClassVar = {"include_obfuscation": (False,)}
 
     include_usage: bool = Field(False, description="Tell the usage in a last chunk.")
+    continuous_usage_stats: Hint = None
 
 
 def _stop_strings(stop: Any) -> Any:
@@ -137,8 +112,24 @@ class OpenAISampling(OpenAIModel, Sampling):
         return self
 
 
+class OpenAIJsonSchema(OpenAIModel, JsonSchemaFormat):
+    """A JSON schema; null asks for nothing beside it."""
+
+
+class OpenAIResponseFormat(OpenAIModel, ResponseFormat):
+    """What the answer must look like; see docs/api.md, Structured output."""
+
+    json_schema: OpenAIJsonSchema | None = None
+
+
 class OpenAIFields(OpenAISampling, SamplingFields):
     """Fields that chat completions and completions share."""
+
+    schema_place: ClassVar = "response_format.json_schema.schema"
+
+    response_format: OpenAIResponseFormat | None = Field(
+        None, description="What the answer must look like."
+    )
 
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="How many answers; each takes a place.")
     stream_options: StreamOptions | None = None
@@ -199,9 +190,9 @@ class ChatCompletionRequest(OpenAIFields, ReasoningFields, PlatformHints):
         0, ge=0, le=20, description="Tell so many of the likeliest tokens beside it."
     )
     tools: list[ToolField] = Field([], max_length=MAX_TOOLS)
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = Field(
-        None, description="auto where there are tools."
-    )
+    tool_choice: (
+        Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolsChoice | None
+    ) = Field(None, description="auto where there are tools.")
     parallel_tool_calls: bool = Field(True, description="Whether an answer may hold several calls.")
     store: Hint = None
     verbosity: Hint = None
@@ -214,37 +205,24 @@ class ChatCompletionRequest(OpenAIFields, ReasoningFields, PlatformHints):
         self.max_tokens = self.max_completion_tokens or self.max_tokens
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is for logprobs: true")
-        choice = self.tool_choice
-        named = [choice.function.name] if isinstance(choice, NamedToolChoice) else []
-        check_tools([tool.function.name for tool in self.tools], named, choice == "required")
+        choice, named = self.tool_choice, list[NamedToolChoice]()
+        if isinstance(choice, NamedToolChoice):
+            named = [choice]
+        elif isinstance(choice, AllowedToolsChoice):
+            named = choice.allowed_tools.tools
+        names = [tool.function.name for tool in self.tools]
+        check_tools(names, [one.function.name for one in named], choice == "required")
         return self
 
     @property
     def tool_use(self) -> ToolUse | None:
         """The tools, if the model may call any."""
-        if not self.tools or self.tool_choice == "none":
-            return None
-        tools = (tool.function for tool in self.tools)
-        choice = self.tool_choice or "auto"
-        return ToolUse(
-            tuple(Tool(f.name, f.description, f.parameters, f.strict) for f in tools),
-            f"={choice.function.name}" if isinstance(choice, NamedToolChoice) else choice,
-            self.parallel_tool_calls,
-        )
-
-
-def check_tools(names: list[str], chosen: list[str], required: bool) -> None:
-    """Check the names of tools, and those that tool_choice has.
-
-    Raises:
-        ValueError: They do not fit.
-    """
-    if len(set(names)) < len(names):
-        raise ValueError("two tools have the same name")
-    if not set(chosen) <= set(names):
-        raise ValueError("tool_choice names a function that is not in tools")
-    if required and not names:
-        raise ValueError("tool_choice is required, but there are no tools")
+        choice, only = self.tool_choice or "auto", None
+        if isinstance(choice, AllowedToolsChoice):
+            only = {one.function.name for one in choice.allowed_tools.tools}
+            choice = choice.allowed_tools.mode
+        name = f"={choice.function.name}" if isinstance(choice, NamedToolChoice) else choice
+        return tool_use(tools_of(self.tools), name, self.parallel_tool_calls, only)
 
 
 def _prompts(prompt: Any) -> Any:
@@ -287,19 +265,24 @@ class CompletionRequest(OpenAIFields):
         return self
 
 
-class TokenizeRequest(OpenAIModel):
-    """Body of POST /v1/tokenize; either a text or messages."""
+class TokenizeRequest(OpenAIModel, ReasoningFields):
+    """Body of POST /v1/tokenize: a text, or messages and what else is in a chat's prompt."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "Hello, world."}]})
 
     text: str | None = Field(None, min_length=1)
     messages: list[OpenAIMessage] | None = Field(None, min_length=1, max_length=1000)
+    tools: list[ToolField] = Field([], max_length=MAX_TOOLS)
     return_token_strs: bool = Field(False, description="Tell the text of each token too.")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
         if (self.text is None) == (self.messages is None):
             raise ValueError("either text or messages")
+        of_chats = {"tools", *ReasoningFields.model_fields}
+        if self.text is not None and (sent := of_chats & self.model_fields_set):
+            raise ValueError(f"{min(sent)} is for messages")
+        check_tools([tool.function.name for tool in self.tools], [], False)
         return self
 
 
@@ -326,7 +309,7 @@ class ModelCard(BaseModel):
     )
     max_tokens: int = Field(description="Most tokens of an answer.")
     supported_parameters: list[str] = Field(
-        description="What the engine honours, once the model is loaded; as in /status."
+        description="The fields that model and engine honour, once it is loaded; as in /status."
     )
 
 

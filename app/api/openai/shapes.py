@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from app.api.openai.answers import ChatCompletion, Completion, OpenAIAnswer
-from app.api.respond import Event, Shape, reasoning_usage, usage
+from app.api.respond import Event, Shape, usage
 from app.llm.protocol import EngineInfo
 from app.llm.report import TokenLogprob
 from app.llm.tool_calls import CallPiece, Piece, ReasoningPiece
@@ -64,7 +64,7 @@ class OpenAIShape(Shape):
                 self._choice(answer, self.content(said), finish_reason(answer))
                 for answer, said in zip(answers, pieces, strict=True)
             ],
-            usage=self._usage(answers),
+            usage=usage(answers, self._n),
             cached=all(answer.cached for answer in answers),
         )
 
@@ -89,7 +89,7 @@ class OpenAIShape(Shape):
     def end(self, answers: Sequence[Answer]) -> Iterable[Event]:
         """A chunk with the usage, where that was asked for."""
         if self._include_usage:
-            yield self._head | {"choices": [], "usage": self._usage(answers)}
+            yield self._head | {"choices": [], "usage": usage(answers, self._n)}
 
     def _make_head(self, first: Answer, name: str) -> Event:
         return {
@@ -110,20 +110,6 @@ class OpenAIShape(Shape):
             **content,
             "logprobs": self.logprobs(logprobs) if logprobs else None,
             "finish_reason": reason,
-        }
-
-    def _usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """Tokens of all choices; those that share a prompt count it once."""
-        firsts = answers[:: self._n]
-        prompt = sum(a.report.prompt_tokens for a in firsts)
-        completion = sum(a.report.completion_tokens for a in answers)
-        cached = sum(a.report.cached_tokens for a in firsts)
-        return usage(answers[0]) | {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
-            **reasoning_usage(sum(a.report.reasoning_tokens for a in answers)),
         }
 
 

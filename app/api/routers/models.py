@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from app.api.dependencies import AppServices, Services
 from app.api.errors import responses
 from app.api.guard import KEY_SCHEMES
-from app.api.openai.routes import OpenAIRoute, check_model
+from app.api.openai.routes import OpenAIRoute, check_model, supported_parameters
 from app.api.openai.schemas import ModelCard, ModelList
 from app.utils.errors import InvalidAPIKeyError, ModelNotFoundError, RateLimitExceededError
 
@@ -59,5 +59,5 @@ def _card(name: str, services: Services) -> ModelCard:
         owned_by=owner if slash else "llm-service",
         context_length=info.context_length if info else None,
         max_tokens=model.max_tokens,
-        supported_parameters=sorted(info.supported) if info else [],
+        supported_parameters=supported_parameters(services),
     )

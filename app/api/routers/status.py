@@ -7,6 +7,7 @@ from fastapi import APIRouter
 
 from app import __version__
 from app.api.dependencies import AppServices, Services
+from app.api.openai.routes import supported_parameters
 from app.api.schemas import (
     CacheStatus,
     EngineStatus,
@@ -67,14 +68,14 @@ def _engine(services: Services) -> EngineStatus:
             "device": info.device,
             "dtype": info.dtype,
             "context_length": info.context_length,
-            "supported_parameters": sorted(info.supported),
+            "supported_parameters": supported_parameters(services),
         }
         if info
         else {}
     )
     return EngineStatus(
         state=engine.state,
-        message=None if ready else engine.loading_message,
+        message=None if ready else engine.stage.text,
         restarts=engine.restarts,
         last_end=engine.last_end,
         queue=queue,

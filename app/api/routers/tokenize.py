@@ -7,6 +7,9 @@ from app.api.errors import responses
 from app.api.guard import KEY_SCHEMES, GuardedRoute
 from app.api.openai.messages import chat_messages
 from app.api.openai.schemas import TokenizeRequest, TokenizeResponse
+from app.api.openai.tools import tools_of
+from app.api.requests import reasoning_fields
+from app.llm.tools import ToolUse
 from app.services.answers import Job
 from app.utils.errors import GENERATION_ERRORS
 from app.utils.timing import within
@@ -24,7 +27,12 @@ async def tokenize(
     body: TokenizeRequest, generation: Generation, deadline: Deadline
 ) -> TokenizeResponse:
     """Count the tokens of a text or a chat, exactly as a request with it would."""
-    job = Job(prompt=body.text, messages=chat_messages(body.messages or []))
+    job = Job(
+        prompt=body.text,
+        messages=chat_messages(body.messages or []),
+        tools=ToolUse(tools_of(body.tools)) if body.tools else None,
+        **reasoning_fields(body),
+    )
     tokens, context_length = await within(deadline, generation.tokenize(job))
     texts = {}
     if body.return_token_strs:

@@ -13,13 +13,14 @@ from functools import cache
 from app.core.config import ModelSettings
 from app.core.config.engine import EngineSettings
 from app.core.config.logging import LoggingSettings
-from app.core.logging import get_logger, log_progress
+from app.core.logging import get_logger
 from app.core.metrics import Metrics
 from app.llm.client.admission import RequestQueue
 from app.llm.client.place import Place, PlaceListener
 from app.llm.client.process import EngineProcess, engine_python
 from app.llm.client.restarts import Restarts
 from app.llm.client.retries import InFlight
+from app.llm.client.stage import Stage
 from app.llm.client.watchdog import LOOK_SECONDS, Duty, Watchdog, observe
 from app.llm.protocol import (
     Command,
@@ -70,7 +71,7 @@ class EngineClient:
         info: What is being served; ``None`` before the model is loaded.
         tokenizer: The served model's; ``None`` before the model is loaded.
         stats: The engine's last figures; zeros while there is no engine process.
-        loading_message: What the engine process is loading, for /status.
+        stage: What the engine process does before it is ready.
         restarts: How often the engine process has been started again.
         last_end: How the last engine process ended; ``None`` if none did.
         on_ready: Called on a thread whenever an engine process is ready.
@@ -92,7 +93,7 @@ class EngineClient:
         self.info: EngineInfo | None = None
         self.tokenizer: PromptTokenizer | None = None
         self.stats = EngineStats()
-        self.loading_message = "starting the engine process"
+        self.stage = Stage()
         self.restarts = 0
         self.last_end: str | None = None
         self.on_ready: Callable[[], None] = lambda: log.info("ready for requests")
@@ -235,9 +236,11 @@ class EngineClient:
             await asyncio.sleep(LOOK_SECONDS)
             # Counted in looks, as the watchdog does.
             loading = loading + LOOK_SECONDS if self._phase is Duty.LOADING else 0.0
+            if self._phase is not Duty.NOTHING:
+                self.stage.redraw()
             if loading > limit:
                 await self._give_up(
-                    f"{self.loading_message} took more than {limit:g} s: choose a smaller or "
+                    f"{self.stage.message} took more than {limit:g} s: choose a smaller or "
                     "another model, or raise ENGINE__LOAD_TIMEOUT_SECONDS"
                 )
                 return
@@ -259,11 +262,9 @@ class EngineClient:
             self._in_flight.dispatch(report)
         elif isinstance(report, Loading):
             self._phase = Duty.FETCHING if report.fetching else Duty.LOADING
-            self.loading_message = report.message
-            log_progress(report.message, report.percent)
+            self.stage.reported(report.message, report.percent)
         elif isinstance(report, Loaded):
-            # As a task, so that Ready is read meanwhile. Before it is read, the watchdog takes an
-            # idle process for a stalled one.
+            # A task: until Ready is read, the watchdog takes an idle process for a stalled one.
             self._describing = asyncio.create_task(self._describe(report.info), name="description")
         elif isinstance(report, Ready):
             self._phase = Duty.NOTHING

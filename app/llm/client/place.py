@@ -63,7 +63,8 @@ class Place:
         completion_tokens: Tokens that :meth:`events` has returned so far.
         context: Where the place was taken, which names the HTTP request in the log.
         sent: Whether the present engine process has the request.
-        answered: Whether an event has come. The caller may have seen it, so there is no retry.
+        answered: Whether an event of the present request has come. The caller may have seen it, so
+            there is no retry.
         suspect: Whether an engine process died with the request.
     """
 

@@ -37,6 +37,8 @@ class InFlight:
 
     def submit(self, request: GenerationRequest, place: Place) -> None:
         """Send a request to the engine process, or to the next one if there is none."""
+        # A request that goes on with an answer has what its caller has seen in its prompt.
+        place.sent = place.answered = False
         self._places[request.id] = place
         if self._has_engine:
             self._send(place)

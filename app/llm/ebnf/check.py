@@ -4,6 +4,7 @@ The compiler is imported with the first grammar, because most services get none.
 """
 
 import asyncio
+from collections.abc import Iterable
 from functools import lru_cache
 
 import msgspec
@@ -52,6 +53,22 @@ def _fit(packed: bytes, vocabulary_size: int | None) -> tuple[Grammar, frozenset
     except GrammarError as error:
         where = f"{error.where}: " if error.where else ""
         raise _invalid(grammar, f"cannot be used: {where}{error}") from error
+
+
+async def broken_keywords(
+    values: Iterable[tuple[str, str]], keywords: frozenset[str]
+) -> tuple[str, ...]:
+    """The keywords that values break, each of them beside its schema; all are JSON text.
+
+    See :func:`app.llm.ebnf.validation.broken_keywords`. It runs in a thread.
+    """
+
+    def check() -> tuple[str, ...]:
+        from app.llm.ebnf.validation import broken_keywords
+
+        return broken_keywords(values, keywords)
+
+    return await asyncio.to_thread(check)
 
 
 def error_of(event: TokenEvent, grammar: Grammar | None) -> ServiceError:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from app.llm.ebnf import keywords
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.grammars import parse_schema, rules_for, to_ebnf
-from app.llm.ebnf.rewriting import Rewriter
+from app.llm.ebnf.rewriting import CONSTRAINING, Rewriter
 from app.llm.ebnf.schema import SchemaCompiler
 from app.llm.ebnf.spelled import compiler_of
 from app.llm.protocol import Grammar, JsonSchemaGrammar, RegexGrammar, Tag
@@ -86,7 +86,7 @@ class _Fitting:
             replace(part, schema=json.dumps(schema), strict=True)
             for part, schema in zip(self._parts, self._schemas, strict=True)
         ]
-        return fitted, frozenset(self._dropped)
+        return fitted, CONSTRAINING & self._dropped
 
     def _fits(self) -> bool:
         """Whether everything can be compiled as it is."""

@@ -31,6 +31,8 @@ _LISTS: Final = ("allOf", "anyOf", "oneOf", "prefixItems")
 _ONE: Final = ("items", "additionalProperties")
 _OF_TYPES: Final = frozenset[str]().union(*keywords.BY_TYPE.values())
 _HELD: Final = _OF_TYPES.union(("type", *keywords.COMBINING))
+CONSTRAINING: Final = RESTRICTING | _HELD
+"""Keywords that restrict the answer; others are annotations, with names of the caller's own."""
 # Their values may be null; another keyword that is null is not there.
 _VALUES: Final = ("const", "default", "example", "examples")
 _OF_ANY_NAMES: Final = ("propertyNames", "minProperties", "maxProperties")
@@ -128,7 +130,7 @@ class Rewriter:
     def _drop(self, schema: Schema, *names: str) -> None:
         """Remove keywords, and note those that restricted the answer."""
         for name in names:
-            if schema.pop(name, None) is not None and name in RESTRICTING | _HELD:
+            if schema.pop(name, None) is not None and name in CONSTRAINING:
                 self.dropped.add(name)
 
     def _merge(self, schema: Schema) -> None:

@@ -85,7 +85,7 @@ def counted(rules: Rules, least: int, most: int | None, end: str, without: str =
     else:
         more = most - least
         rest = rules.once((end, more), partial(_at_most, rules, more, end, without))
-    blocks = [_counted(rules, _BLOCK, EMPTY, without)] * (least // _BLOCK)
+    blocks = [_counted(rules, _BLOCK, EMPTY, without) for _ in range(least // _BLOCK)]
     return sequence([*blocks, _counted(rules, least % _BLOCK, EMPTY, without), rest])
 
 

@@ -217,8 +217,10 @@ def _load(channel: Channel, configure: Configure) -> Backend | None:
             echo_step_seconds=configure.echo_step_seconds,
             vllm_arguments=configure.vllm_arguments,
             token=configure.huggingface_token,
-            progress=lambda message: channel.send(Loading(message=message)),
-            fetch_progress=lambda message, percent: channel.send(
+            progress=lambda message, percent=None: channel.send(
+                Loading(message=message, percent=percent)
+            ),
+            fetch_progress=lambda message, percent=None: channel.send(
                 Loading(message=message, fetching=True, percent=percent)
             ),
             loaded=lambda info: channel.send(Loaded(info=info)),

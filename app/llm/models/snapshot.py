@@ -2,17 +2,10 @@
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from app.utils.errors import ModelLoadError
-
-Progress = Callable[[str], None]
-"""Called with one line on the progress, for the log and for /status."""
-
-FetchProgress = Callable[[str, int | None], None]
-"""The same while files are fetched: several times a second with the per cent that have come."""
 
 OPENVINO_MODEL = "openvino_model.xml"
 """The file that marks a folder in OpenVINO's own format; a .bin file beside it has the weights."""

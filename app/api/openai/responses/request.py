@@ -7,7 +7,8 @@ from pydantic_core import PydanticCustomError
 
 from app.api.openai.messages import MAX_TOOLS, Hint, OpenAIModel
 from app.api.openai.responses.items import InputItem
-from app.api.openai.schemas import FunctionName, OpenAISampling, PlatformHints, check_tools
+from app.api.openai.schemas import OpenAISampling, PlatformHints
+from app.api.openai.tools import FunctionName, check_tools, tool_use
 from app.api.requests import Effort, JsonSchemaFormat, ResponseFormat
 from app.llm.tools import Tool, ToolUse
 
@@ -126,6 +127,7 @@ class ResponsesRequest(OpenAISampling, PlatformHints):
         "stream_options": ({}, {"include_obfuscation": False}),
     }
     n: ClassVar = 1
+    schema_place: ClassVar = "text.format.schema"
 
     input: Annotated[
         list[InputItem],
@@ -221,22 +223,16 @@ class ResponsesRequest(OpenAISampling, PlatformHints):
     @property
     def tool_use(self) -> ToolUse | None:
         """The tools, if the model may call any."""
-        choice: str | FunctionChoice | AllowedToolsChoice = self.tool_choice or "auto"
-        names = {tool.name for tool in self.tools}
+        choice, only = self.tool_choice or "auto", None
         if isinstance(choice, AllowedToolsChoice):
-            names = {function.name for function in choice.tools}
+            only = {function.name for function in choice.tools}
             choice = choice.mode
-        if choice == "none" or not self.tools:
-            return None
-        return ToolUse(
-            tuple(
-                Tool(t.name, t.description, t.parameters, t.strict)
-                for t in self.tools
-                if t.name in names
-            ),
-            f"={choice.name}" if isinstance(choice, FunctionChoice) else choice,
-            self.parallel_tool_calls,
+        name = f"={choice.name}" if isinstance(choice, FunctionChoice) else choice
+        tools = tuple(
+            Tool(t.name, t.description, t.parameters, t.strict, f"tools.{i}.parameters")
+            for i, t in enumerate(self.tools)
         )
+        return tool_use(tools, name, self.parallel_tool_calls, only)
 
     def echo(self) -> dict[str, Any]:
         """The members of a response that repeat the request."""

@@ -212,7 +212,7 @@ def _raw(response: Event) -> msgspec.Raw:
 
 
 def _usage(answer: Answer) -> Event:
-    counted = usage(answer)
+    counted = usage([answer])
     return {
         "input_tokens": counted.pop("prompt_tokens"),
         "input_tokens_details": counted.pop("prompt_tokens_details"),

@@ -48,15 +48,14 @@ export class JsonEditor {
     return this.text.trim() !== "" && this.value === undefined;
   }
 
-  /** Show what the service found wrong, until the text changes. */
-  refuse(message) {
-    this.refused = message;
+  /** Show what the service found wrong, until the text changes; `root` is its name for the whole. */
+  refuse(message, root) {
+    this.refused = { message, ...placeOf(this.text, message, root) };
     this.check();
   }
 
   check() {
-    const fault = this.text.trim() ? findFault(this.text) : null;
-    const found = fault || (this.refused ? { message: this.refused } : null);
+    const found = (this.text.trim() ? findFault(this.text) : null) || this.refused;
     const lines = this.text.split("\n").length;
     this.numbers.replaceChildren(
       ...Array.from({ length: lines }, (_, i) =>
@@ -84,9 +83,23 @@ function findFault(text) {
     new Reader(text).whole();
     return null;
   } catch (fault) {
-    const before = text.slice(0, fault.offset).split("\n");
-    return { ...fault, line: before.length, column: before.at(-1).length + 1 };
+    return { ...fault, ...lineOf(text, fault.offset) };
   }
+}
+
+function lineOf(text, offset) {
+  const before = text.slice(0, offset).split("\n");
+  return { offset, line: before.length, column: before.at(-1).length + 1 };
+}
+
+/** Where a text has the value that a message names, as in "schema.properties.city: …". */
+function placeOf(text, message, root) {
+  // It may have changed while the service was asked.
+  if (findFault(text)) return {};
+  const reader = new Reader(text);
+  reader.whole();
+  const named = [...reader.places.keys()].filter((path) => message.includes(`${root}${path}: `));
+  return named.length ? lineOf(text, reader.places.get(named[0])) : {};
 }
 
 const ESCAPE = /\\(["\\/bfnrt]|u[0-9a-fA-F]{4})/y;
@@ -96,6 +109,16 @@ class Reader {
   constructor(text) {
     this.text = text;
     this.at = 0;
+    this.path = "";
+    /** Where each value begins, by the names that lead to it. */
+    this.places = new Map();
+  }
+
+  within(name, read) {
+    const outer = this.path;
+    this.path += `.${name}`;
+    read();
+    this.path = outer;
   }
 
   fail(message, offset = this.at) {
@@ -120,8 +143,9 @@ class Reader {
 
   value() {
     const first = this.next();
+    this.places.set(this.path, this.at);
     if (first === "{") this.list("}", () => this.member());
-    else if (first === "[") this.list("]", () => this.value());
+    else if (first === "[") this.list("]", (i) => this.within(i, () => this.value()));
     else if (first === '"') this.string();
     else if (first === undefined) this.fail("The text ends too early.");
     else this.plain();
@@ -133,9 +157,9 @@ class Reader {
       this.at += 1;
       return;
     }
-    for (;;) {
+    for (let i = 0; ; i += 1) {
       if (this.next() === end) this.fail("No comma may stand before the end.");
-      member();
+      member(i);
       if (this.next() === end) break;
       this.take(",", `A comma or ${end} is missing.`);
     }
@@ -144,9 +168,11 @@ class Reader {
 
   member() {
     if (this.next() !== '"') this.fail("A name in double quotes is missing.");
+    const begin = this.at;
     this.string();
+    const name = JSON.parse(this.text.slice(begin, this.at));
     this.take(":", "A colon is missing after the name.");
-    this.value();
+    this.within(name, () => this.value());
   }
 
   string() {

@@ -94,7 +94,7 @@ export function fields({ chat }) {
 /** Show a refusal beside the field that it is about. */
 export function blame({ param, code, message }) {
   if (code === "invalid_grammar" || param.startsWith("response_format")) {
-    if ($("format").value === "json_schema") schema.refuse(message);
+    if ($("format").value === "json_schema") schema.refuse(message, "response_format.json_schema.schema");
   }
-  if (param.startsWith("tools")) tools.refuse(message);
+  if (param.startsWith("tools")) tools.refuse(message, "tools");
 }

@@ -132,14 +132,15 @@ function answerElement(chat, message, place) {
 /** The service keeps an answer's calls as the model wrote them, with a repeated one that ended it. */
 function callsInText({ content }) {
   const calls = [];
-  const text = content.replace(/<tool_call>\s*(\{[\s\S]*?\})\s*(?:<\/tool_call>|$)/g, (all, json) => {
+  const text = content.replace(/<tool_call>\s*(\{[\s\S]*?)\s*(?:<\/tool_call>|$)/g, (all, json) => {
     try {
       const { name, arguments: given } = JSON.parse(json);
       const call = { name, arguments: JSON.stringify(given) };
       if (!calls.some((c) => c.name === call.name && c.arguments === call.arguments)) calls.push(call);
       return "";
     } catch {
-      return all;
+      // The repeated call is cut off where that was noticed.
+      return calls.length && !all.endsWith("</tool_call>") ? "" : all;
     }
   });
   return { text: text.trim(), calls };

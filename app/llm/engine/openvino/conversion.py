@@ -12,7 +12,8 @@ from app.llm.engine.openvino.converted import FAILED
 from app.llm.engine.openvino.loading import keep_telemetry_out, load_openvino
 from app.llm.models.description import context_length, fixed_rope_limit, pretrained_source
 from app.llm.models.load_errors import explaining, one_line
-from app.llm.models.snapshot import OPENVINO_MODEL, Progress, Snapshot
+from app.llm.models.progress import Progress
+from app.llm.models.snapshot import OPENVINO_MODEL, Snapshot
 from app.utils.parent import end_with_parent
 
 if __name__ == "__main__":
@@ -29,6 +30,7 @@ from app.llm.engine.openvino.compression import weight_constant  # noqa: E402
 from app.llm.engine.openvino.tracing import UnconvertibleError, to_openvino  # noqa: E402
 from app.llm.engine.transformers.loading import check_weights  # noqa: E402
 from app.llm.engine.transformers.start_check import StartCheck  # noqa: E402
+from app.llm.engine.transformers.tensor_progress import counting_tensors  # noqa: E402
 from app.llm.engine.transformers.weights import choose_weights_precision  # noqa: E402
 
 # Largest difference of a likeliest token's log-probability, in nats, where not all is computed in
@@ -48,8 +50,8 @@ def convert(settings: ModelSettings, snapshot: Snapshot, folder: Path, progress:
     """
     choice = choose_weights_precision(settings, snapshot, None, max_running=1, weight_bytes=2)
     bits = choice.bits or 16
-    progress(f"converting {settings.label} for OpenVINO, once: reading the weights")
-    with explaining("model", settings, snapshot):
+    progress(what := f"converting {settings.label} for OpenVINO, once: reading the weights")
+    with explaining("model", settings, snapshot), counting_tensors(what, progress):
         model = _load(settings, snapshot)
     is_exact = bits == 16 and settings.dtype == "float32"
     config, text = model.config, model.config.get_text_config()
@@ -89,7 +91,7 @@ def convert(settings: ModelSettings, snapshot: Snapshot, folder: Path, progress:
     config.save_pretrained(folder)
     progress(f"converting {settings.label} for OpenVINO, once: comparing its answers")
     backend = load_openvino(
-        settings, Snapshot(folder, OPENVINO_MODEL), max_running=4, progress=lambda _: None
+        settings, Snapshot(folder, OPENVINO_MODEL), max_running=4, progress=lambda *_: None
     )
     if not check.passes("openvino", backend):
         raise UnconvertibleError("its tokens differ from those of transformers")
@@ -123,6 +125,8 @@ def _copy_texts(source: Path, folder: Path) -> None:
 def main(arguments: list[str]) -> None:
     """Convert, with the progress or the reason of a failure as lines on standard output.
 
+    A line is a message, and where it is known a tab and the per cent of its stage.
+
     Args:
         arguments: The ``model`` section as JSON, the model's folder, and the folder to fill.
     """
@@ -132,8 +136,8 @@ def main(arguments: list[str]) -> None:
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as output:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-        def say(line: str) -> None:
-            output.write(f"{line}\n")
+        def say(line: str, percent: int | None = None, /) -> None:
+            output.write(f"{line}\n" if percent is None else f"{line}\t{percent}\n")
             output.flush()
 
         try:

@@ -24,7 +24,8 @@ from app.core.config import ModelSettings
 from app.core.machine import available_memory
 from app.llm.models.files import fingerprint
 from app.llm.models.load_errors import one_line, quantization_method
-from app.llm.models.snapshot import OPENVINO_MODEL, Progress, Snapshot
+from app.llm.models.progress import Progress
+from app.llm.models.snapshot import OPENVINO_MODEL, Snapshot
 
 FAILED: Final = "failed: "
 """Begins the converting process's line with the reason why there is no model."""
@@ -139,10 +140,11 @@ def _run(
     ) as process:
         reason = None
         for line in process.stdout or ():
-            if line.startswith(FAILED):
-                reason = line.removeprefix(FAILED).rstrip()
+            message, _, percent = line.rstrip().partition("\t")
+            if message.startswith(FAILED):
+                reason = message.removeprefix(FAILED)
             else:
-                progress(line.rstrip())
+                progress(message, int(percent) if percent.isdigit() else None)
     if process.returncode == -signal.SIGKILL:
         reason = "its conversion was killed, most likely because memory ran out"
     elif process.returncode:

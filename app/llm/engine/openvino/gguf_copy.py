@@ -17,7 +17,7 @@ from typing import IO
 from app.core.machine import available_memory
 from app.llm.engine.openvino.repack import damaged_types, repacked_size, write_repacked
 from app.llm.models.gguf_header import GgufHeader
-from app.llm.models.snapshot import Progress
+from app.llm.models.progress import Progress
 
 # Loading took twice the file's size when this was measured, and a copy takes it once more.
 _MEMORY_FACTOR = 4
@@ -48,8 +48,9 @@ def loadable(path: Path, header: GgufHeader, progress: Progress) -> Iterator[str
         link = Path(folder, "model.gguf")
         with _empty_file(size, link, why) as (copy, where):
             progress(f"{path} {why}: OpenVINO loads a copy in {where} ({size / 1e6:.0f} MB)")
-            write_repacked(path, header, copy)
+            write_repacked(path, header, copy, progress)
             copy.flush()
+            progress("loading the copy with OpenVINO")
             yield str(link)
 
 

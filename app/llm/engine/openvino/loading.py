@@ -24,8 +24,9 @@ from app.llm.models.description import (
 from app.llm.models.gguf_header import GgufHeader
 from app.llm.models.gguf_tokenizer import TOKENS
 from app.llm.models.load_errors import one_line
+from app.llm.models.progress import Progress
 from app.llm.models.recommended_sampling import recommended_sampling
-from app.llm.models.snapshot import Progress, Snapshot
+from app.llm.models.snapshot import Snapshot
 from app.llm.models.tokenizer_process import TokenizerProcess
 from app.llm.prefix_index import BLOCK_SIZE
 from app.llm.protocol import Backend, EngineInfo

@@ -16,6 +16,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from app.llm.models.gguf_header import GgufHeader, GgufTensor
+from app.llm.models.progress import Progress, counted
 
 # A Q8_0 block: 32 weights and a 16-bit scale.
 _WEIGHTS, _BYTES = 32, 34
@@ -78,7 +79,9 @@ def repacked_size(header: GgufHeader) -> int:
     return header.data + sum(_aligned(_new_size(t), header) for t in header.tensors.values())
 
 
-def write_repacked(path: Path, header: GgufHeader, file: IO[bytes]) -> None:
+def write_repacked(
+    path: Path, header: GgufHeader, file: IO[bytes], progress: Progress = lambda *_: None
+) -> None:
     """Write a GGUF file without damaged types; all else in it is the same.
 
     A type and an offset have a fixed width in the header, so only they change there.
@@ -92,7 +95,8 @@ def write_repacked(path: Path, header: GgufHeader, file: IO[bytes]) -> None:
             new[tensor.entry : tensor.entry + len(place)] = place
             offset += _aligned(_new_size(tensor), header)
         file.write(new)
-        for tensor in header.tensors.values():
+        what = "copying the weights for OpenVINO"
+        for tensor in counted(header.tensors.values(), what, progress):
             for piece in _pieces(data, header.data + tensor.offset, tensor):
                 file.write(piece)
             size = _new_size(tensor)

@@ -25,8 +25,9 @@ from app.llm.models.load_errors import (
     one_line,
     quantization_method,
 )
+from app.llm.models.progress import Progress
 from app.llm.models.recommended_sampling import recommended_sampling
-from app.llm.models.snapshot import Progress, Snapshot
+from app.llm.models.snapshot import Snapshot
 from app.llm.protocol import REQUEST_FEATURES, SAMPLING_FIELDS, Backend, EngineInfo
 from app.utils.errors import ModelLoadError
 
@@ -59,7 +60,7 @@ def load_transformers(
     Raises:
         ModelLoadError: Its files are incomplete, or transformers cannot run such a model.
     """
-    progress(f"loading {settings.label} with transformers")
+    progress(what := f"loading {settings.label} with transformers")
     header = read_gguf(settings, snapshot) if snapshot.gguf else None
     on_cuda = settings.device == "cuda"
     bits = 0
@@ -68,7 +69,11 @@ def load_transformers(
         log.info("%s", why)
         if bits:
             reason = f"{reason}; {why}"
-    pipe = load_pipeline(settings, snapshot, header, bits)
+    # It imports transformers, which takes seconds.
+    from app.llm.engine.transformers.tensor_progress import counting_tensors
+
+    with counting_tensors(what, progress):
+        pipe = load_pipeline(settings, snapshot, header, bits)
     progress("starting continuous batching")
     import torch
 

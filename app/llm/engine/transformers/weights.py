@@ -88,14 +88,17 @@ def choose_weights_precision(
             "smaller model"
         )
     bits = fitting[0]
+    memory = (
+        f"{needs[bits] / 1e9:.1f} GB, and {cache / 1e9:.1f} GB for a cache of {tokens:,} tokens"
+    )
     if settings.quantization != "auto":
-        return Choice(bits, f"model.quantization is {settings.quantization}")
+        return Choice(bits, f"model.quantization is {settings.quantization}: {memory}")
     reason = f"it has {count / 1e9:.2g} billion parameters"
     if bits != wanted[0]:
         reason += (
             f", and {_precision(wanted[0], weight_bytes)} does not fit into {free / 1e9:.1f} GB"
         )
-    return Choice(bits, reason)
+    return Choice(bits, f"{reason}: {memory}")
 
 
 def _wanted(settings: ModelSettings, snapshot: Snapshot, count: int) -> list[int]:

@@ -19,8 +19,9 @@ from app.llm.models.description import (
     read_tokenizer,
 )
 from app.llm.models.load_errors import explaining, is_out_of_memory, one_line
+from app.llm.models.progress import Progress
 from app.llm.models.recommended_sampling import recommended_sampling
-from app.llm.models.snapshot import Progress, Snapshot
+from app.llm.models.snapshot import Snapshot
 from app.llm.prefix_index import BLOCK_SIZE
 from app.llm.protocol import Backend, EngineInfo
 from app.utils.errors import ModelLoadError

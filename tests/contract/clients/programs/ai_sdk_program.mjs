@@ -2,11 +2,25 @@
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateText, Output, streamText, tool } from "ai";
-import { ANSWER, assert, KEY, Person, PERSON, QUESTION, run, URL, WEATHER, z } from "./ordinary.mjs";
+import {
+  ANSWER,
+  assert,
+  BUSY_URL,
+  KEY,
+  Person,
+  PERSON,
+  QUESTION,
+  run,
+  STORY,
+  URL,
+  WEATHER,
+  z,
+} from "./ordinary.mjs";
 
 const options = { name: "service", baseURL: URL, apiKey: KEY };
 const responses = createOpenAI(options)("default");
 let plain = responses;
+let busy = createOpenAI({ ...options, baseURL: BUSY_URL })("default");
 let model = responses;
 const asked = { temperature: 0, maxOutputTokens: 160, maxRetries: 0 };
 const weather = tool({
@@ -69,8 +83,20 @@ async function conversation() {
   assert.ok((await generateText({ model: plain, messages, ...asked })).text);
 }
 
-const parts = [chat, stream, tools, two_turns, structured, conversation];
+async function abort() {
+  const left = new AbortController();
+  const asking = { model: plain, prompt: STORY, abortSignal: left.signal, ...asked };
+  for await (const _ of streamText(asking).textStream) left.abort();
+}
+
+async function retry() {
+  const { text } = await generateText({ model: busy, prompt: QUESTION, ...asked, maxRetries: 2 });
+  assert.equal(text, ANSWER);
+}
+
+const parts = [chat, stream, tools, two_turns, structured, conversation, abort, retry];
 await run("ai_sdk", parts);
 plain = createOpenAICompatible({ ...options })("default");
+busy = createOpenAICompatible({ ...options, baseURL: BUSY_URL })("default");
 model = createOpenAICompatible({ ...options, supportsStructuredOutputs: true })("default");
 await run("ai_sdk", parts);

@@ -39,4 +39,17 @@ def partial() -> None:
     assert models[-1].role in ("engineer", "painter")
 
 
-ordinary.run(tools, json_schema, partial)
+def abort() -> None:
+    """A stream of the client that instructor wraps is left after its first piece."""
+    asked = {**ASKED, "response_model": None, "stream": True}
+    with instructor.from_openai(CLIENT).chat.completions.create(**asked) as pieces:
+        next(iter(pieces))
+
+
+def retry() -> None:
+    """A request that finds no place is sent again."""
+    client = openai.OpenAI(base_url=ordinary.BUSY_URL, api_key=ordinary.KEY)
+    assert instructor.from_openai(client).chat.completions.create(**ASKED)
+
+
+ordinary.run(tools, json_schema, partial, abort, retry)

@@ -2,16 +2,30 @@
 import { ChatOpenAI } from "@langchain/openai";
 import { HumanMessage, ToolMessage } from "@langchain/core/messages";
 import { tool } from "@langchain/core/tools";
-import { ANSWER, assert, KEY, Person, PERSON, QUESTION, run, URL, WEATHER, z } from "./ordinary.mjs";
+import {
+  ANSWER,
+  assert,
+  BUSY_URL,
+  KEY,
+  Person,
+  PERSON,
+  QUESTION,
+  run,
+  STORY,
+  URL,
+  WEATHER,
+  z,
+} from "./ordinary.mjs";
 
-const model = new ChatOpenAI({
+const options = {
   model: "default",
   apiKey: KEY,
   configuration: { baseURL: URL },
   temperature: 0,
   maxTokens: 160,
   maxRetries: 0,
-});
+};
+const model = new ChatOpenAI(options);
 const weather = tool(async ({ city }) => `12 degrees in ${city}`, {
   name: "get_weather",
   description: "The weather of a city.",
@@ -43,4 +57,17 @@ async function structured() {
     assert.ok(Person.parse(await model.withStructuredOutput(Person, { method }).invoke(PERSON)));
 }
 
-await run("langchain_js", [chat, stream, tools, structured]);
+async function abort() {
+  const left = new AbortController();
+  const read = async () => {
+    for await (const _ of await model.stream(STORY, { signal: left.signal })) left.abort();
+  };
+  await assert.rejects(read);
+}
+
+async function retry() {
+  const patient = { ...options, maxRetries: 2, configuration: { baseURL: BUSY_URL } };
+  assert.equal((await new ChatOpenAI(patient).invoke(QUESTION)).text, ANSWER);
+}
+
+await run("langchain_js", [chat, stream, tools, structured, abort, retry]);

@@ -1,5 +1,6 @@
 """An ordinary program of LiteLLM."""
 
+import asyncio
 from typing import Any
 
 import litellm
@@ -70,4 +71,23 @@ def errors() -> None:
     raise AssertionError("another model was answered")
 
 
-ordinary.run(chat, stream, tools, structured, errors)
+def abort() -> None:
+    """A stream is left after its first piece."""
+
+    async def leave() -> None:
+        messages = [{"role": "user", "content": ordinary.STORY}]
+        pieces = await litellm.acompletion(messages=messages, stream=True, **ASKED)
+        await anext(pieces)
+        await pieces.aclose()
+
+    asyncio.run(leave())
+
+
+def retry() -> None:
+    """A request that finds no place is sent again."""
+    asked = {**ASKED, "api_base": ordinary.BUSY_URL, "max_retries": 2}
+    answer = litellm.completion(messages=ordinary.QUESTION, **asked)
+    assert answer.choices[0].message.content == ordinary.ANSWER
+
+
+ordinary.run(chat, stream, tools, structured, errors, abort, retry)

@@ -23,10 +23,10 @@ def get_weather(city: str) -> str:
 make_model: Any = agents.OpenAIResponsesModel
 
 
-def agent(**given: Any) -> agents.Agent[None]:
+def agent(url: str = ordinary.URL, **given: Any) -> agents.Agent[None]:
     """An agent of the bundled model."""
     # A client belongs to one event loop, and each part has its own.
-    client = openai.AsyncOpenAI(base_url=ordinary.URL, api_key=ordinary.KEY)
+    client = openai.AsyncOpenAI(base_url=url, api_key=ordinary.KEY)
     model = make_model(model="default", openai_client=client)
     settings = {"temperature": 0, "max_tokens": 120, **given.pop("settings", {})}
     model_settings = agents.ModelSettings(**settings)
@@ -90,6 +90,25 @@ def history() -> None:
     assert asyncio.run(talk()).final_output
 
 
-ordinary.run(chat, stream, tools, structured, continued, history)
+def abort() -> None:
+    """A run is left in its stream."""
+
+    async def leave() -> None:
+        result = agents.Runner.run_streamed(agent(), ordinary.STORY)
+        async for event in result.stream_events():
+            if event.type == "raw_response_event" and "delta" in event.data.type:
+                result.cancel()
+
+    asyncio.run(leave())
+
+
+def retry() -> None:
+    """A request that finds no place is sent again."""
+    question = ordinary.QUESTION[0]["content"]
+    result = asyncio.run(agents.Runner.run(agent(ordinary.BUSY_URL), question))
+    assert result.final_output == ordinary.ANSWER
+
+
+ordinary.run(chat, stream, tools, structured, continued, history, abort, retry)
 make_model = agents.OpenAIChatCompletionsModel
-ordinary.run(chat, stream, tools, structured)
+ordinary.run(chat, stream, tools, structured, abort, retry)

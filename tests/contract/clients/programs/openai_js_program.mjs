@@ -6,7 +6,20 @@ import {
   zodResponsesFunction,
   zodTextFormat,
 } from "openai/helpers/zod";
-import { ANSWER, assert, KEY, Person, PERSON, QUESTION, run, URL, WEATHER, z } from "./ordinary.mjs";
+import {
+  ANSWER,
+  assert,
+  BUSY_URL,
+  KEY,
+  Person,
+  PERSON,
+  QUESTION,
+  run,
+  STORY,
+  URL,
+  WEATHER,
+  z,
+} from "./ordinary.mjs";
 
 const client = new OpenAI({ baseURL: URL, apiKey: KEY });
 const asked = { model: "default", temperature: 0, max_tokens: 160 };
@@ -58,10 +71,16 @@ async function structured() {
 async function abort() {
   const left = new AbortController();
   const found = await client.chat.completions.create(
-    { ...asked, messages: user("Tell me a very long story."), stream: true },
+    { ...asked, messages: user(STORY), stream: true },
     { signal: left.signal },
   );
   for await (const _ of found) left.abort();
+}
+
+async function retry() {
+  const patient = new OpenAI({ baseURL: BUSY_URL, apiKey: KEY });
+  const answer = await patient.chat.completions.create({ ...asked, messages: user(QUESTION) });
+  assert.equal(answer.choices[0].message.content, ANSWER);
 }
 
 const answered = { model: "default", temperature: 0, max_output_tokens: 160 };
@@ -99,5 +118,5 @@ async function response_structured() {
   assert.ok(Person.parse(answer.output_parsed));
 }
 
-const chats = [chat, stream, tools, structured, abort];
+const chats = [chat, stream, tools, structured, abort, retry];
 await run("openai_js", [...chats, response, response_tools, response_structured]);

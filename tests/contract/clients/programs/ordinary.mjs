@@ -3,9 +3,11 @@ import assert from "node:assert/strict";
 import { z } from "zod";
 
 export const URL = process.env.CLIENT_URL;
+export const BUSY_URL = process.env.CLIENT_BUSY_URL;
 export const KEY = process.env.CLIENT_KEY;
 export const QUESTION = "What is the capital of France?";
 export const ANSWER = "The capital of France is Paris.";
+export const STORY = "Tell me a very long story about a lighthouse.";
 export const WEATHER = "What is the weather in Paris?";
 export const PERSON = "Describe Ada, an engineer who speaks English.";
 export const Person = z.object({

@@ -9,8 +9,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 URL, KEY = os.environ["CLIENT_URL"], os.environ["CLIENT_KEY"]
+BUSY_URL = os.environ["CLIENT_BUSY_URL"]
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = "The capital of France is Paris."
+STORY = "Tell me a very long story about a lighthouse."
 WEATHER = "What is the weather in Paris?"
 PERSON = "Describe Ada, an engineer who speaks English."
 

@@ -9,17 +9,14 @@ from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.settings import ModelSettings
 
-PROVIDER = OpenAIProvider(base_url=ordinary.URL, api_key=ordinary.KEY)
-MODELS: list[Any] = [
-    OpenAIChatModel("default", provider=PROVIDER),
-    OpenAIResponsesModel("default", provider=PROVIDER),
-]
+KINDS: list[Any] = [OpenAIChatModel, OpenAIResponsesModel]
 SETTINGS = ModelSettings(temperature=0, max_tokens=120)
 
 
-def agent(**given: Any) -> Agent[None, Any]:
+def agent(url: str = ordinary.URL, **given: Any) -> Agent[None, Any]:
     """An agent of the bundled model."""
-    return Agent(MODELS[0], model_settings=SETTINGS, retries=0, **given)
+    model = KINDS[0]("default", provider=OpenAIProvider(base_url=url, api_key=ordinary.KEY))
+    return Agent(model, model_settings=SETTINGS, retries=0, **given)
 
 
 def chat() -> None:
@@ -52,6 +49,24 @@ def output_by_a_schema() -> None:
     assert isinstance(made.output, ordinary.Person)
 
 
-while MODELS:
-    ordinary.run(chat, stream, output_by_a_tool, output_by_a_schema)
-    MODELS.pop(0)
+def abort() -> None:
+    """A stream is left in its text."""
+
+    async def read() -> None:
+        async with agent().run_stream(ordinary.STORY) as result:
+            async for _ in result.stream_text(debounce_by=None):
+                await result.cancel()
+                break
+
+    asyncio.run(read())
+
+
+def retry() -> None:
+    """A request that finds no place is sent again."""
+    answer = agent(ordinary.BUSY_URL).run_sync(ordinary.QUESTION[0]["content"])
+    assert answer.output == ordinary.ANSWER
+
+
+while KINDS:
+    ordinary.run(chat, stream, output_by_a_tool, output_by_a_schema, abort, retry)
+    KINDS.pop(0)
