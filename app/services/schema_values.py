@@ -16,7 +16,7 @@ def schema_values(job: Job, text: str, generator: TextGenerator) -> list[tuple[s
     """
     tools, calls = job.tools.tools if job.tools else (), list[CalledFunction]()
     if tools:
-        text, calls = read_calls(text, generator.tool_format)
+        text, calls = read_calls(text, generator.tool_format, {t.name: t.schema for t in tools})
     if not calls:
         form = job.grammar
         return [(form.schema, text)] if isinstance(form, JsonSchemaGrammar) else []
