@@ -211,7 +211,9 @@ class GenerationService:
         keywords = await self._not_held(grammar) if is_complete else frozenset()
         if not keywords:
             return report
-        broken = await broken_keywords(schema_values(job, text, self._generator), keywords)
+        broken = await broken_keywords(
+            schema_values(job, text, self._generator.tool_format), keywords
+        )
         for keyword in broken:
             self._engine.queue.metrics.schema_violations.labels(keyword).inc()
         if broken:
