@@ -29,6 +29,10 @@ VLLM := .tools/vllm
 VLLM_STAMP := $(VLLM)/.installed-by-make
 INSTALLED_VLLM := $(shell cat $(VLLM_STAMP) 2>/dev/null)
 VLLM_VARIANT = $(or $(VARIANT),$(INSTALLED_VLLM),cuda)
+# Ray's environment: what Ray needs beside the packages in .venv/, which it finds there.
+RAY = .tools/ray
+RAY_VERSION := 2.60.0
+RAY_STAMP = $(RAY)/.ray-$(RAY_VERSION)
 # Where the CPU build comes from; empty: pip's own sources.
 TORCH_INDEX_URL = https://download.pytorch.org/whl/cpu
 
@@ -143,6 +147,10 @@ test-vllm: model ## Test the vllm engine; without a vLLM it installs the one for
 	@test -e $(VLLM_STAMP) || $(MAKE) install-vllm VARIANT=$(or $(VARIANT),cpu)
 	TEST_VLLM=1 $(RUN) pytest tests -m vllm -v
 
+.PHONY: test-ray
+test-ray: $(RAY_STAMP) ## Test replicas of Ray Serve on this machine; installs Ray first (RAY=.tools/ray)
+	TEST_RAY="$(abspath $(RAY))" $(RUN) pytest tests/api/test_ray.py -v
+
 .PHONY: test-clients
 test-clients: model ## Run programs of other OpenAI-compatible clients, in Python and node (ARGS="litellm" for some)
 	$(RUN) python -m tests.contract.clients $(ARGS)
@@ -182,7 +190,7 @@ audit: install ## Look the locked packages up in the database of known vulnerabi
 
 .PHONY: type-check
 type-check: install ## Check the types
-	$(RUN) mypy app benchmarks scripts tests
+	$(RUN) mypy app benchmarks deploy scripts tests
 
 .PHONY: imports
 imports: install ## Check which layer imports which
@@ -316,6 +324,14 @@ $(VLLM_STAMP): deploy/vllm/cpu.txt deploy/vllm/cuda.txt $(TOOLS_STAMP) $(if $(fi
 	fi; \
 	pip --requirement "$$list"; \
 	echo $(VLLM_VARIANT) > $@
+
+$(RAY_STAMP): $(INSTALL_STAMP)
+	@set -eu; echo "Installing Ray $(RAY_VERSION) into $(RAY) (320 MB)"; \
+	rm -rf $(RAY); .venv/bin/python -m venv --without-pip $(RAY); \
+	packages="$$($(RAY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; \
+	.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$packages/service.pth"; \
+	$(TOOLS)/bin/python -m pip --python $(RAY)/bin/python install --quiet "ray[serve]==$(RAY_VERSION)"; \
+	touch $@
 
 .PHONY: other-torch
 other-torch:

@@ -13,6 +13,7 @@ from http import HTTPStatus
 from time import perf_counter
 
 from opentelemetry import trace
+from opentelemetry.trace import SpanContext
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -21,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import METHODS, error_response
 from app.core.logging import get_logger, request_id_var, trace_var
-from app.core.metrics import Metrics
+from app.core.metrics import Metrics, exemplar_var
 from app.utils.errors import BodyTooLargeError, InternalError, InvalidRequestError, ServiceError
 
 log = get_logger()
@@ -30,6 +31,8 @@ HeaderPairs = Iterable[tuple[bytes, bytes]]
 HeaderList = list[tuple[bytes, bytes]]
 
 UNMATCHED = "unmatched"
+UNSAMPLED_SPAN = "llm-service.span"
+"""Where the scope has the span that a request would have, were it sampled."""
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Data loads nothing and is not framed. A page brings its own policy.
 _SECURITY_HEADERS = (
@@ -69,7 +72,9 @@ class RequestContextMiddleware:
         begin = perf_counter()
         request_id = _request_id(scope["headers"])
         token = request_id_var.set(request_id)
-        traced = trace_var.set(_span_members())
+        span = scope.get(UNSAMPLED_SPAN) or trace.get_current_span().get_span_context()
+        traced = trace_var.set(_names_of(span))
+        exemplar = exemplar_var.set(_exemplar(span))
         status = 0
 
         async def send_with_headers(message: Message) -> None:
@@ -98,6 +103,7 @@ class RequestContextMiddleware:
             self._record(scope, status, perf_counter() - begin)
             request_id_var.reset(token)
             trace_var.reset(traced)
+            exemplar_var.reset(exemplar)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         """Count a finished request and log it; ``status`` is 0 when there was no response."""
@@ -107,7 +113,7 @@ class RequestContextMiddleware:
         # Anybody can try every method on every route, and each pair would make a histogram.
         endpoint = UNMATCHED if code == HTTPStatus.METHOD_NOT_ALLOWED else route
         self._requests(method, endpoint, code).inc()
-        self._duration(method, endpoint).observe(seconds)
+        self._duration(method, endpoint).observe(seconds, exemplar_var.get())
         level = logging.DEBUG if route in _QUIET_ROUTES else logging.INFO
         if log.isEnabledFor(level):
             log.log(
@@ -218,15 +224,21 @@ def _value(headers: HeaderPairs, name: bytes) -> bytes:
     return b""
 
 
-def _span_members() -> dict[str, str] | None:
-    """The current span, as the log names it."""
-    span = trace.get_current_span().get_span_context()
+def _names_of(span: SpanContext) -> dict[str, str] | None:
+    """A span, as the log names it."""
     if not span.is_valid:
         return None
     return {
         "trace_id": trace.format_trace_id(span.trace_id),
         "span_id": trace.format_span_id(span.span_id),
     }
+
+
+def _exemplar(span: SpanContext) -> dict[str, str] | None:
+    """A span's trace, as a histogram names it, where it is sampled."""
+    if not span.trace_flags.sampled:
+        return None
+    return {"trace_id": trace.format_trace_id(span.trace_id)}
 
 
 def new_request_id() -> str:

@@ -6,6 +6,7 @@ text that a caller can choose.
 
 import platform
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -15,7 +16,8 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import exposition as plain
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from app import __version__
 
@@ -29,6 +31,9 @@ _ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0
 _LAG_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 _QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
+exemplar_var: ContextVar[dict[str, str] | None] = ContextVar("exemplar", default=None)
+"""Names the trace of the request that is being served, where it is sampled."""
+
 
 class Metrics:
     """All metrics of the service; the composition root makes one and passes it on.
@@ -36,8 +41,6 @@ class Metrics:
     Args:
         take_dropped: How many lines of this process's log were lost since the last call.
     """
-
-    content_type = CONTENT_TYPE_LATEST
 
     def __init__(self, take_dropped: Callable[[], int] = lambda: 0) -> None:
         self._take_dropped = take_dropped
@@ -97,10 +100,14 @@ class Metrics:
             "llm_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1."
         )
         self.key_requests = self._counter(
-            "llm_requests_total", "Requests for answers, by API key.", "key", "outcome"
+            "llm_requests_total",
+            "Requests for answers, by API key; metrics.require_key shows names.",
+            *("key", "outcome"),
         )
         self.key_tokens = self._counter(
-            "llm_tokens_total", "Prompt and completion tokens used, by API key.", "key"
+            "llm_tokens_total",
+            "Prompt and completion tokens, by API key; metrics.require_key shows names.",
+            "key",
         )
         self.ignored_fields = self._counter(
             "llm_ignored_fields_total", "Fields of requests taken without effect.", "field"
@@ -190,7 +197,16 @@ class Metrics:
         """Show what the kernel counts of the engine process, while it has an id."""
         ProcessCollector("llm_engine", pid=lambda: pid() or "none", registry=self.registry)
 
-    def render(self) -> bytes:
-        """The metrics in Prometheus' text format."""
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """The metrics and their content type.
+
+        They are in Prometheus' text format, or in OpenMetrics, which alone has exemplars.
+
+        Args:
+            accept: The content types that the reader asks for.
+        """
         self.log_dropped.labels("api").inc(self._take_dropped())
-        return generate_latest(self.registry)
+        if "application/openmetrics-text" in accept:
+            page: bytes = openmetrics.generate_latest(self.registry)  # type: ignore[no-untyped-call]
+            return page, openmetrics.CONTENT_TYPE_LATEST
+        return plain.generate_latest(self.registry), plain.CONTENT_TYPE_LATEST

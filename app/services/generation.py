@@ -142,28 +142,26 @@ class GenerationService:
         """Generate an answer into its flight; runs in the flight's task."""
         await self._usage.check(job.caller)
         report: GenerationReport | None = None
-        with (
-            self._usage.generating(job.caller),
-            self._engine.admit(job.caller, flight) as place,
-        ):
-            try:
-                report = await self._fill(flight, job, replace(options, place=place), place)
-                return await self._checked(report, job, options.grammar, flight.text)
-            finally:
-                # A caller that leaves before the end has used the tokens generated so far.
-                used = report or place
-                if used.completion_tokens:
-                    self._usage.add_tokens(job.caller, used.prompt_tokens, used.completion_tokens)
-                if self.tracer is not None:
-                    record_generation(
-                        self.tracer,
-                        "chat" if job.prompt is None else "text_completion",
-                        self._engine.model_label,
-                        options.max_tokens or options.default_max_tokens,
-                        options.sampling,
-                        place,
-                        report or sys.exception(),
-                    )
+        async with self._usage.generating(job.caller):
+            with self._engine.admit(job.caller, flight) as place:
+                try:
+                    report = await self._fill(flight, job, replace(options, place=place), place)
+                    return await self._checked(report, job, options.grammar, flight.text)
+                finally:
+                    # A caller that leaves before the end has used the tokens generated so far.
+                    used = report or place
+                    if completion := used.completion_tokens:
+                        self._usage.add_tokens(job.caller, used.prompt_tokens, completion)
+                    if self.tracer is not None:
+                        record_generation(
+                            self.tracer,
+                            "chat" if job.prompt is None else "text_completion",
+                            self._engine.model_label,
+                            options.max_tokens or options.default_max_tokens,
+                            options.sampling,
+                            place,
+                            report or sys.exception(),
+                        )
 
     async def _fill(
         self, flight: Flight, job: Job, options: GenerationOptions, place: Place

@@ -71,7 +71,7 @@ def make_state(settings: Settings, metrics: Metrics, keys: KeyRing) -> State:
         share=partial(RedisBuckets, link),
         sessions=RedisSessions(link, leases, settings.chat_history),
         idempotency=RedisIdempotency(link, leases, settings.idempotency, metrics),
-        usage=RedisUsage(link, keys, metrics),
+        usage=RedisUsage(link, leases, keys, metrics),
         answers=RedisAnswers(link, settings.cache),
         connected=link,
     )

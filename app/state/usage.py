@@ -3,8 +3,8 @@
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -117,15 +117,22 @@ class UsageLedger:
         # This is last, so that nothing comes between it and generating().
         most = principal.max_concurrent
         if most is not None and self._generating[caller] >= most:
-            self._metrics.rate_limited.labels("concurrency").inc()
-            raise RateLimitExceededError(
-                f"This API key has its {most} answers at once under way; see Retry-After.",
-                retry_after=_CONCURRENCY_RETRY_SECONDS,
-            )
+            raise self._too_many(most)
 
-    @contextmanager
-    def generating(self, caller: str) -> Iterator[None]:
-        """Count an answer among those under way; directly after :meth:`check`."""
+    def _too_many(self, most: int) -> RateLimitExceededError:
+        self._metrics.rate_limited.labels("concurrency").inc()
+        return RateLimitExceededError(
+            f"This API key has its {most} answers at once under way; see Retry-After.",
+            retry_after=_CONCURRENCY_RETRY_SECONDS,
+        )
+
+    @asynccontextmanager
+    async def generating(self, caller: str) -> AsyncIterator[None]:
+        """Count an answer among those under way; directly after :meth:`check`.
+
+        Raises:
+            RateLimitExceededError: Those of other copies of the service are too many.
+        """
         self._generating[caller] += 1
         try:
             yield

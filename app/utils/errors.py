@@ -300,10 +300,26 @@ class DrainingError(RetryableError):
 
 
 class EngineUnavailableError(RetryableError):
-    """The engine process died and is being restarted."""
+    """The engine process is being restarted, and has not had this request."""
 
     code = "engine_unavailable"
-    default_message = "The engine stopped unexpectedly and is being restarted."
+    default_message = "The engine is being restarted; see Retry-After."
+
+
+class EngineFailedError(ServiceError):
+    """The engine process died with this request.
+
+    Balancers repeat a 503 on another copy, whose engine it might kill too.
+
+    Args:
+        twice: Two processes did. The official clients, which repeat a 500, obey the header.
+    """
+
+    code = "engine_failed"
+    default_message = "The engine stopped unexpectedly during this request."
+
+    def __init__(self, *, twice: bool = False) -> None:
+        super().__init__(headers={"X-Should-Retry": "false"} if twice else None)
 
 
 class StateUnavailableError(RetryableError):
@@ -339,6 +355,7 @@ GENERATION_ERRORS: tuple[type[ServiceError], ...] = (
     ModelLoadingError,
     DrainingError,
     EngineUnavailableError,
+    EngineFailedError,
     DeadlineExceededError,
 )
 """The errors of a generating route, for the OpenAPI document."""

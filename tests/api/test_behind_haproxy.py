@@ -100,6 +100,22 @@ def test_the_metrics_of_one_copy_are_no_answer(balancer: Service) -> None:
     assert balancer.get("/metrics").status_code == 404
 
 
+def test_a_request_that_kills_engines_kills_those_of_one_copy(
+    balancer: Service, replicas: list[Replica]
+) -> None:
+    """What kills an engine twice is not tried on another copy."""
+    name = "llm_engine_restarts_total"
+    before = [replica.service.metric(name) for replica in replicas]
+    with balancer.client() as client:
+        answer = client.post("/v1/generate", json=generate("[echo:poison]"))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_failed")
+        for replica in replicas:
+            replica.service.wait_until_ready()
+        after = [replica.service.metric(name) for replica in replicas]
+        assert sorted(a - b for a, b in zip(after, before, strict=True)) == [0, 2]
+        assert client.post("/v1/generate", json=generate("next")).status_code == 200
+
+
 @pytest.mark.timeout(3600)
 async def test_no_accepted_request_is_lost_when_both_copies_are_restarted(
     balancer: Service, replicas: list[Replica], pytestconfig: pytest.Config

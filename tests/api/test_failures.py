@@ -36,7 +36,7 @@ def test_killing_the_engine_ends_streams_with_an_error(fresh_service: Service) -
         rest = rest_of(found)
         # Undisturbed it would go on for twenty.
         assert time.monotonic() - killed < 5
-    assert rest[-1]["error"]["code"] == "engine_unavailable"
+    assert rest[-1]["error"]["code"] == "engine_failed"
     assert all(piece_of(event) == "x" for event in rest[:-1])
     check_restarted(fresh_service, pid, restarts + 1)
 
@@ -78,8 +78,8 @@ def test_killing_the_engine_ends_every_request_once(fresh_service: Service) -> N
         os.kill(pid, signal.SIGKILL)
         for answer in whole:
             response = answer.result()
-            assert response.status_code == 503
-            assert response.json()["error"]["code"] == "engine_unavailable"
+            assert response.status_code == 500
+            assert response.json()["error"]["code"] == "engine_failed"
         for future in streams:
             streamed = future.result()
             assert streamed.done
@@ -95,11 +95,11 @@ def test_a_crash_in_the_engine_costs_a_restart(fresh_service: Service, fault: st
         streamed = read_stream(client, "/v1/generate", generate(f"[echo:{fault}]"))
     assert streamed.done
     assert streamed.error is not None
-    assert streamed.error["code"] == "engine_unavailable"
+    assert streamed.error["code"] == "engine_failed"
     assert "[echo:" not in str(streamed.error)
     check_restarted(fresh_service, pid, restarts + 1)
     response = ask(fresh_service, generate(f"[echo:{fault}]"))
-    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_unavailable")
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_failed")
     fresh_service.wait_until_ready()
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
@@ -35,6 +36,17 @@ def samples(client: TestClient) -> dict[tuple[str, tuple[tuple[str, str], ...]],
 def value(client: TestClient, name: str, **labels: str) -> float:
     """One sample, 0 where it does not exist yet."""
     return samples(client).get((name, tuple(sorted(labels.items()))), 0.0)
+
+
+def test_openmetrics_has_the_same_figures_for_who_asks(client: TestClient) -> None:
+    """A reader that accepts OpenMetrics gets the samples of the text format, without exemplars."""
+    client.post("/v1/generate", json={"prompt": "a"})
+    accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+    response = client.get("/metrics", headers={"Accept": accept})
+    families = list(open_metrics(response.text))  # type: ignore[no-untyped-call]
+    found = {s.name for family in families for s in family.samples}
+    assert found == {name for name, _ in samples(client)}
+    assert not any(s.exemplar for family in families for s in family.samples)
 
 
 def test_a_request_is_counted_under_its_route(client: TestClient) -> None:

@@ -310,9 +310,9 @@ def test_an_engine_that_dies_behind_the_reasoning() -> None:
                 deltas = [json.loads(line)["choices"][0]["delta"] for line in lines]
                 assert [name for name, _ in runs(deltas[1:])] == ["reasoning_content", "content"]
                 assert done == "[DONE]"
-                assert json.loads(last)["error"]["code"] == "engine_unavailable"
+                assert json.loads(last)["error"]["code"] == "engine_failed"
             else:
-                assert refused(answer) == (503, "engine_unavailable", None)
+                assert refused(answer) == (500, "engine_failed", None)
             assert services.engine.queue.is_empty
             assert services.generation.cache_statistics()["entries"] == 0
             assert client.get("/v1/sessions/s").status_code == 404

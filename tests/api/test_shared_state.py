@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import httpx
@@ -263,16 +263,6 @@ async def check_ended(tasks: Requests) -> None:
     assert once.status_code == 200
 
 
-@contextmanager
-def gone(server: RedisServer) -> Iterator[None]:
-    """Inside it there is no server."""
-    server.end()
-    try:
-        yield
-    finally:
-        server.start()
-
-
 async def check_together(client: Client) -> None:
     """Assert that a replica finds its way back."""
 
@@ -295,7 +285,7 @@ async def test_without_redis_a_replica_goes_on_alone(
             monkeypatch.setattr(get_logger("state"), "handlers", [caplog.handler])
             assert (await client.say("first", session="before")).status_code == 200
             begun = await begin_requests(client)
-            with server.stopped() if fault == "stopped" else gone(server):
+            with server.stopped() if fault == "stopped" else server.gone():
                 await check_alone(client)
                 answers = [await client.http.get("/v1/usage") for _ in range(12)]
                 await check_ended(begun)

@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from opentelemetry import trace
+from opentelemetry.context import Context
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from app.core.traces import make_tracer_provider
+from app.core.traces import make_span_export
 from app.utils.errors import ConfigurationError
 from tests.support.live import LONG, generate, open_stream
 from tests.support.service import API_KEY, Service, running_service
 
 pytest.importorskip("opentelemetry.sdk", reason="needs the extra `tracing`")
 
+from app.core.otlp import SpanExport
 from scripts.spans import Span, collector, spans_in
 
 CANARY = "canary-77d0"
@@ -110,6 +114,30 @@ def test_a_streamed_chat_is_five_spans(traced: tuple[Service, Collector]) -> Non
         assert all(secret.encode() not in raw for raw in taken.raw)
 
 
+def test_latencies_name_the_sampled_traces_behind_them(traced: tuple[Service, Collector]) -> None:
+    """OpenMetrics has a sampled request's trace beside its latencies, and none of another."""
+    service, _ = traced
+    unsampled = {"traceparent": f"00-{8:032x}-{PARENT}-00"}
+    with service.client() as client:
+        for headers in (unsampled, parent_of(7), unsampled):
+            body = generate("exemplar", cache=False)
+            assert client.post("/v1/generate", json=body, headers=headers).is_success
+        page = client.get("/metrics", headers={"Accept": "application/openmetrics-text"})
+    assert page.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    found: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(page.text):  # type: ignore[no-untyped-call]
+        for sample in family.samples:
+            if sample.exemplar:
+                found.setdefault(family.name, set()).add(sample.exemplar.labels["trace_id"])
+    assert found.keys() == {
+        *("http_request_duration_seconds", "llm_request_duration_seconds"),
+        *("llm_request_queue_seconds", "llm_time_to_first_token_seconds"),
+    }
+    for traces in found.values():
+        assert f"{7:032x}" in traces
+        assert f"{8:032x}" not in traces
+
+
 def test_failed_generations_say_why(traced: tuple[Service, Collector]) -> None:
     """A fault of the engine and a client that leaves are told by the kind of the error alone."""
     service, taken = traced
@@ -143,6 +171,31 @@ def test_what_is_not_sampled_is_not_sent(traced: tuple[Service, Collector]) -> N
     }
 
 
+def test_a_decision_before_the_first_span_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of requests without a trace the sampled part is the configured one, decided once."""
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.5")
+    export = SpanExport()
+    tracer = export.provider.get_tracer("test")
+    sampled = 0
+    for _ in range(400):
+        unsampled = export.unsampled([(b"host", b"localhost")])
+        if unsampled is None:
+            assert tracer.start_span("request", context=Context()).is_recording()
+            sampled += 1
+        else:
+            assert unsampled.is_valid
+            assert not unsampled.trace_flags.sampled
+    # Eight standard deviations; decided twice it would be a quarter.
+    assert 120 < sampled < 280
+    for flags, is_sampled in (("01", True), ("00", False)):
+        parent = (b"traceparent", f"00-{TRACE}-{PARENT}-{flags}".encode())
+        span = export.unsampled([parent])
+        assert (span is None) is is_sampled
+        assert span is None or trace.format_trace_id(span.trace_id) == TRACE
+    export.provider.shutdown()
+
+
 def test_an_unreachable_collector_disturbs_nobody() -> None:
     """Without its collector the service answers, and its exit does not wait for it."""
     with running_service(
@@ -164,7 +217,7 @@ def test_only_an_endpoint_switches_it_on(monkeypatch: pytest.MonkeyPatch) -> Non
         {**endpoint, "OTEL_TRACES_EXPORTER": "none"},
         {**endpoint, "OTEL_SDK_DISABLED": "true"},
     ):
-        assert make_tracer_provider("service", off) is None
+        assert make_span_export("service", off) is None
     with pytest.raises(ConfigurationError, match="poetry install --extras tracing"):
-        make_tracer_provider("service", endpoint)
+        make_span_export("service", endpoint)
     assert endpoint["OTEL_TRACES_SAMPLER_ARG"] == "0.05"

@@ -206,7 +206,7 @@ def test_a_lost_engine_is_replaced(service: Service, number: int) -> None:
     restarts = service.metric("llm_engine_restarts_total")
     with open_stream(service, LONG) as found:
         os.kill(service.engine_pid, number)
-        assert rest_of(found)[-1]["error"]["code"] == "engine_unavailable"
+        assert rest_of(found)[-1]["error"]["code"] == "engine_failed"
     lives_on(service, restarts)
 
 
@@ -219,7 +219,7 @@ def test_an_engine_without_memory_is_replaced(service: Service) -> None:
     with ThreadPoolExecutor(32) as pool:
         bodies = [generate("a b c " * 600 + str(i), max_tokens=10) for i in range(32)]
         answers = list(pool.map(lambda body: ask(service, body), bodies))
-    assert {answer.status_code for answer in answers} <= {200, 503}
+    assert {answer.status_code for answer in answers} <= {200, 500, 503}
     lives_on(service, restarts)
 
 
@@ -240,7 +240,7 @@ def test_helpers_and_the_engine_share_their_end() -> None:
         service.wait_until_ready()
         with open_stream(service, LONG) as found:
             os.kill(helpers(service)[0], signal.SIGKILL)
-            assert rest_of(found)[-1]["error"]["code"] == "engine_unavailable"
+            assert rest_of(found)[-1]["error"]["code"] == "engine_failed"
         lives_on(service, 0)
         stopped = helpers(service)
         for pid in stopped:

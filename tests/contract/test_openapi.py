@@ -139,7 +139,8 @@ def test_routes_with_a_body_declare_what_is_wrong_with_it(name: str) -> None:
 def test_generating_routes_declare_the_engines_errors(name: str) -> None:
     """A route that generates declares every error of the engine."""
     assert {
-        *("overloaded", "model_loading", "draining", "engine_unavailable", "deadline_exceeded"),
+        *("overloaded", "model_loading", "draining", "deadline_exceeded"),
+        *("engine_unavailable", "engine_failed"),
         *("context_length_exceeded", "unsupported_parameter", "prompt_too_long", "pii_detected"),
     } <= declared(name)
 

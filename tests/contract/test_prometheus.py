@@ -33,6 +33,15 @@ RULES = DEPLOY / "prometheus" / "alerts.yml"
 CONFIG = DEPLOY / "prometheus" / "prometheus.yml"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "llm-service.json"
 
+# Histograms whose buckets name the sampled traces behind them.
+LATENCIES = (
+    "http_request_duration_seconds_bucket",
+    "llm_request_duration_seconds_bucket",
+    "llm_request_queue_seconds_bucket",
+    "llm_time_to_first_token_seconds_bucket",
+)
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+
 needs_promtool = pytest.mark.skipif(
     not shutil.which("promtool"), reason="needs promtool (Debian's package prometheus)"
 )
@@ -67,7 +76,7 @@ def page() -> str:
     for collector in collectors(metrics):
         touch(collector)
     metrics.add_engine_process(os.getpid)
-    return metrics.render().decode()
+    return metrics.render()[0].decode()
 
 
 def promtool(*arguments: str, text: str | None = None) -> None:
@@ -194,6 +203,7 @@ def running_prometheus(folder: Path, target: str) -> Iterator[httpx.Client]:
                 f"--config.file={folder / 'prometheus.yml'}",
                 f"--storage.tsdb.path={folder / 'data'}",
                 f"--web.listen-address=127.0.0.1:{port}",
+                "--enable-feature=exemplar-storage",
             ],
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -220,7 +230,9 @@ def use(service: Service) -> None:
 
     def post(path: str, body: dict[str, Any]) -> int:
         with service.client() as client:
-            headers = {"Idempotency-Key": "the same"} if body is kept else {}
+            headers = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
+            if body is kept:
+                headers["Idempotency-Key"] = "the same"
             return client.post(path, json=body, headers=headers).status_code
 
     with RawClient(service) as client:
@@ -249,7 +261,7 @@ def has_data(prometheus: httpx.Client, query: str) -> bool:
 
 @needs_prometheus
 def test_a_real_prometheus_scrapes_the_service_and_fills_the_dashboard(tmp_path: Path) -> None:
-    """Every query of the dashboard returns data, and every alert rule can be evaluated."""
+    """Each query of the dashboard has data, each alert can be evaluated, latencies name traces."""
     with (
         running_service(
             MODEL__ENGINE="echo",
@@ -260,6 +272,8 @@ def test_a_real_prometheus_scrapes_the_service_and_fills_the_dashboard(tmp_path:
             RATE_LIMIT__ENABLED="true",
             RATE_LIMIT__REQUESTS_PER_MINUTE="120",
             RATE_LIMIT__BURST_SIZE="5",
+            # Nobody is there, and exemplars are made all the same.
+            OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9",
         ) as service,
         running_prometheus(tmp_path, service.base_url.removeprefix("http://")) as prometheus,
     ):
@@ -273,3 +287,11 @@ def test_a_real_prometheus_scrapes_the_service_and_fills_the_dashboard(tmp_path:
         rules = prometheus.get("/api/v1/rules").json()["data"]["groups"][0]["rules"]
         assert {rule["name"]: rule["lastError"] for rule in rules if rule.get("lastError")} == {}
         assert {rule["health"] for rule in rules} == {"ok"}
+        query: dict[str, Any] = {
+            "query": f'{{__name__=~"{"|".join(LATENCIES)}"}}',
+            "start": time.time() - 600,
+        }
+        found = prometheus.get("/api/v1/query_exemplars", params={**query, "end": time.time()})
+        traces = found.json()["data"]
+        assert {s["seriesLabels"]["__name__"] for s in traces} == set(LATENCIES)
+        assert {e["labels"]["trace_id"] for s in traces for e in s["exemplars"]} == {TRACE}

@@ -17,7 +17,7 @@ from app.llm.chain import Chains, ServedPipeline, chat_messages
 from app.llm.generator import GenerationOptions, TextGenerator
 from app.llm.system_prompt import SYSTEM_PROMPT
 from app.llm.tools import ChatMessage
-from app.utils.errors import EngineUnavailableError
+from app.utils.errors import EngineFailedError
 from tests.support.engine import EchoEngine, echo_engine
 
 
@@ -167,7 +167,7 @@ async def test_leaving_a_stream_frees_the_engine(
 
 async def test_an_engine_error_reaches_the_caller_at_once(pipeline: ServedPipeline) -> None:
     """A crash of the engine raises the service's error in a batch, not a timeout."""
-    with pytest.raises(EngineUnavailableError):
+    with pytest.raises(EngineFailedError):
         async with asyncio.timeout(5):
             await pipeline.abatch(["[echo:crash]", "fine"])
 

@@ -15,6 +15,7 @@ from app.llm.protocol import GenerationRequest, SamplingParams, TokenEvent
 from app.utils.errors import (
     DeadlineExceededError,
     DrainingError,
+    EngineFailedError,
     EngineUnavailableError,
     InternalError,
     ModelLoadingError,
@@ -155,7 +156,7 @@ async def test_a_dead_engine_process_is_replaced(how: str) -> None:
         if how == "kill":
             await asyncio.sleep(0.1)
             os.kill(before, signal.SIGKILL)
-        with pytest.raises(EngineUnavailableError):
+        with pytest.raises(EngineFailedError):
             async with asyncio.timeout(5):
                 await running
         await engine.until(EngineState.READY)
@@ -171,7 +172,7 @@ async def test_a_step_that_never_returns_is_noticed(how: str) -> None:
     timeouts = {"step_timeout_seconds": 60 if how == "hang" else 1, "stall_timeout_seconds": 1}
     async with echo_engine(echo_step_seconds=0.01, **timeouts) as engine:
         running = asyncio.create_task(collect(engine.client, f"[echo:{how}]"))
-        with pytest.raises(EngineUnavailableError):
+        with pytest.raises(EngineFailedError):
             async with asyncio.timeout(10):
                 await running
         await engine.until(EngineState.READY)
@@ -216,7 +217,7 @@ async def test_only_the_request_that_kills_the_engine_twice_is_given_up() -> Non
         answers = await asyncio.gather(
             *(collect(engine.client, text) for text in texts), return_exceptions=True
         )
-        assert [type(answer) for answer in answers[:2]] == [EngineUnavailableError] * 2
+        assert [type(answer) for answer in answers[:2]] == [EngineFailedError] * 2
         assert [len(answer) for answer in answers[2:] if isinstance(answer, list)] == [2, 2]
         assert engine.client.restarts == 2
 
@@ -234,7 +235,7 @@ async def test_waiting_for_a_new_engine_process_is_limited() -> None:
         assert engine.value("llm_requests_waiting") == 1
         # The next process does not become ready in time.
         os.kill(await pid(other_than=before), signal.SIGSTOP)
-        with pytest.raises(EngineUnavailableError):
+        with pytest.raises(EngineFailedError):
             await running
         await idle(engine)
 
@@ -268,7 +269,7 @@ async def test_there_is_time_to_send_the_last_errors_before_exit() -> None:
             while not engine.value("tokens_generated_total", model="echo"):  # noqa: ASYNC110 - polls another process
                 await asyncio.sleep(0.01)
         os.kill(await pid(), signal.SIGKILL)
-        with pytest.raises(EngineUnavailableError):
+        with pytest.raises(EngineFailedError):
             await running
         assert engine.client.is_idle
         await engine.until(EngineState.FAILED)

@@ -13,7 +13,7 @@ from app.llm.answer_text import TextPiece
 from app.llm.client.client import EngineState
 from app.llm.generator import GenerationOptions, TextGenerator
 from app.llm.tokenizer import PromptTokenizer
-from app.utils.errors import EngineUnavailableError
+from app.utils.errors import EngineFailedError
 from tests.data.chat_templates import CHATML
 from tests.support.engine import EchoEngine, echo_engine, idle, pid
 
@@ -56,7 +56,7 @@ async def test_a_death_between_the_requests_ends_the_answer() -> None:
     async with answering("musing") as (engine, pieces):
         assert await thoughts(pieces) == "mu"
         await die(engine)
-        with pytest.raises(EngineUnavailableError):
+        with pytest.raises(EngineFailedError):
             await anext(pieces)
         await engine.until(EngineState.READY)
         assert engine.value("llm_requests_running") == engine.value("llm_requests_waiting") == 0

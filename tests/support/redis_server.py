@@ -52,6 +52,15 @@ class RedisServer:
         finally:
             self.process.send_signal(signal.SIGCONT)
 
+    @contextmanager
+    def gone(self) -> Iterator[None]:
+        """Inside it there is no server; afterwards it is empty."""
+        self.end()
+        try:
+            yield
+        finally:
+            self.start()
+
 
 @contextmanager
 def redis_server() -> Iterator[RedisServer]:

@@ -1,6 +1,7 @@
 """The scripts in a real Redis, and the link to it."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -227,10 +228,50 @@ async def test_the_tokens_of_a_minute_are_shared(server: RedisServer) -> None:
         with pytest.raises(RateLimitExceededError) as caught:
             await two.usage.check(caller)
         assert caught.value.retry_after in (29, 30)
-        with server.stopped():
+        with server.gone():
             with pytest.raises(RateLimitExceededError):
                 await one.usage.check(caller)
             await two.usage.check(caller)
+
+
+async def test_answers_at_once_are_shared(server: RedisServer) -> None:
+    """A key's answers at once count on all replicas; those of a killed one for a lease more."""
+    key = NamedKey(name="two", key=SecretStr("x"), max_concurrent=2)
+    keys, metrics = KeyRing(SecuritySettings(api_keys=[key])), Metrics()
+    (caller,) = keys.principals
+    async with (
+        shared(server, keys=keys, state={"session_lease_seconds": 3}) as killed,
+        shared(server, metrics, keys=keys) as other,
+    ):
+        lost = killed.usage.generating(caller.key_id)
+        await lost.__aenter__()
+        for _ in range(3):
+            async with other.usage.generating(caller.key_id):
+                with pytest.raises(RateLimitExceededError):
+                    async with other.usage.generating(caller.key_id):
+                        raise AssertionError
+    assert metrics.registry.get_sample_value("rate_limited_total", {"reason": "concurrency"}) == 3
+
+    # The first replica has ended without giving its answer back.
+    async def both(state: State) -> bool:
+        with contextlib.suppress(RateLimitExceededError):
+            async with (
+                state.usage.generating(caller.key_id),
+                state.usage.generating(caller.key_id),
+            ):
+                return True
+        return False
+
+    async with shared(server, keys=keys) as third, asyncio.timeout(30):
+        while not await both(third):  # noqa: ASYNC110 - Redis' clock
+            await asyncio.sleep(0.05)
+        # Without Redis those of the replica itself count.
+        with server.gone():
+            async with third.usage.generating(caller.key_id), third.usage.generating(caller.key_id):
+                with pytest.raises(RateLimitExceededError):
+                    await third.usage.check(caller.key_id)
+            await third.usage.check(caller.key_id)
+    await lost.__aexit__(None, None, None)
 
 
 async def test_more_callers_than_connections_wait(server: RedisServer) -> None:

@@ -103,9 +103,9 @@ async def test_a_minutes_tokens_refill_steadily(books: Books) -> None:
 
 async def test_a_key_has_so_many_answers_at_once(books: Books) -> None:
     """A caller with its most answers under way is 429 until one of them has ended."""
-    with books.ledger.generating(books.slow):
+    async with books.ledger.generating(books.slow):
         await books.ledger.check(books.slow)
-        with books.ledger.generating(books.slow):
+        async with books.ledger.generating(books.slow):
             for _ in range(3):
                 with pytest.raises(RateLimitExceededError):
                     await books.ledger.check(books.slow)

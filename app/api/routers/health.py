@@ -73,9 +73,13 @@ async def readyz(services: AppServices, response: Response) -> ProbeResponse:
     responses=responses(InvalidAPIKeyError, InsufficientScopeError, RateLimitExceededError),
 )
 async def metrics(services: AppServices, request: Request) -> Response:
-    """Metrics in Prometheus' text format; with `metrics.require_key`, for keys of that scope."""
+    """Metrics in Prometheus' text format, or OpenMetrics with exemplars where `Accept` asks for it.
+
+    With `metrics.require_key`, for keys of that scope.
+    """
     if services.settings.metrics.require_key:
         (await identify(request, services)).require("metrics")
     # The figures of processes are in files, which are not to be read on the event loop.
-    page = await asyncio.to_thread(services.metrics.render)
-    return Response(page, media_type=services.metrics.content_type)
+    accept = request.headers.get("accept", "")
+    page, content_type = await asyncio.to_thread(services.metrics.render, accept)
+    return Response(page, media_type=content_type)

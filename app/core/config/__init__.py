@@ -256,7 +256,11 @@ class OutputSettings(Section):
 class MetricsSettings(Section):
     """The route /metrics."""
 
-    require_key: bool = Field(False, description="Ask for an API key on /metrics.")
+    require_key: bool = Field(
+        False,
+        description="Ask for an API key on /metrics, and name the keys there; open metrics call "
+        "each of them other.",
+    )
 
 
 class TracingSettings(Section):

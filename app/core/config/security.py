@@ -67,7 +67,7 @@ class SecuritySettings(Section):
         description="Further keys, each {name, key}, or {name, digest} with sha256: and the key's "
         "SHA-256 in hexadecimal; scopes (infer, metrics, admin; default: infer) says what it "
         "permits; daily_tokens and tokens_per_minute bound its prompt and completion tokens by day "
-        "(UTC) and minute, max_concurrent the answers generated for it at once, by each copy.",
+        "(UTC) and minute, max_concurrent the answers generated for it at once.",
     )
     max_prompt_chars: int = Field(
         4000, ge=1, le=10_000_000, description="Most characters in a prompt or in all messages."

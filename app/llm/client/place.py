@@ -11,9 +11,15 @@ from contextvars import copy_context
 from enum import IntEnum
 from typing import TYPE_CHECKING, Protocol, Self
 
+from app.core.metrics import exemplar_var
 from app.llm.ebnf.check import error_of
 from app.llm.protocol import FinishReason, GenerationRequest, TokenEvent
-from app.utils.errors import DeadlineExceededError, ServiceError
+from app.utils.errors import (
+    DeadlineExceededError,
+    EngineFailedError,
+    RetryableError,
+    ServiceError,
+)
 
 if TYPE_CHECKING:
     from app.llm.client.admission import RequestQueue
@@ -83,6 +89,7 @@ class Place:
         self.accepted = False
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = self._own_tokens = 0
         self.context = copy_context()
+        self._exemplar = exemplar_var.get()
         self.sent = self.answered = self.suspect = False
         self._listener = listener
         self._queue = queue
@@ -156,7 +163,8 @@ class Place:
         Raises:
             OverloadedError: The request waited too long for a slot.
             DeadlineExceededError: The request took too long.
-            EngineUnavailableError: The engine process died.
+            EngineUnavailableError: There was no engine process for too long.
+            EngineFailedError: The engine process died with the request.
             DrainingError: The service is shutting down.
             InvalidGrammarError: The engine's library refuses the request's grammar.
             InternalError: This request failed inside the engine.
@@ -177,6 +185,9 @@ class Place:
     def fail(self, error: ServiceError) -> None:
         """End the request with ``error``, wherever it is; nothing happens where it has ended."""
         if self.stage is not Stage.ENDED:
+            if self.suspect and not self.answered and isinstance(error, RetryableError):
+                # It may be what killed the engine process, and is not to be sent to another copy.
+                error = EngineFailedError()
             self._error = error
             self._end()
             self._news.set()
@@ -190,7 +201,7 @@ class Place:
             self._queue.metrics.cancelled.inc()
         elif self._ended is not None:
             reason, seconds = self._ended
-            self._queue.metrics.request_duration.labels(reason).observe(seconds)
+            self._queue.metrics.request_duration.labels(reason).observe(seconds, self._exemplar)
             self._ended = None
         self._queue.prompts.add(self._tokens, self.caller)
         self._queue.leave(self)
@@ -224,7 +235,7 @@ class Place:
             # The queue's time limit does not apply again where another engine process takes over.
             self._began_at = now
             self._queue_timeout.cancel()
-            self._queue.metrics.queue_time.observe(now - self._admitted_at)
+            self._queue.metrics.queue_time.observe(now - self._admitted_at, self._exemplar)
             self._queue.metrics.prompt_tokens.inc(self.prompt_tokens)
         self._running_since = now
         self.stage = Stage.RUNNING
@@ -276,7 +287,7 @@ class Place:
             metrics.tokens_generated.labels(self._queue.model).inc(new)
             if self._last_token_at is None:
                 self._first_token_at = now
-                metrics.time_to_first_token.observe(now - self._admitted_at)
+                metrics.time_to_first_token.observe(now - self._admitted_at, self._exemplar)
             else:
                 metrics.inter_token_latency.observe((now - self._last_token_at) / new)
             self._last_token_at = now

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from app.core.logging import get_logger
 from app.llm.client.place import Place
 from app.llm.protocol import Cancel, Command, GenerationRequest, Step, Submit
-from app.utils.errors import EngineUnavailableError
+from app.utils.errors import EngineFailedError
 
 log = get_logger("engine")
 
@@ -95,7 +95,7 @@ class InFlight:
             again = "again: it is given up" if place.suspect else "half answered"
             _log(place, logging.ERROR, f"the engine process died with this request {again}")
             del self._places[place.request.id]
-            place.fail(EngineUnavailableError())
+            place.fail(EngineFailedError(twice=place.suspect))
 
     def _send(self, place: Place) -> None:
         place.sent = True

@@ -168,16 +168,22 @@ class RedisLink:
             return await self._execute("EVAL", script.text, *command)
 
     async def claim(
-        self, part: str, script: Script, keys: Sequence[str], key: str, value: str | bytes, ms: int
+        self,
+        part: str,
+        script: Script,
+        keys: Sequence[str],
+        key: str,
+        value: str | bytes,
+        *arguments: Argument,
     ) -> Any:
-        """What a script returns that may give ``key`` this value, for some milliseconds.
+        """What a script returns that may give ``key`` this value, for a lease, its next argument.
 
         Where the caller leaves before it knows, the claim is given back.
 
         Raises:
             StateUnavailableError: See :meth:`run`.
         """
-        task = self.begin(self.run(part, script, keys, (value, ms)))
+        task = self.begin(self.run(part, script, keys, (value, *arguments)))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:

@@ -3,12 +3,14 @@
 import asyncio
 import uuid
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from time import time
 
 from app.core.metrics import Metrics
 from app.core.security import KeyRing
+from app.state.redis.leases import Leases
 from app.state.redis.limits import RedisBuckets
 from app.state.redis.link import RedisLink, Script
 from app.state.usage import Usage, UsageLedger
@@ -38,6 +40,23 @@ redis.call('PEXPIRE', KEYS[1], ARGV[1])
 return {figures, redis.call('GET', KEYS[4])}
 """)
 
+# An answer under way is a key with a lease, and in its caller's index, from which those that are
+# over are removed once it seems full. KEYS: answer, index. ARGV: token, lease, most answers.
+_BEGIN = Script(f"""
+if redis.call('EXISTS', KEYS[1]) == 1 then return 1 end
+local most = tonumber(ARGV[3])
+if redis.call('SCARD', KEYS[2]) >= most then
+  for _, key in ipairs(redis.call('SMEMBERS', KEYS[2])) do
+    if redis.call('EXISTS', key) == 0 then redis.call('SREM', KEYS[2], key) end
+  end
+  if redis.call('SCARD', KEYS[2]) >= most then return 0 end
+end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+redis.call('SADD', KEYS[2], KEYS[1])
+redis.call('PEXPIRE', KEYS[2], {_DAY_MS})
+return 1
+""")
+
 _Count = tuple[str, str, tuple[int, int, int]]
 """A day, a caller, and the figures of :class:`Usage` to add."""
 
@@ -52,12 +71,14 @@ class RedisUsage(UsageLedger):
     def __init__(
         self,
         link: RedisLink,
+        leases: Leases,
         keys: KeyRing,
         metrics: Metrics,
         clock: Callable[[], float] = time,
     ) -> None:
         super().__init__(keys, metrics, clock, partial(RedisBuckets, link))
         self._link = link
+        self._leases = leases
         # By day and caller; and by a token for each, once one may have been sent.
         self._counted: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
         self._unsent: dict[str, _Count] = {}
@@ -70,6 +91,28 @@ class RedisUsage(UsageLedger):
             return await self._add_shared("", (str(self.today), caller, (0, 0, 0)))
         except StateUnavailableError:
             return self._own(caller)
+
+    @asynccontextmanager
+    async def generating(self, caller: str) -> AsyncIterator[None]:
+        """See :class:`UsageLedger`; without Redis, those of this process alone are counted."""
+        principal, token = self._keys.find(caller), uuid.uuid4().hex
+        async with super().generating(caller):
+            if principal is None or (most := principal.max_concurrent) is None:
+                yield
+                return
+            answer = self._link.key("generating", caller, token)
+            keys = [answer, self._link.key("index", "generating", caller)]
+            lease = (self._leases.milliseconds, most)
+            with suppress(StateUnavailableError):
+                if not await self._link.claim(_PART, _BEGIN, keys, answer, token, *lease):
+                    raise self._too_many(most)
+                self._leases.hold(answer, token)
+            try:
+                yield
+            finally:
+                self._leases.drop(answer)
+                # The caller's next request is not to meet this one.
+                await asyncio.shield(self._link.begin(self._link.release(_PART, answer, token)))
 
     def _add(self, caller: str, requests: int, prompt_tokens: int, completion_tokens: int) -> None:
         super()._add(caller, requests, prompt_tokens, completion_tokens)
