@@ -107,13 +107,15 @@ class TextGenerator:
         return await self.tokenizer.run(encode)
 
     def _begun(
-        self, prompt: str, budget: int | None, *, gated: bool = False
+        self, prompt: str, budget: int | None, *, gated: bool = False, with_calls: bool = False
     ) -> tuple[str, Thinking | None]:
         """A prompt as the engine gets it, and what finds the reasoning in its answer.
 
         Reasoning that the template has opened is ended there, where none is allowed.
         """
-        thinking = self.tokenizer.thinking(prompt, budget=budget, gated=gated)
+        thinking = self.tokenizer.thinking(
+            prompt, budget=budget, gated=gated, with_calls=with_calls
+        )
         if thinking is not None and thinking.is_due:
             prompt += thinking.turn(self.tokenizer.special_token_ids)
         return prompt, thinking
@@ -163,7 +165,10 @@ class TextGenerator:
             options = replace(options, grammar=grammar)
         tokenizer = self.tokenizer
         prompt, thinking = self._begun(
-            prompt, options.thinking_budget, gated=options.grammar is not None
+            prompt,
+            options.thinking_budget,
+            gated=options.grammar is not None,
+            with_calls=options.with_calls,
         )
         text = AnswerText(
             tokenizer,

@@ -87,6 +87,13 @@ class RegexGrammar(msgspec.Struct, frozen=True, tag="regex"):
     pattern: str
 
 
+Notation = Literal["json", "xml", "gemma"]
+"""How a call's arguments are written: as JSON, ``<parameter=a>`` for each, or ``a:1,b:true``.
+
+The last two, Qwen's and Gemma 4's, stand between the braces of a JSON object.
+"""
+
+
 class Tag(msgspec.Struct, frozen=True):
     """A part of an answer between two strings; see :class:`JsonSchemaGrammar` for its schema."""
 
@@ -95,6 +102,7 @@ class Tag(msgspec.Struct, frozen=True):
     end: str
     strict: bool = True
     where: str = "tools"
+    notation: Notation = "json"
 
 
 class SharedFrame(msgspec.Struct, frozen=True):
@@ -115,6 +123,7 @@ class TagsGrammar(msgspec.Struct, frozen=True, tag="tags"):
             text that may have tagged parts.
         single: Whether the answer ends after the first tagged part.
         otherwise: What the answer may be instead of tagged parts; only with ``required``.
+        text_begin: What stands before an answer that does not begin with a tagged part.
         shared: The frame of all tagged parts, behind which the answer ends.
     """
 
@@ -123,6 +132,7 @@ class TagsGrammar(msgspec.Struct, frozen=True, tag="tags"):
     required: bool = False
     single: bool = False
     otherwise: JsonSchemaGrammar | RegexGrammar | None = None
+    text_begin: str = ""
     shared: SharedFrame | None = None
 
 

@@ -6,15 +6,15 @@ at the end of the prompt.
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from enum import Enum, auto
-from functools import cached_property
 from typing import Any
 
 from msgspec import structs
 
 from app.llm.detokenizer import overlap
 from app.llm.protocol import TokenEvent
+from app.llm.reasoning_formats import FORMATS, ReasoningFormat
 from app.utils.errors import UnsupportedParameterError
 
 # Variables by which templates switch reasoning on and off: Qwen's, and DeepSeek's and Granite's.
@@ -29,64 +29,6 @@ _RESERVED = {
 }
 REASONING_MEMBERS = ("reasoning_content", "reasoning", "thinking")
 """Names by which templates read the reasoning of an earlier answer."""
-
-
-@dataclass(frozen=True)
-class ReasoningFormat:
-    """How a model writes reasoning.
-
-    Attributes:
-        sign: The text by which a template or a vocabulary shows that it is this format.
-        opening: The text before the reasoning.
-        closing: The text behind it.
-        before_text: What stands between ``closing`` and the answer's text.
-        turn: What begins a further message of the answer, where its text is one of its own.
-        header: What begins the text of such a message; the model may add a word at its last token.
-    """
-
-    sign: str
-    opening: str
-    closing: str
-    before_text: str = ""
-    turn: str = ""
-    header: str = ""
-
-    @cached_property
-    def begin(self) -> re.Pattern[str]:
-        """Finds the header."""
-        name, mark, rest = self.header.rpartition("<|")
-        return re.compile(re.escape(name) + "[^<]*" * bool(mark) + re.escape(mark + rest))
-
-    @cached_property
-    def end(self) -> re.Pattern[str]:
-        """Finds the end of the reasoning, with what stands there before the text."""
-        return re.compile(re.escape(self.closing + self.turn) + self.begin.pattern)
-
-    @property
-    def forced_end(self) -> str:
-        """What ends unfinished reasoning so that the text can begin."""
-        # Markers that are followed by an empty line stand on a line of their own.
-        line = "\n" if self.before_text.startswith("\n") else ""
-        return f"{line}{self.closing}{self.turn}{self.header}{self.before_text}"
-
-
-_FORMATS = (
-    # Qwen 3, DeepSeek R1 and V3.1, QwQ, SmolLM3, GLM 4.5, Phi 4 reasoning, Nemotron and others.
-    ReasoningFormat("</think>", "<think>", "</think>", "\n\n"),
-    # Mistral's Magistral and Ministral.
-    ReasoningFormat("[/THINK]", "[THINK]", "[/THINK]"),
-    # Gemma 4.
-    ReasoningFormat("<channel|>", "<|channel>thought\n", "<channel|>"),
-    ReasoningFormat("</seed:think>", "<seed:think>", "</seed:think>"),
-    # gpt-oss: OpenAI's harmony has a channel for each kind of text.
-    ReasoningFormat(
-        "<|channel|>analysis",
-        "<|channel|>analysis<|message|>",
-        "<|end|>",
-        turn="<|start|>assistant",
-        header="<|channel|>final<|message|>",
-    ),
-)
 
 
 class ModelReasoning:
@@ -110,7 +52,7 @@ class ModelReasoning:
         variables: Collection[str],
     ) -> None:
         self.variables = set(variables) - _RESERVED
-        signs = (f for f in _FORMATS if f.sign in template or f.sign in added_tokens)
+        signs = (f for f in FORMATS if f.sign in template or f.sign in added_tokens)
         self.form = next(signs, None)
         names = "|".join(REASONING_MEMBERS)
         self.is_kept = re.search(rf"""["'.]({names})\b""", template) is not None
@@ -122,7 +64,9 @@ class ModelReasoning:
             if special and text in markers
         }
 
-    def thinking(self, prompt: str, *, budget: int | None, gated: bool) -> "Thinking | None":
+    def thinking(
+        self, prompt: str, *, budget: int | None, gated: bool, with_calls: bool = False
+    ) -> "Thinking | None":
         """Finds the reasoning in the answer to a chat; ``None`` where the prompt has ended it.
 
         For the other arguments see :class:`Thinking`.
@@ -131,7 +75,15 @@ class ModelReasoning:
         if form is None or end.endswith(form.closing):
             return None
         inside = end.endswith(form.opening.rstrip())
-        return Thinking(form, self._marks, inside=inside, budget=budget, gated=gated)
+        text_header = ""
+        if form.call and gated and with_calls:
+            # The grammar chooses between the text and a call, and writes their headers.
+            form, text_header = replace(form, header="", call=""), form.header
+        elif not with_calls:
+            form = replace(form, call="")
+        return Thinking(
+            form, self._marks, inside=inside, budget=budget, gated=gated, text_header=text_header
+        )
 
     def values(
         self, given: Mapping[str, Any], effort: str | None
@@ -186,6 +138,7 @@ class Thinking:
         inside: Whether the prompt has opened it.
         budget: Most tokens of reasoning; ``None``: any number.
         gated: Whether the answer's text has a grammar, which must not hold for the reasoning.
+        text_header: What the next request's answer may begin with, and is no text.
 
     Attributes:
         tokens: How many tokens of reasoning there are.
@@ -203,8 +156,10 @@ class Thinking:
         inside: bool,
         budget: int | None,
         gated: bool,
+        text_header: str = "",
     ) -> None:
         self._form = form
+        self._text_header = text_header
         self._marks = marks
         self._state = _State.REASONING if inside else _State.BEGINNING
         self._budget = budget
@@ -269,7 +224,7 @@ class Thinking:
 
     def _feed(self, marked: str, text: str) -> str:
         if self._state is _State.BEHIND:
-            self._begin_text(text)
+            self._begin_text(self._held + (marked if self._text_header else text))
             return ""
         self._held += marked
         self._last = marked
@@ -285,9 +240,13 @@ class Thinking:
         elif form.header and (header := form.begin.match(begun)):
             self._has_marker = True
             self._close(begun[header.end() :])
-        elif len(self._held) > _MOST_HELD or not (
-            any(marker.startswith(begun) for marker in (form.opening, form.header))
-            or (form.header and begun.startswith(form.header.rpartition("<|")[0]))
+        elif (
+            len(self._held) > _MOST_HELD
+            or (form.call and begun.startswith(form.call))
+            or not (
+                any(marker.startswith(begun) for marker in (form.opening, form.header, form.call))
+                or (form.header and begun.startswith(form.header.rpartition("<|")[0]))
+            )
         ):
             self._state = _State.TEXT
 
@@ -312,7 +271,11 @@ class Thinking:
             self._begin_text(rest)
 
     def _begin_text(self, text: str) -> None:
-        self._held = text.lstrip()
+        self._held, header = text.lstrip(), self._text_header
+        if header and self._held.startswith(header):
+            self._held, self._text_header = self._held[len(header) :].lstrip(), ""
+        elif header and header.startswith(self._held):
+            return
         if self._held:
             self._state = _State.TEXT
 

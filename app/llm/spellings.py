@@ -19,6 +19,7 @@ class Spellings:
         special: The ids of special tokens by their texts.
         framing: These, and those of other tokens that the template spells.
         pattern: Finds the text of a framing token.
+        names: Marks by which the encoder knows framing tokens, by their texts.
     """
 
     def __init__(self, added: Mapping[int, AddedToken], template: str) -> None:
@@ -37,6 +38,7 @@ class Spellings:
         # A caller cannot write a placeholder, because nobody can guess the nonce in it.
         self._nonce = secrets.token_hex(8)
         self._placeholder = self.marked(r":(\d+)")
+        self.names = {text: self.mark(f"={i}") for text, i in self.framing.items()}
         self._added = {token_id: token.content for token_id, token in added.items()}
 
     def mark(self, what: str) -> str:
@@ -46,6 +48,10 @@ class Spellings:
     def marked(self, pattern: str) -> re.Pattern[str]:
         """Finds the marks whose contents match a regular expression."""
         return re.compile(self.mark(pattern), re.DOTALL)
+
+    def named(self, text: str) -> str:
+        """A text of ours, in which what spells a framing token is that token."""
+        return self.pattern.sub(lambda m: self.names[m[0]], text)
 
     def escape(self, text: str, *, is_answer: bool = False) -> str:
         """A text with marks in place of what spells a framing token.

@@ -1,7 +1,6 @@
 """Text to token ids and back, in the API process.
 
-One thread renders and encodes. Decoding takes microseconds, and uses a second copy of the tokenizer
-on the event loop.
+One thread renders and encodes. Decoding, on the event loop, has a second copy of the tokenizer.
 
 A caller cannot forge a turn: a placeholder replaces each special token that a message spells
 (``<|im_end|>``) before the chat template is rendered. The encoder knows these tokens by names that
@@ -29,8 +28,9 @@ from app.llm.models.renamed_tokens import rename_added_tokens
 from app.llm.protocol import EngineInfo
 from app.llm.reasoning import REASONING_MEMBERS, ModelReasoning, Thinking
 from app.llm.spellings import Spellings
-from app.llm.tool_calls import escaped_around_calls, with_tool_calls
-from app.llm.tools import Tool, tool_format
+from app.llm.tool_calls import CALL_MEMBERS, escaped_around_calls, with_tool_calls
+from app.llm.tool_formats import tool_format
+from app.llm.tools import Tool
 from app.utils.errors import ChatTemplateError, ValidationFailedError
 
 T = TypeVar("T")
@@ -64,9 +64,9 @@ class PromptTokenizer:
         self.decoder = Tokenizer.from_str(info.tokenizer_json)
         template = info.chat_template or _DEFAULT_CHAT_TEMPLATE
         self._template = ChatTemplate(template, info.special_tokens)
-        self.tool_format = tool_format(template)
         added = self.decoder.get_added_tokens_decoder()
         self._spellings = spellings = Spellings(added, template)
+        self.tool_format = tool_format(template).with_tokens(spellings.named)
         special = spellings.special
         # The other special tokens, such as <s>, may be meant in an answer.
         self.template_tokens = tuple(t for t in special if t in template)
@@ -82,11 +82,10 @@ class PromptTokenizer:
         self._message_mark = spellings.marked(r"#(\d+)")
         self._kept = re.compile(spellings.mark(r"@([\d,]+)") + "(?s:(.*?))" + self._write("/"))
         self._written_name = spellings.marked(r"=\d+")
-        framing = spellings.framing
-        self._some_normalized = any(added[i].normalized for i in framing.values())
-        self._names = {text: self._write(f"={i}") for text, i in framing.items()}
-        self._name_of = {i: self._names[text] for text, i in framing.items()}
-        self._encoder, self._model_ids = rename_added_tokens(info.tokenizer_json, self._names)
+        self._some_normalized = any(added[i].normalized for i in spellings.framing.values())
+        names = spellings.names
+        self._name_of = {i: names[text] for text, i in spellings.framing.items()}
+        self._encoder, self._model_ids = rename_added_tokens(info.tokenizer_json, names)
         # The text before this token is encoded as if it ended there.
         self._cut = self._write("|")
         self._encoder.add_special_tokens([AddedToken(self._cut, normalized=False)])
@@ -134,11 +133,11 @@ class PromptTokenizer:
         """What :meth:`render_chat` returns, marked so that :meth:`encode` knows what it is."""
         return self._chat_mark + self.render_chat(messages, tools, values)
 
-    def thinking(self, prompt: str, *, budget: int | None, gated: bool) -> Thinking | None:
+    def thinking(self, prompt: str, **asked: Any) -> Thinking | None:
         """See :meth:`ModelReasoning.thinking`; a bare prompt's answer has no reasoning."""
         if self.reasoning.form is None or not prompt.startswith(self._chat_mark):
             return None
-        return self.reasoning.thinking(prompt, budget=budget, gated=gated)
+        return self.reasoning.thinking(prompt, **asked)
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt: of bare text, or of what :meth:`chat_prompt` returned."""
@@ -237,7 +236,7 @@ class PromptTokenizer:
             chat.append({"role": message["role"], "content": content})
             if reasoning := message.get("reasoning_content"):
                 chat[-1] |= dict.fromkeys(REASONING_MEMBERS, self._spellings.escape(reasoning))
-            for name in message.keys() & {"tool_calls", "tool_call_id", "name", "tools"}:
+            for name in message.keys() & CALL_MEMBERS:
                 chat[-1][name] = self._spellings.escape_within(message[name])
         return self._template.render(chat, tools, values)
 
@@ -277,10 +276,11 @@ class PromptTokenizer:
 
         def named(text: str) -> str:
             # The encoder gets the template's tokens by their names.
-            text = self._spellings.pattern.sub(
-                lambda m: m[0] if next(number) in as_text else self._names[m[0]], text
+            spellings = self._spellings
+            text = spellings.pattern.sub(
+                lambda m: m[0] if next(number) in as_text else spellings.names[m[0]], text
             )
-            return self._spellings.restore(text)
+            return spellings.restore(text)
 
         first, *parts = self._kept.split(rendered)
         text = named(first)

@@ -3,14 +3,20 @@
 import json
 import re
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from app.llm import notations
 from app.llm.detokenizer import overlap
+from app.llm.notations import JsonReader
 from app.llm.tools import CalledFunction, ToolFormat
+
+CALL_MEMBERS = {"tool_calls", "tool_call_id", "tool_responses", "name", "tools"}
+"""What messages for templates may have beside their texts, for tools."""
 
 _SPACE = " \t\r\n"
 # A function's name has at most 64 characters; the rest leaves room for white space.
@@ -48,13 +54,21 @@ class ToolCallParser:
     dropped. A call that repeats an earlier one ends the answer, and is not passed on: a small model
     that has to call would not stop.
 
+    Args:
+        form: How the model writes calls.
+        schemas: The schemas of known functions' arguments by the functions' names; ``None``: any
+            function is known.
+
     Attributes:
         calls: The number of calls so far.
         repeats: Whether a repeated call has ended the answer.
     """
 
-    def __init__(self, form: ToolFormat, names: Collection[str] | None = None) -> None:
-        self._names = names
+    def __init__(
+        self, form: ToolFormat, schemas: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
+        self._schemas = schemas
+        self._notation = form.notation
         self._trigger = form.trigger
         self._mark_length = len(form.mark)
         self._separator = None if form.separator is None else form.separator.strip(_SPACE)
@@ -62,11 +76,12 @@ class ToolCallParser:
         self._opening = form.opening.strip(_SPACE)
         self._foot = form.foot
         # Llama writes a semicolon between calls, and nothing after them.
-        self._closing = form.closing
+        self._closing = form.closing or form.fence[:3]
         self._separators = _SPACE if form.mark else _SPACE + ";"
         self._buffer = ""
         self._state: Callable[[list[Piece]], bool] = self._read_text
-        self._value = _JsonValue()
+        self._value: notations.Reader = JsonReader()
+        self._fence = form.fence
         self._after_call = False
         self.calls = 0
         self.repeats = False
@@ -97,40 +112,49 @@ class ToolCallParser:
             self._buffer = self._buffer.lstrip(self._separators)
         at = self._buffer.find(self._trigger)
         if at < 0:
-            self._pass_text(pieces, len(self._buffer) - overlap(self._buffer, self._trigger))
+            self._pass_text(pieces, len(self._buffer) - self._held_back())
             return False
         body = self._buffer[at + self._mark_length :].lstrip(_SPACE)
         waits = len(body) < _LONGEST_HEAD and self._opening.startswith(body)
         # A model may leave out the bracket of a list.
         body = body.removeprefix(self._opening)
         head = self._begin.match(body)
+        said = len(self._buffer[:at].rstrip(_SPACE).removesuffix(self._fence))
         if head is not None and self._is_known(head[1]):
-            self._pass_text(pieces, at)
+            self._pass_text(pieces, said)
             self._begin_call(pieces, head[1], body[head.end() :])
             return True
         if head is None and (waits or self._begin.may_match(body)):
-            self._pass_text(pieces, at)
+            self._pass_text(pieces, said)
             return False
         self._pass_text(pieces, at + len(self._trigger))
         return True
 
+    def _held_back(self) -> int:
+        """How many of the last characters may belong to a call."""
+        held = overlap(self._buffer, self._trigger)
+        before = self._buffer[: len(self._buffer) - held].rstrip(_SPACE)
+        if self._fence and before.endswith(self._fence):
+            return len(self._buffer) - len(before) + len(self._fence)
+        return held or overlap(self._buffer, self._fence)
+
     def _is_known(self, name: str) -> bool:
-        return self._names is None or name in self._names
+        return self._schemas is None or name in self._schemas
 
     def _begin_call(self, pieces: list[Piece], name: str, rest: str) -> None:
         self._buffer = rest
         self._call, self._held = "", []
         self._tell(pieces, CallPiece(self.calls, f"call_{uuid.uuid4().hex[:24]}", name))
         self.calls += 1
-        self._value = _JsonValue()
+        self._value = notations.reader(self._notation, (self._schemas or {}).get(name, {}))
         self._state = self._read_arguments
 
     def _read_arguments(self, pieces: list[Piece]) -> bool:
         if not self._value.began:
             self._buffer = self._buffer.lstrip(_SPACE)
-        length = self._value.feed(self._buffer)
-        if length:
-            self._tell(pieces, CallPiece(self.calls - 1, arguments=self._buffer[:length]))
+        told, length = self._value.feed(self._buffer)
+        if told:
+            self._tell(pieces, CallPiece(self.calls - 1, arguments=told))
         self._buffer = self._buffer[length:]
         if self._value.ended:
             self._end_call(pieces)
@@ -168,14 +192,14 @@ class ToolCallParser:
         rest = self._buffer.lstrip(_SPACE)
         if self._foot == "}" and rest.startswith(","):
             # Mistral may write an id behind the arguments.
-            self._value = _JsonValue()
+            self._value = JsonReader()
             self._value.feed("{")
             self._state = self._skip_members
             return True
         return self._skip(self._foot, self._read_next)
 
     def _skip_members(self, _: list[Piece]) -> bool:
-        self._buffer = self._buffer[self._value.feed(self._buffer) :]
+        self._buffer = self._buffer[self._value.feed(self._buffer)[1] :]
         if self._value.ended:
             self._state = self._read_next
         return self._value.ended
@@ -225,34 +249,64 @@ def with_tool_calls(
 ) -> list[Mapping[str, Any]]:
     """Messages with the calls in their texts as templates take them; results are in their order."""
     converted: list[Mapping[str, Any]] = []
-    unanswered: list[dict[str, str]] = []
     numbers = count()
-    for message in messages:
+    rest = deque(messages)
+    while rest:
+        message = rest.popleft()
+        text, found = "", list[CalledFunction]()
         if message["role"] == "assistant":
             text, found = read_calls(message["content"], form)
-            # Mistral's ids have nine letters and digits.
-            called = [{"tool_call_id": f"call{next(numbers):05}", "name": f["name"]} for f in found]
-            unanswered = called.copy()
-            if found:
-                calls = [
-                    {
-                        "id": c["tool_call_id"],
-                        "type": "function",
-                        "function": {**f, "arguments": _as_value(f["arguments"])},
-                    }
-                    for c, f in zip(called, found, strict=True)
-                ]
-                kept = {k: v for k, v in message.items() if k != "token_ids"}
-                message = {**kept, "content": text, "tool_calls": calls}  # noqa: PLW2901
-        elif message["role"] == "tool" and unanswered:
-            message = {**message, **unanswered.pop(0)}  # noqa: PLW2901
-        converted.append(message)
+        if not found:
+            converted.append(message)
+            continue
+        # Mistral's ids have nine letters and digits.
+        calls = [_as_call(f"call{next(numbers):05}", function) for function in found]
+        results = [
+            {**rest.popleft(), "tool_call_id": call["id"], "name": call["function"]["name"]}
+            for call in calls
+            if rest and rest[0]["role"] == "tool"
+        ]
+        kept = {k: v for k, v in message.items() if k != "token_ids"}
+        converted += _called({**kept, "content": text}, calls, results, form)
     return converted
 
 
-def read_calls(text: str, form: ToolFormat) -> tuple[str, list[CalledFunction]]:
-    """The text of a whole answer without its calls, and the calls."""
-    parser = ToolCallParser(form)
+def _as_call(number: str, function: CalledFunction) -> dict[str, Any]:
+    """A call whose arguments are a value, as templates take it; those that are no JSON stay."""
+    arguments: Any = function["arguments"]
+    with suppress(ValueError, RecursionError):
+        arguments = json.loads(arguments)
+    return {"id": number, "type": "function", "function": {**function, "arguments": arguments}}
+
+
+def _called(
+    message: Mapping[str, Any],
+    calls: list[dict[str, Any]],
+    results: list[dict[str, Any]],
+    form: ToolFormat,
+) -> list[Mapping[str, Any]]:
+    """A message that calls, and what came back, in the messages that a template wants."""
+    if form.results_in_call:
+        told = [{"name": r["name"], "response": r["content"]} for r in results]
+        return [{**message, "tool_calls": calls, "tool_responses": told}]
+    if not form.is_single:
+        return [{**message, "tool_calls": calls}, *results]
+    if message["content"] and (reasoning := message.get("reasoning_content")):
+        # The template of gpt-oss takes one of the two.
+        both = f"{reasoning}\n{message['content']}"
+        message = {**message, "content": "", "reasoning_content": both}
+    each: list[Mapping[str, Any]] = []
+    for i, call in enumerate(calls):
+        said = message if i == 0 else {"role": message["role"], "content": ""}
+        each += [{**said, "tool_calls": [call]}, *results[i : i + 1]]
+    return each
+
+
+def read_calls(
+    text: str, form: ToolFormat, schemas: Mapping[str, Mapping[str, Any]] | None = None
+) -> tuple[str, list[CalledFunction]]:
+    """The text of a whole answer without its calls, and the calls; see :class:`ToolCallParser`."""
+    parser = ToolCallParser(form, schemas)
     said, calls = "", list[CalledFunction]()
     for piece in (*parser.feed(text), *parser.flush()):
         if isinstance(piece, CallPiece):
@@ -273,13 +327,6 @@ def escaped_around_calls(text: str, form: ToolFormat, escape: Callable[[str], st
         {"name": call["name"], "arguments": escape(call["arguments"])} for call in calls
     ]
     return "\n".join([*([escape(said)] if said else []), form.written(clean)])
-
-
-def _as_value(arguments: str) -> Any:
-    """Arguments as templates take them; those that are no JSON stay text."""
-    with suppress(ValueError, RecursionError):
-        return json.loads(arguments)
-    return arguments
 
 
 class _Begin:
@@ -308,36 +355,3 @@ class _Begin:
             return True
         last = re.sub(r"^[\w-]+", "", text[len(self._first) :])
         return self._last.startswith(last[: len(self._last)])
-
-
-class _JsonValue:
-    """Finds the end of one JSON value in text that arrives in pieces."""
-
-    def __init__(self) -> None:
-        self.began = self.ended = False
-        self._depth = 0
-        self._in_string = self._escaped = False
-
-    def feed(self, text: str) -> int:
-        """Read further text; returns how many of its characters belong to the value."""
-        self.began = self.began or bool(text)
-        for position, character in enumerate(text):
-            if self._escaped:
-                self._escaped = False
-            elif character == '"':
-                self._in_string = not self._in_string
-                self.ended = self._depth == 0 and not self._in_string
-            elif self._in_string:
-                self._escaped = character == "\\"
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                if self._depth == 0:
-                    # The value is a number or a word, and the object around it ends here.
-                    self.ended = True
-                    return position
-                self._depth -= 1
-                self.ended = self._depth == 0
-            if self.ended:
-                return position + 1
-        return len(text)

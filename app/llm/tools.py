@@ -1,29 +1,16 @@
-"""Tools: how a model learns of functions, and the text format in which it calls them.
+"""Tools: how a model learns of functions, and the text in which it calls them.
 
-The chat template's own format is used where it is known. Other models get instructions in the
-system message to use Hermes's.
+The formats of models are in :mod:`app.llm.tool_formats`.
 """
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal, NotRequired, TypedDict
 
-from app.llm.protocol import Grammar, SharedFrame, Tag, TagsGrammar
-
-_INSTRUCTIONS = """\
-You can call functions. Each line between <tools> and </tools> describes one:
-<tools>
-{tools}
-</tools>
-To call a function, write this and nothing else, with the function's own name and arguments:
-<tool_call>
-{{"name": "function_name", "arguments": {{"argument": "value"}}}}
-</tool_call>
-Its result comes back between <tool_response> and </tool_response>."""
-
+from app.llm import notations
+from app.llm.protocol import Grammar, Notation, SharedFrame, Tag, TagsGrammar
 
 # Keywords by which a schema says what members an object has.
 _ABOUT_MEMBERS = (
@@ -56,12 +43,10 @@ class Tool:
         return {"type": "object", "properties": {}, "additionalProperties": False}
 
     def definition(self) -> dict[str, Any]:
-        """The function in the form that chat templates expect."""
-        function: dict[str, Any] = {"name": self.name}
-        if self.description is not None:
-            function["description"] = self.description
-        function["parameters"] = dict(self.parameters or {"type": "object", "properties": {}})
-        return {"type": "function", "function": function}
+        """The function in the form that chat templates expect; some add to the description."""
+        parameters = dict(self.parameters or {"type": "object", "properties": {}})
+        told = {"name": self.name, "description": self.description or "", "parameters": parameters}
+        return {"type": "function", "function": told}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +102,7 @@ _NAME = "NAME"
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How a model writes calls, whose arguments are a JSON object.
+    """How a model writes calls, and is told of functions.
 
     Attributes:
         mark: The text that announces calls; empty where a call's own beginning does.
@@ -126,8 +111,17 @@ class ToolFormat:
         foot: What stands behind them.
         closing: What stands behind the last call.
         separator: What stands between calls that share one mark; ``None``: each has its own.
-        in_template: Whether the chat template renders tools and their results.
-        calls_in_template: Whether it renders calls from ``tool_calls``; else they are text.
+        notation: How the arguments are written.
+        fence: What the model may write around a call; the three characters behind it end it.
+        is_single: Whether an answer, and a message of the template, has one call.
+        text_header: What stands before an answer's text where a call has a header of its own.
+        instructions: What the system message says of the functions, at ``{tools}``, to a template
+            that does not know of them.
+        described: What they say of each one.
+        result: A result as a part of a message of the user; ``None``: the template writes results.
+        calls_in_template: Whether the template renders calls from ``tool_calls``; else they are
+            text.
+        results_in_call: Whether it reads results from the message that called.
         tools_in_system: Whether it reads tools from the system message, as JSON text.
     """
 
@@ -137,9 +131,21 @@ class ToolFormat:
     foot: str = ""
     closing: str = ""
     separator: str | None = None
-    in_template: bool = True
+    notation: Notation = "json"
+    fence: str = ""
+    is_single: bool = False
+    text_header: str = ""
+    instructions: str = ""
+    described: str = "{definition}"
+    result: str | None = None
     calls_in_template: bool = False
+    results_in_call: bool = False
     tools_in_system: bool = False
+
+    @property
+    def in_template(self) -> bool:
+        """Whether the chat template renders tools."""
+        return not self.instructions
 
     @property
     def trigger(self) -> str:
@@ -148,17 +154,26 @@ class ToolFormat:
 
     @property
     def before_json(self) -> str:
-        """The text behind which a call is JSON, or its first characters."""
-        return self.trigger if self.head.startswith("{") else self.head.partition(_NAME)[2]
+        """The text behind which a call is JSON, if it is, or its first characters."""
+        if self.notation != "json" or self.head.startswith("{"):
+            return self.trigger
+        return self.head.partition(_NAME)[2]
 
     def spells(self, token: str) -> bool:
         """Whether a token stands in the calls that a model writes."""
-        return token in f"{self.mark}{self.opening}{self.head}{self.foot}{self.closing}"
+        marks = notations.GEMMA_QUOTE if self.notation == "gemma" else ""
+        return token in f"{self.mark}{self.opening}{self.head}{self.foot}{self.closing}{marks}"
+
+    def with_tokens(self, named: Callable[[str], str]) -> "ToolFormat":
+        """The format with tokens in the instructions, as ``named`` writes them in a text."""
+        return replace(self, instructions=named(self.instructions))
 
     def written(self, calls: Sequence[CalledFunction]) -> str:
         """Calls as the model writes them."""
         bodies = [
-            self.head.replace(_NAME, call["name"]) + (call["arguments"] or "{}") + self.foot
+            self.head.replace(_NAME, call["name"])
+            + notations.written(self.notation, call["arguments"])
+            + self.foot
             for call in calls
         ]
         if self.separator is not None:
@@ -174,23 +189,33 @@ class ToolFormat:
         shared = None
         if self.separator is not None:
             shared, begin, end = SharedFrame(begin, self.separator, end), "", ""
+        head, foot = self.head, self.foot + end
+        if self.notation == "gemma":
+            # The grammar writes the braces with what is between them.
+            head, foot = head.removesuffix("{"), foot.removeprefix("}")
         tags = [
             Tag(
-                begin + self.head.replace(_NAME, tool.name),
+                begin + head.replace(_NAME, tool.name),
                 json.dumps(tool.schema),
-                self.foot + end,
+                foot,
                 strict=tool.strict,
                 where=tool.where,
+                notation=self.notation,
             )
             for tool in use.allowed
         ]
         required = use.choice != "auto"
         # A named tool is called once, as with OpenAI.
-        single = not use.parallel or use.choice.startswith("=")
-        if text is None or required or isinstance(text, TagsGrammar):
-            return TagsGrammar(tags, self.trigger, required=required, single=single, shared=shared)
+        single = self.is_single or not use.parallel or use.choice.startswith("=")
+        otherwise = None if required or isinstance(text, TagsGrammar) else text
         return TagsGrammar(
-            tags, self.trigger, required=True, single=single, otherwise=text, shared=shared
+            tags,
+            self.trigger,
+            required=required or otherwise is not None,
+            single=single,
+            otherwise=otherwise,
+            text_begin=self.text_header,
+            shared=shared,
         )
 
     def as_text(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
@@ -214,64 +239,27 @@ class ToolFormat:
     def for_template(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]
     ) -> list[Mapping[str, Any]]:
-        """Messages with tools and results as text; unchanged if the template renders tools."""
-        if self.in_template and not (self.tools_in_system and tools):
-            return list(messages)
-        if self.in_template:
+        """Messages with tools and results as text, as far as the template does not render them."""
+        if self.tools_in_system and tools:
             return _tools_in_system(messages, tools)
-        converted = _results_as_user(messages)
-        if not tools:
+        converted = list(messages) if self.result is None else _as_user(messages, self.result)
+        if self.in_template or not tools:
             return converted
-        lines = "\n".join(json.dumps(t.definition(), ensure_ascii=False) for t in tools)
-        instructions = _INSTRUCTIONS.format(tools=lines)
+        instructions = self.instructions.format(tools=self._described(tools))
         if converted and converted[0]["role"] == "system":
             instructions = f"{converted.pop(0)['content']}\n\n{instructions}"
         return [{"role": "system", "content": instructions}, *converted]
 
-
-_OBJECT = '{"name": "NAME", "arguments": '
-_HERMES = ToolFormat("<tool_call>", "\n", _OBJECT, "}", "\n</tool_call>")
-_MISTRAL = ToolFormat(
-    *("[TOOL_CALLS]", " [", _OBJECT, "}", "]"), separator=", ", calls_in_template=True
-)
-DEFAULT_FORMAT = replace(_HERMES, in_template=False)
-
-# For each format the texts by which a chat template shows that it is this one.
-_FORMATS: tuple[tuple[tuple[str, ...], ToolFormat], ...] = (
-    # Qwen 2.5 and 3, Hermes, SmolLM3, Granite 4. Qwen3-Coder writes XML in the same tags.
-    (("<tool_call>",), _HERMES),
-    (
-        ("<|start_header_id|>", '"parameters": '),
-        ToolFormat("", "", '{"name": "NAME", "parameters": ', "}"),
-    ),
-    # Phi 4 mini.
-    (
-        ("<|/tool|>", "'tools' in message"),
-        ToolFormat(
-            *("<|tool_call|>", "[", _OBJECT, "}", "]<|/tool_call|>"),
-            separator=", ",
-            tools_in_system=True,
-        ),
-    ),
-    # Granite 3.
-    (("<|tool_call|>",), ToolFormat("<|tool_call|>", "[", _OBJECT, "}", "]", separator=", ")),
-    # Mistral from version 11 of its format on: Ministral 3, Devstral 2, Mistral Large 3.
-    (
-        ("[TOOL_CALLS]", "[ARGS]"),
-        ToolFormat("[TOOL_CALLS]", "", "NAME[ARGS]", calls_in_template=True),
-    ),
-    # Mistral before that: Nemo; 7B v0.3 and Small 3.1, which write a blank.
-    (("[TOOL_CALLS][",), replace(_MISTRAL, opening="[")),
-    (("[TOOL_CALLS]",), _MISTRAL),
-)
-
-
-def tool_format(template: str) -> ToolFormat:
-    """The format of calls that a Jinja chat template uses, or the default one."""
-    if not re.search(r"\btools\b", template) or "<function=" in template:
-        return DEFAULT_FORMAT
-    found = (form for signs, form in _FORMATS if all(sign in template for sign in signs))
-    return next(found, DEFAULT_FORMAT)
+    def _described(self, tools: Sequence[Tool]) -> str:
+        return "\n".join(
+            self.described.format(
+                name=tool.name,
+                description=tool.description or "",
+                parameters=json.dumps(tool.schema, ensure_ascii=False),
+                definition=json.dumps(tool.definition(), ensure_ascii=False),
+            )
+            for tool in tools
+        )
 
 
 def _tools_in_system(
@@ -284,12 +272,12 @@ def _tools_in_system(
     return [{"role": "system", "content": content, "tools": told}, *rest]
 
 
-def _results_as_user(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _as_user(messages: Sequence[Mapping[str, Any]], result: str) -> list[Mapping[str, Any]]:
     """Turn results of tools into user messages; adjacent results share one message."""
     converted: list[Mapping[str, Any]] = []
     for is_result, group in groupby(messages, lambda message: message["role"] == "tool"):
         if is_result:
-            results = [f"<tool_response>\n{m['content']}\n</tool_response>" for m in group]
+            results = [result.format(m["content"]) for m in group]
             converted.append({"role": "user", "content": "\n".join(results)})
         else:
             converted += group

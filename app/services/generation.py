@@ -112,7 +112,8 @@ class GenerationService:
     def _parser(self, use: ToolUse | None) -> ToolCallParser | None:
         if use is None:
             return None
-        return ToolCallParser(self._generator.tool_format, {tool.name for tool in use.allowed})
+        schemas = {tool.name: tool.schema for tool in use.allowed}
+        return ToolCallParser(self._generator.tool_format, schemas)
 
     def _cache_key(self, job: Job, options: GenerationOptions) -> str:
         info = self._engine.info
@@ -208,7 +209,9 @@ class GenerationService:
         keywords = await self._not_held(grammar) if is_complete else frozenset()
         if not keywords:
             return report
-        broken = await broken_keywords(schema_values(job, text, self._generator), keywords)
+        broken = await broken_keywords(
+            schema_values(job, text, self._generator.tool_format), keywords
+        )
         for keyword in broken:
             self._engine.queue.metrics.schema_violations.labels(keyword).inc()
         if broken:

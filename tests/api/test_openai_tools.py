@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 
 from app.llm.tokenizer import PromptTokenizer
 from tests.conftest import RunApp
+from tests.data.call_templates import CALL_TOKENS
 from tests.data.chat_templates import CHATML
 from tests.support.openai import CHAT, chat, chunks, refused, user
 from tests.support.scripted import described
@@ -244,25 +245,57 @@ def test_tools_beside_a_response_format(tiny_service: Service) -> None:
     assert required["message"]["content"] is None
 
 
-def test_calls_that_a_special_token_marks(run_app: RunApp) -> None:
-    """The mark leaves only answers without tools; arguments are redacted as JSON, streamed too."""
+_CALLS, _CALLED, _CALL, _END, _SEP = CALL_TOKENS
+HEADER = "<|channel|>commentary to="
+# For each model the texts in its template that show its form, its special tokens, and a call.
+OWN_FORMS = {
+    "mistral": (
+        "[TOOL_CALLS]",
+        ("[TOOL_CALLS]",),
+        '[TOOL_CALLS] [{"name": "now", "arguments": {"by": "ann@example.com"}}]',
+    ),
+    "qwen 3.5": (
+        "<tool_call><function=<parameter=",
+        (),
+        "<tool_call>\n<function=now>\n<parameter=by>\nann@example.com\n</parameter>\n</function>\n",
+    ),
+    "gemma 4": (
+        "<|tool_call><tool_call|>",
+        ("<|tool_call>", "<tool_call|>", '<|"|>'),
+        '<|tool_call>call:now{by:<|"|>ann@example.com<|"|>}<tool_call|>',
+    ),
+    "deepseek": (
+        f"{_CALLS}{_SEP}",
+        CALL_TOKENS,
+        f'{_CALLS}{_CALL}now{_SEP}{{"by": "ann@example.com"}}{_END}{_CALLED}',
+    ),
+    "gpt-oss": (
+        "<|channel|><|call|>",
+        ("<|channel|>", "<|message|>", "<|constrain|>", "<|call|>"),
+        f'{HEADER}functions.now<|constrain|>json<|message|>{{"by": "ann@example.com"}}',
+    ),
+}
+
+
+def test_calls_in_a_models_own_form(run_app: RunApp) -> None:
+    """Marks leave only answers without tools; arguments are redacted as JSON, streamed too."""
     client = run_app(pii={"input": "off", "output": "redact"})
     engine = client.app.state.services.engine  # type: ignore[attr-defined]
-    template = CHATML + "{# tools [TOOL_CALLS] #}"
-    model = described(template, ("[TOOL_CALLS]",))
-    engine.info = structs.replace(
-        engine.info, chat_template=template, tokenizer_json=model.tokenizer_json
-    )
-    engine.tokenizer.close()
-    engine.tokenizer = PromptTokenizer(engine.info)
-    text = '[TOOL_CALLS] [{"name": "now", "arguments": {"by": "ann@example.com"}}]'
     expected = [("now", '{"by": "[EMAIL]"}')]
-    (choice,) = chat(client, text, tools=[NOW]).json()["choices"]
-    assert called(choice) == expected
-    assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
-    found = chunks(chat(client, text, tools=[NOW], stream=True))
-    pieces = [p for c in found for p in c["choices"][0]["delta"].get("tool_calls", [])]
-    assert [pieces[0]["function"]["name"]] == ["now"]
-    assert "".join(p["function"]["arguments"] for p in pieces) == expected[0][1]
-    (plain,) = chat(client, text).json()["choices"]
-    assert "[TOOL_CALLS]" not in plain["message"]["content"]
+    for signs, special, text in OWN_FORMS.values():
+        template = CHATML + f"{{# tools {signs} #}}"
+        model = described(template, special)
+        engine.info = structs.replace(
+            engine.info, chat_template=template, tokenizer_json=model.tokenizer_json
+        )
+        engine.tokenizer.close()
+        engine.tokenizer = PromptTokenizer(engine.info)
+        (choice,) = chat(client, text, tools=[NOW]).json()["choices"]
+        assert called(choice) == expected
+        assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
+        found = chunks(chat(client, text, tools=[NOW], stream=True))
+        pieces = [p for c in found for p in c["choices"][0]["delta"].get("tool_calls", [])]
+        assert [pieces[0]["function"]["name"]] == ["now"]
+        assert "".join(p["function"]["arguments"] for p in pieces) == expected[0][1]
+        (plain,) = chat(client, text).json()["choices"]
+        assert not any(mark in plain["message"]["content"] for mark in special if mark in signs)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Final
 
+from tests.data import call_templates
+
 # Qwen 3 writes the reasoning of answers behind the last question, and none before it.
 QWEN3: Final = (
     "{% set at = namespace(question=0) %}{% for m in messages %}"
@@ -100,6 +102,12 @@ SPOKEN: Final = {
         ("<|channel|>analysis<|message|>", f"<|end|><|start|>assistant{_FINAL}"),
         {},
         special=_HARMONY,
+    ),
+    "gpt-oss with tools": Spoken(
+        call_templates.GPT_OSS,
+        ("<|channel|>analysis<|message|>", f"<|end|><|start|>assistant{_FINAL}"),
+        {},
+        special=(*_HARMONY, "<|constrain|>", "<|call|>"),
     ),
     "seed": Spoken(
         SEED, ("<seed:think>", "</seed:think>"), {}, special=("<seed:think>", "</seed:think>")

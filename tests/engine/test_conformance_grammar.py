@@ -17,6 +17,7 @@ from app.llm.protocol import (
     GenerationRequest,
     Grammar,
     JsonSchemaGrammar,
+    Notation,
     RegexGrammar,
     SamplingParams,
     SharedFrame,
@@ -154,6 +155,42 @@ def test_tags_or_another_form(backend: Backend, otherwise: Grammar) -> None:
     assert calls
     assert texts - calls
     assert {events[-1].finish_reason for events in answers.values()} == {"stop"}
+
+
+@pytest.mark.parametrize(
+    ("notation", "pattern"),
+    [
+        ("xml", r"<parameter=a>\n[12]\n</parameter>\n(<parameter=b>\n[xy]\n</parameter>\n)?"),
+        ("gemma", r'\{a:[12](,b:<\|"\|>[xy]<\|"\|>)?\}'),
+    ],
+)
+def test_arguments_have_a_notation(backend: Backend, notation: Notation, pattern: str) -> None:
+    """Arguments that are not written as JSON follow their schema too."""
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 2]}, "b": {"type": "string", "pattern": "^[xy]$"}},
+        "required": ["a"],
+    }
+    tag = Tag("<f>", json.dumps(schema), "</f>", notation=notation)
+    grammar = TagsGrammar([tag], "<f", required=True, single=True)
+    events = run(backend, with_grammar("r", grammar, sampling=HOT))["r"]
+    assert re.fullmatch(f"<f>{pattern}</f>", text(backend, events))
+    assert events[-1].finish_reason == "stop"
+
+
+def test_text_may_have_a_header(backend: Backend) -> None:
+    """An answer begins with a tagged part, or with the header of its text; both occur."""
+    tag = Tag(begin="<\uff5ca>b", schema='{"enum": [1, 2]}', end="c")
+    grammar = TagsGrammar(tags=[tag], trigger="<\uff5ca>", single=True, text_begin="T:")
+    requests = [
+        with_grammar(f"r{i}", grammar, 30, sampling=SamplingParams(temperature=2, seed=i))
+        for i in range(8)
+    ]
+    texts = [text(backend, events) for events in run(backend, *requests).values()]
+    calls = [said for said in texts if said.startswith("<")]
+    assert 0 < len(calls) < len(texts)
+    assert all(re.fullmatch("<\uff5ca>b[12]c", said) for said in calls), calls
+    assert all(said.startswith("T:") for said in texts if said not in calls), texts
 
 
 @pytest.mark.parametrize("single", [False, True])

@@ -10,11 +10,13 @@ from msgspec import structs
 from app.llm.chain import ServedPipeline
 from app.llm.generator import GenerationOptions
 from app.llm.protocol import JsonSchemaGrammar, RegexGrammar, SamplingParams
+from app.llm.tools import Tool, ToolUse
 from app.utils.errors import DeadlineExceededError
 from tests.data.reasoning_templates import QWEN3, SPOKEN, Spoken
 from tests.support.scripted import END, ScriptedEngine
 
 ANALYSIS = "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|message|>"
+FINAL = "<|channel|>final<|message|>"
 JSON = ANALYSIS.replace("final", "final json")
 GRAMMAR = JsonSchemaGrammar('{"type": "object"}')
 
@@ -80,6 +82,34 @@ async def test_where_a_grammar_begins(spoken: str, first: str, behind: str, grou
     assert answered.text == "{}"
     assert answered.reasoning == ("Hm" if "Hm" in first else "")
     assert prompts(scripted) == ["", behind]
+
+
+CALL = "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}"
+THOUGHT = "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant"
+
+
+@pytest.mark.parametrize("group", [1, 2, 1000])
+@pytest.mark.parametrize(("second", "text"), [(CALL, CALL), (f"{FINAL}Yes", "Yes"), (FINAL, "")])
+@pytest.mark.parametrize(
+    ("first", "behind"),
+    [
+        (THOUGHT + CALL, THOUGHT),
+        (f"{ANALYSIS}x", THOUGHT),
+        (CALL, ""),
+        (f"{FINAL}x", ""),
+        ("<|channel|>analysis<|message|>Hm", THOUGHT),
+    ],
+)
+async def test_a_grammar_chooses_between_a_call_and_the_final_channel(
+    first: str, behind: str, second: str, text: str, group: int
+) -> None:
+    """gpt-oss writes a call, or its final channel, whose header is no text, after its reasoning."""
+    scripted = engine(first + END, second + END, spoken="gpt-oss with tools", group=group)
+    grammar = scripted.tokenizer.tool_format.grammar(ToolUse((Tool("now"),)))
+    answered = await scripted.ask(grammar=grammar, with_calls=True, max_tokens=300)
+    assert (answered.reasoning, answered.text) == ("Hm" if behind else "", text)
+    assert prompts(scripted) == ["", behind]
+    assert [request.grammar is None for request in scripted.requests] == [True, False]
 
 
 async def test_the_first_request_is_cancelled() -> None:

@@ -141,13 +141,20 @@ _CALLS = (
     *("<tool_call>", "</tool_call>", "<tool_", "call>", "<|python_tag|>", " ", "\n", ";", "text"),
     *("{", "}", "[", "]", '"', "\\", ":", ",", "1", "null", '{"name": "add", "arguments": ', "{}}"),
     *('{"name": "add", "parameters": ', '{"name": "nobody", "arguments": {}}', "get-weather_2"),
+    *("<function=add>", "<parameter=a>", "\n</parameter>", "</function>", "<|tool_call>call:add{"),
+    *('<|"|>', "<tool_call|>", "a:", "```json", "```", "<para", "True"),
+)
+_FORMS = (
+    test_tools.HERMES,
+    test_tools.LLAMA,
+    *(test_tools.QWEN35, test_tools.GEMMA3, test_tools.GEMMA4),
 )
 
 
 def tools(data: bytes) -> None:
     """Calls and text are the same however an answer is cut, and arguments are passed on whole."""
     source = Source(data)
-    form = (test_tools.HERMES, test_tools.LLAMA)[source.byte() % 2]
+    form = _FORMS[source.byte() % len(_FORMS)]
     shares = source.cuts()
     text = source.text(_CALLS)
     found = _calls(form, [text])

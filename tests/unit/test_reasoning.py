@@ -40,15 +40,18 @@ def read(
     stop: Sequence[str] = (),
     reason: Any = "stop",
     values: dict[str, Any] | None = None,
+    with_calls: bool = False,
 ) -> Answered:
     """An answer whose tokens come in parts, to a prompt that lets the model reason."""
     tokenizer = model(spoken)
     prompt = tokenizer.chat_prompt(
         QUESTION, (), SPOKEN[spoken].values if values is None else values
     )
-    thinking = tokenizer.thinking(prompt, budget=None, gated=False)
+    thinking = tokenizer.thinking(prompt, budget=None, gated=False, with_calls=with_calls)
     place = cast("Place", SimpleNamespace(prompt_tokens=1, cached_tokens=0))
-    text = AnswerText(tokenizer, place, stop, with_logprobs=True, thinking=thinking)
+    text = AnswerText(
+        tokenizer, place, stop, with_logprobs=True, thinking=thinking, with_calls=with_calls
+    )
     answered = Answered()
     for start, end in pairwise([0, *cuts, len(answer)]):
         part, is_last = answer[start:end], end == len(answer)
@@ -63,6 +66,20 @@ def every_cut(answer: list[int]) -> Iterator[tuple[int, ...]]:
     """All ways to cut an answer in two, and the one in which each token comes alone."""
     yield from ((cut,) for cut in range(1, len(answer)))
     yield tuple(range(1, len(answer)))
+
+
+@pytest.mark.parametrize("thought", ["Hm", ""])
+@pytest.mark.parametrize("inside", ["<|channel|>final<|message|>", "<|channel|>analysis"])
+def test_a_call_of_gpt_oss_is_text_behind_the_reasoning(thought: str, inside: str) -> None:
+    """Its header ends the reasoning, or begins the answer, and its marks stay, at any cut."""
+    spoken = "gpt-oss with tools"
+    call = f'<|channel|>commentary to=functions.now <|constrain|>json<|message|>{{"a": "{inside}"}}'
+    before = f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant" if thought else ""
+    answer = encoded(spoken, before + call + END)
+    cuts = [(), range(1, len(answer)), *((at,) for at in range(1, len(answer)))]
+    for cut in cuts:
+        answered = read(spoken, answer, cut, with_calls=True)
+        assert (answered.reasoning, answered.text) == (thought, call), cut
 
 
 @pytest.mark.parametrize("spoken", SPOKEN)

@@ -10,19 +10,14 @@ from hypothesis import strategies as st
 
 from app.llm.protocol import JsonSchemaGrammar
 from app.llm.tool_calls import CallPiece, Piece, ToolCallParser
-from app.llm.tools import (
-    DEFAULT_FORMAT,
-    ChatMessage,
-    Tool,
-    ToolCall,
-    ToolFormat,
-    ToolUse,
-    tool_format,
-)
+from app.llm.tool_formats import DEFAULT_FORMAT, tool_format
+from app.llm.tools import ChatMessage, Tool, ToolCall, ToolFormat, ToolUse
+from tests.data import call_templates, chat_templates
 
 HERMES = tool_format("{% if tools %}<tool_call>{{ tools }}</tool_call>{% endif %}")
 LLAMA = tool_format('{% if tools %}<|start_header_id|>{"name": x, "parameters": y}{% endif %}')
-NAMES = {"add", "get-weather_2"}
+# The schemas of the functions that may be called.
+NAMES: dict[str, dict[str, Any]] = {"add": {}, "get-weather_2": {}}
 
 arguments = st.dictionaries(
     st.text(max_size=8),
@@ -92,8 +87,15 @@ def message(text: str, calls: list[tuple[str, Any]]) -> ChatMessage:
 
 MISTRAL = tool_format("{% if tools %}[TOOL_CALLS]{% endif %}")
 MISTRAL_ARGS = tool_format("{% if tools %}[TOOL_CALLS][ARGS]{% endif %}")
+QWEN35 = tool_format(call_templates.QWEN35)
+GEMMA3 = tool_format(chat_templates.GEMMA3)
+GEMMA4 = tool_format(call_templates.GEMMA4)
 ALL = {
     "default": DEFAULT_FORMAT,
+    "gemma 3": GEMMA3,
+    "deepseek r1": tool_format(call_templates.DEEPSEEK_R1),
+    "deepseek v3.1": tool_format(call_templates.DEEPSEEK31),
+    "gpt-oss": tool_format(call_templates.GPT_OSS),
     "hermes": HERMES,
     "llama": LLAMA,
     "mistral": MISTRAL,
@@ -302,13 +304,40 @@ def test_a_template_without_tools_gets_instructions() -> None:
 
 
 def test_the_format_of_a_template_is_recognised() -> None:
-    """Hermes's and Llama's formats are recognised; other templates get the default format."""
+    """Known formats are recognised; other templates get the default format."""
     assert HERMES.in_template
     assert LLAMA.in_template
     assert LLAMA.trigger == '{"name": "'
     assert HERMES.for_template([{"role": "tool", "content": "x"}], [ADD])[0]["role"] == "tool"
     for template in (
         "{{ messages }}<tool_call>",
+        # The tags of Qwen 3.5 and Hermes in other forms, and Gemma with calls of another form.
         "{% if tools %}<tool_call><function=f></tool_call>{% endif %}",
+        "{% if tools %}<tool_call>f<arg_key></tool_call>{% endif %}",
+        "{% if tools %}<start_of_turn><start_function_call>{% endif %}",
     ):
         assert tool_format(template) is DEFAULT_FORMAT
+
+
+def test_a_template_that_knows_of_tools_is_not_told_again() -> None:
+    """DeepSeek's templates are told of tools in its own form, unless they tell the model."""
+    (system, _) = ALL["deepseek v3.1"].for_template([{"role": "user", "content": "?"}], [ADD])
+    first, last, begin, end, sep = call_templates.CALL_TOKENS
+    assert f"{first}{begin}tool_call_name{sep}tool_call_arguments{end}{last}" in system["content"]
+    assert json.dumps(ADD.parameters) in system["content"]
+    knows = tool_format(call_templates.DEEPSEEK31 + "{{ tools }}")
+    asked = [{"role": "user", "content": "?"}, {"role": "tool", "content": "x"}]
+    assert knows.for_template(asked, [ADD]) == asked
+    assert knows.trigger == ALL["deepseek v3.1"].trigger
+
+
+def test_gemma_3_is_told_of_tools_and_results_in_its_authors_form() -> None:
+    """Google's form of a call is in the instructions, and a result is a block of the user's."""
+    asked = [{"role": "user", "content": "?"}, {"role": "tool", "content": "x"}]
+    system, _, result = GEMMA3.for_template(asked, [ADD])
+    assert '{"name": function name, "parameters": dictionary' in system["content"]
+    assert result == {"role": "user", "content": "```tool_output\nx\n```"}
+    fenced = 'So: ```json\n{"name": "add", "parameters": {}}\n```'
+    assert joined(read(GEMMA3, list(fenced))) == ("So:", [("add", "{}")])
+    other = '```json\n{"a": 1}\n``` and ```js'
+    assert joined(read(GEMMA3, list(other))) == (other, [])

@@ -15,6 +15,7 @@ from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.grammars import parse_schema, rules_for, to_ebnf
 from app.llm.ebnf.rewriting import CONSTRAINING, Rewriter
 from app.llm.ebnf.schema import SchemaCompiler
+from app.llm.ebnf.spelled import compiler_of
 from app.llm.protocol import Grammar, JsonSchemaGrammar, RegexGrammar, Tag
 
 Part = JsonSchemaGrammar | Tag
@@ -91,8 +92,8 @@ class _Fitting:
         """Whether everything can be compiled as it is."""
         rules = rules_for(self._vocabulary_size)
         try:
-            for schema in self._schemas:
-                SchemaCompiler(schema, rules).compile()
+            for part, schema in zip(self._parts, self._schemas, strict=True):
+                compiler_of(part)(schema, rules).compile()
         except GrammarError:
             return False
         return True
@@ -106,7 +107,8 @@ class _Fitting:
         failed_any = False
         for i, part in enumerate(self._parts):
             failed: list[Any] = []
-            compiler = SchemaCompiler(self._schemas[i], rules, None if part.strict else failed)
+            kind, kept = compiler_of(part), None if part.strict else failed
+            compiler = kind(self._schemas[i], rules, kept)
             try:
                 compiler.compile()
             except GrammarError as error:

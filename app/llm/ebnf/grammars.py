@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 from typing import Any
 
 from app.llm.ebnf import automaton, regex
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.schema import SchemaCompiler
+from app.llm.ebnf.spelled import compiler_of
 from app.llm.ebnf.writer import EMPTY, Rules, alternatives, literal, optional, sequence
 from app.llm.protocol import Grammar, JsonSchemaGrammar, RegexGrammar, TagsGrammar
 
@@ -16,14 +18,16 @@ from app.llm.protocol import Grammar, JsonSchemaGrammar, RegexGrammar, TagsGramm
 _COUNTED_CHARACTERS = 120
 _VOCABULARY = 50_000
 # vLLM compiles in threads beside its steps, and one answer waits.
-_COUNTED_IN_PATTERNS = 1_000
+_COUNTED_IN_THREADS = 1_000
+# Characters that the library prints in another form, and then reads wrong.
+_LATIN = re.compile("[\x7f-\xff]")
 
 
 def to_ebnf(grammar: Grammar, vocabulary_size: int | None) -> str:
     """Translate a grammar to xgrammar's dialect of EBNF; its first rule is ``root``.
 
     The more tokens the model has, the longer openvino's library takes to compile counted
-    characters, and the fewer may be counted. ``None`` is for a library that counts at no cost.
+    characters, and the fewer may be counted. ``None`` is for vLLM.
 
     Raises:
         GrammarError: The grammar cannot be compiled, or would not be enforced in full.
@@ -37,12 +41,13 @@ def to_ebnf(grammar: Grammar, vocabulary_size: int | None) -> str:
 def rules_for(vocabulary_size: int | None) -> Rules:
     """No rules yet; see :func:`to_ebnf` for the size."""
     if vocabulary_size is None:
-        return Rules(_COUNTED_IN_PATTERNS, counts=True)
+        return Rules(_COUNTED_IN_THREADS)
     budget = _COUNTED_CHARACTERS * math.pow(_VOCABULARY / vocabulary_size, 1.5)
-    return Rules(budget, counts=False)
+    return Rules(budget)
 
 
 def _whole(grammar: JsonSchemaGrammar | RegexGrammar, rules: Rules) -> str:
+    """An expression of the whole answer, but for what stands before it."""
     if isinstance(grammar, JsonSchemaGrammar):
         return SchemaCompiler(parse_schema(grammar.schema), rules).compile()
     return _regex(regex.parse(grammar.pattern, whole=True), rules)
@@ -73,7 +78,7 @@ def _tags(grammar: TagsGrammar, rules: Rules) -> str:
     skip = 0 if grammar.required else len(grammar.trigger)
     parts = []
     for tag in grammar.tags:
-        value = SchemaCompiler(parse_schema(tag.schema), rules).compile()
+        value = compiler_of(tag)(parse_schema(tag.schema), rules).compile()
         begin = tag.begin if shared else tag.begin[skip:]
         parts.append(sequence([literal(begin), value, literal(tag.end)]))
     tagged = rules.name(alternatives(parts))
@@ -84,11 +89,18 @@ def _tags(grammar: TagsGrammar, rules: Rules) -> str:
     if not grammar.required:
         # The library wants one string here: literal() writes several where a character needs it.
         trigger = literal(grammar.trigger)
-        if not grammar.trigger or not grammar.trigger.isascii() or '" "' in trigger:
+        if not grammar.trigger or '" "' in trigger or _LATIN.search(trigger):
             raise GrammarError("the trigger is empty or not plain text")
         loop = "false" if grammar.single or shared else "true"
-        return rules.text(f"TagDispatch(({trigger}, {tagged}), loop_after_dispatch={loop})")
+        text = f"TagDispatch(({trigger}, {tagged}), loop_after_dispatch={loop})"
+        if not grammar.text_begin:
+            return rules.text(text)
+        begin = literal(grammar.text_begin)
+        return rules.text(f"({trigger} {tagged} | {begin} {rules.name(text)})")
     if not grammar.single and not shared:
         tagged = rules.name(f"{tagged} ({optional(literal(chr(10)))} {tagged})*")
-    ways = [tagged, *([_whole(grammar.otherwise, rules)] if grammar.otherwise else [])]
+    ways = [tagged]
+    if grammar.otherwise is not None:
+        begin = literal(grammar.text_begin)
+        ways.append(sequence([begin, _whole(grammar.otherwise, rules)]))
     return rules.text(alternatives(ways))

@@ -55,6 +55,7 @@ COMBINING: Final = ("$ref", "const", "enum", "allOf", "anyOf", "oneOf")
 """Keywords of which a schema may have one, and then none of :data:`BY_TYPE`."""
 
 _KNOWN = frozenset(("type", *COMBINING)).union(*BY_TYPE.values())
+_ALL = set(BY_TYPE) - {"integer"}
 # Values with which an unsupported keyword does not restrict the answer.
 _SAYS_NOTHING = {"uniqueItems": False, "nullable": False}
 
@@ -99,11 +100,16 @@ def values(schema: Schema) -> list[Any] | None:
     return [v for v in listed if named is None or any(_is(v, name) for name in named)]
 
 
-def _is(value: Any, name: str) -> bool:
+def kind(value: Any) -> str:
+    """The type of a JSON value; integers are numbers."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return name == "number" or (name == "integer" and isinstance(value, int))
-    kinds = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return kinds[type(value)] == name
+        return "number"
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names[type(value)]
+
+
+def _is(value: Any, name: str) -> bool:
+    return kind(value) == name or (name == "integer" and type(value) is int)
 
 
 def count(schema: Schema, keyword: str) -> int | None:
@@ -163,10 +169,10 @@ def apart(root: Any, first: Any, second: Any, *, depth: int = 3) -> bool:
     one, other = values(first), values(second)
     if one is not None and other is not None:
         return _texts(one).isdisjoint(_texts(other))
-    kinds = _kinds(first), _kinds(second)
-    if kinds[0].isdisjoint(kinds[1]):
+    both = kinds(first) or _ALL, kinds(second) or _ALL
+    if both[0].isdisjoint(both[1]):
         return True
-    if kinds != ({"object"}, {"object"}) or depth == 0:
+    if both != ({"object"}, {"object"}) or depth == 0:
         return False
     (mine, required), (its, also_required) = members(first), members(second)
     return any(
@@ -184,13 +190,12 @@ def target(root: Any, schema: Any) -> Schema:
     return schema if isinstance(schema, dict) and "$ref" not in schema else {}
 
 
-def _kinds(schema: Schema) -> set[str]:
+def kinds(schema: Schema) -> set[str]:
+    """The types that a schema lists or names, as :func:`kind` has them; none if it does not."""
     listed = values(schema)
     if listed is not None:
-        names = {name for v in listed for name in BY_TYPE if _is(v, name)}
-    else:
-        names = set(types(schema) or BY_TYPE)
-    return {"number" if name == "integer" else name for name in names}
+        return {kind(value) for value in listed}
+    return {"number" if name == "integer" else name for name in types(schema) or ()}
 
 
 def _texts(listed: list[Any]) -> set[str]:

@@ -7,7 +7,7 @@ translated in full raises :class:`GrammarError`.
 
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Final
 
 from app.llm.ebnf import automaton, keywords, numbers, regex, strings
 from app.llm.ebnf.errors import GrammarError
@@ -29,14 +29,15 @@ _MAX_BRANCHES = 200
 _MAX_RECURSIVE_BRANCHES = 50
 # Limit for pairs of schemas that oneOf compares; each pair takes microseconds.
 _MAX_PAIRS = 3_000
-# What restricts an object without listed properties, and its names.
-_OF_ANY_NAMES = {"propertyNames", "minProperties", "maxProperties"}
+OF_ANY_NAMES: Final = {"propertyNames", "minProperties", "maxProperties"}
+"""What restricts an object without listed properties."""
+
 _OF_NAMES = {"type", *keywords.BY_TYPE["string"]}
 _BOOLEAN = alternatives([literal("true"), literal("false")])
 
 
 @dataclass(frozen=True)
-class _Path:
+class Path:
     """The way from the root of the schema to one of its parts.
 
     Every answer has to follow the ``forced`` references on the way. After the ``unwritten`` ones,
@@ -47,27 +48,31 @@ class _Path:
     forced: frozenset[str] = frozenset()
     unwritten: frozenset[str] = frozenset()
 
-    def inside(self, *, forced: bool) -> "_Path":
+    def inside(self, *, forced: bool) -> "Path":
         """The path to a part of an object or array; ``forced`` if every answer has the part."""
         return self._deeper(self.forced if forced else frozenset(), frozenset())
 
-    def option(self) -> "_Path":
+    def option(self) -> "Path":
+        """The path to one of several schemas."""
         return self._deeper(frozenset(), self.unwritten)
 
-    def _deeper(self, forced: frozenset[str], unwritten: frozenset[str]) -> "_Path":
+    def _deeper(self, forced: frozenset[str], unwritten: frozenset[str]) -> "Path":
         if self.depth == _MAX_DEPTH:
             raise GrammarError(f"it nests more than {_MAX_DEPTH} levels")
-        return _Path(self.depth + 1, forced, unwritten)
+        return Path(self.depth + 1, forced, unwritten)
 
-    def follow(self, reference: str) -> "_Path":
+    def follow(self, reference: str) -> "Path":
+        """The path to what a reference names, which must not be on the way to it."""
         if reference in self.forced | self.unwritten:
             raise GrammarError("a $ref leads to itself, so that no answer could end")
         one = frozenset((reference,))
-        return _Path(self.depth, self.forced | one, self.unwritten | one)
+        return Path(self.depth, self.forced | one, self.unwritten | one)
 
 
 class SchemaCompiler:
     """Compiles one JSON schema, which is parsed JSON.
+
+    Subclasses write values in another way.
 
     Args:
         rules: Gets the rules that it needs.
@@ -75,13 +80,14 @@ class SchemaCompiler:
             first one is an error.
     """
 
+    _blank = optional(literal(" "))
+
     def __init__(self, schema: Any, rules: Rules, failed: list[Any] | None = None) -> None:
         self._root = schema
         self._failed = failed
         self._rules = rules
         self._references: dict[str, str] = {}
-        self._comma = rules.name(sequence([literal(","), optional(literal(" "))]))
-        self._colon = rules.name(sequence([literal(":"), optional(literal(" "))]))
+        self._comma, self._colon = (rules.name(f"{literal(c)} {self._blank}") for c in ",:")
         self._json: str | None = None
         self._pairs = 0
         self._parts = 0
@@ -91,7 +97,7 @@ class SchemaCompiler:
 
     def compile(self) -> str:
         """The expression of the values that match the schema."""
-        value = self._reference("#", _Path())
+        value = self._reference("#", Path())
         limit = _MAX_RECURSIVE_BRANCHES if self._is_recursive else _MAX_BRANCHES
         if self._branches > limit:
             raise GrammarError(
@@ -100,7 +106,7 @@ class SchemaCompiler:
             )
         return value
 
-    def _value(self, schema: Any, path: _Path) -> str:
+    def _value(self, schema: Any, path: Path) -> str:
         try:
             return self._compiled(schema, path)
         except GrammarError as error:
@@ -110,7 +116,7 @@ class SchemaCompiler:
         self._failed.append(schema)
         return self._anything()
 
-    def _compiled(self, schema: Any, path: _Path) -> str:
+    def _compiled(self, schema: Any, path: Path) -> str:
         if schema is True:
             return self._anything()
         if schema is False:
@@ -133,9 +139,9 @@ class SchemaCompiler:
         if not values:
             raise GrammarError("enum or const has no value of its type")
         self._count(len(values))
-        return self._rules.shared(self._rules.texts(map(strings.as_written, values)))
+        return self._rules.shared(self._rules.texts(map(self._spelled, values)))
 
-    def _reference(self, reference: Any, path: _Path) -> str:
+    def _reference(self, reference: Any, path: Path) -> str:
         target = keywords.resolve(self._root, reference)
         inner = path.follow(reference)
         if reference not in self._references:
@@ -146,7 +152,7 @@ class SchemaCompiler:
         self._is_recursive |= reference in self._open
         return self._references[reference]
 
-    def _combined(self, keyword: str, schema: Schema, path: _Path) -> str:
+    def _combined(self, keyword: str, schema: Schema, path: Path) -> str:
         parts = schema[keyword]
         if not isinstance(parts, list) or not parts:
             raise GrammarError(f"{keyword} is not a list of schemas")
@@ -179,7 +185,7 @@ class SchemaCompiler:
             if kinds is None or not set(kinds) <= set(named):
                 raise GrammarError("type beside $ref, allOf, anyOf or oneOf is not supported")
 
-    def _typed(self, schema: Schema, path: _Path) -> str:
+    def _typed(self, schema: Schema, path: Path) -> str:
         # A schema without a type gets the types that its keywords belong to.
         names = keywords.types(schema) or keywords.meant(schema)
         if not names:
@@ -187,13 +193,13 @@ class SchemaCompiler:
         inner = path if len(names) == 1 else path.option()
         return alternatives(self._of_type(name, schema, inner) for name in names)
 
-    def _of_type(self, name: str, schema: Schema, path: _Path) -> str:
+    def _of_type(self, name: str, schema: Schema, path: Path) -> str:
         if name == "object":
             return self._object(schema, path)
         if name == "array":
             return self._array(schema, path)
         if name == "string":
-            return _string(self._rules, schema)
+            return self._string(schema)
         if name in {"integer", "number"}:
             write = numbers.integer if name == "integer" else numbers.number
             bounds = [keywords.bound(schema, keyword) for keyword in keywords.BOUNDS]
@@ -207,7 +213,7 @@ class SchemaCompiler:
             states = numbers.multiples(states, step)
         return self._rules.shared(automaton.as_rules(states, self._rules))
 
-    def _object(self, schema: Schema, path: _Path) -> str:
+    def _object(self, schema: Schema, path: Path) -> str:
         properties, required = keywords.members(schema)
         others = schema.get("additionalProperties", True)
         unlisted = [name for name in schema.get("required", ()) if name not in properties]
@@ -219,7 +225,7 @@ class SchemaCompiler:
             raise GrammarError(f"an object has more than {_MAX_OPTIONAL} optional properties")
         if not members:
             return self._map(schema, others, path)
-        if beside := schema.keys() & _OF_ANY_NAMES:
+        if beside := schema.keys() & OF_ANY_NAMES:
             raise GrammarError(f"properties beside {min(beside)} is not supported")
         written = [
             (self._member(name, part, path.inside(forced=name in required)), name in required)
@@ -233,9 +239,9 @@ class SchemaCompiler:
             raise GrammarError(f"it has more than {_MAX_PARTS} properties and values of enums")
         self._parts += parts
 
-    def _member(self, name: str, schema: Any, path: _Path) -> str:
+    def _member(self, name: str, schema: Any, path: Path) -> str:
         value = self._value(schema, path)
-        return self._rules.name(sequence([literal(strings.as_written(name)), self._colon, value]))
+        return self._rules.name(sequence([literal(self._named(name)), self._colon, value]))
 
     def _members(self, members: list[tuple[str, bool]]) -> str:
         """Members in order with commas between them; each is paired with whether it is required."""
@@ -258,7 +264,7 @@ class SchemaCompiler:
             rest = self._rules.name(sequence([following, rest]))
         return alternatives([EMPTY, *reversed(beginnings)])
 
-    def _map(self, schema: Schema, others: Any, path: _Path) -> str:
+    def _map(self, schema: Schema, others: Any, path: Path) -> str:
         """An object whose members may have any names, or those of a rule."""
         least, most = (keywords.count(schema, f"{bound}Properties") for bound in ("min", "max"))
         names = schema.get("propertyNames", {})
@@ -270,7 +276,7 @@ class SchemaCompiler:
         if others is False and not least:
             return literal("{}")
         value = self._value(others, path.inside(forced=bool(least)))
-        member = self._rules.name(sequence([_string(self._rules, names), self._colon, value]))
+        member = self._rules.name(sequence([self._any_name(names), self._colon, value]))
         members = self._list_of(member, least or 0, most)
         return self._rules.name(sequence([literal("{"), members, literal("}")]), most or 0)
 
@@ -282,7 +288,7 @@ class SchemaCompiler:
         several = sequence([item, repeat(f"{self._comma} {item}", max(0, least - 1), most)])
         return several if least else optional(several)
 
-    def _array(self, schema: Schema, path: _Path) -> str:
+    def _array(self, schema: Schema, path: Path) -> str:
         least = keywords.count(schema, "minItems") or 0
         most = keywords.count(schema, "maxItems")
         if max(least, most or 0) > _MAX_ITEMS:
@@ -301,7 +307,7 @@ class SchemaCompiler:
         return self._rules.name(body, least if most is None else most)
 
     def _items(
-        self, leading: list[Any], others: Any, least: int, most: int | None, path: _Path
+        self, leading: list[Any], others: Any, least: int, most: int | None, path: Path
     ) -> str:
         items = [self._value(part, path.inside(forced=True)) for part in leading]
         least, most = max(0, least - len(items)), None if most is None else most - len(items)
@@ -313,12 +319,27 @@ class SchemaCompiler:
                 items = [self._list_of(item, least, most)]
         return sequence([literal("["), f" {self._comma} ".join(items), literal("]")])
 
+    def _string(self, schema: Schema) -> str:
+        node, least, most = rule_of(schema)
+        if node is None:
+            return strings.plain(self._rules, least, most)
+        return strings.matching(self._rules, node, least, most)
+
+    def _any_name(self, rule: Schema) -> str:
+        return self._string(rule)
+
+    def _named(self, name: str) -> str:
+        return strings.as_written(name)
+
+    def _spelled(self, value: Any) -> str:
+        return strings.as_written(value)
+
     def _anything(self) -> str:
         if self._json is None:
             self._json = self._rules.reserve()
             # Integers are numbers already.
             names = [name for name in keywords.BY_TYPE if name != "integer"]
-            kinds = [self._of_type(name, {}, _Path()) for name in names]
+            kinds = [self._of_type(name, {}, Path()) for name in names]
             self._rules.define(self._json, alternatives(kinds))
         return self._json
 
@@ -327,19 +348,22 @@ def _lists(schema: Any) -> bool:
     return isinstance(schema, dict) and bool(schema.keys() & {"enum", "const"})
 
 
-def _string(rules: Rules, schema: Schema) -> str:
+def rule_of(schema: Schema) -> tuple[Node | None, int, int | None]:
+    """What a string's pattern or format wants, and the bounds of its length.
+
+    Raises:
+        GrammarError: They cannot be held.
+    """
     least, most = keywords.count(schema, "minLength") or 0, keywords.count(schema, "maxLength")
     pattern, name = schema.get("pattern"), schema.get("format")
     if pattern is None and name is None:
-        return strings.plain(rules, least, most)
+        return None, least, most
     if pattern is not None and name is not None:
         raise GrammarError("pattern beside format is not supported")
     if name is not None:
         if not isinstance(name, str) or name not in strings.FORMATS:
             raise GrammarError(f"the format {str(name)[:40]} is not supported")
-        node = regex.parse(strings.FORMATS[name], whole=True)
-    elif isinstance(pattern, str):
-        node = regex.parse(pattern, whole=False)
-    else:
+        return regex.parse(strings.FORMATS[name], whole=True), least, most
+    if not isinstance(pattern, str):
         raise GrammarError("pattern is not a string")
-    return strings.matching(rules, node, least, most)
+    return regex.parse(pattern, whole=False), least, most

@@ -71,62 +71,82 @@ def plain(rules: Rules, least: int, most: int | None) -> str:
     if most is not None and least > most:
         raise GrammarError("minLength is above maxLength")
     if not least and most is None:
-        return rules.once(_OPEN_END, lambda: rules.shared(f"{_QUOTE} {_at_most(rules, None)}"))
-    if rules.counts:
-        character = rules.name(alternatives(_before(EMPTY)))
-        return sequence([_QUOTE, writer.repeat(character, least, most), _QUOTE])
-    more = None if most is None else most - least
-    end = rules.once((_QUOTE, more), partial(_at_most, rules, more))
-    blocks = [_counted(rules, _BLOCK, EMPTY) for _ in range(least // _BLOCK)]
-    return sequence([_QUOTE, *blocks, _counted(rules, least % _BLOCK, EMPTY), end])
+        return rules.once(_OPEN_END, lambda: rules.shared(f"{_QUOTE} {_to_the_end(rules)}"))
+    return sequence([_QUOTE, counted(rules, least, most, _QUOTE)])
 
 
-def _at_most(rules: Rules, most: int | None) -> str:
-    """At most this many characters, or any, with the closing quote."""
+def counted(rules: Rules, least: int, most: int | None, end: str, without: str = "") -> str:
+    """So many characters and what ends them.
+
+    The characters are a JSON string's, or any but the one in ``without``, and then there is a most.
+    """
     if most is None:
-        states = automaton.of_expression(_OPEN_END)
-        return automaton.as_rules(states, rules, characters=one_of, end=_QUOTE)
+        rest = rules.once(_QUOTE, partial(_to_the_end, rules))
+    else:
+        more = most - least
+        rest = rules.once((end, more), partial(_at_most, rules, more, end, without))
+    blocks = [_counted(rules, _BLOCK, EMPTY, without) for _ in range(least // _BLOCK)]
+    return sequence([*blocks, _counted(rules, least % _BLOCK, EMPTY, without), rest])
+
+
+def _to_the_end(rules: Rules) -> str:
+    """Any characters of a JSON string, with the closing quote."""
+    states = automaton.of_expression(_OPEN_END)
+    return automaton.as_rules(states, rules, characters=one_of, end=_QUOTE)
+
+
+def _at_most(rules: Rules, most: int, end: str, without: str) -> str:
+    """At most this many characters, with what ends them."""
     if most <= _IN_ONE_GO:
-        return _counted(rules, most, _QUOTE)
+        return _counted(rules, most, end, without)
     # A token that may end many of these at once takes long, so there cannot be many.
     rules.pay(_EACH_LENGTH)
     blocks, left = divmod(most, _BLOCK)
-    rest, fewer = (_counted(rules, count, _QUOTE) for count in (left, _BLOCK - 1))
-    whole = _counted(rules, _BLOCK, EMPTY)
+    rest, fewer = (_counted(rules, count, end, without) for count in (left, _BLOCK - 1))
+    whole = _counted(rules, _BLOCK, EMPTY, without)
     for _ in range(blocks):
         rest = rules.name(alternatives([fewer, sequence([whole, rest])]))
     return rest
 
 
-def _counted(rules: Rules, count: int, end: str) -> str:
-    """So many characters, or fewer where a quote ends them; all counts share their rules."""
+def _counted(rules: Rules, count: int, end: str, without: str) -> str:
+    """So many characters, or fewer where the end comes; all counts share their rules."""
     rest = end
     for number in range(1, count + 1):
-        rest = rules.once((_one_more, end, number), partial(_one_more, rules, rest, end))
+        key = (_one_more, end, without, number)
+        rest = rules.once(key, partial(_one_more, rules, rest, end, without))
     return rest
 
 
-def _one_more(rules: Rules, rest: str, end: str) -> str:
+def _one_more(rules: Rules, rest: str, end: str, without: str) -> str:
     rules.pay(1)
     ways = [] if end == EMPTY else [end]
-    return rules.name(alternatives([*ways, *_before(rest)]))
+    return rules.name(alternatives([*ways, *_before(rest, without)]))
 
 
-def _before(rest: str) -> list[str]:
+def _before(rest: str, without: str) -> list[str]:
     """The ways to write one character, and then the rest."""
+    if without:
+        others = writer.complement([(ord(without), ord(without))])
+        return [sequence([one_of(others), rest])]
     escape = sequence([literal("\\"), one_of(_ESCAPABLE.ranges)])
     return [sequence([character, rest]) for character in (one_of(_PLAIN.ranges), escape)]
 
 
 def matching(rules: Rules, node: Node, least: int, most: int | None) -> str:
     """A string that matches a parsed regular expression, of ``least`` to ``most`` characters."""
+    check_lengths(node, least, most)
+    return rules.once(node, lambda: _written(rules, automaton.of_expression(node, _spelled)))
+
+
+def check_lengths(node: Node, least: int, most: int | None) -> None:
+    """Reject lengths that some match of a regular expression does not have."""
     shortest, longest = regex.lengths(node)
     if shortest < least or longest > (math.inf if most is None else most):
         raise GrammarError(
             "minLength and maxLength beside pattern or format are only supported where every "
             "match has such a length"
         )
-    return rules.once(node, lambda: _written(rules, automaton.of_expression(node, _spelled)))
 
 
 def _written(rules: Rules, states: list[State]) -> str:

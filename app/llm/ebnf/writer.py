@@ -6,7 +6,7 @@ A grammar that is too large or too costly raises :class:`GrammarError`.
 
 import functools
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Final
 
@@ -156,11 +156,9 @@ class Rules:
 
     Args:
         budget: Limits the cost of compiling, in the unit of :func:`cost_of`.
-        counts: Whether the library counts the characters of a string itself, at no cost.
     """
 
-    def __init__(self, budget: float, *, counts: bool) -> None:
-        self.counts = counts
+    def __init__(self, budget: float) -> None:
         self._bodies: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._written: dict[Hashable, str] = {}
@@ -180,6 +178,11 @@ class Rules:
             raise GrammarError("it is too large")
         self._size += len(body)
         self._bodies[name] = body
+
+    @property
+    def bodies(self) -> Mapping[str, str]:
+        """The bodies of the rules by their names."""
+        return self._bodies
 
     def name(self, body: str, items: int = 0) -> str:
         """The name of a rule with this body; equal bodies share one, and are compiled once.

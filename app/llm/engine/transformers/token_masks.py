@@ -5,6 +5,7 @@ backends accept the same grammars.
 """
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,8 +19,12 @@ from torch import Tensor
 from app.llm.ebnf import keywords, regex
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.grammars import parse_schema
+from app.llm.ebnf.schema import Path
+from app.llm.ebnf.spelled import GemmaCompiler, MarkedCompiler, XmlCompiler
 from app.llm.ebnf.strings import FORMATS
-from app.llm.protocol import Grammar, JsonSchemaGrammar, RegexGrammar, TagsGrammar
+from app.llm.ebnf.writer import Rules, alternatives
+from app.llm.notations import BEHIND_VALUE, GEMMA_QUOTE
+from app.llm.protocol import Grammar, JsonSchemaGrammar, RegexGrammar, Tag, TagsGrammar
 
 _JSON_OPTIONS: Final[Any] = {
     # At most one space, after a comma or a colon. A small model would go on with white space.
@@ -123,6 +128,8 @@ def _lark(grammar: TagsGrammar, added: Mapping[str, int]) -> str:
     def text(written: str) -> str:
         return _text(written, added)
 
+    inner = Rules(math.inf)
+
     # If text is allowed between the tags, the rule ``trigger`` has read the start of a tag already.
     skip = 0 if grammar.required else len(grammar.trigger)
     tagged = " | ".join(f"tag_{i}" for i in range(len(grammar.tags)))
@@ -134,25 +141,120 @@ def _lark(grammar: TagsGrammar, added: Mapping[str, int]) -> str:
         more = "" if single or shared else " (NEWLINE? one)*"
         rules = [f"start: one{more}", f"one: {tagged}"]
         if isinstance(grammar.otherwise, JsonSchemaGrammar):
-            rules[0] += f" | %json {_json_schema(grammar.otherwise.schema)}"
+            begin = text(grammar.text_begin)
+            rules[0] += f" | {begin} %json {_json_schema(grammar.otherwise.schema)}"
         elif grammar.otherwise is not None:
             pattern = regex.canonical(regex.parse(grammar.otherwise.pattern, whole=True))
-            rules[0] += f" | /{pattern}/"
+            rules[0] += f" | {text(grammar.text_begin)} /{pattern}/"
     else:
         mark = added.get(grammar.trigger)
+        whole = "one | TEXT" if single or shared else "one* TEXT"
+        if grammar.text_begin:
+            whole = f"{text(grammar.text_begin)} ({whole}) | {text(grammar.trigger)} ({tagged})"
         rules = [
-            "start: one | TEXT" if single or shared else "start: one* TEXT",
+            f"start: {whole}",
             f"one: trigger ({tagged})" + ("" if mark is None else f" | TEXT <[{mark}]> ({tagged})"),
             f"trigger[lazy]: TEXT {json.dumps(grammar.trigger)}",
         ]
     for i, tag in enumerate(grammar.tags):
         begin = tag.begin if shared else tag.begin[skip:]
-        rules.append(f"tag_{i}: {text(begin)} %json {_json_schema(tag.schema)} {text(tag.end)}")
+        rules.append(f"tag_{i}: {text(begin)} {_arguments(tag, inner, added)} {text(tag.end)}")
+    if any(tag.notation != "json" for tag in grammar.tags):
+        rules += [f"{name}: {body}" for name, body in inner.bodies.items()]
+        rules += _marked_texts(added)
     return "\n".join([*rules, r"NEWLINE: /\n/", r"TEXT: /(.|\n)*/", ""])
 
 
 def _json_schema(text: str) -> str:
     return json.dumps({"x-guidance": _JSON_OPTIONS, **_closed(parse_schema(text))})
+
+
+class _Marked(MarkedCompiler):
+    """Writes texts as the library's regular expressions, and numbers by its JSON."""
+
+    def __init__(self, schema: Any, rules: Rules, added: Mapping[str, int]) -> None:
+        super().__init__(schema, rules)
+        self._added = added
+
+    def _matching(self, node: regex.Node, mark: str) -> str:
+        return self._then(f"({regex.canonical(node)})", mark)
+
+    def _counted(self, mark: str, least: int, most: int | None) -> str:
+        limit = "" if most is None else most
+        return self._then(f"[^{_coded(mark[0])}]{{{least},{limit}}}", mark)
+
+    def _then(self, pattern: str, mark: str) -> str:
+        spelled = f"/{pattern}{_coded(mark)}/"
+        token = self._added.get(mark)
+        return spelled if token is None else f"({spelled} | /{pattern}/ <[{token}]>)"
+
+    def _until(self, mark: str) -> str:
+        return _UNTIL[mark]
+
+    def _unlisted(self, least: int, most: int | None) -> str:
+        return f"/[A-Za-z0-9_.-]{{{least},{'' if most is None else most}}}/"
+
+    def _of_type(self, name: str, schema: keywords.Schema, path: Path) -> str:
+        if name in {"integer", "number"}:
+            return self._as_json({**schema, "type": name}, path)
+        return super()._of_type(name, schema, path)
+
+    def _as_json(self, schema: keywords.Schema, _: Path) -> str:
+        text = json.dumps(schema)
+        if '"$ref"' in text:
+            # References lead from the root, which is not the library's.
+            inner = {**_moved(schema), "$defs": {"root": _moved(self._root)}}
+            text = json.dumps(inner)
+        return f"%json {_json_schema(text)}"
+
+
+class _Gemma(_Marked, GemmaCompiler):
+    def _mark(self, text: str) -> str:
+        return _text(text, self._added)
+
+    def _listed(self, values: list[Any]) -> str:
+        return alternatives(self._mark(self._spelled(value)) for value in values)
+
+
+class _Xml(_Marked, XmlCompiler):
+    pass
+
+
+_UNTIL: Final = {GEMMA_QUOTE: "until_quote", BEHIND_VALUE: "until_value"}
+
+
+def _arguments(tag: Tag, rules: Rules, added: Mapping[str, int]) -> str:
+    if tag.notation == "json":
+        return f"%json {_json_schema(tag.schema)}"
+    kind = _Gemma if tag.notation == "gemma" else _Xml
+    return kind(parse_schema(tag.schema), rules, added).compile()
+
+
+def _marked_texts(added: Mapping[str, int]) -> list[str]:
+    """Rules for the texts before a mark and the mark, which may be a token."""
+    rules = [f"spelled_{name}[lazy]: TEXT {json.dumps(mark)}" for mark, name in _UNTIL.items()]
+    for mark, name in _UNTIL.items():
+        token = f" | TEXT <[{added[mark]}]>" if mark in added else ""
+        rules.append(f"{name}: spelled_{name}{token}")
+    return rules
+
+
+def _moved(part: Any) -> Any:
+    """A part of a schema whose root is a definition of another one."""
+    if isinstance(part, list):
+        return [_moved(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    return {
+        name: f"#/$defs/root{value[1:]}"
+        if name == "$ref" and isinstance(value, str)
+        else _moved(value)
+        for name, value in part.items()
+    }
+
+
+def _coded(text: str) -> str:
+    return "".join(f"\\x{ord(character):02x}" for character in text)
 
 
 def _text(text: str, added: Mapping[str, int]) -> str:
