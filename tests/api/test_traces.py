@@ -12,10 +12,14 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from app.core.traces import make_span_export
 from app.utils.errors import ConfigurationError
+from tests.conftest import RunApp
 from tests.support.live import LONG, generate, open_stream
 from tests.support.service import API_KEY, Service, running_service
 
 pytest.importorskip("opentelemetry.sdk", reason="needs the extra `tracing`")
+
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from app.core.otlp import SpanExport
 from scripts.spans import Span, collector, spans_in
@@ -112,6 +116,25 @@ def test_a_streamed_chat_is_five_spans(traced: tuple[Service, Collector]) -> Non
     assert {(e["trace_id"], e["span_id"]) for e in lines} == {(TRACE, root["id"])}
     for secret in (CANARY, API_KEY):
         assert all(secret.encode() not in raw for raw in taken.raw)
+
+
+def test_the_application_makes_spans_of_one_trace(
+    run_app: RunApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that names no trace begins one, whose spans an exporter in memory gets."""
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_on")
+    memory = InMemorySpanExporter()
+    with collecting() as (_, address):
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+        export = SpanExport()
+        export.provider.add_span_processor(SimpleSpanProcessor(memory))
+        monkeypatch.setattr("app.main.make_span_export", lambda *_: export)
+        assert run_app().post("/v1/generate", json=generate("a", max_tokens=1)).is_success
+        spans = memory.get_finished_spans()
+        export.provider.shutdown()
+    names = {span.name for span in spans}
+    assert names == {"POST /v1/generate", "text_completion echo", "queue", "prefill", "decode"}
+    assert len({span.context.trace_id for span in spans}) == 1
 
 
 def test_latencies_name_the_sampled_traces_behind_them(traced: tuple[Service, Collector]) -> None:
