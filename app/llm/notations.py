@@ -5,6 +5,7 @@ A reader makes JSON of arguments while they arrive.
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final, Protocol
@@ -115,7 +116,7 @@ class JsonReader:
         return len(text)
 
 
-class _MarkedReader:
+class _MarkedReader(ABC):
     """Reads arguments part by part; what may become a mark waits for the text behind it."""
 
     def __init__(self) -> None:
@@ -146,8 +147,9 @@ class _MarkedReader:
         self._close(out)
         return read
 
+    @abstractmethod
     def _next(self, text: str, at: int, out: list[str]) -> int:
-        raise NotImplementedError
+        """Read what is no text; returns the number of characters."""
 
     def _pass(self, text: str, out: list[str]) -> None:
         out.append(_escaped(text))

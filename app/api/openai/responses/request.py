@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 from app.api.openai.messages import MAX_TOOLS, Hint, OpenAIModel
 from app.api.openai.responses.items import InputItem
 from app.api.openai.schemas import OpenAISampling, PlatformHints
-from app.api.openai.tools import FunctionName, check_tools, tool_use
+from app.api.openai.tools import FunctionField, FunctionName, check_tools, tool_use
 from app.api.requests import Effort, JsonSchemaFormat, ResponseFormat
 from app.llm.tools import Tool, ToolUse
 
@@ -28,7 +28,7 @@ FunctionKind = Annotated[
 ]
 
 
-class ResponsesTool(OpenAIModel):
+class ResponsesTool(FunctionField):
     """A function that the model may call."""
 
     neutral: ClassVar = {
@@ -38,15 +38,7 @@ class ResponsesTool(OpenAIModel):
     }
 
     type: FunctionKind
-    name: FunctionName
-    description: str | None = None
-    parameters: dict[str, Any] | None = Field(
-        None, description="JSON Schema of the arguments, an object; see Structured output."
-    )
-    strict: bool = Field(False, description="Refuse a schema that cannot be held in full.")
     output_schema: Hint = None
-    annotations: Hint = None
-    cache_control: Hint = None
 
 
 class FunctionChoice(OpenAIModel):
