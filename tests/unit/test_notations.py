@@ -6,13 +6,11 @@ from typing import Any
 
 import jsonschema
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.llm import notations
 from app.llm.ebnf.fitting import fit
-from app.llm.engine.echo import build_tokenizer
 from app.llm.engine.transformers.token_masks import GrammarCompiler
 from app.llm.protocol import Notation, TagsGrammar
 from app.llm.tool_calls import read_calls
@@ -20,6 +18,7 @@ from app.llm.tool_formats import tool_format
 from app.llm.tools import Tool, ToolUse
 from tests.data.call_templates import GEMMA4, QWEN35
 from tests.data.program_schemas import schemas
+from tests.support.random_answers import grammar_compiler, random_answer
 
 _TEXTS = st.text(alphabet=st.characters(codec="utf-8"), max_size=8) | st.sampled_from(
     [
@@ -140,27 +139,7 @@ def test_a_text_is_passed_on_as_it_comes() -> None:
 @pytest.fixture(scope="module")
 def compiler() -> GrammarCompiler:
     """Compiles grammars for tokens of one byte."""
-    tokenizer = build_tokenizer()
-    end = tokenizer.encode("<|im_end|>").ids
-    return GrammarCompiler(tokenizer.to_str(), tokenizer.get_vocab_size(), end)
-
-
-def random_answer(compiler: GrammarCompiler, grammar: TagsGrammar, seed: int) -> str | None:
-    """A random text of a grammar; ``None`` where it does not end soon."""
-    tokenizer = build_tokenizer()
-    chance, mask = torch.Generator().manual_seed(seed), compiler.compile(grammar)
-    (end,) = tokenizer.encode("<|im_end|>").ids
-    closing = [tokenizer.encode(c).ids[0] for c in '"}],<\n/>|']
-    ids: list[int] = []
-    while end not in ids and len(ids) < 400:
-        logits = torch.rand(tokenizer.get_vocab_size(), generator=chance)
-        logits[closing] += 0.5
-        logits[end] += 1
-        mask.apply(logits)
-        ids.append(int(logits.argmax()))
-        mask.accept(ids[-1:])
-        assert mask.error is None
-    return tokenizer.decode(ids[:-1]) if end in ids else None
+    return grammar_compiler()
 
 
 @pytest.mark.parametrize("template", [QWEN35, GEMMA4], ids=["xml", "gemma"])
@@ -172,7 +151,7 @@ def test_every_call_follows_a_programs_schema(compiler: GrammarCompiler, templat
         use = ToolUse((Tool("f", None, schema),), "required", parallel=False)
         grammar, _ = fit(form.grammar(use), None)
         assert isinstance(grammar, TagsGrammar)
-        if (answer := random_answer(compiler, grammar, i)) is None:
+        if (answer := random_answer(compiler, grammar, i, '"}],<\n/>|', 0.5)) is None:
             continue
         said, (call,) = read_calls(answer, form, {"f": schema})
         assert said == "", name
