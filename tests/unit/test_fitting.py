@@ -22,9 +22,11 @@ FORMATS = jsonschema.Draft202012Validator.FORMAT_CHECKER
 SELDOM = {"zod: ends", "zod: includes"}
 
 
-def fitted(schema: Any, *, strict: bool = False) -> tuple[Any, frozenset[str]]:
+def fitted(
+    schema: Any, *, strict: bool = False, size: int = VOCABULARY
+) -> tuple[Any, frozenset[str]]:
     """A schema that can be compiled, and the keywords that it does not hold."""
-    grammar, dropped = fit(JsonSchemaGrammar(json.dumps(schema), strict=strict), VOCABULARY)
+    grammar, dropped = fit(JsonSchemaGrammar(json.dumps(schema), strict=strict), size)
     assert isinstance(grammar, JsonSchemaGrammar)
     assert grammar.strict
     return json.loads(grammar.schema), dropped
@@ -87,11 +89,12 @@ def test_parts_share_the_limits() -> None:
 
 
 @pytest.mark.parametrize("size", [151_936, 262_144])
-def test_short_limits_are_held_with_a_large_vocabulary(size: int) -> None:
-    """A limit costs the characters that it counts, so large vocabularies allow short ones."""
-    for limits in ({"minLength": 1}, {"maxLength": 8}, {"minLength": 2, "maxLength": 9}):
-        schema = json.dumps({"type": "string", **limits})
-        assert fit(JsonSchemaGrammar(schema, strict=False), size)[1] == set()
+def test_programs_schemas_are_held_with_any_vocabulary(size: int) -> None:
+    """The more tokens there are, the fewer characters may be counted; one string always may be."""
+    long = {"type": "string", "minLength": 500, "maxLength": 2_000}
+    assert fitted(long, size=size)[1] == set()
+    different = [n for n, s in ALL.items() if fitted(s, size=size)[1] != fitted(s)[1]]
+    assert different == []
 
 
 @pytest.mark.parametrize(
