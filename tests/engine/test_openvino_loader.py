@@ -8,18 +8,28 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from tokenizers import Tokenizer
 
 from app.core.config import ModelSettings
 from app.llm.engine.openvino.loading import keep_telemetry_out
-from app.llm.models.description import Vocabulary, gguf_vocabulary, read_tokenizer
+from app.llm.models.description import (
+    Vocabulary,
+    gguf_vocabulary,
+    json_vocabulary,
+    read_tokenizer,
+)
 from app.llm.models.gguf_header import GgufArray, GgufHeader
 from app.llm.models.snapshot import Snapshot
 from app.llm.models.tokenizer_process import TokenizerProcess
-from app.llm.protocol import Backend
+from app.llm.protocol import Backend, RegexGrammar
+from tests.support import zoo_tokenizers as zoo
 from tests.support.backends import load_local, refusal, request, run, tokens
 from tests.support.tiny_gguf import make_tiny_gguf
 from tests.support.vocabularies import own_and_librarys_vocabulary
+
+WORDS = '{"model": {"vocab": {"a": 0}}, "decoder": {"type": "WordPiece"}}'
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +116,32 @@ def test_vocabularies_of_other_kinds_are_left_to_the_library(metadata: dict[str,
     assert gguf_vocabulary(GgufHeader(metadata, {}, 0)) is None
 
 
+@pytest.mark.parametrize(
+    "kind", [zoo.gpt2, zoo.llama3, zoo.qwen, zoo.deepseek, zoo.llama2, zoo.gemma, zoo.unigram]
+)
+def test_the_vocabulary_of_a_tokenizers_file(kind: zoo.Build, tmp_path: Path) -> None:
+    """The bytes of a text's tokens are the text; a space may stand before it."""
+    tokenizer = kind(["<s>", "</s>", "<|im_end|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    size = tokenizer.get_vocab_size() + 2
+    vocabulary = json_vocabulary(tmp_path / "tokenizer.json", size)
+    assert vocabulary is not None
+    assert len(vocabulary.tokens) == size
+    assert vocabulary.tokens[-2:] == [b"", b""]
+    text = "The capital of France is Paris.<|im_end|>"
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert b"".join(vocabulary.tokens[i] for i in ids).decode().strip() == text
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model": {"vocab": 3}}', WORDS])
+def test_a_tokenizers_file_of_another_kind(content: str | None, tmp_path: Path) -> None:
+    """A file that is missing, broken or of another kind gives no vocabulary."""
+    file = tmp_path / "tokenizer.json"
+    if content is not None:
+        file.write_text(content)
+    assert json_vocabulary(file, 3) is None
+
+
 def test_a_vocabulary_may_have_no_end_of_sequence() -> None:
     """Grammars can be compiled for a base model without an end-of-sequence token."""
     from app.llm.engine.openvino.vocabulary import vocabulary_tokenizer
@@ -174,6 +210,17 @@ def test_a_folder_in_openvinos_format(openvino_dir: Path, loaded: Backend) -> No
     assert backend.info.dtype == "uncompressed"
     expected = tokens(run(loaded, request("r"))["r"])
     assert tokens(run(backend, request("r"))["r"]) == expected
+
+
+def test_grammars_without_openvinos_tokenizer(copy: Path) -> None:
+    """The vocabulary is that of tokenizer.json, as a converted folder has no other."""
+    for path in copy.glob("openvino_*tokenizer.*"):
+        path.unlink()
+    backend = load_local(copy)
+    asked = msgspec.structs.replace(request("r"), grammar=RegexGrammar("(yes|no)!"))
+    said = tokens(run(backend, asked)["r"])
+    decoded = Tokenizer.from_str(backend.info.tokenizer_json).decode(said)
+    assert decoded in {"yes!", "no!"}
 
 
 def test_openvinos_format_is_preferred_on_a_cpu(copy: Path, tiny_model_dir: Path) -> None:

@@ -19,6 +19,7 @@ from app.llm.models.description import (
     UnknownShapeError,
     gguf_shape,
     gguf_vocabulary,
+    json_vocabulary,
     read_gguf,
 )
 from app.llm.models.gguf_header import GgufHeader
@@ -78,7 +79,7 @@ def load_openvino(
             with _openable(snapshot, header, progress) as path:
                 pipeline = start_pipeline(
                     path,
-                    tokenizer=_vocabulary(header) if header else None,
+                    tokenizer=_vocabulary(snapshot, header, shape),
                     max_running=max_running,
                     cache_blocks=blocks,
                     properties=_properties(settings, shape),
@@ -143,11 +144,14 @@ def _openable(snapshot: Snapshot, header: GgufHeader | None, progress: Progress)
         yield stack.enter_context(loadable(path, header, progress))
 
 
-def _vocabulary(header: GgufHeader) -> Any:
-    """A tokenizer with the file's vocabulary; ``None``: the library reads its own."""
+def _vocabulary(snapshot: Snapshot, header: GgufHeader | None, shape: ModelShape) -> Any:
+    """A tokenizer with the model's vocabulary; ``None``: the library reads its own."""
     from app.llm.engine.openvino.vocabulary import vocabulary_tokenizer
 
-    vocabulary = gguf_vocabulary(header)
+    if header:
+        vocabulary = gguf_vocabulary(header)
+    else:
+        vocabulary = json_vocabulary(snapshot.directory / "tokenizer.json", shape.vocabulary_size)
     try:
         return vocabulary_tokenizer(vocabulary) if vocabulary else None
     except OSError as error:
