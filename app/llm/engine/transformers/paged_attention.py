@@ -174,9 +174,9 @@ def attend(
             _by_request(row.narrow(1, piece.first_key, requests * piece.keys), requests)
             for row in (key, value)
         )
-        if length == 1:
+        if length == 1 or softcap is not None:
             # Heads that share keys become queries of one head, so the keys are not repeated.
-            chosen = chosen.reshape(requests, heads // shared, shared, -1)
+            chosen = chosen.reshape(requests, heads // shared, shared * length, -1)
         elif shared > 1:
             keys, values = (row.repeat_interleave(shared, dim=1) for row in (keys, values))
         result = _scores_to_values(chosen, keys, values, piece, length, scaling, softcap)
@@ -199,12 +199,14 @@ def _scores_to_values(
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask=piece.mask, is_causal=causal, scale=scaling
         )
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
-    scores = torch.tanh(scores / softcap) * softcap
+    # In bfloat16 a transposed view of keys that are not in order is copied ten times as slowly.
+    scores = (query @ key.contiguous().transpose(-1, -2)).float()
+    scores.mul_(scaling / softcap).tanh_().mul_(softcap)
+    by_query = scores.unflatten(2, (-1, length))
     if causal:
-        scores = scores.masked_fill(_future(length, piece.keys, scores.device), -torch.inf)
+        by_query.masked_fill_(_future(length, piece.keys, scores.device), -torch.inf)
     elif piece.mask is not None:
-        scores = scores + piece.mask
+        by_query.add_(piece.mask.unsqueeze(1))
     return torch.softmax(scores, dim=-1).to(value.dtype) @ value
 
 
