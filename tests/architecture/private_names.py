@@ -172,8 +172,7 @@ def _source(module: str) -> tuple[list[ast.AST], bool] | None:
         origin, inside = spec.origin, spec.submodule_search_locations
     if origin is None or not origin.endswith(".py"):
         return None
-    tree = ast.parse(Path(origin).read_text(encoding="utf-8"))
-    return list(ast.walk(tree)), inside is not None
+    return syntax.nodes(Path(origin)), inside is not None
 
 
 @cache
