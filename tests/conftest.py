@@ -95,6 +95,8 @@ _LIBRARIES = ("torch", "transformers.pipelines", "langchain_huggingface", "openv
 _ELSEWHERE = {"app.__main__", "app.llm.engine.vllm.backend"}
 
 
+# After pytest-cov's, which begins to measure.
+@pytest.hookimpl(trylast=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Neither look for garbage nor measure while tests are collected: both double that time."""
     gc.disable()
