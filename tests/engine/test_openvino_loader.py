@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from app.core.config import ModelSettings
 from app.llm.engine.openvino.loading import keep_telemetry_out
 from app.llm.models.description import (
+    ModelTokenizer,
     Vocabulary,
     gguf_vocabulary,
     json_vocabulary,
@@ -22,7 +23,6 @@ from app.llm.models.description import (
 )
 from app.llm.models.gguf_header import GgufArray, GgufHeader
 from app.llm.models.snapshot import Snapshot
-from app.llm.models.tokenizer_process import TokenizerProcess
 from app.llm.protocol import Backend, RegexGrammar
 from tests.support import zoo_tokenizers as zoo
 from tests.support.backends import load_local, refusal, request, run, tokens
@@ -167,9 +167,7 @@ def test_a_machine_without_a_folder_for_temporary_files(
 def test_the_description_is_read_without_torch(gguf: Path) -> None:
     """The description equals the one by transformers' GGUF reader, and torch is not imported."""
     settings = ModelSettings(source="local", name=str(gguf))
-    snapshot = Snapshot(gguf.parent, gguf.name)
-    with TokenizerProcess(settings, snapshot) as reader:
-        assert reader.tokenizer() == read_tokenizer(settings, snapshot)
+    expected = read_tokenizer(settings, Snapshot(gguf.parent, gguf.name))
     program = (
         "import os, sys; from app.llm.models import tokenizer_process as p; p.main(sys.argv[1:]); "
         "sys.stderr.write(str(sys.modules['torch'])); sys.stderr.flush(); os._exit(0)"
@@ -189,6 +187,7 @@ def test_the_description_is_read_without_torch(gguf: Path) -> None:
         os.close(mine)
         os.close(its)
     assert done.stderr == "None"
+    assert msgspec.json.decode(done.stdout, type=ModelTokenizer) == expected
 
 
 def test_no_telemetry_is_sent(loaded: Backend) -> None:
