@@ -174,7 +174,7 @@ def _source(module: str) -> tuple[list[ast.AST], bool] | None:
     if origin is None or not origin.endswith(".py"):
         return None
     kinds = (ast.ClassDef, ast.Import, ast.ImportFrom)
-    nodes = [node for node in syntax.nodes(Path(origin)) if isinstance(node, kinds)]
+    nodes: list[ast.AST] = [n for n in syntax.nodes(Path(origin)) if isinstance(n, kinds)]
     return nodes, inside is not None
 
 
