@@ -115,6 +115,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Spare the garbage collector what the imports made, which was 4 % of the time."""
+    gc.collect()
     gc.freeze()
     gc.enable()
     if _IS_WORKER and (coverage := _coverage(session.config)):
