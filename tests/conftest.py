@@ -1,8 +1,10 @@
 """Fixtures for all tests: running services, and an environment without settings."""
 
 import gc
+import importlib
 import logging
 import os
+import pkgutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,9 +16,11 @@ import pytest
 from starlette.testclient import TestClient
 from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
+import app
 from app.core.config import Settings, load_settings
 from app.core.logging import get_logger
 from app.llm.client.process import engine_environment
+from app.llm.engine.openvino.loading import keep_telemetry_out
 from app.llm.models import bundled
 from app.main import create_app
 from tests.support.live import STEP
@@ -33,7 +37,8 @@ from tests.support.tiny_gguf import make_tiny_gguf
 # As in an engine process. Otherwise torch's threads in this process spin while they wait, and take
 # the cores from the service under test (docs/adr/0010). torch reads it once, when it is imported.
 os.environ["GOMP_SPINCOUNT"] = engine_environment(os.environ)["GOMP_SPINCOUNT"]
-if "PYTEST_XDIST_WORKER" in os.environ:
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if _IS_WORKER:
     # There is a test process for each core already; more threads would wait for each other.
     # OpenVINO does not read this variable: with one thread it crashes on a tiny model.
     os.environ["MKL_NUM_THREADS"] = "1"
@@ -78,14 +83,48 @@ class _Together(LoadFileScheduling):  # type: ignore[misc]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
-    """Schedule `make test`'s files on its processes."""
+    """Schedule `make test`'s files on its processes; this one runs none, so it measures nothing."""
+    gc.enable()
+    if coverage := _coverage(config):
+        coverage.pause()
     return _Together(config, log)
 
 
-def pytest_collection_finish() -> None:
+# What app/ imports and takes longest, and what only other programs import.
+_LIBRARIES = ("torch", "transformers.pipelines", "langchain_huggingface", "openvino_genai")
+_ELSEWHERE = {"app.__main__", "app.llm.engine.vllm.backend"}
+
+
+# After pytest-cov's, which begins to measure.
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Neither look for garbage nor measure while tests are collected: both double that time."""
+    gc.disable()
+    if _IS_WORKER and (coverage := _coverage(session.config)):
+        coverage.pause()
+        keep_telemetry_out()
+        for name in _LIBRARIES:
+            importlib.import_module(name)
+        # The collection would import the same, and these lines are measured.
+        coverage.resume()
+        for module in pkgutil.walk_packages(app.__path__, "app."):
+            if module.name not in _ELSEWHERE:
+                importlib.import_module(module.name)
+        coverage.pause()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
     """Spare the garbage collector what the imports made, which was 4 % of the time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
+    if _IS_WORKER and (coverage := _coverage(session.config)):
+        coverage.resume()
+
+
+def _coverage(config: pytest.Config) -> Any:
+    """What measures the coverage; ``None`` if nothing does."""
+    return getattr(config.pluginmanager.getplugin("_cov"), "cov_controller", None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,7 +16,7 @@ from app.core.config import PROJECT_ROOT, Settings, load_settings
 from app.core.config.security import digest_of
 from app.main import create_app
 from app.utils.errors import ConfigurationError
-from tests.support.service import isolated_environment, setting_names
+from tests.support.service import running_service, setting_names
 from tests.support.settings import Load, check_refused
 
 USERS_CONFIG = """
@@ -337,17 +337,9 @@ def test_env_example_names_real_settings_only(load: Load) -> None:
 )
 def test_uvicorn_stops_with_one_readable_line(variables: dict[str, str], parts: list[str]) -> None:
     """`uvicorn app.main:app` with an invalid setting ends with a status and one line."""
-    done = subprocess.run(
-        [sys.executable, "-m", "uvicorn", "app.main:app", "--port", "0"],
-        cwd=PROJECT_ROOT,
-        env=isolated_environment(variables),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode != 0
-    (line,) = (done.stdout + done.stderr).splitlines()
+    with running_service(until="started", **variables) as service:
+        assert service.wait() > 0
+        (line,) = service.raw_log().splitlines()
     for part in parts:
         assert part in line
 

@@ -56,8 +56,9 @@ def find_in_tests(tests: Path, package: Path) -> list[str]:
     return [
         f"{path.relative_to(tests.parent)}:{line}: {name}"
         for path, module in parsed.items()
+        for others in [theirs - module.defined]
         for line, name in module.mentions()
-        if name in theirs - module.defined
+        if name in others
     ]
 
 
@@ -162,7 +163,7 @@ def _dotted(node: ast.expr) -> str | None:
 
 @cache
 def _source(module: str) -> tuple[list[ast.AST], bool] | None:
-    """The nodes of another library's module, and whether it is a package; nothing is imported."""
+    """Classes and imports of a library's module, and whether it is a package; none is imported."""
     origin, inside = None, None
     parts = module.split(".")
     for end in range(1, len(parts) + 1):
@@ -172,8 +173,9 @@ def _source(module: str) -> tuple[list[ast.AST], bool] | None:
         origin, inside = spec.origin, spec.submodule_search_locations
     if origin is None or not origin.endswith(".py"):
         return None
-    tree = ast.parse(Path(origin).read_text(encoding="utf-8"))
-    return list(ast.walk(tree)), inside is not None
+    kinds = (ast.ClassDef, ast.Import, ast.ImportFrom)
+    nodes: list[ast.AST] = [n for n in syntax.nodes(Path(origin)) if isinstance(n, kinds)]
+    return nodes, inside is not None
 
 
 @cache

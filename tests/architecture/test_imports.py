@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from app.core.config import PROJECT_ROOT
+from tests.architecture import syntax
 
 # Gigabytes of libraries that only the engine process may load.
 HEAVY = ("torch", "accelerate", "gguf", "openvino", "openvino_genai", "transformers.models")
@@ -92,7 +93,7 @@ def test_importing_the_application_is_quick(imported: Imported) -> None:
 
 def imported_at_start(path: Path) -> Iterator[str]:
     """What a file imports when it is imported itself: not in functions, not for types alone."""
-    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    waiting: list[ast.AST] = [syntax.tree(path)]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Import):

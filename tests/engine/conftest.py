@@ -17,6 +17,7 @@ from tests.support.hub_processes import (
     downloader,
 )
 from tests.support.tiny_model import make_tiny_model
+from tests.support.tokenizer_here import TokenizerHere
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +32,12 @@ def _own_records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path_factory.mktemp("records")))
         yield
+
+
+@pytest.fixture
+def tokenizer_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that OpenVINO runs get a tokenizer that this process has read."""
+    monkeypatch.setattr("app.llm.engine.openvino.loading.TokenizerProcess", TokenizerHere)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -23,6 +23,8 @@ from tests.support import tiny_model
 from tests.support.backends import GREEDY, load_local, refusal, request, run, tokens
 from tests.support.tiny_gguf import gguf_name, in_gguf_order, make_tiny_gguf
 
+pytestmark = pytest.mark.usefixtures("tokenizer_here")
+
 HEAD = tiny_model.HIDDEN // tiny_model.HEADS
 # Long enough for scaled positions to change what follows.
 PROMPT = [3 + i % 250 for i in range(120)]

@@ -10,6 +10,8 @@ from tests.support.backends import load_local, logprobs, request, run
 from tests.support.tiny_gguf import make_tiny_gguf
 
 
+@pytest.mark.no_cover
+@pytest.mark.usefixtures("tokenizer_here")
 @pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q8_0])
 def test_weights_of_each_type(tmp_path: Path, kind: Type) -> None:
     """Log-probabilities are those of transformers with the same file, but for the rounding.

@@ -74,31 +74,29 @@ def test_the_hub_may_be_switched_off(
 ) -> None:
     """With HF_HUB_OFFLINE, or where nothing listens, the cache is used without a request."""
     hub.add("tiny/off", tiny_model_dir)
-    with downloader(tmp_path, hub.url) as process:
-        process.download("tiny/off")
+    cache = {"HF_HUB_CACHE": str(Path(child.download("tiny/off")["directory"]).parents[2])}
     hub.requests.clear()
-    with downloader(tmp_path, hub.url, HF_HUB_OFFLINE="1") as process:
+    with downloader(tmp_path, hub.url, HF_HUB_OFFLINE="1", **cache) as process:
         said = process.download("tiny/off")["said"]
         assert said[-1] == "HF_HUB_OFFLINE is set; using tiny/off from the cache"
         assert "HF_HUB_OFFLINE is set, and tiny/x is not" in process.download("tiny/x")["error"]
     assert hub.requests == []
     # Progress bars that the environment switches off must not break the download.
-    with downloader(tmp_path, "http://127.0.0.1:9", HF_HUB_DISABLE_PROGRESS_BARS="1") as process:
+    more = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", **cache}
+    with downloader(tmp_path, "http://127.0.0.1:9", **more) as process:
         said = process.download("tiny/off")["said"]
         assert said[-1] == "the hub cannot be reached; using tiny/off from the cache"
 
 
 def test_a_download_of_another_program_is_used(
-    hub: FakeHub, tiny_model_dir: Path, tmp_path: Path
+    hub: FakeHub, child: Downloader, tiny_model_dir: Path
 ) -> None:
     """A cache without the library's listing of files is used without the hub."""
     hub.add("tiny/other", tiny_model_dir)
-    with downloader(tmp_path, hub.url) as process:
-        folder = Path(process.download("tiny/other")["directory"])
+    folder = Path(child.download("tiny/other")["directory"])
     shutil.rmtree(folder.parents[1] / "trees")
     hub.faults = Faults(unreachable=True)
-    with downloader(tmp_path, hub.url) as process:
-        assert process.download("tiny/other")["directory"] == str(folder)
+    assert child.download("tiny/other")["directory"] == str(folder)
 
 
 def test_a_cache_that_cannot_be_written(hub: FakeHub, tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -1,13 +1,12 @@
 """Which interpreter runs the engine process, and what is said where it cannot."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from app.core.config import PROJECT_ROOT, ModelSettings
+from app.core.config import ModelSettings
 from app.core.config.engine import EngineSettings
 from app.llm import loader
 from app.llm.client.process import VLLM_PYTHON, engine_python
@@ -23,7 +22,7 @@ from tests.support.backends import (
 )
 from tests.support.engine import EchoEngine
 from tests.support.remote_backend import RemoteBackend
-from tests.support.service import isolated_environment
+from tests.support.service import UVICORN, running_service
 from tests.support.tiny_gguf import make_tiny_gguf
 
 OTHER = "/usr/bin/env"
@@ -69,18 +68,12 @@ def test_a_missing_one_is_named(vllm: Path) -> None:
 
 def test_the_service_ends_with_one_line_without_it() -> None:
     """`llm-service check` and uvicorn write the line and end with a status that is not zero."""
-    environment = isolated_environment({"ENGINE__PYTHON": "/no/python"})
-    for command in (["app", "check"], ["uvicorn", "app.main:app", "--port", "0"]):
-        ended = subprocess.run(
-            [sys.executable, "-m", *command],
-            cwd=PROJECT_ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert ended.returncode != 0
-        (line,) = ended.stderr.strip().splitlines()[-1:]
+    for command in (("app", "check"), UVICORN):
+        with running_service(
+            until="started", command=command, ENGINE__PYTHON="/no/python"
+        ) as service:
+            assert service.wait() > 0
+            (line,) = service.raw_log().strip().splitlines()[-1:]
         assert "engine.python is /no/python, which is no program" in line
 
 

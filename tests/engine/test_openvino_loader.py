@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from app.core.config import ModelSettings
 from app.llm.engine.openvino.loading import keep_telemetry_out
 from app.llm.models.description import (
+    ModelTokenizer,
     Vocabulary,
     gguf_vocabulary,
     json_vocabulary,
@@ -22,7 +23,6 @@ from app.llm.models.description import (
 )
 from app.llm.models.gguf_header import GgufArray, GgufHeader
 from app.llm.models.snapshot import Snapshot
-from app.llm.models.tokenizer_process import TokenizerProcess
 from app.llm.protocol import Backend, RegexGrammar
 from tests.support import zoo_tokenizers as zoo
 from tests.support.backends import load_local, refusal, request, run, tokens
@@ -151,6 +151,7 @@ def test_a_vocabulary_may_have_no_end_of_sequence() -> None:
     assert len(tokenizer.get_vocab()) == 3
 
 
+@pytest.mark.usefixtures("tokenizer_here")
 def test_a_machine_without_a_folder_for_temporary_files(
     gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -166,9 +167,7 @@ def test_a_machine_without_a_folder_for_temporary_files(
 def test_the_description_is_read_without_torch(gguf: Path) -> None:
     """The description equals the one by transformers' GGUF reader, and torch is not imported."""
     settings = ModelSettings(source="local", name=str(gguf))
-    snapshot = Snapshot(gguf.parent, gguf.name)
-    with TokenizerProcess(settings, snapshot) as reader:
-        assert reader.tokenizer() == read_tokenizer(settings, snapshot)
+    expected = read_tokenizer(settings, Snapshot(gguf.parent, gguf.name))
     program = (
         "import os, sys; from app.llm.models import tokenizer_process as p; p.main(sys.argv[1:]); "
         "sys.stderr.write(str(sys.modules['torch'])); sys.stderr.flush(); os._exit(0)"
@@ -188,6 +187,7 @@ def test_the_description_is_read_without_torch(gguf: Path) -> None:
         os.close(mine)
         os.close(its)
     assert done.stderr == "None"
+    assert msgspec.json.decode(done.stdout, type=ModelTokenizer) == expected
 
 
 def test_no_telemetry_is_sent(loaded: Backend) -> None:
@@ -212,6 +212,7 @@ def test_a_folder_in_openvinos_format(openvino_dir: Path, loaded: Backend) -> No
     assert tokens(run(backend, request("r"))["r"]) == expected
 
 
+@pytest.mark.usefixtures("tokenizer_here")
 def test_grammars_without_openvinos_tokenizer(copy: Path) -> None:
     """The vocabulary is that of tokenizer.json, as a converted folder has no other."""
     for path in copy.glob("openvino_*tokenizer.*"):
@@ -223,6 +224,7 @@ def test_grammars_without_openvinos_tokenizer(copy: Path) -> None:
     assert decoded in {"yes!", "no!"}
 
 
+@pytest.mark.usefixtures("tokenizer_here")
 def test_openvinos_format_is_preferred_on_a_cpu(copy: Path, tiny_model_dir: Path) -> None:
     """Auto runs a folder with both kinds of weights with OpenVINO."""
     shutil.copy(tiny_model_dir / "model.safetensors", copy)
@@ -245,6 +247,7 @@ def unreadable(tmp_path: Path) -> Path:
     return make_tiny_gguf(tmp_path / "float32.gguf", half=False)
 
 
+@pytest.mark.usefixtures("tokenizer_here")
 def test_a_file_that_openvino_cannot_read_falls_back(
     unreadable: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -262,6 +265,7 @@ def test_a_file_that_openvino_cannot_read_falls_back(
     assert len(tokens(run(backend, request("r", max_tokens=4))["r"])) == 4
 
 
+@pytest.mark.usefixtures("tokenizer_here")
 def test_a_file_that_openvino_cannot_read_is_refused(unreadable: Path) -> None:
     """With the engine ``openvino`` there is no fallback."""
     assert refusal(unreadable, engine="openvino") == (
@@ -270,6 +274,7 @@ def test_a_file_that_openvino_cannot_read_is_refused(unreadable: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("tokenizer_here")
 def test_an_unknown_shape_falls_back(gguf: Path, tmp_path: Path) -> None:
     """A file without the key that sizes OpenVINO's cache is run by transformers."""
     path = tmp_path / "odd.gguf"
@@ -305,6 +310,7 @@ def test_openvino_weights_that_are_missing(copy: Path, content: bytes | None) ->
     assert refusal(copy) == f"{path} is missing or empty: download the model again"
 
 
+@pytest.mark.usefixtures("tokenizer_here")
 @pytest.mark.parametrize("break_it", ["xml", "bin"])
 def test_openvino_files_that_are_corrupt(copy: Path, break_it: str) -> None:
     """Corrupt files are refused without a fallback."""
@@ -345,6 +351,7 @@ def test_the_reading_process_dies(gguf: Path, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
+@pytest.mark.usefixtures("tokenizer_here")
 @pytest.mark.model
 @pytest.mark.parametrize("engine", ["openvino", "transformers"])
 def test_a_template_of_ones_own_replaces_the_models(

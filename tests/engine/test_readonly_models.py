@@ -18,12 +18,15 @@ PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
 # Reads paths of local models, each with a statement, one pair a line. A fork of this process loads
 # the model after the statement, and prints what happened as JSON.
 PROGRAM = """
-import json, os, sys
-import torch, transformers
+import importlib, json, os, sys
 from app.core.config import ModelSettings
 from app.llm import loader
-from app.llm.engine.openvino import gguf_copy
+from app.llm.engine.openvino import gguf_copy, loading
 from app.utils.errors import ModelLoadError
+from tests.support.tokenizer_here import TokenizerHere
+loading.keep_telemetry_out()
+for name in sys.argv[1:]:
+    importlib.import_module(name)
 for line in sys.stdin:
     path, before = json.loads(line)
     if child := os.fork():
@@ -41,7 +44,23 @@ for line in sys.stdin:
         told = "", str(error), said
     print(json.dumps(told), flush=True)
     os._exit(0)
+# To take the libraries down would take seconds.
+os._exit(0)
 """
+
+# What the forks would import, each again.
+IMPORTED = (
+    "app.llm.engine.openvino.backend",
+    "app.llm.engine.transformers.backend",
+    "app.llm.engine.transformers.gguf",
+    "app.llm.engine.transformers.plain",
+    "app.llm.engine.transformers.start_check",
+    "transformers.models.llama.modeling_llama",
+    "transformers.pipelines",
+)
+
+# The process that reads the tokenizer would do so, too.
+HERE = "loading.TokenizerProcess = TokenizerHere; "
 
 Loader = Callable[..., tuple[str, str, list[str]]]
 """Loads a model in a folder that may only be read: the backend, the reason for it or the error, and
@@ -58,7 +77,7 @@ def bind_root() -> None:
 def load_unwritable() -> Iterator[Loader]:
     """Takes the model's path, and a statement that comes before."""
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", PROGRAM, *IMPORTED],
         preexec_fn=bind_root,  # noqa: PLW1509 - it only makes a system call
         cwd=PROJECT_ROOT,
         stdin=subprocess.PIPE,
@@ -98,7 +117,10 @@ def test_memory_without_room_for_a_copy(load_unwritable: Loader, tmp_path: Path)
     path = make_tiny_gguf(tmp_path / "models" / "tiny.gguf")
     place = tmp_path / "tmp"
     place.mkdir()
-    before = f"gguf_copy.available_memory = lambda: 0; os.environ['TMPDIR'] = {str(place)!r}"
+    before = (
+        f"{HERE}gguf_copy.available_memory = lambda: 0; "
+        f"import tempfile; tempfile.tempdir = None; os.environ['TMPDIR'] = {str(place)!r}"
+    )
     backend, _, said = load_unwritable(path, before)
     assert backend == "openvino"
     assert f"OpenVINO loads a copy in {place} (" in said[-2]
@@ -109,7 +131,8 @@ def test_no_room_for_a_copy_at_all(load_unwritable: Loader, tmp_path: Path) -> N
     """Transformers runs the model, and the reason says what OpenVINO lacks."""
     path = make_tiny_gguf(tmp_path / "models" / "tiny.gguf")
     before = (
-        "gguf_copy.available_memory = lambda: 0; import shutil; from types import SimpleNamespace; "
+        f"{HERE}gguf_copy.available_memory = lambda: 0; "
+        "import shutil; from types import SimpleNamespace; "
         "shutil.disk_usage = lambda _: SimpleNamespace(free=0)"
     )
     backend, reason, _ = load_unwritable(path, before)

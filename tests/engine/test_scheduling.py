@@ -7,8 +7,7 @@ import pytest
 from app.llm.report import GenerationReport
 from app.services.flights import Flight
 from app.utils.errors import DeadlineExceededError, OverloadedError, ServiceError
-from tests.engine.test_client import collect, request
-from tests.support.engine import EchoEngine, echo_engine, idle
+from tests.support.engine import EchoEngine, collect, echo_engine, idle, request
 
 
 async def finished(engine: EchoEngine, callers: str) -> str:

@@ -1,12 +1,12 @@
 """The service does what its OpenAPI document says, for examples, boundaries and random requests."""
 
 import asyncio
+import importlib
+from types import ModuleType
 
 import pytest
 from fastapi import FastAPI, Response
 from pydantic import BaseModel, Field
-
-from tests.fuzz import schema
 
 # The same each time; `make fuzz` takes another each time.
 SEED = 1
@@ -14,8 +14,14 @@ SEED = 1
 SPARED = ["/v1/chat", "/v1/completions", "/v1/tokenize"]
 
 
+@pytest.fixture(scope="module")
+def schema() -> ModuleType:
+    """Imports schemathesis, which takes seconds, where it is used: all processes read this file."""
+    return importlib.import_module("tests.fuzz.schema")
+
+
 @pytest.mark.no_cover
-def test_the_document_is_kept() -> None:
+def test_the_document_is_kept(schema: ModuleType) -> None:
     """Every example, most boundaries, and some random and chained requests."""
     found = schema.run(40, SEED, spared=SPARED)
     assert not found.failures, "\n\n".join(f"{k}\n{v}" for k, v in found.failures.items())
@@ -46,7 +52,9 @@ def _broken() -> FastAPI:
     return app
 
 
-def test_what_breaks_the_document_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_breaks_the_document_is_found(
+    schema: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An application that crashes, takes what it forbids, and leaves tasks, is found out."""
     monkeypatch.setattr(schema, "_SETTLE_SECONDS", 0.1)
     findings = schema.run(18, SEED, schema.Watched(_broken()))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,7 +14,11 @@ from app.core.config.engine import EngineSettings
 from app.core.config.logging import LoggingSettings
 from app.core.metrics import Metrics
 from app.llm.client.client import EngineClient, EngineState
+from app.llm.client.place import Place
+from app.llm.protocol import GenerationRequest, SamplingParams, TokenEvent
+from tests.support.queue import read
 
+_ids = itertools.count()
 # Seconds in which an engine starts, by whether it is vLLM, which takes 20 to import.
 _PATIENCE = {False: 30, True: 240}
 
@@ -103,3 +108,21 @@ async def idle(engine: EchoEngine) -> None:
     async with asyncio.timeout(10):
         while not engine.client.queue.is_empty or engine.client.stats.running:  # noqa: ASYNC110 - polls another process
             await asyncio.sleep(0.01)
+
+
+def request(client: EngineClient, text: str = "hello", max_tokens: int = 100) -> GenerationRequest:
+    """A request whose answer is ``text``."""
+    assert client.tokenizer is not None
+    return GenerationRequest(
+        id=f"r{next(_ids)}",
+        prompt_token_ids=client.tokenizer.encode_text(text),
+        max_tokens=max_tokens,
+        sampling=SamplingParams(),
+    )
+
+
+async def collect(
+    client: EngineClient, text: str = "hello", place: Place | None = None
+) -> list[TokenEvent]:
+    """All events of one request."""
+    return await read(place or client.admit(), request(client, text))
