@@ -4,6 +4,8 @@ import hashlib
 import os
 import pty
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +19,10 @@ from app.core.config import PROJECT_ROOT
 from app.main import create_app
 from tests.api.test_errors import check_error
 from tests.conftest import make_settings, running_app
-from tests.support.forked import ForkedProcess
 from tests.support.live import LONG, generate, open_stream, rest_of
 from tests.support.service import (
     API_KEY,
     OTHER_KEY,
-    UVICORN,
     Service,
     isolated_environment,
     running_service,
@@ -217,18 +217,33 @@ def test_keys_change_without_a_restart(changing: tuple[Service, Keys]) -> None:
 def test_a_closed_terminal_still_ends_the_service() -> None:
     """SIGHUP from a terminal that was closed ends the service."""
     leader, terminal = pty.openpty()
-    # The terminal that a session's leader opens as its log is then the session's.
-    process = ForkedProcess(UVICORN, isolated_environment({}), Path(os.ttyname(terminal)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "uvicorn", "app.main:app", "--port", "0"],
+        cwd=PROJECT_ROOT,
+        env=isolated_environment({}),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=_take_terminal,  # noqa: PLW1509 - no threads in this child before exec
+    )
+    os.close(terminal)
     try:
         heard = b""
         deadline = time.monotonic() + 60
         while b"ready for requests" not in heard:
             assert time.monotonic() < deadline, heard
             heard += os.read(leader, 65536)
-        os.close(terminal)
         os.close(leader)
         # 120: Python could not flush its output, because the terminal is closed.
         assert process.wait(30) in (0, -signal.SIGTERM, 120)
     finally:
         process.kill()
         process.wait()
+
+
+def _take_terminal() -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
