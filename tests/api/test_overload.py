@@ -217,13 +217,13 @@ async def test_ten_times_the_capacity_for_a_moment() -> None:
     """
     with running_service(
         ENGINE__MAX_RUNNING="4",
-        ENGINE__MAX_WAITING="64",
+        ENGINE__MAX_WAITING="48",
         ENGINE__ECHO_STEP_SECONDS="0.01",
         LOGGING__LEVEL="ERROR",
     ) as service:
         target = Target(service.base_url, Route.CHAT, API_KEY)
         found = await overload(
-            target, service.process.pid, factor=10, duration=3, rounds=1, peak_requests=48
+            target, service.process.pid, factor=10, duration=2.3, rounds=1, peak_requests=48
         )
         (one,) = found["rounds"]
         assert service.raw_log().count('"ERROR"') == 0

@@ -17,8 +17,11 @@ from subprocess import TimeoutExpired
 
 from app.core.config import PROJECT_ROOT
 
+# None of them reads an environment variable or a file that a test sets.
+_IMPORTED = ["uvicorn", "app.main", "app.llm.chain", "transformers.utils.chat_template_utils"]
+
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.support.preloaded"])
+_context.set_forkserver_preload(_IMPORTED)
 
 
 class ForkedProcess:
