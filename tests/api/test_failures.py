@@ -23,6 +23,13 @@ def mortal_service() -> Iterator[Service]:
         yield service
 
 
+@pytest.fixture
+def fresh_service() -> Iterator[Service]:
+    """A slow service for one test that kills its engine more than once."""
+    with running_service(ENGINE__ECHO_STEP_SECONDS=str(STEP)) as service:
+        yield service
+
+
 def check_restarted(service: Service, pid: int, restarts: float) -> None:
     """Assert that another engine process serves, in the same service."""
     service.wait_until_ready()
