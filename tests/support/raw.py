@@ -89,7 +89,7 @@ class RawClient:
         if receive_buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
             # The kernel's buffer for an answer is a number of segments, which have 64 KiB here.
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 500)
         self.socket.bind((source, 0))
         self.socket.connect((url.host, url.port))
         self._file = self.socket.makefile("rb")
