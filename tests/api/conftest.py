@@ -7,9 +7,6 @@ import blockbuster.blockbuster as bb
 import pytest
 from blockbuster import blockbuster_ctx
 
-from tests.support.live import STEP
-from tests.support.service import Service, running_service
-
 
 @pytest.fixture(autouse=True)
 def _event_loop_is_never_blocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -35,14 +32,3 @@ def _event_loop_is_never_blocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
             guard.functions[name].can_block_in("coverage/collector.py", "lock_data")
         yield
     assert not blocked, "the event loop was blocked by " + "\n".join(blocked)
-
-
-@pytest.fixture
-def fresh_service() -> Iterator[Service]:
-    """A slow service for one test that kills its engine.
-
-    Each death makes the wait for the next engine longer, so tests that share a service would wait
-    for each other's.
-    """
-    with running_service(ENGINE__ECHO_STEP_SECONDS=str(STEP)) as service:
-        yield service

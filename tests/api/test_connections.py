@@ -170,7 +170,7 @@ def test_a_reader_that_takes_nothing_does_not_hold_up_the_end() -> None:
     ):
         client.send(large_answers(stream=False))
         service.wait_for(
-            lambda: service.metric("http_requests_total", endpoint=CHAT) > 3, "answers"
+            lambda: service.metric("http_requests_total", endpoint=CHAT) > 0, "an answer"
         )
         started = time.monotonic()
         service.terminate()

@@ -12,6 +12,7 @@ from app.main import create_app
 from tests.api.test_errors import NOT_JSON, check_error, post_bytes
 from tests.conftest import make_settings
 from tests.contract.test_openapi import OPERATIONS, WITH_BODY, document
+from tests.support.raw import KEY, RawClient, post
 from tests.support.service import API_KEY, Service
 
 # Longest time for which a body may block the event loop, as the mean of some.
@@ -97,24 +98,33 @@ def _processor_seconds(service: Service) -> float:
 def test_no_value_of_any_field_is_a_500(echo_service: Service, path: str) -> None:
     """Invalid JSON gets 400, a wrong value 400 or 422, and anything else is served."""
     refused = 0
-    with echo_service.client() as client:
+    with RawClient(echo_service) as client:
         for field in _fields(path):
             rest = json.dumps({k: v for k, v in BODIES[path].items() if k != field})
-            for name, value in HOSTILE.items():
-                body = f'{{"{field}": {value}, {rest[1:-1] or chr(34) + "x" + chr(34) + ": 1"}}}'
-                response = client.post(path, content=body.encode())
-                about = (field, name, response.status_code, response.text)
+            rest = rest[1:-1] or '"x": 1'
+            # One connection takes them all at once, which costs a third of a request each.
+            client.send(
+                b"".join(_post(path, f'{{"{field}": {v}, {rest}}}') for v in HOSTILE.values())
+            )
+            for name in HOSTILE:
+                answer = client.answer()
+                about = (field, name, answer.status, answer.body)
                 if name in NO_JSON:
-                    assert response.status_code == 400, about
-                    assert response.json()["error"]["code"] == "invalid_json", about
+                    assert (answer.status, answer.code) == (400, "invalid_json"), about
                 # A model that is not served gets 404, and a response that is not kept.
                 named = field in ("model", "previous_response_id")
                 expected = {400, 422, 404} if named else {400, 422}
-                assert response.status_code in {200, *expected}, about
-                refused += response.status_code != 200
-        assert client.post(path, json=BODIES[path]).status_code == 200
+                assert answer.status in {200, *expected}, about
+                refused += answer.status != 200
+        assert client.ask(_post(path, json.dumps(BODIES[path]))).status == 200
     # A third of the values are wrong for every field.
     assert refused > len(_fields(path)) * len(HOSTILE) / 3
+
+
+def _post(path: str, body: str) -> bytes:
+    """A request with the key."""
+    content = body.encode()
+    return post(KEY, f"Content-Length: {len(content)}", body=content, path=path)
 
 
 def _fields(path: str) -> list[str]:

@@ -18,7 +18,7 @@ import pytest
 from tests.support.application import KEY, OTHER, Client, start
 from tests.support.sse import parse
 
-OPERATIONS = int(os.environ.get("ISOLATION_OPERATIONS", "600"))
+OPERATIONS = int(os.environ.get("ISOLATION_OPERATIONS", "300"))
 SEED = int(os.environ.get("ISOLATION_SEED", "7"))
 
 SESSIONS = ("home", "work", "s")

@@ -1,6 +1,7 @@
 """Tools on the OpenAI routes: the prompt of the model, and the calls in the answer."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from msgspec import structs
 from starlette.testclient import TestClient
 
 from app.llm.tokenizer import PromptTokenizer
-from tests.conftest import RunApp
+from tests.conftest import RunApp, running_app
 from tests.data.call_templates import CALL_TOKENS
 from tests.data.chat_templates import CHATML
 from tests.support.openai import CHAT, chat, chunks, refused, user
@@ -143,16 +144,22 @@ def test_tools_are_a_prompt(run_app: RunApp) -> None:
         assert refused(chat(client, messages=turns)) == (400, "pii_detected", "messages")
 
 
-def test_redacted_arguments_are_json(run_app: RunApp) -> None:
+@pytest.fixture(scope="module")
+def redacting() -> Iterator[TestClient]:
+    """An application that takes personal data out of answers."""
+    with running_app(pii={"input": "off", "output": "redact"}) as client:
+        yield client
+
+
+def test_redacted_arguments_are_json(redacting: TestClient) -> None:
     """Arguments stay JSON where personal data is taken out, whole and streamed."""
-    client = run_app(pii={"output": "redact"})
     text = CALL.replace("K\u00f6ln", r"a\njane\u0040example.com").replace(
         "}}", ', "card": 4111111111111111}}'
     )
     arguments = r'{"city": "a\n[EMAIL]", "card": 4111111111111111}'
-    (choice,) = chat(client, text, tools=[WEATHER]).json()["choices"]
+    (choice,) = chat(redacting, text, tools=[WEATHER]).json()["choices"]
     assert called(choice) == [("get_weather", arguments)]
-    found = chunks(chat(client, text, tools=[WEATHER], stream=True))
+    found = chunks(chat(redacting, text, tools=[WEATHER], stream=True))
     deltas = [c["choices"][0]["delta"] for c in found]
     calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
     assert "".join(call["function"]["arguments"] for call in calls) == arguments
@@ -277,10 +284,10 @@ OWN_FORMS = {
 }
 
 
-def test_calls_in_a_models_own_form(run_app: RunApp) -> None:
+def test_calls_in_a_models_own_form(redacting: TestClient) -> None:
     """Marks leave only answers without tools; arguments are redacted as JSON, streamed too."""
-    client = run_app(pii={"input": "off", "output": "redact"})
-    engine = client.app.state.services.engine  # type: ignore[attr-defined]
+    engine = redacting.app.state.services.engine  # type: ignore[attr-defined]
+    before = engine.info
     expected = [("now", '{"by": "[EMAIL]"}')]
     for signs, special, text in OWN_FORMS.values():
         template = CHATML + f"{{# tools {signs} #}}"
@@ -290,12 +297,15 @@ def test_calls_in_a_models_own_form(run_app: RunApp) -> None:
         )
         engine.tokenizer.close()
         engine.tokenizer = PromptTokenizer(engine.info)
-        (choice,) = chat(client, text, tools=[NOW]).json()["choices"]
+        (choice,) = chat(redacting, text, tools=[NOW]).json()["choices"]
         assert called(choice) == expected
         assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
-        found = chunks(chat(client, text, tools=[NOW], stream=True))
+        found = chunks(chat(redacting, text, tools=[NOW], stream=True))
         pieces = [p for c in found for p in c["choices"][0]["delta"].get("tool_calls", [])]
         assert [pieces[0]["function"]["name"]] == ["now"]
         assert "".join(p["function"]["arguments"] for p in pieces) == expected[0][1]
-        (plain,) = chat(client, text).json()["choices"]
+        (plain,) = chat(redacting, text).json()["choices"]
         assert not any(mark in plain["message"]["content"] for mark in special if mark in signs)
+    engine.info = before
+    engine.tokenizer.close()
+    engine.tokenizer = PromptTokenizer(before)

@@ -74,7 +74,8 @@ def traced_service(*, allowed: bool) -> Iterator[tuple[Service, Collector]]:
     threading.Thread(target=collector.serve_forever, args=(0.01,), daemon=True).start()
     try:
         with running_service(
-            interpreter="new",
+            # LangChain reads the environment once: without permission, as in production.
+            interpreter="forked" if allowed else "new",
             TRACING__LANGSMITH=str(allowed).lower(),
             LANGSMITH_TRACING="true",
             LANGCHAIN_TRACING_V2="true",

@@ -7,6 +7,7 @@ from typing import cast
 
 import httpx
 import pytest
+import pytest_asyncio
 
 from app.api.load_shedding import LoadShedding
 from app.llm.client.client import EngineClient, EngineState
@@ -28,16 +29,41 @@ ROUTES = {
 KEPT = {"prompt": "kept", "temperature": 0}
 
 
-@asynccontextmanager
-async def a_full_engine() -> AsyncIterator[Client]:
-    """A service with every place taken, after it has answered one request."""
-    async with start(engine={"max_running": 1, "max_waiting": 1}) as client:
+SCRAPER = "key-of-the-scraper"
+
+# These tests share an application, which lives on one event loop.
+shared = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def small() -> AsyncIterator[Client]:
+    """A service with two places, after it has answered one request."""
+    keys = [
+        {"name": "bob", "key": OTHER},
+        {"name": "scraper", "key": SCRAPER, "scopes": ["metrics"]},
+    ]
+    async with start(
+        engine={"max_running": 1, "max_waiting": 1}, security={"api_keys": keys}
+    ) as client:
         first = await client.http.post("/v1/generate", json=KEPT)
         assert first.status_code == 200
-        places = [client.services.engine.admit("somebody") for _ in range(2)]
         yield client
-        for place in places:
-            place.release()
+
+
+@asynccontextmanager
+async def filled(client: Client) -> AsyncIterator[None]:
+    """Takes both places of a service for as long as the block."""
+    places = [client.services.engine.admit("somebody") for _ in range(2)]
+    yield
+    for place in places:
+        place.release()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def full(small: Client) -> AsyncIterator[Client]:
+    """The service, with every place taken."""
+    async with filled(small):
+        yield small
 
 
 def code_of(response: httpx.Response) -> str:
@@ -46,43 +72,38 @@ def code_of(response: httpx.Response) -> str:
     return code
 
 
+@shared
 @pytest.mark.parametrize("path", ROUTES)
-async def test_a_request_without_a_place_is_not_even_parsed(path: str) -> None:
+async def test_a_request_without_a_place_is_not_even_parsed(full: Client, path: str) -> None:
     """With every place taken, a body is rejected unparsed, and each rejection is counted once."""
-    async with a_full_engine() as client:
-        for body in (b"{", b'{"unknown": 1}'):
-            refused = await client.http.post(path, content=body)
-            assert (refused.status_code, code_of(refused)) == (503, "overloaded")
-            assert int(refused.headers["retry-after"]) >= 1
-        refused = await client.http.post(path, json=ROUTES[path])
-        assert code_of(refused) == "overloaded"
-        registry = client.services.metrics.registry
-        name, labels = "llm_requests_rejected_total", {"reason": "overloaded"}
-        assert registry.get_sample_value(name, labels) == 3
+    registry = full.services.metrics.registry
+    name, labels = "llm_requests_rejected_total", {"reason": "overloaded"}
+    before = registry.get_sample_value(name, labels) or 0
+    for body in (b"{", b'{"unknown": 1}'):
+        refused = await full.http.post(path, content=body)
+        assert (refused.status_code, code_of(refused)) == (503, "overloaded")
+        assert int(refused.headers["retry-after"]) >= 1
+    refused = await full.http.post(path, json=ROUTES[path])
+    assert code_of(refused) == "overloaded"
+    assert registry.get_sample_value(name, labels) == before + 3
 
 
-async def test_a_key_is_checked_first() -> None:
+@shared
+async def test_a_key_is_checked_first(full: Client) -> None:
     """Without a key for it, a caller does not learn that the engine is full."""
-    keys = [{"name": "scraper", "key": OTHER, "scopes": ["metrics"]}]
-    async with start(
-        engine={"max_running": 1, "max_waiting": 1}, security={"api_keys": keys}
-    ) as client:
-        places = [client.services.engine.admit("somebody") for _ in range(2)]
-        for key, code in (("wrong", "invalid_api_key"), (OTHER, "insufficient_scope")):
-            refused = await client.http.post("/v1/chat", content=b"{", headers={"X-API-Key": key})
-            assert code_of(refused) == code
-        for place in places:
-            place.release()
+    for key, code in (("wrong", "invalid_api_key"), (SCRAPER, "insufficient_scope")):
+        refused = await full.http.post("/v1/chat", content=b"{", headers={"X-API-Key": key})
+        assert code_of(refused) == code
 
 
-async def test_cached_answers_need_no_place() -> None:
+@shared
+async def test_cached_answers_need_no_place(full: Client) -> None:
     """A repeated request is answered from the cache, for the same caller alone."""
-    async with a_full_engine() as client:
-        again = await client.http.post("/v1/generate", json=KEPT)
-        assert again.status_code == 200
-        assert again.json()["cached"] is True
-        other = await client.http.post("/v1/generate", json=KEPT, headers={"X-API-Key": OTHER})
-        assert code_of(other) == "overloaded"
+    again = await full.http.post("/v1/generate", json=KEPT)
+    assert again.status_code == 200
+    assert again.json()["cached"] is True
+    other = await full.http.post("/v1/generate", json=KEPT, headers={"X-API-Key": OTHER})
+    assert code_of(other) == "overloaded"
 
 
 async def test_an_answer_under_way_is_shared_by_a_full_engine() -> None:
@@ -100,24 +121,23 @@ async def test_an_answer_under_way_is_shared_by_a_full_engine() -> None:
         assert second.json()["generated_text"] == (await first).json()["generated_text"]
 
 
-async def test_a_repeated_request_is_answered_by_its_idempotency_key() -> None:
+@shared
+async def test_a_repeated_request_is_answered_by_its_idempotency_key(small: Client) -> None:
     """A client that lost its answer gets it from a full engine too."""
-    async with start(engine={"max_running": 1, "max_waiting": 0}) as client:
-        headers, asked = {"Idempotency-Key": "once"}, {"prompt": "a", "cache": False}
-        first = await client.http.post("/v1/generate", json=asked, headers=headers)
-        place = client.services.engine.admit("somebody")
-        again = await client.http.post("/v1/generate", json=asked, headers=headers)
-        place.release()
+    headers, asked = {"Idempotency-Key": "once"}, {"prompt": "a", "cache": False}
+    first = await small.http.post("/v1/generate", json=asked, headers=headers)
+    async with filled(small):
+        again = await small.http.post("/v1/generate", json=asked, headers=headers)
     assert again.headers["Idempotency-Replayed"] == "true"
     assert again.content == first.content
 
 
-async def test_what_needs_no_place_is_answered() -> None:
+@shared
+async def test_what_needs_no_place_is_answered(full: Client) -> None:
     """A full engine counts tokens and lists models."""
-    async with a_full_engine() as client:
-        counted = await client.http.post("/v1/tokenize", json={"text": "abc"})
-        assert counted.json()["count"] == 3
-        assert (await client.http.get("/v1/models")).status_code == 200
+    counted = await full.http.post("/v1/tokenize", json={"text": "abc"})
+    assert counted.json()["count"] == 3
+    assert (await full.http.get("/v1/models")).status_code == 200
 
 
 def test_a_full_service_rejects_over_its_sockets() -> None:
@@ -197,13 +217,13 @@ async def test_ten_times_the_capacity_for_a_moment() -> None:
     """
     with running_service(
         ENGINE__MAX_RUNNING="4",
-        ENGINE__MAX_WAITING="64",
+        ENGINE__MAX_WAITING="48",
         ENGINE__ECHO_STEP_SECONDS="0.01",
         LOGGING__LEVEL="ERROR",
     ) as service:
         target = Target(service.base_url, Route.CHAT, API_KEY)
         found = await overload(
-            target, service.process.pid, factor=10, duration=3, rounds=1, peak_requests=48
+            target, service.process.pid, factor=10, duration=2.3, rounds=1, peak_requests=48
         )
         (one,) = found["rounds"]
         assert service.raw_log().count('"ERROR"') == 0

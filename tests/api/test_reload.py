@@ -13,9 +13,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
+from app.api.reloaded import ReloadedApplication
 from app.core.config import PROJECT_ROOT
+from app.core.logging import get_logger
+from app.main import create_app
 from tests.support.service import isolated_environment, setting_names
+from tests.support.settings import Load
 
 SECONDS = 100.0
 NO_MODEL = "MODEL__ENGINE=auto\nMODEL__SOURCE=local\nMODEL__NAME=/nowhere\n"
@@ -86,15 +91,10 @@ def reloader(tmp_path: Path) -> Iterator[Reloader]:
 
 @pytest.mark.timeout(500)
 def test_a_failed_start_answers_503_until_it_is_mended(reloader: Reloader) -> None:
-    """A missing model or a wrong setting is 503 with its line; mended, the log has the address."""
+    """A missing model is 503 with its line; once it is mended, the log has the address."""
     fault = "/nowhere does not exist"
     assert fault in reloader.wait_for(503, fault).json()["error"]["message"]
     assert fault in reloader.log
-    reloader.edit("CACHE__SIZE=many\n")
-    response = reloader.wait_for(503, "cache.size = 'many'")
-    error = response.json()["error"]
-    assert error["message"] in reloader.log
-    assert error["request_id"].startswith("req-")
     reloader.edit(WORKS)
     reloader.wait_for(200, '"healthy"')
     ready = f"ready for requests at {reloader.url.replace('127.0.0.1', 'localhost')}/ (open it for"
@@ -102,3 +102,20 @@ def test_a_failed_start_answers_503_until_it_is_mended(reloader: Reloader) -> No
     while ready not in reloader.log:
         assert time.monotonic() < deadline, reloader.log
         time.sleep(0.1)
+
+
+def test_a_wrong_setting_is_503_with_its_line(
+    load: Load, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the reloader a setting that cannot work is the answer to each request."""
+    monkeypatch.setattr(get_logger(), "handlers", [caplog.handler])
+    app = ReloadedApplication(
+        lambda fail: create_app(load(env="CACHE__SIZE=many"), on_fatal=fail), []
+    )
+    with TestClient(app) as client:
+        response = client.get("/health")
+    error = response.json()["error"]
+    assert response.status_code == 503
+    assert "cache.size = 'many'" in error["message"]
+    assert error["message"] in caplog.text
+    assert error["request_id"].startswith("req-")

@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -64,8 +64,24 @@ def interrupted(
     return status
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", EARLY)
+def at(moments: Iterable[str]) -> pytest.MarkDecorator:
+    """Each moment with one of the signals in turn; `make test-full` takes each with both."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    return pytest.mark.parametrize(
+        ("moment", "number"),
+        [
+            pytest.param(
+                moment,
+                number,
+                marks=[] if (place + turn) % 2 == 0 else [pytest.mark.full_size],
+            )
+            for place, moment in enumerate(moments)
+            for turn, number in enumerate(signals)
+        ],
+    )
+
+
+@at(EARLY)
 def test_a_signal_before_the_service_exists_ends_the_start(
     moment: str, number: signal.Signals
 ) -> None:
@@ -74,8 +90,7 @@ def test_a_signal_before_the_service_exists_ends_the_start(
         assert interrupted(service, EARLY[moment], number) == 128 + number
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", LATE)
+@at(LATE)
 def test_a_signal_during_the_start_ends_the_service(moment: str, number: signal.Signals) -> None:
     """The status is 0, no second engine process is started, and nothing is left."""
     with running_service(until="started") as service:
@@ -88,7 +103,6 @@ def test_a_signal_during_a_download_ends_it(tmp_path: Path) -> None:
         socket.create_server(("127.0.0.1", 0)) as silent,
         running_service(
             until="started",
-            interpreter="new",
             MODEL__ENGINE="auto",
             MODEL__SOURCE="bundled",
             HF_HOME=str(tmp_path),

@@ -2,7 +2,6 @@
 
 import os
 import resource
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ from tests.support.live import LONG, STEP, ask, background, generate, open_strea
 from tests.support.programs import BUSY, PINNED, running
 from tests.support.service import API_KEY, Service, running_service
 from tests.support.tiny_gguf import make_tiny_gguf
-from tests.support.tiny_model import make_tiny_model
 
 linux_only = pytest.mark.skipif(
     not Path("/proc/self/stat").exists(), reason="the kernel does not say what a process does"
@@ -78,13 +76,16 @@ def test_an_engine_that_a_busy_host_starves_goes_on() -> None:
     """An engine that waits for a processor three times as long as a stall takes is not killed."""
     cores = os.sched_getaffinity(0)
     with ExitStack() as busy:
-        for _ in range(4):
-            busy.enter_context(running(PINNED + BUSY))
+        others = [busy.enter_context(running(PINNED + BUSY)) for _ in range(4)]
+        for other in others:
+            other.send_signal(signal.SIGSTOP)
         with running_service(
             until="started", ENGINE__STALL_TIMEOUT_SECONDS=str(STALL_SECONDS)
         ) as service:
             service.wait_for(lambda: "engine process started" in service.raw_log(), "the start")
             # From now on it runs on one core, while nothing else wants that.
+            for other in others:
+                other.send_signal(signal.SIGCONT)
             engine = service.engine_pid
             os.sched_setaffinity(engine, [min(cores)])
             os.sched_setscheduler(engine, os.SCHED_IDLE, os.sched_param(0))
@@ -104,14 +105,21 @@ def weigh_session(process: int, nice: int) -> None:
         Path(f"/proc/{process}/autogroup").write_text(str(nice))
 
 
+@pytest.fixture(scope="module")
+def mortal_service() -> Iterator[Service]:
+    """A slow service whose engine dies three times: each start waits longer than the last."""
+    with running_service(ENGINE__ECHO_STEP_SECONDS=str(STEP)) as service:
+        yield service
+
+
 def test_a_request_that_kills_the_engine_twice_is_given_up_and_named(
-    fresh_service: Service,
+    mortal_service: Service,
 ) -> None:
     """What kills the engine is tried once more, and not by official clients; the log names it."""
-    restarts = fresh_service.metric("llm_engine_restarts_total")
+    restarts = mortal_service.metric("llm_engine_restarts_total")
     http = openai.DefaultHttpxClient(trust_env=False)
     with (
-        OpenAI(base_url=f"{fresh_service.base_url}/v1", api_key=API_KEY, http_client=http) as sdk,
+        OpenAI(base_url=f"{mortal_service.base_url}/v1", api_key=API_KEY, http_client=http) as sdk,
         pytest.raises(openai.InternalServerError) as refused,
     ):
         sdk.chat.completions.create(
@@ -120,17 +128,17 @@ def test_a_request_that_kills_the_engine_twice_is_given_up_and_named(
             extra_headers={"X-Request-ID": "the-poisonous"},
         )
     assert (refused.value.status_code, refused.value.code) == (500, "engine_failed")
-    fresh_service.wait_until_ready()
-    assert fresh_service.metric("llm_engine_restarts_total") == restarts + 2
-    about = [e for e in fresh_service.log() if e.get("request_id") == "the-poisonous"]
+    mortal_service.wait_until_ready()
+    assert mortal_service.metric("llm_engine_restarts_total") == restarts + 2
+    about = [e for e in mortal_service.log() if e.get("request_id") == "the-poisonous"]
     told = [(e["level"], e["message"].rpartition(": ")[2]) for e in about if "engine_request" in e]
     assert told == [("WARNING", "it is tried once more"), ("ERROR", "it is given up")]
 
 
-def test_an_engine_out_of_memory_is_replaced(fresh_service: Service) -> None:
+def test_an_engine_out_of_memory_is_replaced(mortal_service: Service) -> None:
     """An engine that cannot allocate dies and is replaced; every request gets a response."""
-    restarts = fresh_service.metric("llm_engine_restarts_total")
-    pid = fresh_service.engine_pid
+    restarts = mortal_service.metric("llm_engine_restarts_total")
+    pid = mortal_service.engine_pid
     status = Path(f"/proc/{pid}/status").read_text().split()
     size = int(status[status.index("VmData:") + 1]) * 1024
     # It can write to nothing beyond what it has, parts of its address space that are reserved
@@ -138,34 +146,35 @@ def test_an_engine_out_of_memory_is_replaced(fresh_service: Service) -> None:
     resource.prlimit(pid, resource.RLIMIT_DATA, (size, size))
     with ThreadPoolExecutor(64) as pool:
         bodies = [generate("x" * 3900 + str(i), max_tokens=10) for i in range(64)]
-        answers = list(pool.map(lambda body: ask(fresh_service, body), bodies))
-    fresh_service.wait_until_ready()
+        answers = list(pool.map(lambda body: ask(mortal_service, body), bodies))
+    mortal_service.wait_until_ready()
     assert {answer.status_code for answer in answers} <= {200, 500, 503}
     assert "internal_error" not in {a.json().get("error", {}).get("code") for a in answers}
-    assert fresh_service.metric("llm_engine_restarts_total") == restarts + 1
-    assert fresh_service.metric("llm_requests_running") == 0
-    assert ask(fresh_service, generate("after")).json()["generated_text"] == "after"
+    assert mortal_service.metric("llm_engine_restarts_total") == restarts + 1
+    assert mortal_service.metric("llm_requests_running") == 0
+    assert ask(mortal_service, generate("after")).json()["generated_text"] == "after"
 
 
 @linux_only
 def test_a_load_that_hangs_is_started_again(tmp_path: Path) -> None:
     """A load that waits forever, as for a dead network disk, is noticed and started again."""
-    model = make_tiny_model(tmp_path / "model")
-    weights = model / "model.safetensors"
-    shutil.move(weights, tmp_path / "whole")
+    whole = make_tiny_gguf(tmp_path / "whole.gguf")
+    weights = tmp_path / "model" / "tiny.gguf"
+    weights.parent.mkdir()
     os.mkfifo(weights)
     with running_service(
         until="listening",
-        MODEL__ENGINE="transformers",
+        MODEL__ENGINE="openvino",
         MODEL__SOURCE="local",
-        MODEL__NAME=str(model),
+        MODEL__NAME=str(weights.parent),
         ENGINE__STALL_TIMEOUT_SECONDS="3",
     ) as service:
-        service.wait_for_metric("llm_engine_restarts_total", 1)
-        (ended,) = logged(service, "ERROR")
+        # The load opens the pipe, and waits for what never comes.
+        with weights.open("wb"):
+            whole.replace(weights)
+            service.wait_for_metric("llm_engine_restarts_total", 1)
+            (ended,) = logged(service, "ERROR")
         assert "loading the model, it has not used or awaited a processor" in ended["message"]
-        weights.unlink()
-        shutil.move(tmp_path / "whole", weights)
         service.wait_until_ready()
         assert ask(service, generate("a", max_tokens=2)).status_code == 200
 

@@ -60,12 +60,15 @@ def generate_request(body: dict[str, Any]) -> bytes:
 
 
 def large_answers(*, stream: bool) -> bytes:
-    """Requests with answers of 14 MB, more than all buffers on the way to a client hold."""
+    """Requests with answers of 3 MB, for a client that takes little and reads nothing.
+
+    They are more than all buffers on the way to it hold.
+    """
     body = {
         "model": "echo",
         "messages": [{"role": "user", "content": "\1" * 500}],
         "max_tokens": 500,
-        "n": 16,
+        "n": 4,
         "logprobs": True,
         "stream": stream,
     }
@@ -85,6 +88,8 @@ class RawClient:
         self.socket.settimeout(PATIENCE)
         if receive_buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            # The kernel's buffer for an answer is a number of segments, which have 64 KiB here.
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 500)
         self.socket.bind((source, 0))
         self.socket.connect((url.host, url.port))
         self._file = self.socket.makefile("rb")

@@ -10,6 +10,7 @@ ASCII spans several tokens. A prompt can ask for a fault:
 ``[echo:crash]``   the engine process is killed by a signal, as by a segmentation fault
 ``[echo:poison]``  the same, before this request has got any token
 ``[echo:log]``     the step logs more than the log's queue holds
+``[echo:write]``   the step writes a thousand lines to standard error, as a library might
 ``[echo:hang]``    the step never returns, and uses no processor
 ``[echo:spin]``    the step never returns, and uses the processor
 =================  ==============================================================
@@ -36,6 +37,8 @@ from app.llm.protocol import (
 log = get_logger("engine")
 
 CONTEXT_LENGTH = 8192
+WRITTEN_LINES = 1000
+"""Lines of ``[echo:write]``."""
 LAST_WORDS = "the echo engine was asked to crash"
 _START, _END = "<|im_start|>", "<|im_end|>"
 _CHAT_TEMPLATE = (
@@ -137,7 +140,10 @@ class EchoBackend:
             return TokenEvent(request_id=request.id, finish_reason="error", error="asked for")
         if running.fault == "poison":
             _break("crash")
-        if running.fault in ("raise", "crash", "log", "hang", "spin") and running.generated == 3:
+        if (
+            running.fault in ("raise", "crash", "log", "write", "hang", "spin")
+            and running.generated == 3
+        ):
             _break(running.fault)
         token = running.answer[running.generated]
         running.generated += 1
@@ -173,6 +179,9 @@ def _break(fault: str) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
     while fault == "spin":
         pass
+    if fault == "write":
+        os.write(2, b"the prompt asked for it\n" * WRITTEN_LINES)
+        return
     if fault == "log":
         for _ in range(2 * MAX_LINES):
             log.warning("the prompt asked for it")
