@@ -67,13 +67,15 @@ _BUNDLED = frozenset(
 class _Together(LoadFileScheduling):  # type: ignore[misc]
     """Gives each file to one test process, and files that share what is costly to the same one.
 
-    The bundled model takes 6 s of processor time to load, the syntax of all files 4 s to read.
+    The bundled model takes 6 s of processor time to load, the syntax of all files 4 s to read, a
+    browser 4 s to start.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        if file.startswith("tests/architecture/"):
-            return "architecture"
+        folder = file.split("/")[1]
+        if folder in ("architecture", "playground"):
+            return folder
         return "bundled" if file in _BUNDLED else file
 
 

@@ -23,7 +23,13 @@ from starlette.testclient import TestClient
 from app.core.config import PROJECT_ROOT, load_settings
 from app.main import create_app
 from tests.conftest import RunApp, running_app
-from tests.support.service import API_KEY, OTHER_KEY, isolated_environment, session_members
+from tests.support.service import (
+    API_KEY,
+    OTHER_KEY,
+    isolated_environment,
+    running_service,
+    session_members,
+)
 from tests.support.tiny_gguf import make_tiny_gguf
 from tests.support.tiny_model import make_tiny_model
 
@@ -190,24 +196,16 @@ def test_a_local_model(monkeypatch: pytest.MonkeyPatch, run_app: RunApp, tmp_pat
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a CUDA device here")
 def test_cuda_without_a_device(tmp_path: Path) -> None:
     """With MODEL__DEVICE=cuda and no device the service ends with a line that says what to set."""
-    done = subprocess.run(
-        [sys.executable, "-m", "uvicorn", "app.main:app", "--port", "0"],
-        cwd=PROJECT_ROOT,
-        env=isolated_environment(
-            {
-                "MODEL__DEVICE": "cuda",
-                "MODEL__ENGINE": "transformers",
-                "MODEL__SOURCE": "local",
-                "MODEL__NAME": str(make_tiny_model(tmp_path / "model")),
-            }
-        ),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
-    assert done.returncode == 3
-    assert "MODEL__DEVICE=cpu" in done.stderr.splitlines()[-1]
+    model = str(make_tiny_model(tmp_path / "model"))
+    with running_service(
+        until="started",
+        MODEL__DEVICE="cuda",
+        MODEL__ENGINE="transformers",
+        MODEL__SOURCE="local",
+        MODEL__NAME=model,
+    ) as service:
+        assert service.process.wait(100) == 3
+        assert "MODEL__DEVICE=cpu" in service.raw_log().splitlines()[-1]
 
 
 # --- Starting it ----------------------------------------------------------------------------------
