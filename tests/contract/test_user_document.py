@@ -227,7 +227,7 @@ def chat(service: Service, question: str, **fields: Any) -> str:
     """The greedy answer to a question."""
     body = {
         "messages": [{"role": "user", "content": question}],
-        "max_tokens": 40,
+        "max_tokens": 40 if FULL_SIZE else 12,
         "temperature": 0,
         "cache": False,
         **fields,
