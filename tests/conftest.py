@@ -72,7 +72,7 @@ class _Together(LoadFileScheduling):  # type: ignore[misc]
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
+        file: str = super()._split_scope(nodeid)
         folder = file.split("/")[1]
         if folder in ("architecture", "playground"):
             return folder

@@ -373,7 +373,7 @@ def test_16_chats_at_once(http: httpx.Client, bundled_service: Service) -> None:
 
     def ask(i: int) -> dict[str, Any]:
         question = f"Write one sentence about the number {i}."
-        body = {"messages": [{"role": "user", "content": question}], "max_tokens": 32}
+        body = {"messages": [{"role": "user", "content": question}], "max_tokens": 24}
         return post(http, "/v1/chat", {**body, "temperature": 0, "cache": False})
 
     with ThreadPoolExecutor(16) as pool:
