@@ -26,7 +26,8 @@ def write(sections: dict[str, str]) -> None:
     """Replace sections of the page, by name; their tables lose the padding for terminals."""
     text = PAGE.read_text(encoding="utf-8")
     for name, body in sections.items():
-        text = replace_section(text, name, re.sub(r" *\| *", "|", body))
+        compact = re.sub(r"\|-+(?=\|)", "|---", re.sub(r" *\| *", "|", body))
+        text = replace_section(text, name, compact)
     PAGE.write_text(text, encoding="utf-8")
 
 
