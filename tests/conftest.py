@@ -78,14 +78,15 @@ _TINY = frozenset(
 class _Together(LoadFileScheduling):  # type: ignore[misc]
     """Gives each file to one test process, and files that share what is costly to the same one.
 
-    The bundled model takes 6 s of processor time to load, the syntax of all files 4 s to read, and
-    a tiny model 3 s to start.
+    The bundled model takes 6 s of processor time to load, the syntax of all files 4 s to read, a
+    browser 4 s to start, and a tiny model 3 s.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        if file.startswith("tests/architecture/"):
-            return "architecture"
+        file: str = super()._split_scope(nodeid)
+        folder = file.split("/")[1]
+        if folder in ("architecture", "playground"):
+            return folder
         if file in _TINY:
             return "tiny"
         return "bundled" if file in _BUNDLED else file

@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -185,16 +186,21 @@ def test_the_settings_files_are_in_step() -> None:
     assert config_docs.faults() == []
 
 
+@cache
+def words_of_the_code() -> set[str]:
+    """Every word of the application's files."""
+    files = (PROJECT_ROOT / "app").rglob("*.py")
+    return {w for file in files for w in re.findall(r"\w+", file.read_text(encoding="utf-8"))}
+
+
 @pytest.mark.parametrize(
     "page", [DOCS / "architecture.md", CONTRIBUTING, *DECISIONS], ids=lambda p: p.name
 )
 def test_names_of_the_code_are_real(page: Path) -> None:
     """Every class and function that a page names occurs in the code."""
-    source = "\n".join(p.read_text(encoding="utf-8") for p in (PROJECT_ROOT / "app").rglob("*.py"))
-    words = set(re.findall(r"\w+", source))
     names = [c for c in codes(page) if re.fullmatch(r"[A-Za-z_][\w.]*(\(\))?", c)]
     named = [n for n in names if n.endswith("()") or re.search(r"[a-z][A-Z]|[a-z]_[a-z]", n)]
-    missing = [n for n in named if not set(re.findall(r"\w+", n)) <= words]
+    missing = [n for n in named if not set(re.findall(r"\w+", n)) <= words_of_the_code()]
     assert missing == []
 
 

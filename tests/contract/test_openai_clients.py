@@ -42,6 +42,12 @@ class Person(BaseModel):
     languages: list[Literal["de", "en", "fr"]] = Field(max_length=3)
 
 
+class Role(BaseModel):
+    """What a person is, as a schema whose answers are short."""
+
+    role: Literal["engineer", "painter"]
+
+
 def connect(service: Service, **options: Any) -> OpenAI:
     """A client of the service that uses no proxy and does not retry by itself."""
     settings = {"api_key": API_KEY, "max_retries": 0, **options}
@@ -191,7 +197,8 @@ def test_tools(sdk: OpenAI) -> None:
     assert streamed is not None
     assert streamed[0].function.arguments == call.function.arguments
     messages += [message, {"role": "tool", "tool_call_id": call.id, "content": "12 degrees, rain"}]
-    answer = sdk.chat.completions.create(messages=messages, tool_choice="none", **fields)
+    fields |= {"tool_choice": "none", "max_tokens": 8}
+    answer = sdk.chat.completions.create(messages=messages, **fields)
     assert answer.choices[0].message.content
 
 
@@ -306,10 +313,8 @@ async def test_langchain_astream(llm: ChatOpenAI) -> None:
 def test_langchain_structured_output(llm: ChatOpenAI) -> None:
     """with_structured_output returns an instance, by a schema and by a call."""
     for method in ("json_schema", "function_calling"):
-        made = llm.with_structured_output(Person, method=method).invoke(
-            "Describe Ada, an engineer who speaks English."
-        )
-        assert isinstance(made, Person), method
+        made = llm.with_structured_output(Role, method=method).invoke("Describe Ada, an engineer.")
+        assert isinstance(made, Role), method
 
 
 def test_langchain_tools(llm: ChatOpenAI) -> None:

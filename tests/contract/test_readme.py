@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import yaml
 from app.core.config import PROJECT_ROOT, Settings
 from tests.contract.test_openapi import routes
 from tests.support.curl import Answered, run_curl
+from tests.support.forked import ForkedProcess
 from tests.support.markdown import Block, blocks, commands, tree_paths
 from tests.support.service import API_KEY, Service, isolated_environment
 
@@ -147,26 +147,26 @@ def test_yaml_blocks_are_configuration(block: Block) -> None:
 
 @pytest.mark.model
 @pytest.mark.parametrize("block", of_language("python", PAGES))
-def test_python_blocks_run(block: Block, request: pytest.FixtureRequest) -> None:
+def test_python_blocks_run(block: Block, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """A Python block runs as it is and prints what its comments say."""
     code = block.code
     if (address := "http://localhost:8000") in code:
         # Only the service's address and key are replaced.
         service: Service = request.getfixturevalue("bundled_service")
         code = code.replace(address, service.base_url)
-    done = subprocess.run(
-        [sys.executable, "-c", code.replace("your-api-key-here", API_KEY)],
-        cwd=PROJECT_ROOT,
-        env=isolated_environment({"MODEL__SOURCE": "bundled", "MODEL__ENGINE": "auto"}),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=110,
-    )
-    assert done.returncode == 0, done.stderr
+    program, output = tmp_path / "example.py", tmp_path / "output"
+    program.write_text(code.replace("your-api-key-here", API_KEY), encoding="utf-8")
+    settings = {"MODEL__SOURCE": "bundled", "MODEL__ENGINE": "auto", "LOGGING__LEVEL": "ERROR"}
+    process = ForkedProcess([str(program)], isolated_environment(settings), output)
+    try:
+        status = process.wait(110)
+    finally:
+        process.kill()
+    printed = output.read_text(encoding="utf-8")
+    assert status == 0, printed
     said = re.findall(r'print\(.*#  ?"(.*)"', block.code)
     assert said
-    assert done.stdout.splitlines()[: len(said)] == said
+    assert printed.splitlines()[: len(said)] == said
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -11,7 +11,7 @@ from openai import OpenAI
 from openai.types.responses import ResponseFunctionToolCall
 from pydantic import SecretStr
 
-from tests.contract.test_openai_clients import ANSWER, CITY, Person, connect
+from tests.contract.test_openai_clients import ANSWER, CITY, Role, connect
 from tests.support.service import API_KEY, Service
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
@@ -34,7 +34,7 @@ def test_create_and_continue(sdk: OpenAI) -> None:
     assert first.usage is not None
     assert first.usage.output_tokens_details.reasoning_tokens == 0
     second = sdk.responses.create(
-        input="And of Italy?", previous_response_id=first.id, max_output_tokens=20, **FIELDS
+        input="And of Italy?", previous_response_id=first.id, max_output_tokens=8, **FIELDS
     )
     assert second.output_text
     assert second.usage is not None
@@ -59,12 +59,12 @@ def test_stream(sdk: OpenAI) -> None:
 def test_parse(sdk: OpenAI) -> None:
     """A Pydantic model as the text's format returns an instance of the model."""
     response = sdk.responses.parse(
-        input="Describe Ada, an engineer who speaks English.",
-        text_format=Person,
-        max_output_tokens=120,
+        input="Describe Ada, an engineer.",
+        text_format=Role,
+        max_output_tokens=40,
         **FIELDS,
     )
-    assert isinstance(response.output_parsed, Person)
+    assert isinstance(response.output_parsed, Role)
 
 
 def test_tools(sdk: OpenAI) -> None:
@@ -81,7 +81,7 @@ def test_tools(sdk: OpenAI) -> None:
     assert isinstance(streamed, ResponseFunctionToolCall)
     assert streamed.arguments == call.arguments
     result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "12 degrees"}
-    fields["tool_choice"] = "none"
+    fields |= {"tool_choice": "none", "max_output_tokens": 8}
     said += [call, result]
     answer = sdk.responses.create(input=said, **fields)
     assert answer.output_text

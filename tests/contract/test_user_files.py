@@ -23,7 +23,13 @@ from starlette.testclient import TestClient
 from app.core.config import PROJECT_ROOT, load_settings
 from app.main import create_app
 from tests.conftest import RunApp, running_app
-from tests.support.service import API_KEY, OTHER_KEY, isolated_environment, session_members
+from tests.support.service import (
+    API_KEY,
+    OTHER_KEY,
+    isolated_environment,
+    running_service,
+    session_members,
+)
 from tests.support.tiny_gguf import make_tiny_gguf
 from tests.support.tiny_model import make_tiny_model
 
@@ -190,24 +196,16 @@ def test_a_local_model(monkeypatch: pytest.MonkeyPatch, run_app: RunApp, tmp_pat
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a CUDA device here")
 def test_cuda_without_a_device(tmp_path: Path) -> None:
     """With MODEL__DEVICE=cuda and no device the service ends with a line that says what to set."""
-    done = subprocess.run(
-        [sys.executable, "-m", "uvicorn", "app.main:app", "--port", "0"],
-        cwd=PROJECT_ROOT,
-        env=isolated_environment(
-            {
-                "MODEL__DEVICE": "cuda",
-                "MODEL__ENGINE": "transformers",
-                "MODEL__SOURCE": "local",
-                "MODEL__NAME": str(make_tiny_model(tmp_path / "model")),
-            }
-        ),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
-    assert done.returncode == 3
-    assert "MODEL__DEVICE=cpu" in done.stderr.splitlines()[-1]
+    model = str(make_tiny_model(tmp_path / "model"))
+    with running_service(
+        until="started",
+        MODEL__DEVICE="cuda",
+        MODEL__ENGINE="transformers",
+        MODEL__SOURCE="local",
+        MODEL__NAME=model,
+    ) as service:
+        assert service.process.wait(100) == 3
+        assert "MODEL__DEVICE=cpu" in service.raw_log().splitlines()[-1]
 
 
 # --- Starting it ----------------------------------------------------------------------------------
@@ -219,10 +217,12 @@ def test_the_documented_start_command() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = f"uvicorn app.main:app --host 0.0.0.0 --port {port} --reload"
+    # By default the reloader watches the whole folder, .venv/ too, which takes it a second.
+    environment = {"LOGGING__LEVEL": "ERROR", "UVICORN_RELOAD_DIRS": str(PROJECT_ROOT / "app")}
     process = subprocess.Popen(
         [sys.executable, "-m", *command.split()],
         cwd=PROJECT_ROOT,
-        env=isolated_environment({"LOGGING__LEVEL": "ERROR"}),
+        env=isolated_environment(environment),
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
@@ -231,7 +231,7 @@ def test_the_documented_start_command() -> None:
         while not _is_healthy(port):
             assert process.poll() is None
             assert time.monotonic() < deadline
-            time.sleep(0.1)
+            time.sleep(0.25)
         process.terminate()
         assert process.wait(30) == 0
         deadline = time.monotonic() + 30

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from langchain_core.callbacks import AsyncCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.outputs import LLMResult
@@ -20,15 +21,17 @@ from app.llm.tools import ChatMessage
 from app.utils.errors import EngineFailedError
 from tests.support.engine import EchoEngine, echo_engine
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-@pytest.fixture
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine() -> AsyncIterator[EchoEngine]:
     """An engine that takes 2 ms for each token."""
     async with echo_engine(echo_step_seconds=0.002) as running:
         yield running
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def pipeline(engine: EchoEngine) -> ServedPipeline:
     """The served model as a LangChain model."""
     return ServedPipeline(
@@ -152,6 +155,7 @@ async def test_leaving_a_stream_frees_the_engine(
         async for _ in pipeline.astream("x" * 4000, max_tokens=4000):
             pass
 
+    cancelled = engine.value("llm_requests_cancelled_total")
     task = asyncio.create_task(consume())
     async with asyncio.timeout(30):
         while not engine.client.queue.snapshot().running:  # noqa: ASYNC110 - polls another process
@@ -162,14 +166,7 @@ async def test_leaving_a_stream_frees_the_engine(
         while engine.client.queue.snapshot().running or engine.client.stats.running:  # noqa: ASYNC110 - polls another process
             await asyncio.sleep(0.01)
     # It did not simply come to its end.
-    assert engine.value("llm_requests_cancelled_total") == 1
-
-
-async def test_an_engine_error_reaches_the_caller_at_once(pipeline: ServedPipeline) -> None:
-    """A crash of the engine raises the service's error in a batch, not a timeout."""
-    with pytest.raises(EngineFailedError):
-        async with asyncio.timeout(5):
-            await pipeline.abatch(["[echo:crash]", "fine"])
+    assert engine.value("llm_requests_cancelled_total") == cancelled + 1
 
 
 async def test_the_chat_chain_renders_the_models_template(
@@ -191,3 +188,11 @@ async def test_the_chat_chain_renders_the_models_template(
     assert str(chat_messages(asked)[0].content) == SYSTEM_PROMPT
     own = chat_messages([{"role": "system", "content": "Mine."}, *asked])
     assert [m.content for m in own] == ["Mine.", "What now?"]
+
+
+# The last of them, since it leaves no engine behind.
+async def test_an_engine_error_reaches_the_caller_at_once(pipeline: ServedPipeline) -> None:
+    """A crash of the engine raises the service's error in a batch, not a timeout."""
+    with pytest.raises(EngineFailedError):
+        async with asyncio.timeout(5):
+            await pipeline.abatch(["[echo:crash]", "fine"])

@@ -147,27 +147,15 @@ def test_check_refuses_an_engine_that_is_not_installed(
 
 @pytest.mark.parametrize("source", ["hub", "bundled"])
 def test_check_refuses_a_folder_of_models_that_cannot_be_written(
-    tmp_path: Path, source: str
+    check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str
 ) -> None:
     """A model that must be downloaded to where no folder can be is refused with that path."""
     (tmp_path / "file").touch()
-    done = subprocess.run(
-        [sys.executable, "-m", "app", "check"],
-        cwd=PROJECT_ROOT,
-        env=isolated_environment(
-            {
-                "HF_HOME": str(tmp_path / "file" / "home"),
-                "MODEL__SOURCE": source,
-                "MODEL__ENGINE": "auto",
-            }
-        ),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
-    assert done.returncode == 1
-    assert f"since {tmp_path / 'file'} is no folder" in done.stderr.splitlines()[-1]
+    home = tmp_path / "file" / "home"
+    # The library has read the variable already.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
+    status, line = check(HF_HOME=str(home), MODEL__SOURCE=source)
+    assert (status, f"since {tmp_path / 'file'} is no folder" in line) == (1, True), line
 
 
 def test_check_may_run_beside_the_service(check: Check) -> None:
@@ -194,25 +182,26 @@ def test_check_warns_as_the_start_does(
 def test_pull_fetches_a_model(hub: FakeHub, tmp_path: Path, tiny_model_dir: Path) -> None:
     """`pull` names the folder of the model's files, and one line what is wrong with the name."""
     repo = hub.add("tiny/pulled", tiny_model_dir)
-    for name, status in (("tiny/pulled", 0), ("tiny/absent", 1)):
-        done = subprocess.run(
-            [sys.executable, "-m", "app", "pull", name],
-            cwd=PROJECT_ROOT,
-            env=environment(hub.url, tmp_path),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=100,
-        )
-        assert done.returncode == status, done.stderr
-        lines = done.stderr.splitlines()
-        assert json.loads(lines[0])["message"] == f"looking up {name} on the hub"
-        if status:
-            assert lines[1].startswith("tiny/absent is not on the hub")
-            continue
-        assert json.loads(lines[-1])["message"].startswith("tiny/pulled is here: ")
-        folder = Path(done.stdout.strip())
-        assert (folder / "config.json").read_bytes() == repo.files["config.json"]
+    # One process for both, as an import of the library takes a second.
+    program = "import sys, app.cli; print([app.cli.main(['pull', name]) for name in sys.argv[1:]])"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "tiny/pulled", "tiny/absent"],
+        cwd=PROJECT_ROOT,
+        env=environment(hub.url, tmp_path),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    folder, statuses = done.stdout.splitlines()
+    assert statuses == "[0, 1]"
+    assert (Path(folder) / "config.json").read_bytes() == repo.files["config.json"]
+    *logged, refused = done.stderr.splitlines()
+    first, *_, last, second = (json.loads(line)["message"] for line in logged)
+    assert first == "looking up tiny/pulled on the hub"
+    assert last.startswith("tiny/pulled is here: ")
+    assert second == "looking up tiny/absent on the hub"
+    assert refused.startswith("tiny/absent is not on the hub")
 
 
 def test_a_new_key_fits_its_entry(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ _context.set_forkserver_preload(_IMPORTED)
 
 
 class ForkedProcess:
-    """A module that runs as ``python -m`` would run it, in a session of its own.
+    """A module that runs as ``python -m`` would run it, or a file, in a session of its own.
 
     The methods are those of :class:`subprocess.Popen`.
     """
@@ -74,7 +74,10 @@ def _run(command: Sequence[str], env: dict[str, str], log: Path) -> None:
     os.environ.clear()
     os.environ.update(env)
     sys.argv = list(command)
-    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    if command[0].endswith(".py"):
+        runpy.run_path(command[0], run_name="__main__")
+    else:
+        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 
 
 def _end_with_the_tests() -> None:
