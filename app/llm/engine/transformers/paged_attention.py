@@ -202,7 +202,7 @@ def _scores_to_values(
     # In bfloat16 a transposed view of keys that are not in order is copied ten times as slowly.
     scores = (query @ key.contiguous().transpose(-1, -2)).float()
     scores.mul_(scaling / softcap).tanh_().mul_(softcap)
-    by_query = scores.unflatten(2, (-1, length))
+    by_query = scores.view(*scores.shape[:2], -1, length, piece.keys)
     if causal:
         by_query.masked_fill_(_future(length, piece.keys, scores.device), -torch.inf)
     elif piece.mask is not None:
