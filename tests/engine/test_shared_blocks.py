@@ -4,7 +4,8 @@ The suite takes half of the lengths, `make test-full` all.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,35 +13,48 @@ import pytest
 from app.llm.protocol import Backend, TokenEvent
 from tests.support.backends import load, logprobs, request, rows, run, settings_of, tokens
 
-_BASE = [(7 * i) % 90 + 3 for i in range(80)]
 _ALL = "FULL_SIZE" in os.environ
 _LENGTHS = (5, 31, 33, 37, 63, 69) if _ALL else (31, 37, 69)
 """Lengths of prompts that are served first; the cache's blocks have 32 tokens."""
 
 
-def branches(length: int, count: int = 6) -> dict[str, list[int]]:
+Loader = Callable[[str], Sequence[Backend]]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model_dir: Path) -> Loader:
+    """Loads two of each backend, once for all tests."""
+    return cache(lambda name: [load(settings_of(name, tiny_model_dir)) for _ in range(2)])
+
+
+@pytest.fixture(params=rows(with_echo=False))
+def pair(request: pytest.FixtureRequest, loaded: Loader) -> Sequence[Backend]:
+    """Two backends, which have served no text that begins as this test's do."""
+    return loaded(request.param)
+
+
+def beginning(test: int, length: int) -> list[int]:
+    """A text of so many tokens; no other test's begins with the same token."""
+    return [(7 * i + test) % 90 + 3 for i in range(length)]
+
+
+def branches(begun: list[int], count: int = 6) -> dict[str, list[int]]:
     """Prompts that go on in another way each, of other lengths, behind the same beginning."""
     return {
-        f"{length}:{i}": [*_BASE[:length], *((i * 11 + j) % 90 + 3 for j in range(1, 9 * i + 3))]
+        f"{len(begun)}:{i}": [*begun, *((i * 11 + j) % 90 + 3 for j in range(1, 9 * i + 3))]
         for i in range(count)
     }
 
 
-@pytest.fixture(params=rows(with_echo=False))
-def fresh(request: pytest.FixtureRequest, tiny_model_dir: Path) -> Sequence[Backend]:
-    """Two backends that have served nothing."""
-    settings = settings_of(request.param, tiny_model_dir)
-    return [load(settings), load(settings)]
-
-
 def test_branches_of_a_served_prompt_get_the_answers_that_they_get_alone(
-    fresh: Sequence[Backend],
+    pair: Sequence[Backend],
 ) -> None:
     """Together, and one after the other without the beginning, they get the same tokens."""
-    shared, alone = fresh
+    shared, alone = pair
     for length in _LENGTHS:
-        run(shared, request("served", _BASE[:length], max_tokens=1))
-        prompts = branches(length)
+        begun = beginning(0, length)
+        run(shared, request("served", begun, max_tokens=1))
+        prompts = branches(begun)
         asked = {n: request(n, p, max_tokens=6, logprobs=True) for n, p in prompts.items()}
         together = run(shared, *asked.values())
         for name, one in asked.items():
@@ -50,13 +64,14 @@ def test_branches_of_a_served_prompt_get_the_answers_that_they_get_alone(
 
 
 def test_a_prompt_that_goes_on_from_a_running_one_gets_its_own_answer(
-    fresh: Sequence[Backend],
+    pair: Sequence[Backend],
 ) -> None:
     """It joins while the other one writes into the block that both begin with."""
-    shared, alone = fresh
+    shared, alone = pair
     for length in _LENGTHS:
-        prompts = branches(length, 3)
-        running = request("running", _BASE[:length], max_tokens=12, logprobs=True)
+        begun = beginning(1, length)
+        prompts = branches(begun, 3)
+        running = request("running", begun, max_tokens=12, logprobs=True)
         events: dict[str, list[TokenEvent]] = {}
         shared.add(running)
         for _ in range(2):
@@ -75,12 +90,13 @@ def test_a_prompt_that_goes_on_from_a_running_one_gets_its_own_answer(
 
 @pytest.mark.parametrize("ended", [True, False], ids=["ended", "cancelled"])
 def test_branches_of_an_answer_get_the_answers_that_they_get_alone(
-    fresh: Sequence[Backend], *, ended: bool
+    pair: Sequence[Backend], *, ended: bool
 ) -> None:
     """Prompts that go on from a prompt and its answer get the same tokens together as alone."""
-    shared, alone = fresh
+    shared, alone = pair
     for length in (30, 41) if _ALL else (41,):
-        first = request("first", _BASE[:length], max_tokens=24)
+        prompt = beginning(2 + ended, length)
+        first = request("first", prompt, max_tokens=24)
         answer = tokens(run(alone, first)["first"])
         shared.add(first)
         given = 0
@@ -88,7 +104,7 @@ def test_branches_of_an_answer_get_the_answers_that_they_get_alone(
             given += sum(len(event.token_ids) for event in shared.step())
         shared.cancel("first")
         for kept in (given - 1, given):
-            begun = [*_BASE[:length], *answer[:kept]]
+            begun = [*prompt, *answer[:kept]]
             asked = [
                 request(f"{i}", [*begun, *range(3 + i, 30 + 7 * i)], max_tokens=6) for i in range(4)
             ]
@@ -97,11 +113,12 @@ def test_branches_of_an_answer_get_the_answers_that_they_get_alone(
                 assert tokens(events[one.id]) == tokens(run(alone, one)[one.id]), (kept, one.id)
 
 
-def test_a_request_that_waits_for_another_can_be_cancelled(tiny_model_dir: Path) -> None:
+def test_a_request_that_waits_for_another_can_be_cancelled(loaded: Loader) -> None:
     """It never runs, and the one that it waited for goes on."""
-    backend = load(settings_of("openvino", tiny_model_dir))
-    run(backend, request("served", _BASE[:37], max_tokens=1))
-    first, second = branches(37, 2).items()
+    backend, _ = loaded("openvino")
+    begun = beginning(4, 37)
+    run(backend, request("served", begun, max_tokens=1))
+    first, second = branches(begun, 2).items()
     backend.add(request(*first, max_tokens=3))
     backend.add(request(*second, max_tokens=3))
     backend.cancel(second[0])

@@ -2,7 +2,8 @@
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from itertools import count
 
 _TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|\{\d+(?:,\d*)?\}|\w+|\S')
@@ -15,16 +16,21 @@ _Read = Callable[[frozenset[int]], frozenset[int]]
 
 def matches(grammar: str, text: str) -> bool:
     """Whether a grammar matches a text as a whole."""
-    return len(text) in _Reader(grammar, text).ends("root", 0)
+    return len(text) in _Reader(_bodies(grammar), text).ends("root", 0)
+
+
+# Tests ask the same grammar for many texts.
+@lru_cache(maxsize=8)
+def _bodies(grammar: str) -> Mapping[str, list[str]]:
+    """The tokens of each rule."""
+    rules = (line.partition(" ::= ") for line in grammar.strip().splitlines())
+    return {name: _TOKEN.findall(_LOOKAHEAD.sub("", body)) for name, _, body in rules}
 
 
 class _Reader:
-    def __init__(self, grammar: str, text: str) -> None:
+    def __init__(self, bodies: Mapping[str, list[str]], text: str) -> None:
         self._text = text
-        self._bodies = {}
-        for line in grammar.strip().splitlines():
-            name, _, body = line.partition(" ::= ")
-            self._bodies[name] = _TOKEN.findall(_LOOKAHEAD.sub("", body))
+        self._bodies = bodies
         self._rules: dict[str, _Read] = {}
         self._ends: dict[tuple[str, int], frozenset[int]] = {}
 

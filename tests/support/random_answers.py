@@ -23,15 +23,17 @@ def random_answer(
 
     The characters of ``closing`` are likelier than others, by ``more`` of a logit.
     """
-    chance, mask = torch.Generator().manual_seed(seed), compiler.compile(grammar)
-    likelier = [_TOKENIZER.encode(character).ids[0] for character in closing]
+    size, mask = _TOKENIZER.get_vocab_size(), compiler.compile(grammar)
+    # All at once, as most of the time would go into calls for a few numbers each.
+    chances = torch.rand((_MOST_TOKENS, size), generator=torch.Generator().manual_seed(seed))
+    chances[:, [_TOKENIZER.encode(character).ids[0] for character in closing]] += more
+    chances[:, _END] += 1
     ids: list[int] = []
-    while _END not in ids and len(ids) < _MOST_TOKENS:
-        logits = torch.rand(_TOKENIZER.get_vocab_size(), generator=chance)
-        logits[likelier] += more
-        logits[_END] += 1
-        mask.apply(logits)
-        ids.append(int(logits.argmax()))
+    for chance in chances:
+        mask.apply(chance)
+        ids.append(int(chance.argmax()))
         mask.accept(ids[-1:])
         assert mask.error is None
-    return _TOKENIZER.decode(ids[:-1]) if _END in ids else None
+        if ids[-1] == _END:
+            break
+    return _TOKENIZER.decode(ids[:-1]) if ids[-1] == _END else None
