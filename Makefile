@@ -115,10 +115,10 @@ run: install ## Start the service (HOST=0.0.0.0 PORT=8000)
 
 ##@ Checks
 
-IN_PROCESSES = --numprocesses $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+IN_PROCESSES = --numprocesses $(or $(JOBS),4) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .PHONY: test
-test: model ## Run the tests in three processes (JOBS=3); the coverage report is htmlcov/index.html
+test: model ## Run the tests in four processes (JOBS=4); the coverage report is htmlcov/index.html
 	$(RUN) pytest tests/ -v --cov=app --cov-report=term-missing --cov-report=html $(IN_PROCESSES)
 
 .PHONY: test-fast

@@ -51,6 +51,7 @@ def parsed(found: tuple[str, list[tuple[str, str]]]) -> tuple[str, list[tuple[st
     return found[0], [(name, json.loads(arguments)) for name, arguments in found[1]]
 
 
+@pytest.mark.no_cover
 def test_calls_are_read_wherever_the_answer_is_cut(
     model: Model, tokenizer: PromptTokenizer
 ) -> None:
@@ -74,6 +75,7 @@ def test_arguments_may_have_the_marks_of_calls(model: Model, tokenizer: PromptTo
     assert parsed(read(tokenizer, [[token] for token in ids])) == expected
 
 
+@pytest.mark.no_cover
 def test_a_call_that_is_cut_off_is_told_as_far_as_it_goes(
     model: Model, tokenizer: PromptTokenizer
 ) -> None:
