@@ -74,9 +74,11 @@ def test_a_head_that_drips_is_ended(impatient: Service, piece: bytes) -> None:
 
 def test_line_breaks_are_no_request(impatient: Service) -> None:
     """Empty lines, which are allowed before a request, do not keep a connection open."""
+    count = dropped(impatient, "header_timeout")
     with RawClient(impatient) as client:
         client.ask(LIVEZ)
         client.drip(b"\r\n")
+    assert dropped(impatient, "header_timeout") == count + 1
 
 
 @pytest.mark.parametrize(
