@@ -77,11 +77,7 @@ def test_the_engine_process_exits_without_its_model(hub: FakeHub, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("token", "hint"),
-    [
-        pytest.param(" ", "set HUGGINGFACE_TOKEN", marks=pytest.mark.full_size),
-        (OTHER_TOKEN, "may not read it"),
-    ],
+    ("token", "hint"), [(" ", "set HUGGINGFACE_TOKEN"), (OTHER_TOKEN, "may not read it")]
 )
 def test_the_service_exits_with_one_line(
     hub: FakeHub, tiny_model_dir: Path, tmp_path: Path, token: str, hint: str
