@@ -23,12 +23,15 @@ def pull(name: str | None, revision: str | None) -> int:
     if revision is not None:
         model = model.model_copy(update={"revision": revision})
     token = settings.huggingface_token
-    snapshot = find_model(
-        model,
-        token=token.get_secret_value() if token else None,
-        progress=log_progress,
-    )
-    log_progress(f"{model.label} is here: {snapshot.weight_bytes / 1e6:,.1f} MB of weights")
-    logging.shutdown()
+    try:
+        snapshot = find_model(
+            model,
+            token=token.get_secret_value() if token else None,
+            progress=log_progress,
+        )
+        log_progress(f"{model.label} is here: {snapshot.weight_bytes / 1e6:,.1f} MB of weights")
+    finally:
+        # A thread writes the log: what is printed next, the path or what is wrong, comes after it.
+        logging.shutdown()
     print(snapshot.directory / (snapshot.gguf or ""))
     return 0
