@@ -226,6 +226,7 @@ def test_a_layer_that_does_not_fit_its_plan_is_an_error(
     """A layer that would be computed wrongly raises an error instead."""
 
     class Cache:
+        dtype = torch.float32
         layer_to_allocator: Final = [SimpleNamespace(layer_type="full_attention")]
 
         def update(self, *, key_states: Tensor, value_states: Tensor, **_: Any) -> Any:

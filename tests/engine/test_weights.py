@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType
 
 from app.core.config import ModelSettings
 from app.llm.engine.transformers import integer_linear, weights
+from app.llm.engine.transformers.backend import TransformersBackend
 from app.llm.engine.transformers.integer_linear import IntegerLinear
 from app.llm.engine.transformers.loading import load_pipeline
 from app.llm.loader import load_backend
@@ -108,24 +109,33 @@ def test_loading_tells_how_many_tensors_are_read(
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_without_bfloat16_instructions_only_the_embedding_keeps_16_bits(
-    model: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
+@pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16])
+def test_only_the_embedding_and_the_cache_have_16_bits(
+    model: Path, monkeypatch: pytest.MonkeyPatch, quantization: str, cache: torch.dtype
 ) -> None:
-    """The rest is computed in float32, and the logits stay those of integers in bfloat16."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    """The rest is computed in float32, and the logits stay those of integers in bfloat16.
+
+    Without bfloat16 instructions the cache is in float32, too.
+    """
+    found = {"avx512_bf16": cache == torch.bfloat16}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
     bits, snapshot = int(quantization[-1]), Snapshot(model, None)
     half, full = (load_pipeline(settings(model), snapshot, None, bits).model for _ in range(2))
     for loaded in (half, full):
         integer_linear.quantize_linears(loaded, bits)
-    integer_linear.compute_in_float32(full)
-    assert full.get_input_embeddings().weight.dtype == torch.bfloat16
-    assert {full.dtype, *(p.dtype for p in full.parameters())} == {torch.float32}
+    integer_linear.compute_in_float32(full, cache)
+    embedding = full.get_input_embeddings().weight
+    assert (embedding.dtype, full.dtype) == (torch.bfloat16, cache)
+    assert {p.dtype for p in full.parameters() if p is not embedding} == {torch.float32}
     row = torch.tensor([PROMPT])
     with torch.inference_mode():
         expected, logits = half(row).logits, full(row).logits
     assert logits.dtype == torch.float32
     assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
-    assert load(settings(model, quantization)).info.dtype == quantization
+    loaded = load(settings(model, quantization))
+    assert isinstance(loaded, TransformersBackend)
+    assert loaded.info.dtype == quantization
+    assert len(tokens(run(loaded, request("a", PROMPT, 2))["a"])) == 2
 
 
 def test_a_model_in_integers_reads_prompts_in_smaller_pieces(model: Path) -> None:

@@ -155,10 +155,13 @@ class _Quantized:
         self.is_finite = True
         into = torch.from_numpy(self.integers).view(rows, -1)
         round_part = _round_to_4_bits if bits == 4 else _round_to_8_bits
-        step = max(1, _AT_ONCE // columns)
+        step = min(rows, max(1, _AT_ONCE // columns))
+        # New memory for each part would take as long as the rounding.
+        buffer = torch.empty(step, *self.shape[1:], dtype=torch.float32)
         for start in range(0, rows, step):
-            part = slice(start, start + step)
-            values = weight[part].float().view(-1, *self.shape[1:])
+            part = slice(start, min(start + step, rows))
+            values = buffer[: part.stop - start]
+            values.view(len(values), columns).copy_(weight[part])
             integers, scales, offsets = round_part(values)
             self.is_finite &= bool(scales.isfinite().all())
             into[part] = integers.view(len(values), -1)
@@ -172,10 +175,10 @@ class _Quantized:
 
 
 def _round_to_8_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers, scales and offsets of weights [rows, groups, group]."""
+    """Integers, scales and offsets of weights [rows, groups, group], which are overwritten."""
     low, high = _range(values)
     scales = _half(torch.maximum(-low, high) / 127)
-    integers = (values / scales.float()).round_().clamp_(-127, 127).to(torch.int8)
+    integers = values.div_(scales.float()).round_().clamp_(-127, 127)
     return integers, scales, torch.zeros_like(low)
 
 
@@ -185,14 +188,15 @@ def _round_to_4_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if values.shape[-1] == _SMALLEST:
         scales = _half((high - low) / 15)
         offsets = low + 8 * scales.float()
+        values.sub_(offsets)
     else:
         # The value farthest from 0 becomes -8, whatever its sign: a scale may be negative. Cutting
         # it off a little makes the grid finer, and the error of normal weights 3 % smaller.
         scales = _half(torch.where(-low > high, low, high) / -8.6)
         offsets = torch.zeros_like(low)
-    integers = (values - offsets).div_(scales.float()).round_().clamp_(-8, 7).to(torch.int8)
+    integers = values.div_(scales.float()).round_().clamp_(-8, 7).to(torch.int8)
     pairs = integers.view(torch.int16)
-    return (pairs & 0x0F | pairs >> 4 & 0xF0).to(torch.uint8), scales, offsets
+    return pairs & 0x0F | pairs >> 4 & 0xF0, scales, offsets
 
 
 def _range(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -318,19 +322,27 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(torch.get_num_threads())
 
 
-def compute_in_float32(model: Any) -> None:
+def compute_in_float32(model: Any, cache_dtype: torch.dtype) -> None:
     """Change a model in integers to float32, except for its input embedding, which is the largest.
 
-    A processor without bfloat16 instructions is slow in 16 bits, but few rows of the embedding are
-    read.
+    The products take and give float32, and each layer converted to and from 16 bits otherwise. Few
+    rows of the embedding are read.
+
+    Args:
+        model: Changed in place; its dtype becomes ``cache_dtype``.
+        cache_dtype: The precision of keys and values, which transformers takes from the model's
+            dtype. Without bfloat16 instructions 16 bits are slow in attention, too.
     """
     embedding = model.get_input_embeddings()
     stored = embedding.weight.detach()
-    # The dtype of a model is that of its first parameter, which this no longer is.
+    # A plain attribute is not converted.
     del embedding.weight
     embedding.weight = stored
     embedding.register_forward_hook(lambda _module, _inputs, rows: rows.float())
     model.float()
+    if stored.dtype == cache_dtype:
+        # The dtype of a model is that of its first parameter.
+        embedding.weight = nn.Parameter(stored, requires_grad=False)
     for module in model.modules():
         if isinstance(module, IntegerLinear):
             module.weight = module.weight.float()

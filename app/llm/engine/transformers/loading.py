@@ -119,10 +119,10 @@ def choose_bits(
     return choice.bits, why
 
 
-def _replace_linears(model: Any, bits: int, dtype: "torch.dtype | str") -> None:
+def _replace_linears(model: Any, bits: int, dtype: Any) -> None:
     """Replace the linear layers that loading has left, the output layer for one.
 
-    A model in integers computes the rest in ``dtype``.
+    A model in integers computes the rest in float32, and keeps keys and values in ``dtype``.
     """
     from app.llm.engine.transformers.cpu_linear import pack_linears
 
@@ -130,9 +130,9 @@ def _replace_linears(model: Any, bits: int, dtype: "torch.dtype | str") -> None:
         from app.llm.engine.transformers.integer_linear import compute_in_float32, quantize_linears
 
         quantize_linears(model, bits)
-        if dtype != model.dtype:
-            compute_in_float32(model)
-    pack_linears(model, model.dtype)
+        compute_in_float32(model, dtype)
+    else:
+        pack_linears(model, model.dtype)
 
 
 def _start(

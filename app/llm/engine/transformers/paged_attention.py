@@ -224,6 +224,8 @@ def _forward(
 ) -> tuple[Tensor, None]:
     """The function that transformers calls, with tensors [1, heads, tokens, head size].
 
+    Scores are computed in the precision of the cache, which may be less than the model's.
+
     Raises:
         NotImplementedError: The layer computes something else than a plan can say. The check at the
             start finds it, and the plain backend runs the model.
@@ -242,9 +244,11 @@ def _forward(
         # The second call would replace the keys and values of the first.
         raise NotImplementedError("attention with a layer that runs twice is not supported")
     plan.layers.add(layer)
+    computed = query.dtype
+    query, key, value = (rows.to(cache.dtype) for rows in (query, key, value))
     key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=kwargs)
     output = attend(query[0], key[0], value[0], plan, scaling=scaling, softcap=softcap)
-    return output.unsqueeze(0), None
+    return output.unsqueeze(0).to(computed), None
 
 
 AttentionInterface.register(NAME, _forward)
