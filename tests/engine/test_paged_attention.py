@@ -5,8 +5,7 @@ import random
 import shutil
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from app.core.config import ModelSettings
 from app.llm.engine.transformers import backend as transformers_backend
-from app.llm.engine.transformers.paged_attention import NAME, PLAN, attend, make_plan
+from app.llm.engine.transformers.attention_choice import PAGE_SIZE
+from app.llm.engine.transformers.paged_attention import NAME, PLANS, StepPlans, attend, make_plan
 from tests.support.backends import load, refusal, request, run, tokens
 
 HEAD = 8
@@ -182,7 +182,10 @@ def test_whole_models_give_the_same_tokens_as_with_their_own_attention(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Greedy tokens equal the plain forward pass's, with prompts read in chunks in a batch."""
+    """Greedy tokens equal the plain forward pass's, with prompts read in chunks in a batch.
+
+    The next turn of a chat reads what is new, with a sliding window, too.
+    """
     folder = shutil.copytree(tiny_model_dir, tmp_path / name)
     kind, config = MODELS[name]
     torch.manual_seed(1)
@@ -201,6 +204,10 @@ def test_whole_models_give_the_same_tokens_as_with_their_own_attention(
         answer = tokens(events[r])
         assert answer == _greedy(model, prompt, len(answer))
         assert len(answer) >= 4
+    turn = [*prompts["r3"], *tokens(events["r3"]), 5, 6, 7]
+    after = run(backend, request("turn", turn, 4))["turn"]
+    assert after[0].cached_tokens >= PAGE_SIZE
+    assert tokens(after) == _greedy(model, turn, 4)
 
 
 @pytest.mark.parametrize("feature", ["s_aux", "position_bias"])
@@ -227,7 +234,6 @@ def test_a_layer_that_does_not_fit_its_plan_is_an_error(
 
     class Cache:
         dtype = torch.float32
-        layer_to_allocator: Final = [SimpleNamespace(layer_type="full_attention")]
 
         def update(self, *, key_states: Tensor, value_states: Tensor, **_: Any) -> Any:
             return key_states, value_states
@@ -235,11 +241,11 @@ def test_a_layer_that_does_not_fit_its_plan_is_an_error(
     row = torch.zeros(1, 4, 3, HEAD)
     layer = torch.nn.Module()
     layer.layer_idx = 0  # type: ignore[assignment]
-    plan = make_plan([3], [3], NOTHING_CACHED, dtype=torch.float32)
+    plans = StepPlans([3], [3], NOTHING_CACHED, torch.float32, [None])
     call = partial(
         AttentionInterface()[NAME],
         *(layer, row, row, row, mask),
-        **{"sliding_window": window, "cache": Cache(), PLAN: {"full_attention": plan}},
+        **{"sliding_window": window, "cache": Cache(), PLANS: plans},
     )
     for _ in range(calls - 1):
         call()

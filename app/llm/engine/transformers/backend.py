@@ -6,7 +6,7 @@ by step: a step is one message, a cancellation takes effect before the next step
 needed.
 """
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -30,7 +30,7 @@ from app.llm.engine.transformers.attention_choice import (
     prefer_flash_attention,
     runs_on_gpu,
 )
-from app.llm.engine.transformers.paged_attention import plan_step
+from app.llm.engine.transformers.paged_attention import layer_windows, plan_step, whole_contexts
 from app.llm.engine.transformers.pages import UnwrittenZeros
 from app.llm.engine.transformers.sampling import RequestSampler, choose
 from app.llm.engine.transformers.token_masks import GrammarCompiler
@@ -87,13 +87,18 @@ class TransformersBackend:
             generation_config=generation, continuous_batching_config=config
         )
         self._plans_attention = attend_per_request(model)
+        self._windows = layer_windows(model.config)
         resolved = self._manager.continuous_batching_config
         if resolved.max_blocks_per_request:
             # Flash attention reads the cache in place, for requests of any length.
             resolved.page_size = page_size_for(model)
             resolved.max_blocks_per_request = -(-context_length(model.config) // resolved.page_size)
         # This creates the batch processor; without CUDA graphs it warms nothing up.
-        with nullcontext() if runs_on_gpu(model) else UnwrittenZeros():
+        with ExitStack() as making:
+            if self._plans_attention:
+                making.enter_context(whole_contexts(model.config))
+            if not runs_on_gpu(model):
+                making.enter_context(UnwrittenZeros())
             self._manager.warmup()
         return self._manager.batch_processor
 
@@ -127,7 +132,7 @@ class TransformersBackend:
         batch = self._batching.inputs_and_outputs
         inputs = batch.get_model_kwargs()
         if self._plans_attention:
-            plan_step(inputs, self._batching.cache.cache_allocators)
+            plan_step(inputs, self._batching.cache.dtype, self._windows)
         samplers = []
         for scheduled in batch.requests_in_batch:
             running = self._running[scheduled.state.request_id]

@@ -6,11 +6,17 @@ cost grows with the square of the batch. The function here splits the row: decod
 similar length are batched, and prompts are computed one by one. It also supports capped scores and
 sliding windows, so it runs models that torch's fused attention cannot, such as Gemma 2.
 
-A :class:`Plan` says how the row is split. Each step has one for each kind of layer, passed to the
-layers as a keyword argument of the model's forward pass.
+A :class:`Plan` says how the row is split. Each step has one for each size of sliding window. The
+:class:`StepPlans` are a keyword argument of the model's forward pass.
+
+transformers' own cache of layers with a sliding window shares no prefixes between requests: each
+turn of a chat with Gemma would read the whole conversation again. Here all layers keep whole
+contexts, and a plan leaves out the keys before the window. Such a layer therefore holds more tokens
+than it needs once a context is longer than its window.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any, Final
@@ -23,8 +29,10 @@ from transformers import AttentionInterface
 NAME: Final = "per_request_paged"
 """The attention function's name in a model's configuration."""
 
-PLAN: Final = "attention_plans"
-"""Keyword argument of the forward pass: the :class:`Plan` of each kind of layer."""
+PLANS: Final = "attention_plans"
+"""Keyword argument of the forward pass: the step's :class:`StepPlans`."""
+
+_WHOLE, _SLIDING = "full_attention", "sliding_attention"
 
 # Decoding requests share a batch if the longest has at most twice the keys of the shortest, or no
 # more keys than the floor: padding up to it costs less than another call.
@@ -52,20 +60,54 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the row is split for one kind of layer.
+    """How the row is split for the layers with one size of window.
 
     Attributes:
         pieces: Each request is in one of them.
         read_index: Cache indices of all pieces' keys in order, including padding; empty if nothing
             is read from the cache.
-        window: Size of the sliding window; ``None`` is no limit.
-        layers: The layers that have used it.
     """
 
     pieces: list[Piece]
     read_index: Tensor
-    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlans:
+    """The plans of a step, each made for the first layer that needs it.
+
+    Attributes:
+        query_lengths: Number of new tokens of each request.
+        key_lengths: Number of tokens of each request; the new ones are the last of them.
+        read_index: Cache indices of each request's keys, one request after the other; empty if all
+            keys are new.
+        dtype: Precision of the masks.
+        windows: Size of each layer's sliding window, including the query's own token; ``None`` is
+            no limit.
+        layers: The layers that have had their plan.
+    """
+
+    query_lengths: Sequence[int]
+    key_lengths: Sequence[int]
+    read_index: Tensor
+    dtype: torch.dtype
+    windows: Sequence[int | None]
     layers: set[int] = field(default_factory=set)
+    _plans: dict[int | None, Plan] = field(default_factory=dict)
+
+    def take(self, layer: int) -> Plan:
+        """The plan of a layer, which may have it once."""
+        self.layers.add(layer)
+        window = self.windows[layer]
+        if window is not None and max(self.key_lengths) <= window:
+            window = None
+        if window not in self._plans:
+            self._plans[window] = make_plan(
+                *(self.query_lengths, self.key_lengths, self.read_index),
+                dtype=self.dtype,
+                window=window,
+            )
+        return self._plans[window]
 
 
 def make_plan(
@@ -76,23 +118,15 @@ def make_plan(
     dtype: torch.dtype,
     window: int | None = None,
 ) -> Plan:
-    """Split a row of requests into pieces.
-
-    Args:
-        query_lengths: Number of new tokens of each request.
-        key_lengths: Number of tokens that each may see; the new ones are the last of them.
-        read_index: Cache indices of each request's keys, one request after the other; empty if all
-            keys are new.
-        dtype: Precision of the masks.
-        window: Size of the sliding window, including the query's own token; ``None`` is no limit. A
-            layer with a window overwrites old keys, so the order of reading is kept.
-    """
+    """Split a row of requests into pieces; the arguments are those of :class:`StepPlans`."""
     starts = [*accumulate(query_lengths, initial=0)]
     key_starts = [*accumulate(key_lengths, initial=0)]
-    order = list(range(len(query_lengths)))
-    if window is None:
-        order.sort(key=lambda i: (query_lengths[i] != 1, key_lengths[i]))
     reads = read_index.numel() > 0
+    if reads and window is not None:
+        # The first query sees the fewest of the keys before it.
+        pairs = zip(query_lengths, key_lengths, strict=True)
+        key_lengths = [min(keys, window - 1 + queries) for queries, keys in pairs]
+    order = sorted(range(len(query_lengths)), key=lambda i: (query_lengths[i] != 1, key_lengths[i]))
     pieces: list[Piece] = []
     indices: list[Tensor] = []
     first_key = 0
@@ -111,32 +145,49 @@ def make_plan(
         )
         first_key += len(group) * longest
         if reads:
-            indices += [
-                _padded(read_index[key_starts[i] : key_starts[i + 1]], longest) for i in group
-            ]
-    return Plan(pieces, torch.cat(indices) if reads else read_index, window)
+            ends = ((key_starts[i + 1], key_lengths[i]) for i in group)
+            indices += [_padded(read_index[end - keys : end], longest) for end, keys in ends]
+    return Plan(pieces, torch.cat(indices) if reads else read_index)
 
 
-def plan_step(inputs: dict[str, Any], allocators: Mapping[str, Any]) -> None:
-    """Add the plan of each kind of layer to the inputs of one step.
+def layer_windows(config: Any) -> list[int | None]:
+    """Size of each layer's sliding window in a model's configuration; ``None`` is no limit."""
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None) or [_SLIDING] * text.num_hidden_layers
+    return [window if kind == _SLIDING else None for kind in kinds]
+
+
+@contextmanager
+def whole_contexts(config: Any) -> Iterator[None]:
+    """While transformers makes the cache, layers with a sliding window count as those without."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    text.layer_types = [
+        _WHOLE if kind == _SLIDING else kind for kind in kinds or [_WHOLE] * text.num_hidden_layers
+    ]
+    try:
+        yield
+    finally:
+        if kinds is None:
+            del text.layer_types
+        else:
+            text.layer_types = kinds
+
+
+def plan_step(inputs: dict[str, Any], dtype: torch.dtype, windows: Sequence[int | None]) -> None:
+    """Add the plans of one step to the model's inputs.
 
     Args:
         inputs: The model's keyword arguments from transformers' continuous batching; changed.
-        allocators: Its cache allocators by kind of layer.
+        dtype: Precision of the cache.
+        windows: Size of each layer's sliding window.
     """
-    query_lengths = _differences(inputs["cu_seq_lens_q"])
-    plans = {
-        kind: make_plan(
-            query_lengths,
-            _differences(inputs["cu_seq_lens_k"][kind]),
-            inputs["read_index"][allocator.index],
-            dtype=allocator.cache_dtype,
-            window=getattr(allocator, "sliding_window", None),
-        )
-        for kind, allocator in allocators.items()
-    }
-    inputs[PLAN] = plans
-    inputs["read_index"] = [plan.read_index for plan in plans.values()]
+    inputs[PLANS] = StepPlans(
+        _differences(inputs["cu_seq_lens_q"]),
+        _differences(inputs["cu_seq_lens_k"][_WHOLE]),
+        *(inputs["read_index"][0], dtype, windows),
+    )
 
 
 def attend(
@@ -236,17 +287,18 @@ def _forward(
     if attention_mask is not None:
         raise NotImplementedError("attention with a mask of its own is not supported")
     layer: Any = module.layer_idx
-    plan: Plan = kwargs[PLAN][cache.layer_to_allocator[layer].layer_type]
-    if kwargs.get("sliding_window") != plan.window:
-        # transformers plans with the configuration's window, which some models do not apply.
+    plans: StepPlans = kwargs[PLANS]
+    if kwargs.get("sliding_window") != plans.windows[layer]:
+        # Some models do not apply the window of their configuration.
         raise NotImplementedError("attention with another window is not supported")
-    if layer in plan.layers:
+    if layer in plans.layers:
         # The second call would replace the keys and values of the first.
         raise NotImplementedError("attention with a layer that runs twice is not supported")
-    plan.layers.add(layer)
+    plan = plans.take(layer)
     computed = query.dtype
     query, key, value = (rows.to(cache.dtype) for rows in (query, key, value))
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=kwargs)
+    reading = kwargs | {"read_index": [plan.read_index]}
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=reading)
     output = attend(query[0], key[0], value[0], plan, scaling=scaling, softcap=softcap)
     return output.unsqueeze(0).to(computed), None
 
