@@ -48,7 +48,7 @@ from app.api.server.connections import Connections
 from app.core.config import Settings, load_settings, settings_files
 from app.core.config.doubts import doubts
 from app.core.config.security import SecuritySettings
-from app.core.event_loop import EventLoopMonitor
+from app.core.event_loop import event_loop_measured
 from app.core.logging import configure_logging, get_logger
 from app.core.machine import compute_threads
 from app.core.metrics import Metrics
@@ -279,7 +279,7 @@ def _lifespan(
                 chains().pipeline.loop = loop
                 template_library()
 
-        async with EventLoopMonitor(services.metrics), state.connected:
+        async with event_loop_measured(services.metrics), state.connected:
             with (
                 GracefulShutdown(services.engine, settings.app),
                 reloading_on_hangup(partial(_replace_keys, services)),
