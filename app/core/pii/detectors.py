@@ -6,8 +6,9 @@ Texts are folded (:mod:`app.core.pii.folding`), so digits are ASCII and spaces a
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
+from app.core.config import PiiKind
 from app.core.pii.checks import (
     DASHES,
     bare_ssn_end,
@@ -20,7 +21,7 @@ from app.core.pii.checks import (
 from app.core.pii.patterns import LinearPattern, prefixes_of
 from app.core.pii.phones import NATIONAL, NationalNumbers, e164_end, nanp_end
 
-KINDS = ("email", "phone", "ssn", "card", "iban", "ip")
+KINDS: tuple[PiiKind, ...] = get_args(PiiKind)
 """The kinds, by priority where two entities have the same place and length."""
 
 _MAX_LOCAL = 64
