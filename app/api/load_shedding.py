@@ -43,10 +43,6 @@ class LoadShedding:
         if asked in self._seen:
             return
         # While the engine is not ready, a mistake in the body is reported first.
-        if (
-            self._engine.state is EngineState.READY
-            and self._engine.queue.is_crowded
-            and IDEMPOTENCY_KEY not in headers
-        ):
+        if self._engine.state is EngineState.READY and IDEMPOTENCY_KEY not in headers:
             self._engine.check(caller)
         self._seen[asked] = None

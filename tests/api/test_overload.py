@@ -182,12 +182,6 @@ class CountingEngine:
     def __init__(self) -> None:
         self.asked = 0
         self.is_full = False
-        self.queue = self
-
-    @property
-    def is_crowded(self) -> bool:
-        """Always true, so that it is asked about each caller."""
-        return True
 
     def check(self, _caller: str) -> None:
         """Reject a caller while it is full."""
