@@ -64,7 +64,7 @@ from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
 from app.services.response_cache import ResponseCache
 from app.services.screening import Screening
-from app.state.shared import State, make_state
+from app.state.shared import make_state
 from app.utils.errors import StartupError
 from app.utils.garbage import no_collections
 
@@ -128,9 +128,8 @@ def create_app(
         keys=keys,
         limits=CallerLimits(settings.rate_limit, metrics, state.share),
         addresses=ClientAddress(settings.security.trusted_proxies),
-        idempotency=state.idempotency,
+        state=state,
         shedding=LoadShedding(engine, remembered=2 * settings.cache.size),
-        usage=state.usage,
         engine=engine,
         generation=generation,
         conversation=ConversationService(
@@ -141,7 +140,7 @@ def create_app(
             enabled=settings.chat_history.enabled,
         ),
     )
-    app = _build(settings, services, chains, state, spans)
+    app = _build(settings, services, chains, spans)
     engine.on_ready = partial(_announce, services, app)
     return app
 
@@ -193,7 +192,6 @@ def _build(
     settings: Settings,
     services: Services,
     chains: "Callable[[], Chains]",
-    state: State,
     spans: "TracerProvider | None",
 ) -> GuardedApplication:
     interactive = settings.app.environment != "production"
@@ -203,7 +201,7 @@ def _build(
         title=settings.app.name,
         version=__version__,
         **DOCUMENT,
-        lifespan=_lifespan(settings, services, chains, state, spans),
+        lifespan=_lifespan(settings, services, chains, spans),
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json" if interactive else None,
@@ -255,7 +253,6 @@ def _lifespan(
     settings: Settings,
     services: Services,
     chains: "Callable[[], Chains]",
-    state: State,
     spans: "TracerProvider | None",
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
@@ -270,7 +267,7 @@ def _lifespan(
                 chains().pipeline.loop = loop
                 template_library()
 
-        async with event_loop_measured(services.metrics), state.connected:
+        async with event_loop_measured(services.metrics), services.state.connected:
             with (
                 GracefulShutdown(services.engine, settings.app),
                 reloading_on_hangup(partial(_replace_keys, services)),
@@ -288,7 +285,7 @@ def _lifespan(
 
 def _replace_keys(services: Services, security: SecuritySettings) -> None:
     services.keys.replace(security)
-    services.idempotency.keep_only({caller.key_id for caller in services.keys.principals})
+    services.state.idempotency.keep_only({caller.key_id for caller in services.keys.principals})
 
 
 def __getattr__(name: str) -> Any:

@@ -16,8 +16,7 @@ from app.core.security import KeyRing, Principal
 from app.llm.client.client import EngineClient
 from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
-from app.state.idempotency import IdempotencyStore
-from app.state.usage import UsageLedger
+from app.state.shared import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +29,8 @@ class Services:
     keys: KeyRing
     limits: CallerLimits
     addresses: ClientAddress
-    idempotency: IdempotencyStore
+    state: State
     shedding: LoadShedding
-    usage: UsageLedger
     engine: EngineClient
     generation: GenerationService
     conversation: ConversationService

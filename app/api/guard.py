@@ -139,7 +139,7 @@ class GuardedRoute(APIRoute):
         async def answer() -> Response:
             return await handle(_ParsedRequest(request.scope, request.receive, body))
 
-        return await answer_once(services.idempotency, request, body, answer)
+        return await answer_once(services.state.idempotency, request, body, answer)
 
     def _refuse(self, request: Request, error: ServiceError) -> Response:
         error.status = self.status_of(error)

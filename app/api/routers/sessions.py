@@ -50,7 +50,7 @@ async def get_session(
         system=session.system,
         messages=[AnyMessage(role=m.role, content=m.content) for m in session.messages],
         created_at=session.created_at,
-        ttl_seconds=services.conversation.ttl_seconds,
+        ttl_seconds=services.settings.chat_history.ttl_seconds,
     )
 
 

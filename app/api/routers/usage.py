@@ -20,7 +20,7 @@ router = APIRouter(route_class=AnyKeyRoute, dependencies=KEY_SCHEMES, tags=["usa
 )
 async def get_usage(services: AppServices, caller: Caller) -> UsageResponse:
     """Requests and tokens of the caller's key, or of every key for one with the scope admin."""
-    ledger = services.usage
+    ledger = services.state.usage
     shown = services.keys.principals if "admin" in caller.scopes else [caller]
     keys = [await _usage_of(principal, ledger) for principal in shown]
     return UsageResponse(
