@@ -1,5 +1,7 @@
 """GET /v1/usage: what the caller's key has used; with the scope admin, what every key has."""
 
+from dataclasses import asdict
+
 from fastapi import APIRouter
 
 from app.api.dependencies import AppServices, Caller
@@ -44,9 +46,4 @@ async def _usage_of(principal: Principal, ledger: UsageLedger) -> KeyUsage:
 
 
 def _count(usage: Usage) -> UsageCount:
-    return UsageCount(
-        requests=usage.requests,
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        total_tokens=usage.tokens,
-    )
+    return UsageCount(**asdict(usage), total_tokens=usage.tokens)
