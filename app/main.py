@@ -8,7 +8,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Collection, MutableMapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,6 @@ from app.api.errors import register_error_handlers
 from app.api.guard import GeneratingRoute
 from app.api.load_shedding import LoadShedding
 from app.api.middleware import (
-    UNSAMPLED_SPAN,
     BodyLimitMiddleware,
     CrossOriginMiddleware,
     RequestContextMiddleware,
@@ -48,7 +47,7 @@ from app.api.server.connections import Connections
 from app.core.config import Settings, load_settings, settings_files
 from app.core.config.doubts import doubts
 from app.core.config.security import SecuritySettings
-from app.core.event_loop import EventLoopMonitor
+from app.core.event_loop import event_loop_measured
 from app.core.logging import configure_logging, get_logger
 from app.core.machine import compute_threads
 from app.core.metrics import Metrics
@@ -56,7 +55,7 @@ from app.core.rate_limit import CallerLimits, ClientAddress
 from app.core.reload import reloading_on_hangup
 from app.core.security import KeyRing
 from app.core.shutdown import GracefulShutdown
-from app.core.traces import make_span_export
+from app.core.traces import make_tracer_provider
 from app.core.tracing import limit_tracing
 from app.llm.client.client import EngineClient
 from app.llm.generator import GenerationOptions, TextGenerator
@@ -65,12 +64,13 @@ from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
 from app.services.response_cache import ResponseCache
 from app.services.screening import Screening
-from app.state.shared import State, make_state
+from app.state.shared import make_state
 from app.utils.errors import StartupError
 from app.utils.garbage import no_collections
 
 if TYPE_CHECKING:
-    from app.core.otlp import SpanExport
+    from opentelemetry.sdk.trace import TracerProvider
+
     from app.llm.chain import Chains
 
 log = get_logger()
@@ -103,7 +103,7 @@ def create_app(
     for doubt in doubts(settings):
         log.warning(doubt)
     limit_tracing(settings.tracing, os.environ)
-    spans = make_span_export(settings.app.name, os.environ)
+    spans = make_tracer_provider(settings.app.name, os.environ)
     metrics = Metrics(lines.take_dropped)
     keys = KeyRing(settings.security, are_told=settings.metrics.require_key)
     state = make_state(settings, metrics, keys)
@@ -120,7 +120,7 @@ def create_app(
         usage=state.usage,
         security=settings.security,
     )
-    generation.tracer = spans.provider.get_tracer("llm-service") if spans else None
+    generation.tracer = spans.get_tracer("llm-service") if spans else None
     services = Services(
         settings=settings,
         started=time.monotonic(),
@@ -128,9 +128,8 @@ def create_app(
         keys=keys,
         limits=CallerLimits(settings.rate_limit, metrics, state.share),
         addresses=ClientAddress(settings.security.trusted_proxies),
-        idempotency=state.idempotency,
+        state=state,
         shedding=LoadShedding(engine, remembered=2 * settings.cache.size),
-        usage=state.usage,
         engine=engine,
         generation=generation,
         conversation=ConversationService(
@@ -141,7 +140,7 @@ def create_app(
             enabled=settings.chat_history.enabled,
         ),
     )
-    app = _build(settings, services, chains, state, spans)
+    app = _build(settings, services, chains, spans)
     engine.on_ready = partial(_announce, services, app)
     return app
 
@@ -193,8 +192,7 @@ def _build(
     settings: Settings,
     services: Services,
     chains: "Callable[[], Chains]",
-    state: State,
-    spans: "SpanExport | None",
+    spans: "TracerProvider | None",
 ) -> GuardedApplication:
     interactive = settings.app.environment != "production"
     traced: set[str] = set()
@@ -203,19 +201,20 @@ def _build(
         title=settings.app.name,
         version=__version__,
         **DOCUMENT,
-        lifespan=_lifespan(settings, services, chains, state, spans),
+        lifespan=_lifespan(settings, services, chains, spans),
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json" if interactive else None,
         # Its logs would export the messages and tracebacks of exceptions, prompts and all.
         telemetry={
             "tracing": spans is not None,
-            "tracer_provider": spans and spans.provider,
+            "tracer_provider": spans,
             "metrics": False,
             "logs": False,
             "operation_spans": False,
             "auto_configure": False,
-            "exclude": partial(_is_not_traced, spans, traced),
+            # The path of a session has its name.
+            "exclude": lambda scope: scope["type"] != "http" or scope["path"] not in traced,
         },
     )
     app.state.services = services
@@ -250,22 +249,11 @@ def _build(
     return app
 
 
-def _is_not_traced(
-    spans: "SpanExport | None", traced: Collection[str], scope: MutableMapping[str, Any]
-) -> bool:
-    # The path of a session has its name.
-    if spans is None or scope["type"] != "http" or scope["path"] not in traced:
-        return True
-    scope[UNSAMPLED_SPAN] = span = spans.unsampled(scope["headers"])
-    return span is not None
-
-
 def _lifespan(
     settings: Settings,
     services: Services,
     chains: "Callable[[], Chains]",
-    state: State,
-    spans: "SpanExport | None",
+    spans: "TracerProvider | None",
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -279,7 +267,7 @@ def _lifespan(
                 chains().pipeline.loop = loop
                 template_library()
 
-        async with EventLoopMonitor(services.metrics), state.connected:
+        async with event_loop_measured(services.metrics), services.state.connected:
             with (
                 GracefulShutdown(services.engine, settings.app),
                 reloading_on_hangup(partial(_replace_keys, services)),
@@ -290,14 +278,14 @@ def _lifespan(
                 finally:
                     await services.engine.stop()
                     if spans is not None:
-                        await asyncio.to_thread(spans.provider.shutdown)
+                        await asyncio.to_thread(spans.shutdown)
 
     return lifespan
 
 
 def _replace_keys(services: Services, security: SecuritySettings) -> None:
     services.keys.replace(security)
-    services.idempotency.keep_only({caller.key_id for caller in services.keys.principals})
+    services.state.idempotency.keep_only({caller.key_id for caller in services.keys.principals})
 
 
 def __getattr__(name: str) -> Any:

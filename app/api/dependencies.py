@@ -16,8 +16,7 @@ from app.core.security import KeyRing, Principal
 from app.llm.client.client import EngineClient
 from app.services.conversation import ConversationService
 from app.services.generation import GenerationService
-from app.state.idempotency import IdempotencyStore
-from app.state.usage import UsageLedger
+from app.state.shared import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +29,8 @@ class Services:
     keys: KeyRing
     limits: CallerLimits
     addresses: ClientAddress
-    idempotency: IdempotencyStore
+    state: State
     shedding: LoadShedding
-    usage: UsageLedger
     engine: EngineClient
     generation: GenerationService
     conversation: ConversationService
@@ -51,19 +49,9 @@ async def get_services(request: Request) -> Services:
     return services_of(request)
 
 
-async def get_generation(request: Request) -> GenerationService:
-    """The service of every generating route."""
-    return services_of(request).generation
-
-
 async def get_caller(request: Request) -> Principal:
     """The caller, whom the guard has identified before the body was read."""
     return cast("Principal", request.state.principal)
-
-
-async def get_conversation(request: Request) -> ConversationService:
-    """The service of chats with a session."""
-    return services_of(request).conversation
 
 
 # float() would also take exponents, infinities, underscores and digits of other scripts. At least
@@ -98,7 +86,5 @@ async def get_deadline(request: Request, timeout: RequestTimeout = None) -> floa
 
 
 AppServices = Annotated[Services, Depends(get_services)]
-Generation = Annotated[GenerationService, Depends(get_generation)]
-Conversation = Annotated[ConversationService, Depends(get_conversation)]
 Caller = Annotated[Principal, Depends(get_caller)]
 Deadline = Annotated[float | None, Depends(get_deadline)]

@@ -134,12 +134,12 @@ class GuardedRoute(APIRoute):
         encoding = request.headers.get("content-encoding", "")
         body = unpack(await request.body(), encoding, services.settings.security.max_body_bytes)
         if self.generates:
-            services.shedding.check(caller.key_id, request.scope["headers"], body)
+            services.shedding.check(caller.key_id, request.headers, body)
 
         async def answer() -> Response:
             return await handle(_ParsedRequest(request.scope, request.receive, body))
 
-        return await answer_once(services.idempotency, request, body, answer)
+        return await answer_once(services.state.idempotency, request, body, answer)
 
     def _refuse(self, request: Request, error: ServiceError) -> Response:
         error.status = self.status_of(error)

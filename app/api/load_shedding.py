@@ -4,14 +4,12 @@ Under an overload most requests are rejected, and the processor time of a reject
 the answers to the others.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from cachetools import FIFOCache
 
 from app.api.idempotency import HEADER as IDEMPOTENCY_KEY
 from app.llm.client.client import EngineClient, EngineState
-
-_IDEMPOTENCY_KEY = IDEMPOTENCY_KEY.lower().encode()
 
 
 class LoadShedding:
@@ -29,12 +27,12 @@ class LoadShedding:
         self._engine = engine
         self._seen: FIFOCache[int, None] = FIFOCache(maxsize=max(remembered, 1))
 
-    def check(self, caller: str, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+    def check(self, caller: str, headers: Mapping[str, str], body: bytes) -> None:
         """Reject a request now if it would be rejected once it is parsed.
 
         Args:
             caller: The id of the caller's key.
-            headers: The request's headers, their names in lower case.
+            headers: The request's headers; the case of a name does not matter.
             body: The request's body.
 
         Raises:
@@ -45,10 +43,6 @@ class LoadShedding:
         if asked in self._seen:
             return
         # While the engine is not ready, a mistake in the body is reported first.
-        if (
-            self._engine.state is EngineState.READY
-            and self._engine.queue.is_crowded
-            and all(name != _IDEMPOTENCY_KEY for name, _ in headers)
-        ):
+        if self._engine.state is EngineState.READY and IDEMPOTENCY_KEY not in headers:
             self._engine.check(caller)
         self._seen[asked] = None

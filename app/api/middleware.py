@@ -1,14 +1,13 @@
 """Pure ASGI middleware: request id, timing, metrics, access log, crashes, body limit.
 
-Headers are read and added as pairs of bytes, because under an overload the processor time of a
-rejection is taken from the answers to other requests.
+Headers are added as pairs of bytes, because under an overload the processor time of a rejection is
+taken from the answers to other requests.
 """
 
 import logging
-import random
 import re
+import uuid
 from collections.abc import Callable, Iterable
-from functools import cache
 from http import HTTPStatus
 from time import perf_counter
 
@@ -31,8 +30,6 @@ HeaderPairs = Iterable[tuple[bytes, bytes]]
 HeaderList = list[tuple[bytes, bytes]]
 
 UNMATCHED = "unmatched"
-UNSAMPLED_SPAN = "llm-service.span"
-"""Where the scope has the span that a request would have, were it sampled."""
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Data loads nothing and is not framed. A page brings its own policy.
 _SECURITY_HEADERS = (
@@ -59,10 +56,8 @@ class RequestContextMiddleware:
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, leaving: Callable[[], bool]) -> None:
         self._app = app
+        self._metrics = metrics
         self._leaving = leaving
-        # Finding a series by its labels takes longer than adding to it.
-        self._requests = cache(metrics.http_requests.labels)
-        self._duration = cache(metrics.http_duration.labels)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -70,9 +65,9 @@ class RequestContextMiddleware:
             await self._app(scope, receive, send)
             return
         begin = perf_counter()
-        request_id = _request_id(scope["headers"])
+        request_id = _request_id(Headers(scope=scope))
         token = request_id_var.set(request_id)
-        span = scope.get(UNSAMPLED_SPAN) or trace.get_current_span().get_span_context()
+        span = trace.get_current_span().get_span_context()
         traced = trace_var.set(_names_of(span))
         exemplar = exemplar_var.set(_exemplar(span))
         status = 0
@@ -112,23 +107,17 @@ class RequestContextMiddleware:
         code = status or 499
         # Anybody can try every method on every route, and each pair would make a histogram.
         endpoint = UNMATCHED if code == HTTPStatus.METHOD_NOT_ALLOWED else route
-        self._requests(method, endpoint, code).inc()
-        self._duration(method, endpoint).observe(seconds, exemplar_var.get())
+        self._metrics.http_requests.labels(method, endpoint, code).inc()
+        duration = self._metrics.http_duration.labels(method, endpoint)
+        duration.observe(seconds, exemplar_var.get())
+        told = {
+            "method": method,
+            "route": route,
+            "status_code": code,
+            "latency_ms": round(seconds * 1000, 2),
+        }
         level = logging.DEBUG if route in _QUIET_ROUTES else logging.INFO
-        if log.isEnabledFor(level):
-            log.log(
-                level,
-                "%s %s - %d",
-                method,
-                route,
-                code,
-                extra={
-                    "method": method,
-                    "route": route,
-                    "status_code": code,
-                    "latency_ms": round(seconds * 1000, 2),
-                },
-            )
+        log.log(level, "%s %s - %d", method, route, code, extra=told)
 
 
 class BodyLimitMiddleware:
@@ -143,8 +132,8 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        announced = _value(scope["headers"], b"content-length")
-        if announced.isdigit() and int(announced[:20]) > self._max_bytes:
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdecimal() and int(announced[:20]) > self._max_bytes:
             await error_response(BodyTooLargeError(self._max_bytes))(scope, receive, send)
             return
         received = 0
@@ -216,14 +205,6 @@ def route_template(scope: Scope) -> str:
     return path if isinstance(path, str) else UNMATCHED
 
 
-def _value(headers: HeaderPairs, name: bytes) -> bytes:
-    """The first header with this name, which is in lower case; empty if there is none."""
-    for header, value in headers:
-        if header == name:
-            return value
-    return b""
-
-
 def _names_of(span: SpanContext) -> dict[str, str] | None:
     """A span, as the log names it."""
     if not span.is_valid:
@@ -243,11 +224,10 @@ def _exemplar(span: SpanContext) -> dict[str, str] | None:
 
 def new_request_id() -> str:
     """A random id for a request."""
-    # It only has to be unique. Python's generator is cheaper than the system's.
-    return f"req-{random.getrandbits(128):032x}"  # nosec B311
+    return f"req-{uuid.uuid4().hex}"
 
 
-def _request_id(headers: HeaderPairs) -> str:
+def _request_id(headers: Headers) -> str:
     """The caller's id if it is harmless in a log, else a new one."""
-    given = _value(headers, b"x-request-id").decode("latin-1")
-    return given if given and _SANE_REQUEST_ID.fullmatch(given) else new_request_id()
+    given = headers.get("x-request-id", "")
+    return given if _SANE_REQUEST_ID.fullmatch(given) else new_request_id()

@@ -94,7 +94,7 @@ async def respond(
         choices = await open_choices(openings)
         # Until it is whole.
         request.state.outcome = CLIENT_CLOSED_REQUEST
-        return EventStream(choices, _frames(request, choices, shape))
+        return EventStream(_frames(request, choices, shape), choices.aclose)
 
     async def complete() -> Response:
         choices = await open_choices(openings)

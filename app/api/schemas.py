@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FinishReason = Literal["stop", "length", "content_filter"]
+from app.llm.report import FinishReason
 
 
 class PromptTokensDetails(BaseModel):

@@ -1,7 +1,7 @@
 """Server-sent events: framing, and answers as streams of them."""
 
-from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import anyio
 import msgspec
@@ -20,13 +20,6 @@ DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 # How an event begins that tells a fault.
 _ERRORS = (b'data: {"error":', b"event: response.failed\n")
-
-
-class Closing(Protocol):
-    """What stops generating when it is closed."""
-
-    async def aclose(self) -> None:
-        """Stop."""
 
 
 def frame(content: Any) -> bytes:
@@ -51,12 +44,12 @@ class EventStream(EventSourceResponse):  # type: ignore[misc]
     """An answer as a response of events; see docs/api.md, "Streams".
 
     Args:
-        source: What the events come from; closed when the stream ends, however it does.
         frames: The events, the last one included.
+        close: Awaited when the stream ends, however it does.
     """
 
-    def __init__(self, source: Closing, frames: AsyncIterator[bytes]) -> None:
-        self._source = source
+    def __init__(self, frames: AsyncIterator[bytes], close: Callable[[], Awaitable[None]]) -> None:
+        self._close = close
         super().__init__(
             frames,
             ping=PING_SECONDS,
@@ -76,7 +69,7 @@ class EventStream(EventSourceResponse):  # type: ignore[misc]
             # A client may leave before the first event is requested. Then the generator of the
             # events never starts, and its own cleanup never runs.
             with anyio.CancelScope(shield=True):
-                await self._source.aclose()
+                await self._close()
 
 
 def told_error(error: Exception) -> ServiceError:

@@ -110,8 +110,7 @@ def _folders(top: Path, mounted: str, group: str) -> Iterator[Path]:
         inside = PurePosixPath()
     yield top / inside
     for parent in inside.parents:
-        if parent != inside:
-            yield top / parent
+        yield top / parent
 
 
 def _quota(folder: Path) -> Iterator[float]:

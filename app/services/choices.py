@@ -84,8 +84,6 @@ async def open_choices(openings: Sequence[Coroutine[Any, Any, Answer]]) -> Choic
     Raises:
         ServiceError: One was refused; those that were not are closed.
     """
-    if len(openings) == 1:
-        return Choices([await openings[0]])
     tasks = [asyncio.ensure_future(opening) for opening in openings]
     try:
         return Choices(await asyncio.gather(*tasks))

@@ -57,16 +57,6 @@ class ConversationService:
         self._enabled = enabled
         metrics.sessions_active.set_function(lambda: len(store))
 
-    @property
-    def ttl_seconds(self) -> float:
-        """How long an idle conversation is kept."""
-        return self._store.ttl_seconds
-
-    @property
-    def active(self) -> int:
-        """Conversations kept now."""
-        return len(self._store)
-
     async def find(self, caller: str, session_id: str) -> Session:
         """A caller's conversation.
 

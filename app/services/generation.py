@@ -235,10 +235,6 @@ class GenerationService:
             return {**DEFAULT_SAMPLING, **recommended, **temperature}
         return {**DEFAULT_SAMPLING, **temperature, **recommended}
 
-    def cache_statistics(self) -> dict[str, int]:
-        """How the response cache is doing."""
-        return self._cache.statistics()
-
     def answer_tokens(self, job: Job) -> int:
         """Tokens the answer may take, as far as they are known before the prompt is."""
         return job.max_tokens or self._model.max_tokens

@@ -62,10 +62,6 @@ class ResponseCache:
         if (answer := flight.answer) is not None:
             self._answers.put(key, answer, caller)
 
-    def statistics(self) -> dict[str, int]:
-        """How the cache is doing."""
-        return self._answers.statistics()
-
 
 def cache_key(*parts: Any) -> str:
     """SHA-256 of everything that decides an answer, and of who asks for it."""

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 from app.core.config import OutputSettings, PiiSettings
@@ -26,13 +27,14 @@ class Screening:
         self._pii = pii
         self._metrics = metrics
         self._blocked = output.blocked_patterns
+        # A model has few sets of tokens, known once it is loaded: with and without those of calls.
+        self._filter = lru_cache(maxsize=8)(partial(OutputFilter, blocked_patterns=self._blocked))
         try:
             patterns = [(p.name, p.pattern) for p in pii.patterns]
             self._scanner = PiiScanner(pii.kinds, patterns, pii.regions)
-            self._filter = OutputFilter((), self._blocked)
+            self._filter(())
         except ValueError as error:
             raise ConfigurationError(f"configuration error: {error}") from None
-        self._filter_tokens: tuple[str, ...] = ()
         self.mode = (pii.input, pii.output)
         """Part of what decides an answer, for the response cache."""
 
@@ -93,7 +95,7 @@ class Screening:
             grammar: What the whole answer looks like.
             call_trigger: The text that begins a call of a tool.
         """
-        rules = self._filter_for(template_tokens)
+        rules = self._filter(template_tokens)
         counts: Counter[str] = Counter()
 
         def redactor(before: str) -> StreamRedactor | None:
@@ -121,13 +123,6 @@ class Screening:
         elif self.takes_out:
             inner = open_answer("")
         return AnswerScreen(StreamFilter(rules), inner, counts, self._count)
-
-    def _filter_for(self, template_tokens: tuple[str, ...]) -> OutputFilter:
-        # The tokens are known once the model is loaded, and stay what they are.
-        if template_tokens != self._filter_tokens:
-            self._filter = OutputFilter(template_tokens, self._blocked)
-            self._filter_tokens = template_tokens
-        return self._filter
 
     def _count(self, counts: Counter[str]) -> None:
         for kind, number in counts.items():

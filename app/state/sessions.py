@@ -98,14 +98,7 @@ class Session:
 
 
 class SessionStore(ABC):
-    """All conversations.
-
-    Attributes:
-        ttl_seconds: How long one is kept after its last turn.
-    """
-
-    def __init__(self, settings: ChatHistorySettings) -> None:
-        self.ttl_seconds = settings.ttl_seconds
+    """All conversations."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -162,7 +155,6 @@ class MemorySessions(SessionStore):
     def __init__(
         self, settings: ChatHistorySettings, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        super().__init__(settings)
         self._max_messages = settings.max_messages
         self._sessions: BoundedCache[Session] = BoundedCache(
             max_entries=settings.max_sessions,

@@ -54,7 +54,7 @@ def keyed() -> Iterator[TestClient]:
         metrics={"require_key": True},
         rate_limit={"enabled": True, "requests_per_minute": 1000},
     ) as client:
-        client.app.state.services.usage.clock = lambda: NOON  # type: ignore[attr-defined]
+        client.app.state.services.state.usage.clock = lambda: NOON  # type: ignore[attr-defined]
         yield client
 
 

@@ -314,7 +314,7 @@ def test_an_engine_that_dies_behind_the_reasoning() -> None:
             else:
                 assert refused(answer) == (500, "engine_failed", None)
             assert services.engine.queue.is_empty
-            assert services.generation.cache_statistics()["entries"] == 0
+            assert services.state.answers.statistics()["entries"] == 0
             assert client.get("/v1/sessions/s").status_code == 404
             while client.get("/readyz").status_code != 200:
                 time.sleep(0.02)

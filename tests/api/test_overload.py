@@ -182,12 +182,6 @@ class CountingEngine:
     def __init__(self) -> None:
         self.asked = 0
         self.is_full = False
-        self.queue = self
-
-    @property
-    def is_crowded(self) -> bool:
-        """Always true, so that it is asked about each caller."""
-        return True
 
     def check(self, _caller: str) -> None:
         """Reject a caller while it is full."""
@@ -201,13 +195,13 @@ def test_few_bodies_are_remembered() -> None:
     engine = CountingEngine()
     shedding = LoadShedding(cast("EngineClient", engine), remembered=2)
     for body in (b"1", b"2", b"2", b"3"):
-        shedding.check("k", [], body)
+        shedding.check("k", {}, body)
     assert engine.asked == 3
     engine.is_full = True
-    shedding.check("k", [], b"3")
+    shedding.check("k", {}, b"3")
     for _ in range(2):
         with pytest.raises(OverloadedError):
-            shedding.check("k", [], b"1")
+            shedding.check("k", {}, b"1")
 
 
 async def test_ten_times_the_capacity_for_a_moment() -> None:

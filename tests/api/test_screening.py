@@ -99,7 +99,7 @@ async def test_prompts_with_personal_data_can_be_refused() -> None:
             assert refused.json()["error"]["code"] == "pii_detected"
             assert "email" in refused.text
             assert "jane" not in refused.text
-        assert client.services.conversation.active == 0
+        assert len(client.services.state.sessions) == 0
         assert (await client.say("Nothing personal.")).status_code == 200
 
 

@@ -54,7 +54,7 @@ async def test_without_a_session_nothing_is_kept(client: Client) -> None:
     """A stateless chat makes no session."""
     response = await client.say("one", session=None)
     assert "session_id" not in response.json()
-    assert client.services.conversation.active == 0
+    assert len(client.services.state.sessions) == 0
 
 
 async def test_another_keys_session_does_not_exist(client: Client) -> None:
@@ -114,7 +114,7 @@ async def test_a_refused_turn_leaves_no_trace(client: Client) -> None:
     assert refused.status_code == 400
     assert refused.json()["error"]["code"] == "context_length_exceeded"
     assert await client.history() is None
-    assert client.services.conversation.active == 0
+    assert len(client.services.state.sessions) == 0
 
 
 async def test_a_cancelled_turn_leaves_the_history_as_it_was(client: Client) -> None:

@@ -45,7 +45,7 @@ class Fake:
         self.checked = asyncio.Event()
         self._check = check
 
-    def check(self, now: float) -> None:
+    def check(self) -> None:
         """Say that it was checked."""
         self.checked.set()
         self._check()

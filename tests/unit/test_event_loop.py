@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-from app.core.event_loop import SAMPLE_SECONDS, EventLoopMonitor
+from app.core.event_loop import SAMPLE_SECONDS, event_loop_measured
 from app.core.metrics import Metrics
 from tests.support.application import make_app
 
@@ -29,7 +29,7 @@ def monitors() -> list[str]:
 async def test_a_blocked_loop_is_seen() -> None:
     """A loop that is held for a second is late for the sample that was due in that time."""
     metrics = Metrics()
-    async with EventLoopMonitor(metrics):
+    async with event_loop_measured(metrics):
         await samples(metrics, 1)
         before = value(metrics, "sum")
         time.sleep(1.0)  # noqa: ASYNC251 - what is measured
@@ -48,7 +48,7 @@ async def test_tasks_are_counted() -> None:
     def counted() -> float | None:
         return metrics.registry.get_sample_value("event_loop_tasks")
 
-    async with EventLoopMonitor(metrics):
+    async with event_loop_measured(metrics):
         await samples(metrics, 1)
         before = counted()
         sleepers = [asyncio.create_task(asyncio.sleep(60)) for _ in range(5)]

@@ -189,12 +189,10 @@ def test_a_bad_pattern_stops_the_start_in_one_line(name: str, pattern: str, reas
     assert "pii pattern" in str(caught.value)
 
 
-def test_names_are_unique_and_kinds_known() -> None:
-    """A repeated name and an unknown kind are rejected."""
+def test_names_are_unique() -> None:
+    """A repeated name is rejected."""
     with pytest.raises(ValueError, match="used twice"):
         PiiScanner(custom=[("x", "a"), ("X", "b")])
-    with pytest.raises(ValueError, match="'fax' is not one of email"):
-        PiiScanner(kinds=["fax"])
 
 
 def test_a_custom_match_has_a_longest_length() -> None:

@@ -153,13 +153,13 @@ async def test_an_answer_that_breaks_off_is_not_kept() -> None:
 
 async def test_no_key_means_no_cache() -> None:
     """A request that wants no cache shares nothing and leaves nothing."""
-    cache, _ = make_cache()
+    cache, metrics = make_cache()
     generation = Generation()
     generation.go.set()
     assert await read(cache.generate("me", None, generation)) == "012"
     assert await read(cache.generate("me", None, generation)) == "012"
     assert generation.started == 2
-    assert cache.statistics()["entries"] == 0
+    assert metrics.registry.get_sample_value("response_cache_entries") == 0
 
 
 async def test_each_kept_answer_has_an_id_of_its_own() -> None:

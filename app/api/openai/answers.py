@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from app.api.schemas import Usage
+from app.llm.report import FinishReason
 
 
 class CalledFunction(BaseModel):
@@ -63,7 +64,7 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "content_filter", "tool_calls"]
+    finish_reason: Literal[FinishReason, "tool_calls"]
 
 
 class CompletionLogprobs(BaseModel):
@@ -81,7 +82,7 @@ class CompletionChoice(BaseModel):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length", "content_filter"]
+    finish_reason: FinishReason
 
 
 class OpenAIAnswer(BaseModel):

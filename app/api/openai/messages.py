@@ -5,7 +5,7 @@ another one: what it carries beside its text and its calls is taken, and not rea
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -48,16 +48,24 @@ class OpenAIModel(RequestModel):
                     yield from part.hints()
 
 
-def _only_text(kind: Any) -> Any:
-    if kind != "text":
-        raise PydanticCustomError("unsupported_parameter", "only text parts are supported")
-    return kind
+def only(kinds: Collection[str], message: str) -> BeforeValidator:
+    """Refuses every kind of a part, an item or a tool but these, with a message."""
+
+    def check(kind: Any) -> Any:
+        if not isinstance(kind, str) or kind not in kinds:
+            raise PydanticCustomError("unsupported_parameter", message)
+        return kind
+
+    return BeforeValidator(check)
+
+
+ONLY_TEXT: Final = "only text parts are supported"
 
 
 class TextPart(OpenAIModel):
     """A part of a message; other kinds are refused."""
 
-    type: Annotated[str, BeforeValidator(_only_text), WithJsonSchema({"const": "text"})]
+    type: Annotated[str, only(["text"], ONLY_TEXT), WithJsonSchema({"const": "text"})]
     text: str
     annotations: Hint = None
     cache_control: Hint = None

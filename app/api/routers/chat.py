@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter, Request, Response
 
-from app.api.dependencies import Caller, Conversation, Deadline, Generation
+from app.api.dependencies import AppServices, Caller, Deadline
 from app.api.errors import STREAM, responses
 from app.api.guard import KEY_SCHEMES, GeneratingRoute
 from app.api.native import ChatShape
@@ -36,8 +36,7 @@ router = APIRouter(route_class=GeneratingRoute, dependencies=KEY_SCHEMES, tags=[
 )
 async def chat(
     body: ChatRequest,
-    generation: Generation,
-    conversation: Conversation,
+    services: AppServices,
     caller: Caller,
     deadline: Deadline,
     request: Request,
@@ -49,5 +48,9 @@ async def chat(
     ]
     fields = job_fields(body, caller, deadline, request) | reasoning_fields(body)
     job = Job(messages=messages, **fields)
-    opening = conversation.open(job, body.session_id) if body.session_id else generation.open(job)
+    opening = (
+        services.conversation.open(job, body.session_id)
+        if body.session_id
+        else services.generation.open(job)
+    )
     return await respond(request, [opening], ChatShape(body.session_id), stream=body.stream)

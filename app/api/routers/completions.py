@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 
-from app.api.dependencies import AppServices, Caller, Deadline, Generation
+from app.api.dependencies import AppServices, Caller, Deadline
 from app.api.errors import STREAM, responses
 from app.api.guard import KEY_SCHEMES
 from app.api.openai.answers import Completion
@@ -25,7 +25,6 @@ router = APIRouter(route_class=OpenAIRoute, dependencies=KEY_SCHEMES, tags=["ope
 async def completions(
     body: CompletionRequest,
     services: AppServices,
-    generation: Generation,
     caller: Caller,
     deadline: Deadline,
     request: Request,
@@ -43,5 +42,5 @@ async def completions(
         logprobs=body.logprobs is not None,
         include_usage=body.include_usage,
     )
-    openings = [generation.open(job) for job in jobs]
+    openings = [services.generation.open(job) for job in jobs]
     return await answer(request, body, jobs, openings, shape)

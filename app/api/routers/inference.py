@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter, Request, Response
 
-from app.api.dependencies import Caller, Deadline, Generation
+from app.api.dependencies import AppServices, Caller, Deadline
 from app.api.errors import STREAM, responses
 from app.api.guard import KEY_SCHEMES, GeneratingRoute
 from app.api.native import GenerateShape
@@ -23,13 +23,12 @@ router = APIRouter(route_class=GeneratingRoute, dependencies=KEY_SCHEMES, tags=[
 )
 async def generate(
     body: GenerateRequest,
-    generation: Generation,
+    services: AppServices,
     caller: Caller,
     deadline: Deadline,
     request: Request,
 ) -> Response:
     """Generate text from a prompt; with `stream: true` as server-sent events."""
     job = Job(prompt=body.prompt, **job_fields(body, caller, deadline, request))
-    return await respond(
-        request, [generation.open(job)], GenerateShape(body.prompt), stream=body.stream
-    )
+    opening = services.generation.open(job)
+    return await respond(request, [opening], GenerateShape(body.prompt), stream=body.stream)

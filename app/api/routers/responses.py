@@ -10,7 +10,7 @@ from typing import ClassVar
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from app.api.dependencies import AppServices, Caller, Conversation, Deadline
+from app.api.dependencies import AppServices, Caller, Deadline
 from app.api.errors import STREAM, responses
 from app.api.guard import KEY_SCHEMES
 from app.api.openai.responses.answer import DeletedResponse, ResponseObject
@@ -81,12 +81,12 @@ _KEPT = responses(
 async def create_response(
     body: ResponsesRequest,
     services: AppServices,
-    conversation: Conversation,
     caller: Caller,
     deadline: Deadline,
     request: Request,
 ) -> Response:
     """Answer as OpenAI's API does; a kept response can be continued."""
+    conversation = services.conversation
     take(body, services)
     keeps = services.settings.chat_history.enabled if body.store is None else body.store
     response_id = f"resp_{uuid.uuid4().hex}"
@@ -150,18 +150,18 @@ async def _referred(
     responses=_KEPT,
     openapi_extra=_ID,
 )
-async def get_response(request: Request, conversation: Conversation, caller: Caller) -> Response:
+async def get_response(request: Request, services: AppServices, caller: Caller) -> Response:
     """A response of the caller's own, as it was answered."""
     response_id = request.path_params["response_id"]
-    session = await conversation.find_response(caller.key_id, response_id)
+    session = await services.conversation.find_response(caller.key_id, response_id)
     return Response(session.response, media_type="application/json")
 
 
 @router.delete(_PATH, summary="Forget a kept response", responses=_KEPT, openapi_extra=_ID)
 async def delete_response(
-    request: Request, conversation: Conversation, caller: Caller
+    request: Request, services: AppServices, caller: Caller
 ) -> DeletedResponse:
     """Forget a response; those that continue it stay."""
     response_id = request.path_params["response_id"]
-    await conversation.forget_response(caller.key_id, response_id)
+    await services.conversation.forget_response(caller.key_id, response_id)
     return DeletedResponse(id=response_id)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
 
-from app.api.dependencies import Caller, Conversation
+from app.api.dependencies import AppServices, Caller
 from app.api.errors import responses
 from app.api.guard import KEY_SCHEMES, GuardedRoute
 from app.api.schemas import AnyMessage, SessionResponse
@@ -41,16 +41,16 @@ router = APIRouter(
     response_model=SessionResponse,
 )
 async def get_session(
-    session_id: SessionId, conversation: Conversation, caller: Caller
+    session_id: SessionId, services: AppServices, caller: Caller
 ) -> SessionResponse:
     """What was said in a conversation of the caller's own."""
-    session = await conversation.find(caller.key_id, session_id)
+    session = await services.conversation.find(caller.key_id, session_id)
     return SessionResponse(
         session_id=session.id,
         system=session.system,
         messages=[AnyMessage(role=m.role, content=m.content) for m in session.messages],
         created_at=session.created_at,
-        ttl_seconds=conversation.ttl_seconds,
+        ttl_seconds=services.settings.chat_history.ttl_seconds,
     )
 
 
@@ -60,9 +60,7 @@ async def get_session(
     status_code=204,
     response_class=Response,
 )
-async def delete_session(
-    session_id: SessionId, conversation: Conversation, caller: Caller
-) -> Response:
+async def delete_session(session_id: SessionId, services: AppServices, caller: Caller) -> Response:
     """Forget a conversation; a turn under way is not kept either."""
-    await conversation.forget(caller.key_id, session_id)
+    await services.conversation.forget(caller.key_id, session_id)
     return Response(status_code=204)

@@ -42,11 +42,11 @@ async def status(services: AppServices) -> StatusResponse:
         cache=CacheStatus(
             enabled=settings.cache.enabled,
             ttl_seconds=settings.cache.ttl_seconds,
-            **services.generation.cache_statistics(),
+            **services.state.answers.statistics(),
         ),
         sessions=SessionsStatus(
             enabled=history.enabled,
-            active=services.conversation.active,
+            active=len(services.state.sessions),
             max_sessions=history.max_sessions,
             ttl_seconds=history.ttl_seconds,
         ),

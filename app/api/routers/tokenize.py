@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter
 
-from app.api.dependencies import Deadline, Generation
+from app.api.dependencies import AppServices, Deadline
 from app.api.errors import responses
 from app.api.guard import KEY_SCHEMES, GuardedRoute
 from app.api.openai.messages import chat_messages
@@ -24,7 +24,7 @@ router = APIRouter(route_class=GuardedRoute, dependencies=KEY_SCHEMES, tags=["in
     responses=responses(*GENERATION_ERRORS),
 )
 async def tokenize(
-    body: TokenizeRequest, generation: Generation, deadline: Deadline
+    body: TokenizeRequest, services: AppServices, deadline: Deadline
 ) -> TokenizeResponse:
     """Count the tokens of a text or a chat, exactly as a request with it would."""
     job = Job(
@@ -33,8 +33,8 @@ async def tokenize(
         tools=ToolUse(tools_of(body.tools)) if body.tools else None,
         **reasoning_fields(body),
     )
-    tokens, context_length = await within(deadline, generation.tokenize(job))
+    tokens, context_length = await within(deadline, services.generation.tokenize(job))
     texts = {}
     if body.return_token_strs:
-        texts["token_strs"] = await within(deadline, generation.token_texts(tokens))
+        texts["token_strs"] = await within(deadline, services.generation.token_texts(tokens))
     return TokenizeResponse(tokens=tokens, count=len(tokens), max_tokens=context_length, **texts)

@@ -1,5 +1,7 @@
 """GET /v1/usage: what the caller's key has used; with the scope admin, what every key has."""
 
+from dataclasses import asdict
+
 from fastapi import APIRouter
 
 from app.api.dependencies import AppServices, Caller
@@ -20,7 +22,7 @@ router = APIRouter(route_class=AnyKeyRoute, dependencies=KEY_SCHEMES, tags=["usa
 )
 async def get_usage(services: AppServices, caller: Caller) -> UsageResponse:
     """Requests and tokens of the caller's key, or of every key for one with the scope admin."""
-    ledger = services.usage
+    ledger = services.state.usage
     shown = services.keys.principals if "admin" in caller.scopes else [caller]
     keys = [await _usage_of(principal, ledger) for principal in shown]
     return UsageResponse(
@@ -44,9 +46,4 @@ async def _usage_of(principal: Principal, ledger: UsageLedger) -> KeyUsage:
 
 
 def _count(usage: Usage) -> UsageCount:
-    return UsageCount(
-        requests=usage.requests,
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        total_tokens=usage.tokens,
-    )
+    return UsageCount(**asdict(usage), total_tokens=usage.tokens)

@@ -6,6 +6,7 @@ See docs/adr/0020-connections.md.
 import asyncio
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import httptools
@@ -20,7 +21,6 @@ from app.utils import errors
 log = get_logger()
 
 PROBES = frozenset({b"/health", b"/livez", b"/readyz"})
-
 # Bytes that the parser may hold back without reporting anything: heads, trailers, extensions.
 _MAX_HEAD_BYTES = 65_536
 # Requests that may wait behind the one that is being answered.
@@ -54,30 +54,19 @@ class _Transport:
             self._on_close()
 
 
-def _without_chunks(cycle: Any) -> Send:
-    """What sends a response over HTTP/1.0, which knows no chunks.
-
-    A response without a length ends with its connection, as uvicorn closes it.
-    """
-    send = cycle.send
-    has_length = True
-
-    async def send_unframed(message: Message) -> None:
-        nonlocal has_length
-        if message["type"] == "http.response.start":
-            has_length = any(name == b"content-length" for name, _ in message["headers"])
-            cycle.chunked_encoding = None if has_length else False
-        elif message["type"] == "http.response.body" and not has_length:
-            cycle.expected_content_length = len(message["body"])
-        await send(message)
-
-    return send_unframed
+async def _send_without_chunks(cycle: Any, send: Send, message: Message) -> None:
+    """Send a response over HTTP/1.0; without a length it ends where uvicorn closes."""
+    cycle.chunked_encoding = False
+    # uvicorn would compare the pieces with a length that the head may not have.
+    cycle.expected_content_length = len(message.get("body", b""))
+    await send(message)
 
 
 class GuardedProtocol(HttpToolsProtocol):
     """One connection of a client, as uvicorn makes them."""
 
     cycle: Any  # The request that came last; None before the first.
+    transport: Any  # A _Transport.
 
     def __init__(self, connections: Connections, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -100,8 +89,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
         self._socket = transport
-        self._counted = _Transport(transport, self._close)
-        super().connection_made(cast("asyncio.Transport", self._counted))
+        super().connection_made(cast("Any", _Transport(transport, self._close)))
         self._all.add(self, self.client[0] if self.client else None)
         self._wait(self._all.limits.header_timeout_seconds, "header_timeout")
 
@@ -135,15 +123,15 @@ class GuardedProtocol(HttpToolsProtocol):
         else:
             self._wait(math.inf)
 
-    def check(self, now: float) -> None:
-        """Close what has taken longer than it may; ``now`` is the event loop's time."""
-        unsent = self._socket.get_write_buffer_size()
-        taken = self._counted.written - unsent
+    def check(self) -> None:
+        """Close what has taken longer than it may."""
+        now, unsent = self.loop.time(), self._socket.get_write_buffer_size()
+        taken = self.transport.written - unsent
         if not unsent or taken > self._taken:
             self._taken, self._taken_at = taken, now
         if now - self._taken_at >= self._all.limits.send_timeout_seconds:
             log.warning("a client took nothing of its answer in time and was dropped")
-            self._all.drops("send_timeout")
+            self._all.dropped.labels("send_timeout").inc()
             self._socket.abort()
         elif now < self._deadline or self._socket.is_closing():
             return
@@ -151,7 +139,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._reject(errors.RequestTimeoutError(), self._reason)
         else:
             if self._reason:
-                self._all.drops(self._reason)
+                self._all.dropped.labels(self._reason).inc()
             self._socket.close()
 
     def timeout_keep_alive_handler(self) -> None:
@@ -197,7 +185,7 @@ class GuardedProtocol(HttpToolsProtocol):
             raise ValueError("too many connections, or requests that wait")
         super().on_headers_complete()
         if framing[0] == "1.0":
-            self.cycle.send = _without_chunks(self.cycle)
+            self.cycle.send = partial(_send_without_chunks, self.cycle, self.cycle.send)
         # Trailers may follow the body. uvicorn would add them to the request's headers, where a
         # proxy that removes headers has not looked for them.
         self.headers = []
@@ -242,8 +230,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._is_stopped:
             return
         self._is_stopped = True
-        self._all.drops(reason)
-        if self._answering is not None and (self.pipeline or not self._answering.more_body):
+        self._all.dropped.labels(reason).inc()
+        if self._answering is not None and not self._answering.more_body:
             self.pipeline.clear()
             self.cycle = self._answering
             self.cycle.keep_alive = False

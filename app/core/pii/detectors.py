@@ -6,8 +6,9 @@ Texts are folded (:mod:`app.core.pii.folding`), so digits are ASCII and spaces a
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
+from app.core.config import PiiKind
 from app.core.pii.checks import (
     DASHES,
     bare_ssn_end,
@@ -20,7 +21,7 @@ from app.core.pii.checks import (
 from app.core.pii.patterns import LinearPattern, prefixes_of
 from app.core.pii.phones import NATIONAL, NationalNumbers, e164_end, nanp_end
 
-KINDS = ("email", "phone", "ssn", "card", "iban", "ip")
+KINDS: tuple[PiiKind, ...] = get_args(PiiKind)
 """The kinds, by priority where two entities have the same place and length."""
 
 _MAX_LOCAL = 64
@@ -53,23 +54,18 @@ Check = Callable[[str, int, int], int | None]
 """Gets a text and a candidate's beginning and end; returns the entity's end, or ``None``."""
 
 
-def _shape(
-    kind: str, source: str, check: Check, *, needs: str = "", runs: bool = False
-) -> Detector:
+def _shape(kind: str, source: str, check: Check, *, runs: bool = False) -> Detector:
     """Finds candidates by a pattern and decides about them by a check.
 
     Args:
         kind: One of :data:`KINDS`.
         source: RE2 pattern of the longest candidate.
         check: Decides about a candidate.
-        needs: A string that every entity has; a text without it is not searched.
         runs: Whether no entity can begin inside a rejected candidate, which is then skipped.
     """
     pattern = LinearPattern(source)
 
     def first(text: str, start: int) -> Span | None:
-        if needs and text.find(needs, start) < 0:
-            return None
         while (span := pattern.search(text, start)) is not None:
             begin, end = span
             stop = check(text, begin, end)
@@ -166,23 +162,17 @@ def built_in(regions: Iterable[str]) -> list[Detector]:
     nanp = rf"(?:\+?1{g}?)?(?:\(\d{{3}}\){g}?|\d{{3}}{g})\d{{3}}{g}\d{{4}}"
     detectors = [
         Detector("email", rf"{_LOCAL_SOURCE}(?:@[{_LETTERS}.\-]*)?", _first_email),
-        _shape(
-            "phone",
-            rf"\+[1-9]\d{{0,2}}(?:{g}?\(\d{{1,4}}\))?(?:{g}?\d){{4,13}}",
-            e164_end,
-            needs="+",
-        ),
+        _shape("phone", rf"\+[1-9]\d{{0,2}}(?:{g}?\(\d{{1,4}}\))?(?:{g}?\d){{4,13}}", e164_end),
         _shape("ssn", rf"\b\d{{3}}{g}\d{{2}}{g}\d{{4}}\b", ssn_end),
         _shape("ssn", r"\b\d{9}\b", bare_ssn_end),
         _shape("card", r"\b\d{13,19}\b", card_end),
         _shape("card", rf"\b\d{{4,6}}(?:{b}\d{{3,7}}){{1,4}}(?:{b}\d{{1,3}})?\b", card_end),
         _shape("iban", rf"\b[A-Za-z]{{2}}\d{{2}}(?:{b}?[A-Za-z0-9]){{11,30}}", iban_end),
-        _shape("ip", r"\b\d+(?:\.\d+){3,}", ipv4_end, needs=".", runs=True),
+        _shape("ip", r"\b\d+(?:\.\d+){3,}", ipv4_end, runs=True),
         _shape(
             "ip",
             "(?:[0-9A-Fa-f]{1,4}:[0-9A-Fa-f:.]+|::[0-9A-Fa-f][0-9A-Fa-f:.]*)",
             ipv6_end,
-            needs=":",
             runs=True,
         ),
         _shape("phone", NATIONAL, national.end),

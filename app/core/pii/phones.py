@@ -6,7 +6,6 @@ Its matcher is slow on long texts and knows no streams, so RE2 runs the metadata
 
 import re
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 
 from phonenumbers import (
     NumberParseException,
@@ -171,7 +170,6 @@ def _ends(text: str, end: int) -> bool:
     return is_right_clear(text, end) and text[end : end + 2].strip()[:1] not in _SIGNS
 
 
-@lru_cache(maxsize=4096)
 def _is_international(digits: str) -> bool:
     try:
         return is_valid_number(parse(f"+{digits}"))

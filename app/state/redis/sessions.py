@@ -87,7 +87,6 @@ class RedisSessions(SessionStore):
     """
 
     def __init__(self, link: RedisLink, leases: Leases, settings: ChatHistorySettings) -> None:
-        super().__init__(settings)
         self._link = link
         self._leases = leases
         self._settings = settings

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
-from pydantic_core import PydanticCustomError
 
-from app.api.openai.messages import Hint, OpenAIModel, with_one_system
+from app.api.openai.messages import ONLY_TEXT, Hint, OpenAIModel, only, with_one_system
 from app.llm.tools import ChatMessage, ToolCall
 
 # The members of each type of item that are read.
@@ -21,29 +20,14 @@ _READ: Final = {
     "reasoning": ("type", "content"),
     "item_reference": ("type", "id"),
 }
-
-
+_ONLY_READ: Final = "only items of these types are supported: " + ", ".join(_READ)
 _TEXT_KINDS: Final = ("input_text", "output_text", "reasoning_text")
-
-
-def _text_kind(kind: Any) -> Any:
-    if kind not in _TEXT_KINDS:
-        raise PydanticCustomError("unsupported_parameter", "only text parts are supported")
-    return kind
-
-
-def _item_kind(kind: Any) -> Any:
-    if not isinstance(kind, str) or kind not in _READ:
-        raise PydanticCustomError(
-            "unsupported_parameter", "only items of these types are supported: " + ", ".join(_READ)
-        )
-    return kind
 
 
 class InputText(OpenAIModel):
     """A part of an item; other kinds are refused."""
 
-    type: Annotated[str, BeforeValidator(_text_kind), WithJsonSchema({"enum": [*_TEXT_KINDS]})]
+    type: Annotated[str, only(_TEXT_KINDS, ONLY_TEXT), WithJsonSchema({"enum": [*_TEXT_KINDS]})]
     text: str
     annotations: Hint = None
     cache_control: Hint = None
@@ -63,7 +47,7 @@ class InputItem(OpenAIModel):
     """One item of the input."""
 
     type: Annotated[
-        str, BeforeValidator(_item_kind), WithJsonSchema({"enum": [*_READ], "type": "string"})
+        str, only(_READ, _ONLY_READ), WithJsonSchema({"enum": [*_READ], "type": "string"})
     ] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = Field(
         None, description="Of a message."

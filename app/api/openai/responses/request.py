@@ -3,9 +3,8 @@
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
-from pydantic_core import PydanticCustomError
 
-from app.api.openai.messages import MAX_TOOLS, Hint, OpenAIModel
+from app.api.openai.messages import MAX_TOOLS, Hint, OpenAIModel, only
 from app.api.openai.responses.items import InputItem
 from app.api.openai.schemas import OpenAISampling, PlatformHints
 from app.api.openai.tools import FunctionField, FunctionName, check_tools, tool_use
@@ -15,16 +14,8 @@ from app.llm.tools import Tool, ToolUse
 LOGPROBS: Final = "message.output_text.logprobs"
 
 ConversationId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
-
-
-def _function_kind(kind: Any) -> Any:
-    if kind != "function":
-        raise PydanticCustomError("unsupported_parameter", "only functions are supported")
-    return kind
-
-
 FunctionKind = Annotated[
-    str, BeforeValidator(_function_kind), WithJsonSchema({"const": "function"})
+    str, only(["function"], "only functions are supported"), WithJsonSchema({"const": "function"})
 ]
 
 
