@@ -57,15 +57,10 @@ class Vocabulary(msgspec.Struct, frozen=True):
     eos: int | None
 
 
-def read_gguf(
-    settings: ModelSettings, snapshot: Snapshot, arrays: tuple[str, ...] = ("",)
-) -> GgufHeader:
-    """Read the header of a GGUF file, and refuse sizes that its tensors cannot have.
-
-    ``arrays`` are prefixes of the keys whose arrays are read; by default all.
-    """
+def read_gguf(settings: ModelSettings, snapshot: Snapshot) -> GgufHeader:
+    """Read the header of a GGUF file, and refuse sizes that its tensors cannot have."""
     with explaining("file", settings, snapshot):
-        header = read_header(snapshot.directory / str(snapshot.gguf), arrays)
+        header = read_header(snapshot.directory / str(snapshot.gguf))
         if (parts := header.metadata.get("split.count", 1)) != 1:
             raise ValueError(f"it is one of {parts} parts, which llama-gguf-split --merge joins")
         architecture = f"{header.metadata.get('general.architecture')}."
@@ -235,7 +230,7 @@ def load_tokenizer(
 ) -> Any:
     """Load the model's tokenizer as an object of transformers, and try its chat template.
 
-    ``header`` is that of a GGUF file, with its arrays.
+    ``header`` is that of a GGUF file.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
