@@ -19,7 +19,6 @@ _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 # The specification's numbers of the fixed-size types, and struct's letters for them.
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
-_LENGTH = struct.Struct("<Q")
 _DEFAULT_ALIGNMENT = 32
 # Far above what models have, 300,000 tokens in a vocabulary; GGML's tensors have four dimensions.
 _MAX_COUNT, _MAX_STRING, _MAX_DIMENSIONS = 2**24, 2**24, 4
@@ -132,18 +131,6 @@ class _Reader:
         self._skip(length)
         return self._data[self._at - length : self._at].decode()
 
-    def _strings(self, count: int) -> list[str]:
-        """As so many times :meth:`_string`, in a third of the time: vocabularies are large."""
-        data, at, unpack = self._data, self._at, _LENGTH.unpack_from
-        texts: list[str] = []
-        for _ in range(count):
-            begin = at + _LENGTH.size
-            at = begin + unpack(data, at)[0]
-            texts.append(data[begin:at].decode())
-        self._at = at
-        self._skip(0)
-        return texts
-
     def _skip(self, count: int) -> None:
         self._at += count
         if self._at > len(self._data):
@@ -156,8 +143,6 @@ class _Reader:
             return self._numbers(_SCALARS[kind])[0]
         element, count = self._numbers("IQ")
         self._count(count)
-        if element == _STRING:
-            return self._strings(count)
         if letter := _SCALARS.get(element):
             at = self._at
             self._skip(struct.calcsize(f"<{letter}") * count)
