@@ -5,6 +5,7 @@ line, with properties in the order of the schema and no unlisted ones. A schema 
 translated in full raises :class:`GrammarError`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final
@@ -107,14 +108,18 @@ class SchemaCompiler:
         return value
 
     def _value(self, schema: Any, path: Path) -> str:
+        return self._or(schema, lambda: self._compiled(schema, path), self._anything)
+
+    def _or(self, schema: Any, write: Callable[[], str], anything: Callable[[], str]) -> str:
+        """What ``write`` returns, or anything where the schema cannot be compiled."""
         try:
-            return self._compiled(schema, path)
+            return write()
         except GrammarError as error:
             error.part = schema if error.part is None else error.part
             if self._failed is None or schema is False:
                 raise
         self._failed.append(schema)
-        return self._anything()
+        return anything()
 
     def _compiled(self, schema: Any, path: Path) -> str:
         if schema is True:
@@ -214,13 +219,7 @@ class SchemaCompiler:
         return self._rules.shared(automaton.as_rules(states, self._rules))
 
     def _object(self, schema: Schema, path: Path) -> str:
-        properties, required = keywords.members(schema)
-        others = schema.get("additionalProperties", True)
-        unlisted = [name for name in schema.get("required", ()) if name not in properties]
-        if unlisted and others is False:
-            raise GrammarError("a required property is not among the properties")
-        members = {**properties, **dict.fromkeys(unlisted, others)}
-        self._count(len(members))
+        members, required, others = self._all_members(schema)
         if len(members) - len(required) > _MAX_OPTIONAL:
             raise GrammarError(f"an object has more than {_MAX_OPTIONAL} optional properties")
         if not members:
@@ -233,6 +232,17 @@ class SchemaCompiler:
             if part is not False or name in required
         ]
         return self._rules.name(sequence([literal("{"), self._members(written), literal("}")]))
+
+    def _all_members(self, schema: Schema) -> tuple[Schema, set[str], Any]:
+        """The listed and the required members, the names of the latter, and the rule of others."""
+        properties, required = keywords.members(schema)
+        others = schema.get("additionalProperties", True)
+        unlisted = [name for name in schema.get("required", ()) if name not in properties]
+        if unlisted and others is False:
+            raise GrammarError("a required property is not among the properties")
+        members = {**properties, **dict.fromkeys(unlisted, others)}
+        self._count(len(members))
+        return members, required, others
 
     def _count(self, parts: int) -> None:
         if self._parts + parts > _MAX_PARTS:

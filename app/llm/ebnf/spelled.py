@@ -95,14 +95,11 @@ class XmlCompiler(MarkedCompiler):
 
     def compile(self) -> str:
         """The expression of the arguments."""
-        try:
-            return self._parameters(self._root, Path())
-        except GrammarError as error:
-            error.part = self._root if error.part is None else error.part
-            if self._failed is None:
-                raise
-        self._failed.append(self._root)
-        return self._parameters({}, Path())
+        return self._or(
+            self._root,
+            lambda: self._parameters(self._root, Path()),
+            lambda: self._parameters({}, Path()),
+        )
 
     def _parameters(self, given: Any, path: Path) -> str:
         schema = keywords.target(self._root, given)
@@ -111,13 +108,9 @@ class XmlCompiler(MarkedCompiler):
             return self._rules.name(
                 alternatives(self._parameters(part, path.option()) for part in parts)
             )
-        properties, required = keywords.members(schema)
-        others = schema.get("additionalProperties", True)
-        unlisted = dict.fromkeys((n for n in required if n not in properties), others)
-        members = {**properties, **unlisted}
-        if (unlisted and others is False) or schema.keys() & OF_ANY_NAMES:
-            raise GrammarError("its properties are not supported in the model's notation")
-        self._count(len(members))
+        if beside := schema.keys() & OF_ANY_NAMES:
+            raise GrammarError(f"{min(beside)} is not supported in the model's notation")
+        members, required, others = self._all_members(schema)
         if not members:
             if others is False:
                 return EMPTY
@@ -148,14 +141,11 @@ class XmlCompiler(MarkedCompiler):
 
     def _value_of(self, schema: Any, path: Path) -> str:
         """A value, and the mark behind it."""
-        try:
-            return self._bare(schema, path)
-        except GrammarError as error:
-            error.part = schema if error.part is None else error.part
-            if self._failed is None or schema is False:
-                raise
-        self._failed.append(schema)
-        return self._until(notations.BEHIND_VALUE)
+        return self._or(
+            schema,
+            lambda: self._bare(schema, path),
+            lambda: self._until(notations.BEHIND_VALUE),
+        )
 
     def _bare(self, given: Any, path: Path) -> str:
         schema = keywords.target(self._root, given)
