@@ -67,6 +67,7 @@ class PromptTokenizer:
         self._template = ChatTemplate(template, info.special_tokens)
         added = self.decoder.get_added_tokens_decoder()
         self._spellings = spellings = Spellings(added, template)
+        self._write = spellings.mark
         self.tool_format = tool_format(template).with_tokens(spellings.named)
         special = spellings.special
         # The other special tokens, such as <s>, may be meant in an answer.
@@ -358,9 +359,6 @@ class PromptTokenizer:
             raise ValidationFailedError(
                 "The model's tokenizer fails on this prompt; another text may succeed."
             ) from error
-
-    def _write(self, what: str) -> str:
-        return self._spellings.mark(what)
 
 
 def _fold_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -6,7 +6,7 @@ A grammar that is too large or too costly raises :class:`GrammarError`.
 
 import functools
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Final
 
@@ -152,14 +152,13 @@ def _is_atom(expression: str) -> bool:
 
 
 class Rules:
-    """The rules of one grammar.
+    """The rules of one grammar: their bodies by their names.
 
-    Args:
-        budget: Limits the cost of compiling, in the unit of :func:`cost_of`.
+    ``budget`` limits the cost of compiling, in the unit of :func:`cost_of`.
     """
 
     def __init__(self, budget: float) -> None:
-        self._bodies: dict[str, str] = {}
+        self.bodies: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._written: dict[Hashable, str] = {}
         self._size = 0
@@ -168,8 +167,8 @@ class Rules:
 
     def reserve(self) -> str:
         """A name for a rule whose body comes later, so that the body can refer to it."""
-        name = f"r{len(self._bodies)}"
-        self._bodies[name] = EMPTY
+        name = f"r{len(self.bodies)}"
+        self.bodies[name] = EMPTY
         return name
 
     def define(self, name: str, body: str) -> None:
@@ -177,12 +176,7 @@ class Rules:
         if self._size + len(body) > MAX_TEXT:
             raise GrammarError("it is too large")
         self._size += len(body)
-        self._bodies[name] = body
-
-    @property
-    def bodies(self) -> Mapping[str, str]:
-        """The bodies of the rules by their names."""
-        return self._bodies
+        self.bodies[name] = body
 
     def name(self, body: str, items: int = 0) -> str:
         """The name of a rule with this body; equal bodies share one, and are compiled once.
@@ -233,7 +227,7 @@ class Rules:
 
     def text(self, root: str) -> str:
         """The text of the grammar whose answers match the expression ``root``."""
-        lines = [f"{name} ::= {body}" for name, body in self._bodies.items()]
+        lines = [f"{name} ::= {body}" for name, body in self.bodies.items()]
         return "\n".join([f"root ::= {root}", *lines, ""])
 
 
