@@ -8,7 +8,7 @@ translated in full raises :class:`GrammarError`.
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any
 
 from app.llm.ebnf import automaton, keywords, numbers, regex, strings
 from app.llm.ebnf.errors import GrammarError
@@ -30,9 +30,6 @@ _MAX_BRANCHES = 200
 _MAX_RECURSIVE_BRANCHES = 50
 # Limit for pairs of schemas that oneOf compares; each pair takes microseconds.
 _MAX_PAIRS = 3_000
-OF_ANY_NAMES: Final = {"propertyNames", "minProperties", "maxProperties"}
-"""What restricts an object without listed properties."""
-
 _OF_NAMES = {"type", *keywords.BY_TYPE["string"]}
 _BOOLEAN = alternatives([literal("true"), literal("false")])
 
@@ -135,9 +132,8 @@ class SchemaCompiler:
         if "$ref" in schema:
             self._check_type(schema, [{"$ref": schema["$ref"]}])
             return self._reference(schema["$ref"], path)
-        for keyword in ("allOf", "anyOf", "oneOf"):
-            if keyword in schema:
-                return self._combined(keyword, schema, path)
+        if options := self._options(schema):
+            return self._one_of(options, path)
         return self._typed(schema, path)
 
     def _listed(self, values: list[Any]) -> str:
@@ -157,17 +153,24 @@ class SchemaCompiler:
         self._is_recursive |= reference in self._open
         return self._references[reference]
 
-    def _combined(self, keyword: str, schema: Schema, path: Path) -> str:
+    def _options(self, schema: Schema) -> list[Any]:
+        """The schemas one of which has to match; none where the schema says it all itself."""
+        keyword = next((k for k in ("allOf", "anyOf", "oneOf") if k in schema), None)
+        if keyword is None:
+            return []
         parts = schema[keyword]
         if not isinstance(parts, list) or not parts:
             raise GrammarError(f"{keyword} is not a list of schemas")
         self._check_type(schema, parts)
-        if len(parts) == 1:
-            return self._value(parts[0], path)
-        if keyword == "allOf":
+        if keyword == "allOf" and len(parts) > 1:
             raise GrammarError("allOf of more than one schema is not supported")
         if keyword == "oneOf":
             self._check_apart(parts)
+        return parts
+
+    def _one_of(self, parts: list[Any], path: Path) -> str:
+        if len(parts) == 1:
+            return self._value(parts[0], path)
         self._branches += sum(not _lists(part) for part in parts)
         return self._rules.name(alternatives(self._value(p, path.option()) for p in parts))
 
@@ -224,7 +227,7 @@ class SchemaCompiler:
             raise GrammarError(f"an object has more than {_MAX_OPTIONAL} optional properties")
         if not members:
             return self._map(schema, others, path)
-        if beside := schema.keys() & OF_ANY_NAMES:
+        if beside := schema.keys() & keywords.OF_ANY_NAMES:
             raise GrammarError(f"properties beside {min(beside)} is not supported")
         written = [
             (self._member(name, part, path.inside(forced=name in required)), name in required)

@@ -33,6 +33,8 @@ Ranges = tuple[Range, ...]
 # hexadecimal digit that follows in the string as part of N, so each of them is a string by itself.
 _PRINTED_AS_HEX = frozenset((*range(0x20), *range(0x7F, 0x100)))
 _CARET = ord("^")
+# Classes of at most this many characters, such as all of ASCII, are small.
+_FEW = 128
 _LETTERS = [(ord(first), ord(last)) for first, last in ("az", "AZ", "  ")]
 _ESCAPED = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -110,6 +112,16 @@ def complement(ranges: Iterable[Range]) -> list[Range]:
             outside.append((start, first - 1))
         start = last + 1
     return outside
+
+
+def without(ranges: Iterable[Range], others: Iterable[Range]) -> list[Range]:
+    """The characters of ``ranges`` that are not of ``others``, and no surrogates."""
+    return complement([*complement(ranges), *others])
+
+
+def is_small(ranges: Iterable[Range]) -> bool:
+    """Whether there are so few characters that those hard to write are not left out."""
+    return sum(last - first + 1 for first, last in ranges) <= _FEW
 
 
 def sequence(expressions: Iterable[str]) -> str:
