@@ -70,12 +70,8 @@ class Path:
 class SchemaCompiler:
     """Compiles one JSON schema, which is parsed JSON.
 
-    Subclasses write values in another way.
-
-    Args:
-        rules: Gets the rules that it needs.
-        failed: Gets the parts that cannot be compiled, in whose place is any JSON; ``None``: the
-            first one is an error.
+    Subclasses write values in another way. ``failed`` gets the parts that cannot be compiled, in
+    whose place is any JSON; ``None``: the first one is an error.
     """
 
     _blank = optional(literal(" "))
