@@ -44,13 +44,8 @@ class TextPiece(str):
 class AnswerText:
     """The text of one answer, made from its tokens as they come.
 
-    Args:
-        tokenizer: The model's.
-        place: The request's place.
-        stop: The answer ends before the first of these, in its reasoning or in its text.
-        with_logprobs: Whether the events have log-probabilities.
-        thinking: Finds the reasoning, if there may be any.
-        with_calls: Whether special tokens that mark calls of tools are a part of the text.
+    The answer ends before the first ``stop`` string in its reasoning or in its text. ``with_calls``
+    makes special tokens that mark calls of tools a part of the text.
 
     Attributes:
         report: How the answer ended, once it has.

@@ -125,9 +125,7 @@ class TextGenerator:
     ) -> AsyncGenerator[TextPiece, None]:
         """Generate, and yield the answer in pieces; the last one has the report.
 
-        Args:
-            prompt: Bare text, or what :meth:`PromptTokenizer.chat_prompt` returned.
-            options: What the caller asks.
+        The prompt is bare text, or what :meth:`PromptTokenizer.chat_prompt` returned.
 
         Raises:
             ServiceError: See :meth:`EngineClient.admit` and :meth:`Place.events`, and

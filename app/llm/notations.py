@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from app.llm.detokenizer import overlap
 from app.llm.ebnf import keywords
@@ -31,20 +31,7 @@ _WORD, _KEY = re.compile(r"[^,}\]]+"), re.compile(r"[^:,}\]]+")
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
-class Reader(Protocol):
-    """Reads the arguments of one call."""
-
-    began: bool
-    ended: bool
-
-    def feed(self, text: str) -> tuple[str, int]:
-        """The JSON that a further part completes, and how many of its characters were read.
-
-        The others come again at the beginning of the next part.
-        """
-
-
-def reader(notation: Notation, schema: Mapping[str, Any]) -> Reader:
+def reader(notation: Notation, schema: Mapping[str, Any]) -> "Reader":
     """A reader of arguments; their schema tells the types of what Qwen writes without quotes."""
     if notation == "xml":
         return _XmlReader(schema)
@@ -88,7 +75,7 @@ class JsonReader:
         self._in_string = self._escaped = False
 
     def feed(self, text: str) -> tuple[str, int]:
-        """See :class:`Reader`; the text is JSON already."""
+        """The part of the value in a further text, and how many of its characters were read."""
         length = self._length(text)
         return text[:length], length
 
@@ -125,6 +112,10 @@ class _MarkedReader(ABC):
         self._mark = ""
 
     def feed(self, text: str) -> tuple[str, int]:
+        """The JSON that a further part completes, and how many of its characters were read.
+
+        The others come again at the beginning of the next part.
+        """
         out: list[str] = []
         at = 0
         self.began = self.began or bool(text)
@@ -244,6 +235,10 @@ class _GemmaReader(_MarkedReader):
         self._at_name = character in "{," and self._open[-1:] == ["{"]
         # The last bracket stands behind the arguments, see Notation.
         return 0 if self.ended else 1
+
+
+Reader = JsonReader | _XmlReader | _GemmaReader
+"""Reads the arguments of one call, of which it tells whether they ``began`` and ``ended``."""
 
 
 def _escaped(text: str) -> str:

@@ -90,9 +90,7 @@ class ModelReasoning:
     ) -> tuple[dict[str, Any], int | None]:
         """What the template is told of a caller's wishes, and the budget that they come to.
 
-        Args:
-            given: The caller's ``chat_template_kwargs``.
-            effort: The caller's ``reasoning_effort``.
+        The wishes are ``chat_template_kwargs`` and ``reasoning_effort``.
 
         Raises:
             UnsupportedParameterError: The template has no such variable, or the model does not
@@ -187,10 +185,8 @@ class Thinking:
     def split(self, event: TokenEvent, texts: list[str]) -> tuple[str, TokenEvent, list[str]]:
         """The reasoning that an event completes, and what of the event is the answer's text.
 
-        Args:
-            event: The event; its tokens are left out from the one on at which the next request
-                :attr:`is_due`.
-            texts: The text that each of its tokens completes.
+        Tokens are left out from the one on at which the next request :attr:`is_due`. ``texts`` are
+        what each token completes.
         """
         if self._unclear is not None:
             before, texts_before = self._unclear

@@ -11,10 +11,6 @@ from tokenizers import AddedToken
 class Spellings:
     """The tokens that frame turns, and marks that nobody can write.
 
-    Args:
-        added: The tokenizer's added tokens by their ids.
-        template: The chat template.
-
     Attributes:
         special: The ids of special tokens by their texts.
         framing: These, and those of other tokens that the template spells.

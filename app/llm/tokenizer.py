@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from tokenizers import AddedToken, Encoding, Tokenizer
 
-from app.llm.models.byte_level import BYTE_OF, spell_piece
+from app.llm.models.byte_level import token_bytes
 from app.llm.models.chat_template import LOOK_SECONDS, RENDER_SECONDS, ChatTemplate
 from app.llm.models.load_errors import is_failure
 from app.llm.models.renamed_tokens import rename_added_tokens
@@ -58,6 +58,7 @@ class PromptTokenizer:
     spellings of the special tokens that frame turns in the chat template. ``frames_turns`` is false
     where plain text does, which a message can imitate. ``reasoning`` is what the template says of
     reasoning, and ``call_marks`` are texts of special tokens in calls of tools, by their ids.
+    ``token_bytes`` returns the bytes of one token.
     """
 
     def __init__(self, info: EngineInfo) -> None:
@@ -66,6 +67,7 @@ class PromptTokenizer:
         self._template = ChatTemplate(template, info.special_tokens)
         added = self.decoder.get_added_tokens_decoder()
         self._spellings = spellings = Spellings(added, template)
+        self._write = spellings.mark
         self.tool_format = tool_format(template).with_tokens(spellings.named)
         special = spellings.special
         # The other special tokens, such as <s>, may be meant in an answer.
@@ -89,10 +91,9 @@ class PromptTokenizer:
         # The text before this token is encoded as if it ended there.
         self._cut = self._write("|")
         self._encoder.add_special_tokens([AddedToken(self._cut, normalized=False)])
-        self._added = {token_id: token.content for token_id, token in added.items()}
         bos = self.decoder.token_to_id(info.special_tokens.get("bos_token", ""))
         self._beginning = [] if bos is None else [bos]
-        self._is_byte_level = b'"ByteLevel"' in self.decoder.decoder.__getstate__()
+        self.token_bytes = token_bytes(self.decoder)
         self._takes_system = self._probe_system_role()
         self.frames_turns = self._probe_frames()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
@@ -240,16 +241,6 @@ class PromptTokenizer:
                 chat[-1][name] = self._spellings.escape_within(message[name])
         return self._template.render(chat, tools, values)
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token; none for an id that only pads the embeddings."""
-        if (added := self._added.get(token_id)) is not None:
-            return added.encode()
-        token = self.decoder.id_to_token(token_id) or ""
-        # A special token that is not known as one may have characters outside the alphabet.
-        if self._is_byte_level and BYTE_OF.keys() >= set(token):
-            return bytes(BYTE_OF[c] for c in token)
-        return spell_piece(token)
-
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token; a part of a character is U+FFFD."""
         return [self.token_bytes(i).decode(errors="replace") for i in token_ids]
@@ -368,9 +359,6 @@ class PromptTokenizer:
             raise ValidationFailedError(
                 "The model's tokenizer fails on this prompt; another text may succeed."
             ) from error
-
-    def _write(self, what: str) -> str:
-        return self._spellings.mark(what)
 
 
 def _fold_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -315,20 +315,6 @@ def test_a_file_that_is_no_gguf_file(tmp_path: Path) -> None:
     assert refusal(path) == f"{path} is not a GGUF file: download it again"
 
 
-@pytest.mark.model
-@pytest.mark.parametrize("size", [20_000, 3_000_000], ids=["metadata", "tensors"])
-def test_a_truncated_gguf_file(tmp_path: Path, size: int) -> None:
-    """A real GGUF file that is truncated in its metadata or its tensors is rejected."""
-    if not bundled.is_fetched():
-        pytest.skip("the bundled model is not here: make model")
-    path = tmp_path / "cut.gguf"
-    with bundled.bundled_model_path().open("rb") as file:
-        path.write_bytes(file.read(size))
-    line = refusal(path)
-    assert line.startswith(f"{path} cannot be loaded (")
-    assert line.endswith("if it is truncated or corrupt, delete it and download it again")
-
-
 # --- What is refused ------------------------------------------------------------------------------
 
 

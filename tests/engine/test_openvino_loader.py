@@ -21,7 +21,7 @@ from app.llm.models.description import (
     json_vocabulary,
     read_tokenizer,
 )
-from app.llm.models.gguf_header import GgufArray, GgufHeader
+from app.llm.models.gguf_header import GgufHeader
 from app.llm.models.snapshot import Snapshot
 from app.llm.protocol import Backend, RegexGrammar
 from tests.support import zoo_tokenizers as zoo
@@ -106,7 +106,7 @@ def test_special_tokens_may_have_any_characters() -> None:
     "metadata",
     [
         {"tokenizer.ggml.model": "t5", "tokenizer.ggml.tokens": ["a"]},
-        {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": GgufArray(3)},
+        {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": 3},
         {"tokenizer.ggml.tokens": ["a"]},
         {"tokenizer.ggml.model": "gpt2"},
     ],

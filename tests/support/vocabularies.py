@@ -12,7 +12,7 @@ def own_and_librarys_vocabulary(path: Path) -> list[tuple[dict[str, int], int]]:
 
     from app.llm.engine.openvino.vocabulary import vocabulary_tokenizer
 
-    vocabulary = gguf_vocabulary(read_header(path, ("tokenizer.ggml.tokens",)))
+    vocabulary = gguf_vocabulary(read_header(path))
     assert vocabulary is not None
     both = vocabulary_tokenizer(vocabulary), openvino_genai.Tokenizer(str(path))
     return [(tokenizer.get_vocab(), tokenizer.get_eos_token_id()) for tokenizer in both]

@@ -6,12 +6,11 @@ what a token costs. As a rule for each state it is also as quick to compile as a
 """
 
 import functools
-import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Final
 
 from app.llm.ebnf import writer
@@ -317,18 +316,10 @@ def as_rules(
         while index in inside and states[index].edges:
             ((ranges, index),) = states[index].edges
             parts.append(ranges)
-        return sequence([*_fused(map(characters, parts)), names.get(index, end)])
+        return sequence([*map(characters, parts), names.get(index, end)])
 
     for index, name in names.items():
         ways = [end] if states[index].accepts else []
         ways += [way(target, ranges) for ranges, target in states[index].edges]
         rules.define(name, alternatives(ways) + lookahead)
     return way(0)
-
-
-def _fused(expressions: Iterable[str]) -> Iterator[str]:
-    """The expressions, with plain letters that follow each other in one string."""
-    letter = re.compile(r'"[ !#-[\]-~]"')
-    for plain, group in groupby(expressions, lambda e: bool(letter.fullmatch(e))):
-        found = list(group)
-        yield from [f'"{"".join(e[1] for e in found)}"'] if plain else found

@@ -54,7 +54,12 @@ BY_TYPE: Final[dict[str, frozenset[str]]] = {
 COMBINING: Final = ("$ref", "const", "enum", "allOf", "anyOf", "oneOf")
 """Keywords of which a schema may have one, and then none of :data:`BY_TYPE`."""
 
-_KNOWN = frozenset(("type", *COMBINING)).union(*BY_TYPE.values())
+OF_ANY_NAMES: Final = ("propertyNames", "minProperties", "maxProperties")
+"""What restricts an object without listed properties."""
+
+HELD: Final = frozenset(("type", *COMBINING)).union(*BY_TYPE.values())
+"""Keywords that grammars hold."""
+
 _ALL = set(BY_TYPE) - {"integer"}
 # Values with which an unsupported keyword does not restrict the answer.
 _SAYS_NOTHING = {"uniqueItems": False, "nullable": False}
@@ -63,13 +68,13 @@ _SAYS_NOTHING = {"uniqueItems": False, "nullable": False}
 def check(schema: Schema) -> None:
     """Reject a schema with a keyword that would not be enforced."""
     for keyword, value in schema.items():
-        if keyword in _KNOWN or keyword in ANNOTATIONS or keyword.startswith("x-"):
+        if keyword in HELD or keyword in ANNOTATIONS or keyword.startswith("x-"):
             continue
         if keyword not in _SAYS_NOTHING or value != _SAYS_NOTHING[keyword]:
             raise GrammarError(f"the keyword {keyword[:40]} is not supported")
     combining = [keyword for keyword in COMBINING if keyword in schema]
     for other in (*combining[1:], *schema) if combining else ():
-        if other in _KNOWN and other not in ("type", combining[0]):
+        if other in HELD and other not in ("type", combining[0]):
             raise GrammarError(f"{combining[0]} beside {other} is not supported")
 
 

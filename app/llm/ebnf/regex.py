@@ -200,9 +200,8 @@ class _Parser:
                     raise GrammarError("a regular expression has a malformed range of characters")
                 first = [(first[0][0], last[0][0])]
             ranges += first
-        others = writer.complement(ranges)
         # A range may span the surrogates, which neither has.
-        ranges = others if negated else writer.complement(others)
+        ranges = writer.complement(ranges) if negated else writer.without(ranges, [])
         if not ranges:
             raise GrammarError("a regular expression has an empty class")
         return Characters(tuple(ranges))

@@ -30,12 +30,10 @@ _BY_NAME: Final = ("properties", "$defs", "definitions")
 _LISTS: Final = ("allOf", "anyOf", "oneOf", "prefixItems")
 _ONE: Final = ("items", "additionalProperties")
 _OF_TYPES: Final = frozenset[str]().union(*keywords.BY_TYPE.values())
-_HELD: Final = _OF_TYPES.union(("type", *keywords.COMBINING))
-CONSTRAINING: Final = RESTRICTING | _HELD
+CONSTRAINING: Final = RESTRICTING | keywords.HELD
 """Keywords that restrict the answer; others are annotations, with names of the caller's own."""
 # Their values may be null; another keyword that is null is not there.
 _VALUES: Final = ("const", "default", "example", "examples")
-_OF_ANY_NAMES: Final = ("propertyNames", "minProperties", "maxProperties")
 # Sets of this many values are listed, the smallest in every order; and limits for all of a schema.
 _MOST_IN_A_SET: Final = 7
 _MOST_IN_ANY_ORDER: Final = 4
@@ -194,7 +192,7 @@ class Rewriter:
             schema["enum"] = [*sets, None] if "null" in kinds else sets
 
     def _drop_what_is_not_held(self, schema: Schema) -> None:
-        self._drop(schema, *(schema.keys() - _HELD - keywords.ANNOTATIONS))
+        self._drop(schema, *(schema.keys() - keywords.HELD - keywords.ANNOTATIONS))
         names = schema.get("type")
         if any(n not in (None, *keywords.BY_TYPE) for n in _listed(names)) or names == []:
             self._drop(schema, "type")
@@ -204,7 +202,7 @@ class Rewriter:
         elif "pattern" in schema or schema.get("format") not in FORMATS:
             self._drop(schema, "format")
         if schema.get("properties"):
-            self._drop(schema, *_OF_ANY_NAMES)
+            self._drop(schema, *keywords.OF_ANY_NAMES)
         # One of the combining keywords holds, and nothing beside it but a type.
         combining = [k for k in keywords.COMBINING if k in schema]
         if "properties" in schema and not {"enum", "const", "$ref"} & schema.keys():

@@ -5,9 +5,10 @@ line, with properties in the order of the schema and no unlisted ones. A schema 
 translated in full raises :class:`GrammarError`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any
 
 from app.llm.ebnf import automaton, keywords, numbers, regex, strings
 from app.llm.ebnf.errors import GrammarError
@@ -29,9 +30,6 @@ _MAX_BRANCHES = 200
 _MAX_RECURSIVE_BRANCHES = 50
 # Limit for pairs of schemas that oneOf compares; each pair takes microseconds.
 _MAX_PAIRS = 3_000
-OF_ANY_NAMES: Final = {"propertyNames", "minProperties", "maxProperties"}
-"""What restricts an object without listed properties."""
-
 _OF_NAMES = {"type", *keywords.BY_TYPE["string"]}
 _BOOLEAN = alternatives([literal("true"), literal("false")])
 
@@ -72,12 +70,8 @@ class Path:
 class SchemaCompiler:
     """Compiles one JSON schema, which is parsed JSON.
 
-    Subclasses write values in another way.
-
-    Args:
-        rules: Gets the rules that it needs.
-        failed: Gets the parts that cannot be compiled, in whose place is any JSON; ``None``: the
-            first one is an error.
+    Subclasses write values in another way. ``failed`` gets the parts that cannot be compiled, in
+    whose place is any JSON; ``None``: the first one is an error.
     """
 
     _blank = optional(literal(" "))
@@ -107,14 +101,18 @@ class SchemaCompiler:
         return value
 
     def _value(self, schema: Any, path: Path) -> str:
+        return self._or(schema, lambda: self._compiled(schema, path), self._anything)
+
+    def _or(self, schema: Any, write: Callable[[], str], anything: Callable[[], str]) -> str:
+        """What ``write`` returns, or anything where the schema cannot be compiled."""
         try:
-            return self._compiled(schema, path)
+            return write()
         except GrammarError as error:
             error.part = schema if error.part is None else error.part
             if self._failed is None or schema is False:
                 raise
         self._failed.append(schema)
-        return self._anything()
+        return anything()
 
     def _compiled(self, schema: Any, path: Path) -> str:
         if schema is True:
@@ -130,9 +128,8 @@ class SchemaCompiler:
         if "$ref" in schema:
             self._check_type(schema, [{"$ref": schema["$ref"]}])
             return self._reference(schema["$ref"], path)
-        for keyword in ("allOf", "anyOf", "oneOf"):
-            if keyword in schema:
-                return self._combined(keyword, schema, path)
+        if options := self._options(schema):
+            return self._one_of(options, path)
         return self._typed(schema, path)
 
     def _listed(self, values: list[Any]) -> str:
@@ -152,17 +149,24 @@ class SchemaCompiler:
         self._is_recursive |= reference in self._open
         return self._references[reference]
 
-    def _combined(self, keyword: str, schema: Schema, path: Path) -> str:
+    def _options(self, schema: Schema) -> list[Any]:
+        """The schemas one of which has to match; none where the schema says it all itself."""
+        keyword = next((k for k in ("allOf", "anyOf", "oneOf") if k in schema), None)
+        if keyword is None:
+            return []
         parts = schema[keyword]
         if not isinstance(parts, list) or not parts:
             raise GrammarError(f"{keyword} is not a list of schemas")
         self._check_type(schema, parts)
-        if len(parts) == 1:
-            return self._value(parts[0], path)
-        if keyword == "allOf":
+        if keyword == "allOf" and len(parts) > 1:
             raise GrammarError("allOf of more than one schema is not supported")
         if keyword == "oneOf":
             self._check_apart(parts)
+        return parts
+
+    def _one_of(self, parts: list[Any], path: Path) -> str:
+        if len(parts) == 1:
+            return self._value(parts[0], path)
         self._branches += sum(not _lists(part) for part in parts)
         return self._rules.name(alternatives(self._value(p, path.option()) for p in parts))
 
@@ -214,18 +218,12 @@ class SchemaCompiler:
         return self._rules.shared(automaton.as_rules(states, self._rules))
 
     def _object(self, schema: Schema, path: Path) -> str:
-        properties, required = keywords.members(schema)
-        others = schema.get("additionalProperties", True)
-        unlisted = [name for name in schema.get("required", ()) if name not in properties]
-        if unlisted and others is False:
-            raise GrammarError("a required property is not among the properties")
-        members = {**properties, **dict.fromkeys(unlisted, others)}
-        self._count(len(members))
+        members, required, others = self._all_members(schema)
         if len(members) - len(required) > _MAX_OPTIONAL:
             raise GrammarError(f"an object has more than {_MAX_OPTIONAL} optional properties")
         if not members:
             return self._map(schema, others, path)
-        if beside := schema.keys() & OF_ANY_NAMES:
+        if beside := schema.keys() & keywords.OF_ANY_NAMES:
             raise GrammarError(f"properties beside {min(beside)} is not supported")
         written = [
             (self._member(name, part, path.inside(forced=name in required)), name in required)
@@ -233,6 +231,17 @@ class SchemaCompiler:
             if part is not False or name in required
         ]
         return self._rules.name(sequence([literal("{"), self._members(written), literal("}")]))
+
+    def _all_members(self, schema: Schema) -> tuple[Schema, set[str], Any]:
+        """The listed and the required members, the names of the latter, and the rule of others."""
+        properties, required = keywords.members(schema)
+        others = schema.get("additionalProperties", True)
+        unlisted = [name for name in schema.get("required", ()) if name not in properties]
+        if unlisted and others is False:
+            raise GrammarError("a required property is not among the properties")
+        members = {**properties, **dict.fromkeys(unlisted, others)}
+        self._count(len(members))
+        return members, required, others
 
     def _count(self, parts: int) -> None:
         if self._parts + parts > _MAX_PARTS:

@@ -11,12 +11,10 @@ from app.llm.ebnf.automaton import State
 from app.llm.ebnf.errors import GrammarError
 from app.llm.ebnf.keywords import Schema
 from app.llm.ebnf.regex import Node
-from app.llm.ebnf.schema import OF_ANY_NAMES, Path, SchemaCompiler, rule_of
+from app.llm.ebnf.schema import Path, SchemaCompiler, rule_of
 from app.llm.ebnf.writer import EMPTY, Ranges, alternatives, literal, one_of, optional, sequence
 from app.llm.protocol import JsonSchemaGrammar, Notation, Tag
 
-# Larger classes of characters leave out the one that begins the mark.
-_FEW: Final = 128
 # Letters, digits, "_", "-" and ".".
 _NAMES: Final = ((0x2D, 0x2E), (0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A))
 
@@ -38,8 +36,8 @@ class MarkedCompiler(SchemaCompiler):
 
     def _matching(self, node: Node, mark: str) -> str:
         def spelled(ranges: Ranges) -> Ranges:
-            is_small = sum(last - first + 1 for first, last in ranges) <= _FEW
-            return ranges if is_small else _without(mark[0], ranges)
+            others = [] if writer.is_small(ranges) else [(ord(mark[0]), ord(mark[0]))]
+            return tuple(writer.without(ranges, others))
 
         states = automaton.of_expression(node, spelled)
         self._rules.pay(automaton.cost(states))
@@ -95,29 +93,22 @@ class XmlCompiler(MarkedCompiler):
 
     def compile(self) -> str:
         """The expression of the arguments."""
-        try:
-            return self._parameters(self._root, Path())
-        except GrammarError as error:
-            error.part = self._root if error.part is None else error.part
-            if self._failed is None:
-                raise
-        self._failed.append(self._root)
-        return self._parameters({}, Path())
+        return self._or(
+            self._root,
+            lambda: self._parameters(self._root, Path()),
+            lambda: self._parameters({}, Path()),
+        )
 
     def _parameters(self, given: Any, path: Path) -> str:
         schema = keywords.target(self._root, given)
         keywords.check(schema)
-        if parts := self._choices(schema):
+        if parts := self._options(schema):
             return self._rules.name(
                 alternatives(self._parameters(part, path.option()) for part in parts)
             )
-        properties, required = keywords.members(schema)
-        others = schema.get("additionalProperties", True)
-        unlisted = dict.fromkeys((n for n in required if n not in properties), others)
-        members = {**properties, **unlisted}
-        if (unlisted and others is False) or schema.keys() & OF_ANY_NAMES:
-            raise GrammarError("its properties are not supported in the model's notation")
-        self._count(len(members))
+        if beside := schema.keys() & keywords.OF_ANY_NAMES:
+            raise GrammarError(f"{min(beside)} is not supported in the model's notation")
+        members, required, others = self._all_members(schema)
         if not members:
             if others is False:
                 return EMPTY
@@ -129,38 +120,22 @@ class XmlCompiler(MarkedCompiler):
         ]
         return sequence(one if n in required else optional(one) for one, n in written)
 
-    def _choices(self, schema: Schema) -> list[Any]:
-        """The schemas one of which has to match; none where the schema says so itself."""
-        found = next((k for k in ("allOf", "anyOf", "oneOf") if k in schema), None)
-        if found is None:
-            return []
-        parts = schema[found]
-        if not isinstance(parts, list) or (found == "allOf" and len(parts) > 1):
-            raise GrammarError(f"{found} is not supported in the model's notation")
-        self._check_type(schema, parts)
-        if found == "oneOf":
-            self._check_apart(parts)
-        return parts
-
     def _parameter(self, name: str, schema: Any, path: Path) -> str:
         begin, end = literal(notations.BEFORE_NAME), literal(notations.BEHIND_NAME)
         return self._rules.name(sequence([begin, name, end, self._value_of(schema, path)]))
 
     def _value_of(self, schema: Any, path: Path) -> str:
         """A value, and the mark behind it."""
-        try:
-            return self._bare(schema, path)
-        except GrammarError as error:
-            error.part = schema if error.part is None else error.part
-            if self._failed is None or schema is False:
-                raise
-        self._failed.append(schema)
-        return self._until(notations.BEHIND_VALUE)
+        return self._or(
+            schema,
+            lambda: self._bare(schema, path),
+            lambda: self._until(notations.BEHIND_VALUE),
+        )
 
     def _bare(self, given: Any, path: Path) -> str:
         schema = keywords.target(self._root, given)
         keywords.check(schema)
-        if parts := self._choices(schema):
+        if parts := self._options(schema):
             return alternatives(self._bare(part, path.option()) for part in parts)
         end = literal(notations.BEHIND_VALUE)
         listed = keywords.values(schema)
@@ -196,11 +171,6 @@ def _plain(text: str, forbidden: str = "") -> str:
     if not text.isprintable() or set(forbidden) & set(text):
         raise GrammarError("a name or a value of it cannot be written in the model's notation")
     return text
-
-
-def _without(character: str, ranges: Ranges) -> Ranges:
-    left_out = (ord(character), ord(character))
-    return tuple(writer.complement([*writer.complement(ranges), left_out]))
 
 
 def _to_first(mark: str) -> list[State]:

@@ -158,15 +158,10 @@ def _written(rules: Rules, states: list[State]) -> str:
 def _spelled(ranges: Ranges) -> Ranges:
     """The characters of these ranges that a string can contain.
 
-    Those that need an escape are left out if more than 128 characters are allowed.
+    Those that need an escape are left out of large classes.
     """
-    left_out = writer.complement(ranges)
-    if sum(last - first + 1 for first, last in ranges) > 128:
-        left_out += _MUST_BE_ESCAPED
-    else:
-        escapes = [(ord(c), ord(c)) for c in _SHORT_ESCAPES]
-        left_out += writer.complement([*_PLAIN.ranges, *escapes])
-    found = tuple(writer.complement(left_out))
+    escapes = [(ord(c), ord(c)) for c in _SHORT_ESCAPES] if writer.is_small(ranges) else []
+    found = tuple(writer.without(ranges, writer.without(_MUST_BE_ESCAPED, escapes)))
     if not found:
         raise GrammarError("a regular expression wants a control character")
     return found
@@ -174,7 +169,7 @@ def _spelled(ranges: Ranges) -> Ranges:
 
 def _in_string(ranges: Ranges) -> str:
     """One character of these ranges as a JSON string spells it."""
-    plain_ranges = writer.complement([*writer.complement(ranges), *_MUST_BE_ESCAPED])
+    plain_ranges = writer.without(ranges, _MUST_BE_ESCAPED)
     found = [one_of(plain_ranges)] if plain_ranges else []
     for character, escape in _SHORT_ESCAPES.items():
         if any(first <= ord(character) <= last for first, last in ranges):

@@ -32,10 +32,8 @@ _deadline: ContextVar[float] = ContextVar("deadline")
 def broken_keywords(values: Iterable[tuple[str, str]], keywords: frozenset[str]) -> tuple[str, ...]:
     """Those of ``keywords`` that values break; none where it cannot be told, or not cheaply.
 
-    Args:
-        values: Schemas and values, as JSON text. What is none, as after a stop string, is not
-            looked at.
-        keywords: Names of keywords that the schemas have.
+    ``values`` are pairs of a schema and a value, as JSON text. What is no JSON, as after a stop
+    string, is not looked at.
     """
     _deadline.set(time.thread_time() + _MOST_SECONDS)
     broken = (_broken(schema, value, keywords) for schema, value in values)

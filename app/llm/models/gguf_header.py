@@ -19,17 +19,9 @@ _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 # The specification's numbers of the fixed-size types, and struct's letters for them.
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
-_LENGTH = struct.Struct("<Q")
 _DEFAULT_ALIGNMENT = 32
 # Far above what models have, 300,000 tokens in a vocabulary; GGML's tensors have four dimensions.
 _MAX_COUNT, _MAX_STRING, _MAX_DIMENSIONS = 2**24, 2**24, 4
-
-
-@dataclass(frozen=True)
-class GgufArray:
-    """An array in the metadata whose elements were not read."""
-
-    length: int
 
 
 @dataclass(frozen=True)
@@ -63,15 +55,15 @@ class GgufHeader:
     tokenizer_digest: str = ""
 
 
-def read_header(path: Path, arrays: tuple[str, ...] = ()) -> GgufHeader:
-    """Read the header of a GGUF file; ``arrays`` are prefixes of keys whose arrays are read, too.
+def read_header(path: Path) -> GgufHeader:
+    """Read the header of a GGUF file.
 
     Raises:
         ValueError: The file is not a GGUF file, or is truncated.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            header = _Reader(data, arrays).header()
+            header = _Reader(data).header()
         except ValueError:
             raise
         except Exception as error:  # noqa: BLE001 - garbage raises anything
@@ -84,9 +76,8 @@ def read_header(path: Path, arrays: tuple[str, ...] = ()) -> GgufHeader:
 class _Reader:
     """A position in the file that moves on with every value read."""
 
-    def __init__(self, data: mmap.mmap, arrays: tuple[str, ...]) -> None:
+    def __init__(self, data: mmap.mmap) -> None:
         self._data = data
-        self._arrays = arrays
         self._at = 0
 
     def header(self) -> GgufHeader:
@@ -104,7 +95,7 @@ class _Reader:
         for _ in range(self._count(keys)):
             begin = self._at
             key = self._string()
-            metadata[key] = self._value(self._numbers("I")[0], wanted=key.startswith(self._arrays))
+            metadata[key] = self._value(self._numbers("I")[0])
             if key.startswith("tokenizer."):
                 digest.update(self._data[begin : self._at])
         shapes: dict[str, tuple[int, ...]] = {}
@@ -140,24 +131,12 @@ class _Reader:
         self._skip(length)
         return self._data[self._at - length : self._at].decode()
 
-    def _strings(self, count: int) -> list[str]:
-        """As so many times :meth:`_string`, in a third of the time: vocabularies are large."""
-        data, at, unpack = self._data, self._at, _LENGTH.unpack_from
-        texts: list[str] = []
-        for _ in range(count):
-            begin = at + _LENGTH.size
-            at = begin + unpack(data, at)[0]
-            texts.append(data[begin:at].decode())
-        self._at = at
-        self._skip(0)
-        return texts
-
     def _skip(self, count: int) -> None:
         self._at += count
         if self._at > len(self._data):
             raise ValueError("it ends within its header")
 
-    def _value(self, kind: int, *, wanted: bool = False) -> Any:
+    def _value(self, kind: int) -> Any:
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
@@ -167,17 +146,5 @@ class _Reader:
         if letter := _SCALARS.get(element):
             at = self._at
             self._skip(struct.calcsize(f"<{letter}") * count)
-            if wanted:
-                return list(struct.unpack_from(f"<{count}{letter}", self._data, at))
-        elif wanted and element == _STRING:
-            return self._strings(count)
-        elif wanted:
-            return [self._value(element, wanted=True) for _ in range(count)]
-        else:
-            for _ in range(count):
-                # A vocabulary has a hundred thousand strings: skipping builds none of them.
-                if element == _STRING:
-                    self._skip(self._numbers("Q")[0])
-                else:
-                    self._value(element)
-        return GgufArray(count)
+            return list(struct.unpack_from(f"<{count}{letter}", self._data, at))
+        return [self._value(element) for _ in range(count)]

@@ -46,7 +46,7 @@ _CONTROL = 3
 
 
 def end_token_ids(header: GgufHeader) -> frozenset[int]:
-    """Ids of the tokens that end an answer; the header must have its arrays."""
+    """Ids of the tokens that end an answer."""
     tokens = header.metadata.get(TOKENS, [])
     kinds = header.metadata.get("tokenizer.ggml.token_type", [])
     pairs = enumerate(zip(tokens, kinds, strict=False))
@@ -59,7 +59,7 @@ def end_token_ids(header: GgufHeader) -> frozenset[int]:
 
 
 def load_gguf_tokenizer(header: GgufHeader) -> Any:
-    """The tokenizer as an object of transformers; the header must have its arrays.
+    """The tokenizer as an object of transformers.
 
     Raises what transformers and tokenizers raise.
     """

@@ -23,12 +23,7 @@ class Progress(Protocol):
 
 
 class Transfer:
-    """Reports how much of a download has come, how fast, and the time left.
-
-    Args:
-        what: What is being done to what.
-        progress: Called twice a second.
-    """
+    """Reports twice a second how much of a download has come, how fast, and the time left."""
 
     def __init__(self, what: str, progress: Progress) -> None:
         self._what = what

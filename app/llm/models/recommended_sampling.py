@@ -33,11 +33,6 @@ def recommended_sampling(
 
     As in vLLM, ``do_sample`` is not looked at. What no request may ask for, or the engine does not
     support, is left out with a warning.
-
-    Args:
-        snapshot: The model's files.
-        header: The header of its GGUF file, if it is one.
-        supported: What the engine supports.
     """
     named = _named(snapshot, header)
     values: dict[str, float] = {}

@@ -12,13 +12,8 @@ def rename_added_tokens(
 ) -> tuple[Tokenizer, dict[int, int]]:
     """Rename added tokens, so that a text which spells their own names is plain text.
 
-    Args:
-        tokenizer_json: The tokenizer, as the ``tokenizers`` library serialises it.
-        names: The new name of each token to rename.
-
-    Returns:
-        The tokenizer without truncation and padding; and, by the id that it gives an added token,
-        the id that the token has in the model.
+    Returns the tokenizer without truncation and padding; and, by the id that it gives an added
+    token, the id that the token has in the model.
     """
     parts = msgspec.json.decode(tokenizer_json, type=dict[str, msgspec.Raw])
     added: list[dict[str, Any]] = msgspec.json.decode(parts["added_tokens"])

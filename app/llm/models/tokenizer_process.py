@@ -94,11 +94,7 @@ def _exit_with_parent() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the model's shape, unless it is a GGUF file, and its tokenizer to standard output.
-
-    Args:
-        arguments: The ``model`` section as JSON, and the snapshot's directory and weights.
-    """
+    """Write the model's shape, unless it is a GGUF file, and its tokenizer to standard output."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     # A chat template is tried here, and may hold the interpreter for ever.
     end_with_parent()

@@ -23,7 +23,6 @@ from app.llm.models.description import (
     read_gguf,
 )
 from app.llm.models.gguf_header import GgufHeader
-from app.llm.models.gguf_tokenizer import TOKENS
 from app.llm.models.load_errors import one_line
 from app.llm.models.progress import Progress
 from app.llm.models.recommended_sampling import recommended_sampling
@@ -67,7 +66,7 @@ def load_openvino(
             raise OpenVinoUnsupportedError(str(error)) from error
     progress(f"loading {settings.label} with OpenVINO")
     with TokenizerProcess(settings, snapshot) as reader:
-        header = read_gguf(settings, snapshot, (TOKENS,)) if snapshot.gguf else None
+        header = read_gguf(settings, snapshot) if snapshot.gguf else None
         keep_telemetry_out()
         try:
             shape = check_gguf(header) if header else None

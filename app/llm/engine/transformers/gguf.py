@@ -55,7 +55,7 @@ def _processor(header: GgufHeader) -> Any:
 
 
 class GgufModel:
-    """A GGUF file of which the header was read, with its arrays."""
+    """A GGUF file of which the header was read."""
 
     def __init__(self, path: Path, header: GgufHeader) -> None:
         self._path = path
