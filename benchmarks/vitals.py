@@ -2,14 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.load.transport import HttpClient
-from benchmarks.servers import label_of, session_members
 
 GAUGES = {
     "tasks": "event_loop_tasks",
@@ -31,8 +31,9 @@ def has_grown(before: float, after: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ProcessVitals:
-    """The resources of a process; ``memory`` is in resident MiB."""
+    """The resources of a process: its kind, and resident MiB."""
 
+    label: str
     pid: int
     memory: float
     files: int
@@ -60,6 +61,37 @@ class Vitals:
         return found
 
 
+def processes_of(session: int) -> list[ProcessVitals]:
+    """The running processes of a session; none where there is no /proc."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        # A process that ends meanwhile has no files, or no memory.
+        with suppress(OSError, KeyError):
+            # "pid (name) state ppid pgrp session …", where the name may have spaces and brackets.
+            stat = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(stat[3]) != session or stat[0] in "ZX":
+                continue
+            status = (folder / "status").read_text().splitlines()
+            fields = dict(line.split(":", 1) for line in status)
+            found.append(
+                ProcessVitals(
+                    label=_label_of((folder / "cmdline").read_bytes().split(b"\0")),
+                    pid=int(folder.name),
+                    memory=int(fields["VmRSS"].split()[0]) / 1024,
+                    files=len(list((folder / "fd").iterdir())),
+                    threads=int(fields["Threads"]),
+                )
+            )
+    return found
+
+
+def _label_of(words: Sequence[bytes]) -> str:
+    """The kind of process that a command line of this service starts."""
+    if b"app.llm.engine.worker" in words:
+        return "engine"
+    return "API" if b"uvicorn" in words else "other"
+
+
 def read(session: int, metrics: str) -> Vitals:
     """Read the vitals of a service.
 
@@ -68,18 +100,7 @@ def read(session: int, metrics: str) -> Vitals:
         metrics: The text of ``/metrics``.
     """
     samples = {s.name: s.value for f in text_string_to_metric_families(metrics) for s in f.samples}
-    processes = {}
-    for folder in session_members(session):
-        with suppress(OSError):
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            status = (folder / "status").read_text().splitlines()
-            fields = dict(line.split(":", 1) for line in status)
-            processes[label_of(words)] = ProcessVitals(
-                pid=int(folder.name),
-                memory=int(fields["VmRSS"].split()[0]) / 1024,
-                files=len(list((folder / "fd").iterdir())),
-                threads=int(fields["Threads"]),
-            )
+    processes = {process.label: process for process in processes_of(session)}
     return Vitals(processes, {name: samples[metric] for name, metric in GAUGES.items()})
 
 
