@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import vitals
@@ -149,7 +148,7 @@ async def _one(
         "livez_p99": percentile(observer.probes, 99),
         "memory": {label: (memory[0][label], memory[-1][label]) for label in memory[-1]},
         **_counted(before, after, target.path),
-        **msgspec.to_builtins(summarise(results)),
+        **summarise(results),
     }
 
 

@@ -7,14 +7,12 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from benchmarks.load.report import describe
-from benchmarks.load.results import LatencyTarget, Summary, median_figures, summarise
+from benchmarks.load.results import LatencyTarget, median_figures, summarise
 from benchmarks.load.rounds import run, run_round
 from benchmarks.load.targets import Route, Target
 from benchmarks.load.workload import Lengths, Workload, WorkloadError
@@ -59,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def measure(options: argparse.Namespace, target: Target) -> list[Summary]:
+async def measure(options: argparse.Namespace, target: Target) -> list[dict[str, Any]]:
     """Run the warm-up and the rounds; one summary a round."""
     workload = Workload(options.prompt, options.output, options.seed)
     load: dict[str, Any] = {"clients": options.clients, "rate": options.rate}
@@ -118,24 +116,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if medians["completed"] else 1
 
 
-def _write(options: argparse.Namespace, summaries: list[Summary], medians: dict[str, Any]) -> None:
+def _write(
+    options: argparse.Namespace, summaries: list[dict[str, Any]], medians: dict[str, Any]
+) -> None:
     asked = {name: str(value) for name, value in vars(options).items() if value is not None}
     asked.pop("key")
     report = {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "client": {"python": platform.python_version(), "httptools": _version("httptools")},
+        "client": {"python": platform.python_version(), "httptools": version("httptools")},
         "options": asked,
         "medians": medians,
-        "rounds": [msgspec.to_builtins(summary) for summary in summaries],
+        "rounds": summaries,
     }
     options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":
