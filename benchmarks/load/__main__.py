@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,31 +61,17 @@ def build_parser() -> argparse.ArgumentParser:
 async def measure(options: argparse.Namespace, target: Target) -> list[dict[str, Any]]:
     """Run the warm-up and the rounds; one summary a round."""
     workload = Workload(options.prompt, options.output, options.seed)
-    load: dict[str, Any] = {"clients": options.clients, "rate": options.rate}
-    if options.rate is None:
-        load["clients"] = options.clients or 8
-    requests = options.requests or 4 * (load["clients"] or 16)
-    warm_up = (load["clients"] or 8) if options.warm_up is None else options.warm_up
+    clients = options.clients or (None if options.rate else 8)
+    requests = options.requests or 4 * (clients or 16)
+    warm_up = (clients or 8) if options.warm_up is None else options.warm_up
     bounds = LatencyTarget(options.max_ttft, options.max_latency)
+    send = partial(run_round, target, workload, time_limit=options.timeout)
     if warm_up:
-        clients = min(warm_up, load["clients"] or 8)
-        await run_round(
-            target,
-            workload,
-            name="warm-up",
-            requests=warm_up,
-            clients=clients,
-            time_limit=options.timeout,
-        )
+        await send(name="warm-up", requests=warm_up, clients=min(warm_up, clients or 8))
     summaries = []
     for number in range(options.rounds):
-        results = await run_round(
-            target,
-            workload,
-            name=f"round {number}",
-            requests=requests,
-            time_limit=options.timeout,
-            **load,
+        results = await send(
+            name=f"round {number}", requests=requests, clients=clients, rate=options.rate
         )
         summaries.append(summarise(results, bounds))
     return summaries
