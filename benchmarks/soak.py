@@ -190,10 +190,10 @@ async def settled(
 ) -> dict[str, float]:
     """Wait up to 30 s until the counts are as wanted, or do not change for 3 s; the counts."""
     end = time.monotonic() + _SETTLE_SECONDS
-    now, since = (await observer.read()).counts(), time.monotonic()
+    now, since = await observer.counts(), time.monotonic()
     while now != wanted and time.monotonic() < end:
         await asyncio.sleep(0.5)
-        last, now = now, (await observer.read()).counts()
+        last, now = now, await observer.counts()
         if now != last:
             since = time.monotonic()
         elif wanted is None and time.monotonic() - since > STILL_SECONDS:

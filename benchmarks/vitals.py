@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,27 +40,6 @@ class ProcessVitals:
     threads: int
 
 
-@dataclass(frozen=True, slots=True)
-class Vitals:
-    """The resources of a service at one moment.
-
-    Attributes:
-        processes: ``API`` and ``engine``; empty where there is no /proc.
-        gauges: See :data:`GAUGES`.
-    """
-
-    processes: Mapping[str, ProcessVitals]
-    gauges: Mapping[str, float]
-
-    def counts(self) -> dict[str, float]:
-        """All values but the memory, by name; at rest they are the same as before."""
-        found = dict(self.gauges)
-        for label, process in self.processes.items():
-            found |= {f"{label}: pid": process.pid, f"{label}: files": process.files}
-            found[f"{label}: threads"] = process.threads
-        return found
-
-
 def processes_of(session: int) -> list[ProcessVitals]:
     """The running processes of a session; none where there is no /proc."""
     found = []
@@ -92,20 +71,23 @@ def _label_of(words: Sequence[bytes]) -> str:
     return "API" if b"uvicorn" in words else "other"
 
 
-def read(session: int, metrics: str) -> Vitals:
-    """Read the vitals of a service.
+def counts(session: int, metrics: str) -> dict[str, float]:
+    """What a service uses but memory, by name; at rest it is the same as before.
 
     Args:
         session: Id of its processes' session, which is the API process's id.
         metrics: The text of ``/metrics``.
     """
     samples = {s.name: s.value for f in text_string_to_metric_families(metrics) for s in f.samples}
-    processes = {process.label: process for process in processes_of(session)}
-    return Vitals(processes, {name: samples[metric] for name, metric in GAUGES.items()})
+    found = {name: samples[metric] for name, metric in GAUGES.items()}
+    for process in processes_of(session):
+        for name in ("pid", "files", "threads"):
+            found[f"{process.label}: {name}"] = getattr(process, name)
+    return found
 
 
 class Observer:
-    """Reads a service's vitals over ``/metrics`` and /proc.
+    """Reads what a service uses over ``/metrics`` and /proc.
 
     Args:
         base_url: The service's address.
@@ -123,15 +105,15 @@ class Observer:
         exchange = await self._http.get("/metrics")
         return b"".join(piece for _, piece in exchange.pieces).decode()
 
-    async def read(self) -> Vitals:
-        """The vitals now."""
-        return read(self._session, await self.metrics())
+    async def counts(self) -> dict[str, float]:
+        """See :func:`counts`."""
+        return counts(self._session, await self.metrics())
 
     async def watch_memory(self, interval: float) -> None:
         """Append the time and each process's MiB to ``memory`` until cancelled."""
         while True:
-            processes = (await self.read()).processes
-            memory = {label: process.memory for label, process in processes.items()}
+            processes = await asyncio.to_thread(processes_of, self._session)
+            memory = {process.label: process.memory for process in processes}
             self.memory.append((time.monotonic(), memory))
             await asyncio.sleep(interval)
 
