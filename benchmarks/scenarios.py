@@ -152,10 +152,7 @@ async def cache_hit(server: Server, count: int) -> dict[str, float]:
 async def long_prompt_gap(server: Server, *, streams: int, words: int) -> dict[str, Any]:
     """Longest gap of running streams while a long prompt is processed.
 
-    Args:
-        server: The server.
-        streams: Number of streams, which run until the answer to the long prompt has ended.
-        words: Length of the long prompt.
+    ``streams`` run until the answer to the long prompt, of so many ``words``, has ended.
     """
     http = HttpClient(server.target.base_url, time_limit=300)
     prompts = itertools.count()

@@ -38,9 +38,7 @@ class Row:
         name: Name in the tables.
         command: Returns the command that starts it on a port.
         environment: Variables added to this process's environment.
-        route: The route that is measured.
         model: The model's name on OpenAI's routes.
-        is_ours: Whether it is this service.
     """
 
     name: str
@@ -131,8 +129,6 @@ class Server:
     """A running server.
 
     Attributes:
-        row: Its row.
-        target: Its address and route.
         first_answer_seconds: Seconds from the start to the end of a first answer of one token.
         ready_seconds: Seconds from the start until ``/readyz`` succeeds; ``None`` for peers.
     """

@@ -18,7 +18,7 @@ PERCENTILES = (50, 90, 99)
 
 
 class Outcome(StrEnum):
-    """How a request ended."""
+    """How a request ended; refused is 429 or 503."""
 
     COMPLETED = "completed"
     REFUSED = "refused"
@@ -30,17 +30,13 @@ class Result:
     """The outcome of one request. Durations are seconds after it was sent.
 
     Attributes:
-        outcome: Completed, rejected with 429 or 503, or failed in another way.
-        sent_at: When it was sent, by ``time.perf_counter``.
+        sent_at: By ``time.perf_counter``.
         seconds: Until the last byte or the failure.
         lag: Delay of the sending against the plan of an open loop.
-        error: The reason of a rejection or a failure.
         ttft: Until the first piece of text.
-        gaps: Times between consecutive pieces of text.
+        gaps: Between consecutive pieces of text.
         tokens: Tokens of the answer by the server's count, else the number of pieces of text.
         tokens_reported: Whether ``tokens`` is the server's count.
-        prompt_tokens: The server's count, or ``None``.
-        text: The answer.
         resent: Whether it was sent again because the server had closed a kept connection.
     """
 
