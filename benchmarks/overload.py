@@ -47,14 +47,9 @@ def steady_rate(results: Sequence[Result], begin: float, end: float) -> float:
     """
     tokens = 0.0
     for result in results:
-        if result.outcome is not Outcome.COMPLETED or result.ttft is None:
-            continue
-        at = result.sent_at + result.ttft
-        inside = int(begin <= at < end)
-        for gap in result.gaps:
-            at += gap
-            inside += begin <= at < end
-        tokens += inside * result.tokens / (len(result.gaps) + 1)
+        times = result.text_at
+        if result.outcome is Outcome.COMPLETED and times:
+            tokens += sum(begin <= at < end for at in times) * result.tokens / len(times)
     return tokens / (end - begin)
 
 

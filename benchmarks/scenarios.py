@@ -173,17 +173,16 @@ async def long_prompt_gap(server: Server, *, streams: int, words: int) -> dict[s
     ended.set()
     await asyncio.gather(*running)
     http.close()
-    worst: float | None = None
     begin, end = long_result.sent_at, long_result.ended_at
-    for result in results:
-        at = result.sent_at + (result.ttft or 0.0)
-        for gap in result.gaps:
-            at += gap
-            # A gap counts where any part of it was in the long prompt's time.
-            if at > begin and at - gap < end:
-                worst = max(gap, worst or 0.0)
+    # A gap counts where any part of it was in the long prompt's time.
+    gaps = [
+        later - earlier
+        for result in results
+        for earlier, later in itertools.pairwise(result.text_at)
+        if later > begin and earlier < end
+    ]
     return {
         "prompt_tokens": long_result.prompt_tokens,
-        "worst_gap": worst,
+        "worst_gap": max(gaps, default=None),
         "errors": [r.error for r in [long_result, *results] if r.outcome is not Outcome.COMPLETED],
     }

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import msgspec
@@ -57,6 +57,13 @@ class Result:
     def ended_at(self) -> float:
         """When it ended, by ``time.perf_counter``."""
         return self.sent_at + self.seconds
+
+    @property
+    def text_at(self) -> list[float]:
+        """When each piece of text arrived."""
+        if self.ttft is None:
+            return []
+        return [*accumulate(self.gaps, initial=self.sent_at + self.ttft)]
 
     @property
     def time_per_token(self) -> float | None:
