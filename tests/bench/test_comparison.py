@@ -1,7 +1,6 @@
 """The arithmetic of the comparison and of the overload."""
 
 import re
-from functools import partial
 from typing import Any
 
 import pytest
@@ -15,8 +14,7 @@ from benchmarks.load.results import Outcome, Result
 from benchmarks.overload import steady_rate
 from benchmarks.page import replace_section
 from benchmarks.paths import PAGE
-from benchmarks.servers import LLAMA, SERVE, StartError
-from benchmarks.side_by_side import in_turns
+from benchmarks.servers import LLAMA, SERVE
 
 
 def figures(*speeds: float, ttft: float = 0.5) -> list[dict[str, Any]]:
@@ -42,26 +40,6 @@ def measured() -> dict[str, Any]:
 def reached(data: dict[str, Any]) -> dict[str, Ratio]:
     """The goals by description."""
     return {ratio.what: ratio for ratio in ratios(data)}
-
-
-async def test_rows_take_turns_until_one_cannot_start() -> None:
-    """In each round each row is measured once; a row that cannot start is not tried again."""
-    order: list[str] = []
-
-    async def measure(name: str, number: int) -> dict[str, Any]:
-        order.append(f"{name}{number}")
-        if name == "b":
-            raise StartError("no compiler")
-        return {"speed 1": float(number)}
-
-    data = await in_turns({name: partial(measure, name) for name in "abc"}, 2, "cpu")
-    assert order == ["a0", "b0", "c0", "a1", "c1"]
-    assert data["found"] == {
-        "a": [{"speed 1": 0.0}, {"speed 1": 1.0}],
-        "b": [],
-        "c": data["found"]["a"],
-    }
-    assert data["absent"] == {"b": "no compiler"}
 
 
 def test_a_ratio_is_the_median_over_rounds() -> None:
