@@ -5,8 +5,6 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
 from benchmarks import machine
 from benchmarks.load.report import number, seconds, table
 from benchmarks.load.results import summarise
@@ -32,7 +30,7 @@ async def by_clients(server: Server, clients: Sequence[int]) -> list[dict[str, A
         results = await run_round(
             server.target, Workload(), name=f"C {at_once}", requests=count, clients=at_once
         )
-        figures = msgspec.to_builtins(summarise(results))
+        figures = summarise(results)
         steady = steady_rate(results, *window(results, last_sent=False))
         found.append({"clients": at_once, "steady": steady, **figures})
         print(f"C = {at_once}: {figures['tokens_per_second']:.1f} tokens/s", flush=True)
@@ -47,7 +45,7 @@ async def by_length(server: Server, lengths: Sequence[int]) -> list[dict[str, An
         results = await run_round(
             server.target, workload, name=f"{words} words", requests=3, clients=1
         )
-        found.append({"words": words, **msgspec.to_builtins(summarise(results))})
+        found.append({"words": words, **summarise(results)})
         print(f"{words} words: TTFT {found[-1]['ttft']['p50']}", flush=True)
     return found
 

@@ -16,8 +16,6 @@ class Ratio:
     """A line of the table of goals.
 
     Attributes:
-        what: Description of numerator and denominator.
-        goal: The bound.
         at_least: Whether ``goal`` is a lower bound; else it is an upper bound.
         value: The ratio; ``None`` when a side was not measured.
     """

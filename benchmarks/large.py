@@ -60,8 +60,8 @@ async def _figures(server: Server, name: str, *, quick: bool) -> dict[str, Any]:
             clients=clients,
         )
         figures = summarise(results)
-        found[f"speed {clients}"] = figures.tokens_per_second
-        found[f"ttft {clients}"] = figures.ttft["p50"]
+        found[f"speed {clients}"] = figures["tokens_per_second"]
+        found[f"ttft {clients}"] = figures["ttft"]["p50"]
     found["memory"] = sum(server.memory().values())
     if not quick:
         long = Workload(prompt_words=Lengths((LONG_PROMPT_WORDS,)), output_tokens=Lengths((2,)))

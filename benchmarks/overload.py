@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import vitals
@@ -48,14 +47,9 @@ def steady_rate(results: Sequence[Result], begin: float, end: float) -> float:
     """
     tokens = 0.0
     for result in results:
-        if result.outcome is not Outcome.COMPLETED or result.ttft is None:
-            continue
-        at = result.sent_at + result.ttft
-        inside = int(begin <= at < end)
-        for gap in result.gaps:
-            at += gap
-            inside += begin <= at < end
-        tokens += inside * result.tokens / (len(result.gaps) + 1)
+        times = result.text_at
+        if result.outcome is Outcome.COMPLETED and times:
+            tokens += sum(begin <= at < end for at in times) * result.tokens / len(times)
     return tokens / (end - begin)
 
 
@@ -149,7 +143,7 @@ async def _one(
         "livez_p99": percentile(observer.probes, 99),
         "memory": {label: (memory[0][label], memory[-1][label]) for label in memory[-1]},
         **_counted(before, after, target.path),
-        **msgspec.to_builtins(summarise(results)),
+        **summarise(results),
     }
 
 

@@ -36,8 +36,7 @@ async def throughput(server: Server, clients: int, name: str) -> dict[str, Any]:
     results = await run_round(
         server.target, Workload(), name=name, requests=requests_of(clients), clients=clients
     )
-    figures: dict[str, Any] = msgspec.to_builtins(summarise(results))
-    return figures
+    return summarise(results)
 
 
 class EngineAlone:
@@ -153,10 +152,7 @@ async def cache_hit(server: Server, count: int) -> dict[str, float]:
 async def long_prompt_gap(server: Server, *, streams: int, words: int) -> dict[str, Any]:
     """Longest gap of running streams while a long prompt is processed.
 
-    Args:
-        server: The server.
-        streams: Number of streams, which run until the answer to the long prompt has ended.
-        words: Length of the long prompt.
+    ``streams`` run until the answer to the long prompt, of so many ``words``, has ended.
     """
     http = HttpClient(server.target.base_url, time_limit=300)
     prompts = itertools.count()
@@ -177,17 +173,16 @@ async def long_prompt_gap(server: Server, *, streams: int, words: int) -> dict[s
     ended.set()
     await asyncio.gather(*running)
     http.close()
-    worst: float | None = None
     begin, end = long_result.sent_at, long_result.ended_at
-    for result in results:
-        at = result.sent_at + (result.ttft or 0.0)
-        for gap in result.gaps:
-            at += gap
-            # A gap counts where any part of it was in the long prompt's time.
-            if at > begin and at - gap < end:
-                worst = max(gap, worst or 0.0)
+    # A gap counts where any part of it was in the long prompt's time.
+    gaps = [
+        later - earlier
+        for result in results
+        for earlier, later in itertools.pairwise(result.text_at)
+        if later > begin and earlier < end
+    ]
     return {
         "prompt_tokens": long_result.prompt_tokens,
-        "worst_gap": worst,
+        "worst_gap": max(gaps, default=None),
         "errors": [r.error for r in [long_result, *results] if r.outcome is not Outcome.COMPLETED],
     }

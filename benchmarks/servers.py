@@ -22,6 +22,7 @@ from benchmarks.load.targets import Route, Target
 from benchmarks.load.transport import HttpClient
 from benchmarks.load.workload import Lengths, Workload
 from benchmarks.paths import LOGS, MODEL, ROOT
+from benchmarks.vitals import processes_of
 
 KEY = "benchmark-key-0123456789abcdef0123456789"
 SYSTEM = "You are a helpful assistant."
@@ -37,9 +38,7 @@ class Row:
         name: Name in the tables.
         command: Returns the command that starts it on a port.
         environment: Variables added to this process's environment.
-        route: The route that is measured.
         model: The model's name on OpenAI's routes.
-        is_ours: Whether it is this service.
     """
 
     name: str
@@ -130,8 +129,6 @@ class Server:
     """A running server.
 
     Attributes:
-        row: Its row.
-        target: Its address and route.
         first_answer_seconds: Seconds from the start to the end of a first answer of one token.
         ready_seconds: Seconds from the start until ``/readyz`` succeeds; ``None`` for peers.
     """
@@ -145,13 +142,9 @@ class Server:
     def memory(self) -> dict[str, float]:
         """Resident MiB by kind of process."""
         found: dict[str, float] = {}
-        for process in session_members(self.process.pid):
-            with suppress(OSError):
-                words = (process / "cmdline").read_bytes().split(b"\0")
-                lines = (process / "status").read_text().splitlines()
-                kilobytes = next((int(x.split()[1]) for x in lines if x.startswith("VmRSS")), 0)
-                label = label_of(words) if self.row.is_ours else "server"
-                found[label] = found.get(label, 0.0) + kilobytes / 1024
+        for process in processes_of(self.process.pid):
+            label = process.label if self.row.is_ours else "server"
+            found[label] = found.get(label, 0.0) + process.memory
         return found
 
     def stop(self) -> None:
@@ -163,25 +156,6 @@ class Server:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-
-def label_of(words: Sequence[bytes]) -> str:
-    """The kind of process that a command line of this service starts."""
-    if b"app.llm.engine.worker" in words:
-        return "engine"
-    return "API" if b"uvicorn" in words else "other"
-
-
-def session_members(session: int) -> list[Path]:
-    """The folders in /proc of a session's running processes."""
-    members = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, ValueError):
-            # "pid (name) state ppid pgrp session …", where the name may have spaces and brackets.
-            state, _, _, number = stat.read_text().rpartition(")")[2].split()[:4]
-            if int(number) == session and state not in "ZX":
-                members.append(stat.parent)
-    return members
 
 
 def environment_of(row: Row) -> dict[str, str]:

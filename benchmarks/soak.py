@@ -60,12 +60,7 @@ _PERSONAL = "Write to jane.doe@example.com or call 415-555-2671, card 4111 1111 
 
 @dataclass
 class Tally:
-    """The requests that were sent, and the unexpected answers.
-
-    Attributes:
-        requests: Number of requests by kind.
-        surprises: Number of unexpected answers by kind and answer.
-    """
+    """How many requests of each kind were sent, and how many answers were unexpected."""
 
     requests: Counter[str] = field(default_factory=Counter)
     surprises: Counter[str] = field(default_factory=Counter)
@@ -190,10 +185,10 @@ async def settled(
 ) -> dict[str, float]:
     """Wait up to 30 s until the counts are as wanted, or do not change for 3 s; the counts."""
     end = time.monotonic() + _SETTLE_SECONDS
-    now, since = (await observer.read()).counts(), time.monotonic()
+    now, since = await observer.counts(), time.monotonic()
     while now != wanted and time.monotonic() < end:
         await asyncio.sleep(0.5)
-        last, now = now, (await observer.read()).counts()
+        last, now = now, await observer.counts()
         if now != last:
             since = time.monotonic()
         elif wanted is None and time.monotonic() - since > STILL_SECONDS:
@@ -206,7 +201,6 @@ class Report:
     """The findings of a run.
 
     Attributes:
-        tally: The requests and the unexpected answers.
         seconds: Duration without the warm-up.
         start: Counts at rest after the warm-up.
         end: Counts at rest after the traffic.
@@ -264,7 +258,7 @@ def slope(samples: list[tuple[float, float]]) -> float:
 
 
 async def soak(
-    target: Target, session: int, *, seconds: float, warm_up: float, clients: int, seed: int = 0
+    target: Target, session: int, *, seconds: float, warm_up: float, clients: int
 ) -> Report:
     """Put a running service under mixed traffic and look for leaks.
 
@@ -274,14 +268,13 @@ async def soak(
         seconds: Duration of the traffic.
         warm_up: Duration of the traffic before that, until caches are full.
         clients: Number of concurrent requests.
-        seed: Seed of the requests.
     """
     observer = vitals.Observer(target.base_url, session)
-    warming = Traffic(target, seed + 1)
+    warming = Traffic(target, seed=1)
     await warming.run(warm_up, clients)
     await warming.end()
     start_counts = await settled(observer)
-    traffic = Traffic(target, seed)
+    traffic = Traffic(target, seed=0)
     watching = asyncio.create_task(observer.watch_memory(max(seconds / 240, 0.1)))
     began = time.monotonic()
     await traffic.run(seconds, clients)

@@ -7,13 +7,11 @@ files of the same weights for llama-server.
 
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from app.llm.models import bundled
@@ -25,20 +23,6 @@ _TEMPLATE = (
     "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-# Names of a layer's tensors in safetensors and in GGUF.
-_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def make(folder: Path, layers: int = 26) -> None:
@@ -69,17 +53,6 @@ def make(folder: Path, layers: int = 26) -> None:
     made.rename(folder)
 
 
-def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    others = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
-    for key, value in model.state_dict().items():
-        name = key.removesuffix(".weight")
-        if name in others:
-            yield f"{others[name]}.weight", value
-        elif name != "lm_head":
-            _, _, layer, rest = name.split(".", 3)
-            yield f"blk.{layer}.{_NAMES[rest]}.weight", value
-
-
 def _write_gguf(path: Path, model: Any, source: Any, kind: str) -> None:
     config = model.config
     name, number = _KINDS[kind]
@@ -100,7 +73,12 @@ def _write_gguf(path: Path, model: Any, source: Any, kind: str) -> None:
     writer.add_final_logit_softcapping(config.final_logit_softcapping)
     writer.add_chat_template(_TEMPLATE)
     _copy_tokenizer(source, writer)
-    for tensor, value in _tensors(model):
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA2, config.num_hidden_layers)
+    for key, value in model.state_dict().items():
+        tensor = names.get_name(key, try_suffixes=(".weight",))
+        if tensor is None:
+            # The output layer, which is the embedding.
+            continue
         if value.ndim == 1:
             # llama.cpp multiplies by the weight, Gemma by the weight plus one.
             writer.add_tensor(tensor, (value.float() + 1).numpy())

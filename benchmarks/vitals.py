@@ -2,14 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.load.transport import HttpClient
-from benchmarks.servers import label_of, session_members
 
 GAUGES = {
     "tasks": "event_loop_tasks",
@@ -31,60 +31,63 @@ def has_grown(before: float, after: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ProcessVitals:
-    """The resources of a process; ``memory`` is in resident MiB."""
+    """The resources of a process: its kind, and resident MiB."""
 
+    label: str
     pid: int
     memory: float
     files: int
     threads: int
 
 
-@dataclass(frozen=True, slots=True)
-class Vitals:
-    """The resources of a service at one moment.
+def processes_of(session: int) -> list[ProcessVitals]:
+    """The running processes of a session; none where there is no /proc."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        # A process that ends meanwhile has no files, or no memory.
+        with suppress(OSError, KeyError):
+            # "pid (name) state ppid pgrp session …", where the name may have spaces and brackets.
+            stat = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(stat[3]) != session or stat[0] in "ZX":
+                continue
+            status = (folder / "status").read_text().splitlines()
+            fields = dict(line.split(":", 1) for line in status)
+            found.append(
+                ProcessVitals(
+                    label=_label_of((folder / "cmdline").read_bytes().split(b"\0")),
+                    pid=int(folder.name),
+                    memory=int(fields["VmRSS"].split()[0]) / 1024,
+                    files=len(list((folder / "fd").iterdir())),
+                    threads=int(fields["Threads"]),
+                )
+            )
+    return found
 
-    Attributes:
-        processes: ``API`` and ``engine``; empty where there is no /proc.
-        gauges: See :data:`GAUGES`.
-    """
 
-    processes: Mapping[str, ProcessVitals]
-    gauges: Mapping[str, float]
-
-    def counts(self) -> dict[str, float]:
-        """All values but the memory, by name; at rest they are the same as before."""
-        found = dict(self.gauges)
-        for label, process in self.processes.items():
-            found |= {f"{label}: pid": process.pid, f"{label}: files": process.files}
-            found[f"{label}: threads"] = process.threads
-        return found
+def _label_of(words: Sequence[bytes]) -> str:
+    """The kind of process that a command line of this service starts."""
+    if b"app.llm.engine.worker" in words:
+        return "engine"
+    return "API" if b"uvicorn" in words else "other"
 
 
-def read(session: int, metrics: str) -> Vitals:
-    """Read the vitals of a service.
+def counts(session: int, metrics: str) -> dict[str, float]:
+    """What a service uses but memory, by name; at rest it is the same as before.
 
     Args:
         session: Id of its processes' session, which is the API process's id.
         metrics: The text of ``/metrics``.
     """
     samples = {s.name: s.value for f in text_string_to_metric_families(metrics) for s in f.samples}
-    processes = {}
-    for folder in session_members(session):
-        with suppress(OSError):
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            status = (folder / "status").read_text().splitlines()
-            fields = dict(line.split(":", 1) for line in status)
-            processes[label_of(words)] = ProcessVitals(
-                pid=int(folder.name),
-                memory=int(fields["VmRSS"].split()[0]) / 1024,
-                files=len(list((folder / "fd").iterdir())),
-                threads=int(fields["Threads"]),
-            )
-    return Vitals(processes, {name: samples[metric] for name, metric in GAUGES.items()})
+    found = {name: samples[metric] for name, metric in GAUGES.items()}
+    for process in processes_of(session):
+        for name in ("pid", "files", "threads"):
+            found[f"{process.label}: {name}"] = getattr(process, name)
+    return found
 
 
 class Observer:
-    """Reads a service's vitals over ``/metrics`` and /proc.
+    """Reads what a service uses over ``/metrics`` and /proc.
 
     Args:
         base_url: The service's address.
@@ -102,15 +105,15 @@ class Observer:
         exchange = await self._http.get("/metrics")
         return b"".join(piece for _, piece in exchange.pieces).decode()
 
-    async def read(self) -> Vitals:
-        """The vitals now."""
-        return read(self._session, await self.metrics())
+    async def counts(self) -> dict[str, float]:
+        """See :func:`counts`."""
+        return counts(self._session, await self.metrics())
 
     async def watch_memory(self, interval: float) -> None:
         """Append the time and each process's MiB to ``memory`` until cancelled."""
         while True:
-            processes = (await self.read()).processes
-            memory = {label: process.memory for label, process in processes.items()}
+            processes = await asyncio.to_thread(processes_of, self._session)
+            memory = {process.label: process.memory for process in processes}
             self.memory.append((time.monotonic(), memory))
             await asyncio.sleep(interval)
 

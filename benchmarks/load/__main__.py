@@ -7,14 +7,13 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from benchmarks.load.report import describe
-from benchmarks.load.results import LatencyTarget, Summary, median_figures, summarise
+from benchmarks.load.results import LatencyTarget, median_figures, summarise
 from benchmarks.load.rounds import run, run_round
 from benchmarks.load.targets import Route, Target
 from benchmarks.load.workload import Lengths, Workload, WorkloadError
@@ -59,34 +58,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def measure(options: argparse.Namespace, target: Target) -> list[Summary]:
+async def measure(options: argparse.Namespace, target: Target) -> list[dict[str, Any]]:
     """Run the warm-up and the rounds; one summary a round."""
     workload = Workload(options.prompt, options.output, options.seed)
-    load: dict[str, Any] = {"clients": options.clients, "rate": options.rate}
-    if options.rate is None:
-        load["clients"] = options.clients or 8
-    requests = options.requests or 4 * (load["clients"] or 16)
-    warm_up = (load["clients"] or 8) if options.warm_up is None else options.warm_up
+    clients = options.clients or (None if options.rate else 8)
+    requests = options.requests or 4 * (clients or 16)
+    warm_up = (clients or 8) if options.warm_up is None else options.warm_up
     bounds = LatencyTarget(options.max_ttft, options.max_latency)
+    send = partial(run_round, target, workload, time_limit=options.timeout)
     if warm_up:
-        clients = min(warm_up, load["clients"] or 8)
-        await run_round(
-            target,
-            workload,
-            name="warm-up",
-            requests=warm_up,
-            clients=clients,
-            time_limit=options.timeout,
-        )
+        await send(name="warm-up", requests=warm_up, clients=min(warm_up, clients or 8))
     summaries = []
     for number in range(options.rounds):
-        results = await run_round(
-            target,
-            workload,
-            name=f"round {number}",
-            requests=requests,
-            time_limit=options.timeout,
-            **load,
+        results = await send(
+            name=f"round {number}", requests=requests, clients=clients, rate=options.rate
         )
         summaries.append(summarise(results, bounds))
     return summaries
@@ -118,24 +103,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if medians["completed"] else 1
 
 
-def _write(options: argparse.Namespace, summaries: list[Summary], medians: dict[str, Any]) -> None:
+def _write(
+    options: argparse.Namespace, summaries: list[dict[str, Any]], medians: dict[str, Any]
+) -> None:
     asked = {name: str(value) for name, value in vars(options).items() if value is not None}
     asked.pop("key")
     report = {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "client": {"python": platform.python_version(), "httptools": _version("httptools")},
+        "client": {"python": platform.python_version(), "httptools": version("httptools")},
         "options": asked,
         "medians": medians,
-        "rounds": [msgspec.to_builtins(summary) for summary in summaries],
+        "rounds": summaries,
     }
     options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import msgspec
@@ -18,7 +18,7 @@ PERCENTILES = (50, 90, 99)
 
 
 class Outcome(StrEnum):
-    """How a request ended."""
+    """How a request ended; refused is 429 or 503."""
 
     COMPLETED = "completed"
     REFUSED = "refused"
@@ -30,17 +30,13 @@ class Result:
     """The outcome of one request. Durations are seconds after it was sent.
 
     Attributes:
-        outcome: Completed, rejected with 429 or 503, or failed in another way.
-        sent_at: When it was sent, by ``time.perf_counter``.
+        sent_at: By ``time.perf_counter``.
         seconds: Until the last byte or the failure.
         lag: Delay of the sending against the plan of an open loop.
-        error: The reason of a rejection or a failure.
         ttft: Until the first piece of text.
-        gaps: Times between consecutive pieces of text.
+        gaps: Between consecutive pieces of text.
         tokens: Tokens of the answer by the server's count, else the number of pieces of text.
         tokens_reported: Whether ``tokens`` is the server's count.
-        prompt_tokens: The server's count, or ``None``.
-        text: The answer.
         resent: Whether it was sent again because the server had closed a kept connection.
     """
 
@@ -61,6 +57,13 @@ class Result:
     def ended_at(self) -> float:
         """When it ended, by ``time.perf_counter``."""
         return self.sent_at + self.seconds
+
+    @property
+    def text_at(self) -> list[float]:
+        """When each piece of text arrived."""
+        if self.ttft is None:
+            return []
+        return [*accumulate(self.gaps, initial=self.sent_at + self.ttft)]
 
     @property
     def time_per_token(self) -> float | None:
@@ -145,59 +148,8 @@ def percentiles(values: Iterable[float | None]) -> dict[str, float | None]:
     return {f"p{percent}": percentile(known, percent) for percent in PERCENTILES}
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """The figures of one round. Times are seconds; rates are per second of the round.
-
-    Attributes:
-        seconds: From the sending of the first request to the end of the last.
-        sent: Requests sent: the sum of completed, refused and failed.
-        completed: Requests whose stream was complete.
-        refused: Requests answered 429 or 503.
-        failed: All other requests.
-        resent: Requests sent again because the server had closed a kept connection.
-        errors: The number of each error, including rejections.
-        tokens: Tokens of the completed answers.
-        tokens_from: ``usage`` when the server counted the tokens of every answer, else ``chunks``.
-        tokens_per_second: Those tokens over the round's time.
-        requests_per_second: Completed requests over the round's time.
-        goodput: Completed requests within the target over the round's time.
-        good_share: Share of the sent requests that were completed within the target.
-        prompt_tokens: Median length of the prompts by the server's count, or ``None``.
-        ttft: Percentiles of the time until the first piece of text.
-        gap: Percentiles of the time between consecutive pieces of all streams.
-        worst_gap: Percentiles of each stream's longest gap.
-        time_per_token: Percentiles of each stream's mean time of a token after the first.
-        latency: Percentiles of the time until the last byte of completed requests.
-        refusal: Percentiles of the time until a rejection.
-        lag: Percentiles of the delay with which an open loop sent its requests.
-    """
-
-    seconds: float
-    sent: int
-    completed: int
-    refused: int
-    failed: int
-    resent: int
-    errors: dict[str, int]
-    tokens: int
-    tokens_from: str
-    tokens_per_second: float
-    requests_per_second: float
-    goodput: float
-    good_share: float
-    prompt_tokens: float | None
-    ttft: dict[str, float | None]
-    gap: dict[str, float | None]
-    worst_gap: dict[str, float | None]
-    time_per_token: dict[str, float | None]
-    latency: dict[str, float | None]
-    refusal: dict[str, float | None]
-    lag: dict[str, float | None] = field(default_factory=dict)
-
-
-def summarise(results: Sequence[Result], target: LatencyTarget | None = None) -> Summary:
-    """The figures of a round.
+def summarise(results: Sequence[Result], target: LatencyTarget | None = None) -> dict[str, Any]:
+    """The figures of a round. Times are seconds; rates are per second of the round.
 
     Raises:
         ValueError: There are no results.
@@ -211,37 +163,42 @@ def summarise(results: Sequence[Result], target: LatencyTarget | None = None) ->
     good = sum(map((target or LatencyTarget()).holds, results))
     tokens = sum(r.tokens for r in done)
     prompts = [r.prompt_tokens for r in done if r.prompt_tokens is not None]
-    return Summary(
-        seconds=seconds,
-        sent=len(results),
-        completed=len(done),
-        refused=len(refused),
-        failed=len(results) - len(done) - len(refused),
-        resent=sum(r.resent for r in results),
-        errors=dict(Counter(r.error for r in results if r.error is not None)),
-        tokens=tokens,
-        tokens_from="usage" if all(r.tokens_reported for r in done) else "chunks",
-        tokens_per_second=tokens / seconds,
-        requests_per_second=len(done) / seconds,
-        goodput=good / seconds,
-        good_share=good / len(results),
-        prompt_tokens=statistics.median(prompts) if prompts else None,
-        ttft=percentiles(r.ttft for r in done),
-        gap=percentiles(gap for r in done for gap in r.gaps),
-        worst_gap=percentiles(max(r.gaps) for r in done if r.gaps),
-        time_per_token=percentiles(r.time_per_token for r in done),
-        latency=percentiles(r.seconds for r in done),
-        refusal=percentiles(r.seconds for r in refused),
-        lag=percentiles(r.lag for r in results),
-    )
+    return {
+        # From the sending of the first request to the end of the last.
+        "seconds": seconds,
+        "sent": len(results),
+        "completed": len(done),
+        "refused": len(refused),
+        "failed": len(results) - len(done) - len(refused),
+        # Sent again, because the server had closed a kept connection.
+        "resent": sum(r.resent for r in results),
+        # The number of each error, including rejections.
+        "errors": dict(Counter(r.error for r in results if r.error is not None)),
+        # Of the completed answers, by the server's count where all have it.
+        "tokens": tokens,
+        "tokens_from": "usage" if all(r.tokens_reported for r in done) else "chunks",
+        "tokens_per_second": tokens / seconds,
+        "requests_per_second": len(done) / seconds,
+        # Completed requests within the target, and their share of those sent.
+        "goodput": good / seconds,
+        "good_share": good / len(results),
+        "prompt_tokens": statistics.median(prompts) if prompts else None,
+        "ttft": percentiles(r.ttft for r in done),
+        # Between consecutive pieces of all streams, and the longest of each stream.
+        "gap": percentiles(gap for r in done for gap in r.gaps),
+        "worst_gap": percentiles(max(r.gaps) for r in done if r.gaps),
+        "time_per_token": percentiles(r.time_per_token for r in done),
+        "latency": percentiles(r.seconds for r in done),
+        "refusal": percentiles(r.seconds for r in refused),
+        "lag": percentiles(r.lag for r in results),
+    }
 
 
-def median_figures(summaries: Sequence[Any]) -> dict[str, Any]:
-    """The median of each figure over rounds, as one summary's dictionary.
+def median_figures(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The median of each figure over rounds.
 
     Counts of errors are added up instead, and texts are those of the first round.
     """
-    rounds = [msgspec.to_builtins(summary) for summary in summaries]
     return {name: _middle(name, [r[name] for r in rounds]) for name in rounds[0]}
 
 

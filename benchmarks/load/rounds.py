@@ -70,9 +70,6 @@ async def run_round(
         rate: Requests a second of an open loop. Exactly one of the two is given.
         time_limit: Timeout of a request in seconds.
 
-    Returns:
-        One result for each request.
-
     Raises:
         ValueError: The workload cannot be planned, or both or none of clients and rate are given.
     """

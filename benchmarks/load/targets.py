@@ -39,12 +39,10 @@ class Target:
     """A server and one of its routes.
 
     Attributes:
-        base_url: The server's address, without ``/v1``.
-        route: The route.
-        key: API key, sent as ``X-API-Key`` to native routes and as a bearer token to others.
+        base_url: Without ``/v1``.
+        key: Sent as ``X-API-Key`` to native routes and as a bearer token to others.
         model: The model's name on OpenAI's routes.
         system: System message of chats.
-        temperature: Sampling temperature; 0 is greedy.
         extra: Further members of the body.
     """
 
@@ -120,16 +118,11 @@ _decode = msgspec.json.Decoder(_Event).decode
 
 @dataclass(slots=True)
 class Stream:
-    """The content of a stream of server-sent events.
+    """The content of a stream of server-sent events, as the server reports it.
 
     Attributes:
-        text: The pieces of the answer, joined.
         text_at: Arrival time of each piece of text.
-        finish_reason: The reported finish reason.
         done: Whether ``[DONE]`` arrived.
-        completion_tokens: The server's count of the answer's tokens, or ``None``.
-        prompt_tokens: The server's count of the prompt's tokens, or ``None``.
-        error: The error that the stream reported.
     """
 
     text: str = ""

@@ -25,13 +25,11 @@ class Exchange:
     """A request and its response. Times are those of ``time.perf_counter``.
 
     Attributes:
-        planned_at: When the request was to be sent.
-        sent_at: When it was sent; the time to open a connection counts as the response's.
-        status: The response's status, or ``None`` without a response.
-        headers: The response's headers, with names in lower case.
+        sent_at: The time to open a connection counts as the response's.
+        status: ``None`` without a response.
+        headers: Names are in lower case.
         pieces: Arrival time and bytes of each piece of the body.
-        ended_at: When the last byte arrived or the exchange failed.
-        failure: Why the response is not complete, or ``None``.
+        failure: Why the response is not complete.
         resent: Whether the request was sent again on a new connection, because the server had
             closed the kept one.
     """

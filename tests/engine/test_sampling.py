@@ -5,22 +5,25 @@ from collections import Counter
 import pytest
 import torch
 
-from app.llm.engine.transformers.sampling import RequestSampler, select
-from app.llm.protocol import SamplingParams
+from app.llm.engine.transformers.sampling import RequestSampler, adjust, choose
+from app.llm.protocol import GenerationRequest, SamplingParams
 
 VOCABULARY = 2000
 DRAWS = 4000
 
 
+def sampler_of(params: SamplingParams, *prompt: int) -> RequestSampler:
+    """The sampler of a request."""
+    return RequestSampler(GenerationRequest("1", [*prompt], 1, params))
+
+
 def draw(logits: torch.Tensor, params: SamplingParams, draws: int = DRAWS) -> Counter[int]:
     """How often each token is chosen from the same logits with one generator."""
-    sampler = RequestSampler(params, [])
+    sampler = sampler_of(params)
     counts: Counter[int] = Counter()
     for start in range(0, draws, 500):
         rows = min(500, draws - start)
-        scores = logits.repeat(rows, 1)
-        chosen = select(scores, [sampler] * rows).argmax(-1)
-        counts.update(chosen.tolist())
+        counts.update(choose(logits.repeat(rows, 1), [sampler] * rows).tolist())
     return counts
 
 
@@ -79,42 +82,41 @@ def test_a_flat_distribution_reaches_past_the_shortlist() -> None:
 def test_greedy_rows_do_not_change(logits: torch.Tensor) -> None:
     """A greedy row's scores are unchanged beside a sampled row."""
     scores = logits.repeat(2, 1)
-    greedy = RequestSampler(SamplingParams(temperature=0), [])
-    sampled = RequestSampler(SamplingParams(temperature=1, seed=0), [])
-    result = select(scores.clone(), [greedy, sampled])
-    assert torch.equal(result[0], scores[0])
-    assert torch.isinf(result[1]).sum() == 1
+    greedy = sampler_of(SamplingParams(temperature=0))
+    sampled = sampler_of(SamplingParams(temperature=1, seed=0))
+    chosen = choose(scores, [greedy, sampled])
+    assert torch.equal(scores[0], logits)
+    assert chosen[0] == logits.argmax()
 
 
 def test_rows_draw_from_their_own_generators(logits: torch.Tensor) -> None:
     """A row's choices are the same alone and beside other rows."""
 
     def first_ten(others: int) -> list[int]:
-        mine = RequestSampler(SamplingParams(temperature=1.5, seed=5), [])
+        mine = sampler_of(SamplingParams(temperature=1.5, seed=5))
         rows = [mine] + [
-            RequestSampler(SamplingParams(temperature=1, seed=i, top_p=0.9), [])
-            for i in range(others)
+            sampler_of(SamplingParams(temperature=1, seed=i, top_p=0.9)) for i in range(others)
         ]
-        return [int(select(logits.repeat(len(rows), 1), rows)[0].argmax()) for _ in range(10)]
+        return [int(choose(logits.repeat(len(rows), 1), rows)[0]) for _ in range(10)]
 
     assert first_ten(0) == first_ten(7)
 
 
 def test_repetition_penalty_counts_prompt_and_answer() -> None:
     """For tokens of both, positive logits are divided and negative ones multiplied."""
-    sampler = RequestSampler(SamplingParams(temperature=0, repetition_penalty=2.0), [0, 1])
+    sampler = sampler_of(SamplingParams(temperature=0, repetition_penalty=2.0), 0, 1)
     sampler.generated.update([2])
-    scores = select(torch.tensor([[4.0, -1.0, 3.0, 1.0]]), [sampler])
-    assert scores.tolist() == [[2.0, -2.0, 1.5, 1.0]]
+    adjust(scores := torch.tensor([4.0, -1.0, 3.0, 1.0]), sampler)
+    assert scores.tolist() == [2.0, -2.0, 1.5, 1.0]
 
 
 def test_presence_and_frequency_penalties_count_the_answer_only() -> None:
     """The logit of a token generated n times is lowered by presence + n * frequency."""
     params = SamplingParams(temperature=0, presence_penalty=1.0, frequency_penalty=0.5)
-    sampler = RequestSampler(params, [0])
+    sampler = sampler_of(params, 0)
     sampler.generated.update([1, 2, 2])
-    scores = select(torch.tensor([[4.0, 4.0, 4.0]]), [sampler])
-    assert scores.tolist() == [[4.0, 2.5, 2.0]]
+    adjust(scores := torch.tensor([4.0, 4.0, 4.0]), sampler)
+    assert scores.tolist() == [4.0, 2.5, 2.0]
 
 
 def test_an_extreme_distribution_is_never_out_of_range() -> None:
@@ -136,9 +138,9 @@ def test_a_bias_is_added_to_its_tokens_only(logits: torch.Tensor) -> None:
     banned = SamplingParams(temperature=1, logit_bias={0: -100.0, 1: -100.0}, seed=1)
     assert not {0, 1} & set(draw(logits, banned))
     scores = logits.repeat(2, 1)
-    plain = RequestSampler(SamplingParams(temperature=0), [])
-    biased = RequestSampler(SamplingParams(temperature=0, logit_bias={7: 50.0}), [])
-    assert select(scores, [plain, biased]).argmax(-1).tolist() == [0, 7]
+    plain = sampler_of(SamplingParams(temperature=0))
+    biased = sampler_of(SamplingParams(temperature=0, logit_bias={7: 50.0}))
+    assert choose(scores, [plain, biased]).tolist() == [0, 7]
     shifted = SamplingParams(temperature=1, logit_bias={1: 1.0}, seed=1)
     counts = draw(logits, shifted)
     p = torch.softmax(logits + torch.nn.functional.one_hot(torch.tensor(1), VOCABULARY), -1)[

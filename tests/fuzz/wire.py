@@ -234,7 +234,7 @@ class _Exchange(asyncio.Protocol):
 
 def vitals_of(service: Service) -> dict[str, float]:
     """What the service uses, except memory and the sessions that cases may open."""
-    counts = vitals.read(service.process.pid, service.get("/metrics").text).counts()
+    counts = vitals.counts(service.process.pid, service.get("/metrics").text)
     return {name: count for name, count in counts.items() if name not in _MAY_STAY}
 
 

@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from functools import cache
 
 from app.core.config import ModelSettings
 from app.core.config.engine import EngineSettings
@@ -100,8 +99,6 @@ class EngineClient:
         self.queue = RequestQueue(engine, metrics, model_label)
         metrics.add_engine_process(lambda: self._process.pid if self._process else None)
         self._metrics = metrics
-        # Under an overload every refusal needs its time series.
-        self._rejected = cache(metrics.rejected.labels)
         self._on_fatal = on_fatal
         self._configure = Configure(
             model=model.model_dump(),
@@ -379,7 +376,7 @@ class EngineClient:
         try:
             yield
         except ServiceError as error:
-            self._rejected(error.code).inc()
+            self._metrics.rejected.labels(error.code).inc()
             raise
 
     def _check_state(self) -> None:

@@ -34,7 +34,8 @@ def loadable(path: Path, header: GgufHeader, progress: Progress) -> Iterator[str
         OSError: There is no room for a copy, or no temporary folder.
     """
     damaged = damaged_types(header)
-    if not damaged and (os.access(path, os.W_OK) or sys.platform != "linux"):
+    is_copied = damaged or not (os.access(path, os.W_OK) or sys.platform != "linux")
+    if not is_copied and path.suffix == ".gguf":
         yield str(path)
         return
     why = (
@@ -44,8 +45,12 @@ def loadable(path: Path, header: GgufHeader, progress: Progress) -> Iterator[str
     )
     size = repacked_size(header)
     with TemporaryDirectory() as folder:
-        # The library knows the format by the name's ending, which a descriptor has not.
+        # The library knows the format by the name's ending, in lower case; a descriptor has none.
         link = Path(folder, "model.gguf")
+        if not is_copied:
+            link.symlink_to(path.absolute())
+            yield str(link)
+            return
         with _empty_file(size, link, why) as (copy, where):
             progress(f"{path} {why}: OpenVINO loads a copy in {where} ({size / 1e6:.0f} MB)")
             write_repacked(path, header, copy, progress)

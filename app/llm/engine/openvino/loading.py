@@ -2,10 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from app.core.config import ModelSettings
@@ -75,7 +72,7 @@ def load_openvino(
 
             shape = shape or reader.shape()
             blocks = _cache_blocks(settings, shape, max_running)
-            with _openable(snapshot, header, progress) as path:
+            with _readable(snapshot, header, progress) as path:
                 pipeline = start_pipeline(
                     path,
                     tokenizer=_vocabulary(snapshot, header, shape),
@@ -124,23 +121,16 @@ def check_gguf(header: GgufHeader) -> ModelShape:
     return shape
 
 
-@contextmanager
-def _openable(snapshot: Snapshot, header: GgufHeader | None, progress: Progress) -> Iterator[str]:
-    """The path of the model for OpenVINO, which writes nothing into a folder."""
+def _readable(
+    snapshot: Snapshot, header: GgufHeader | None, progress: Progress
+) -> AbstractContextManager[str]:
+    """The path under which OpenVINO can read the model, inside the block."""
     if header is None:
-        yield str(snapshot.directory)
-        return
+        return nullcontext(str(snapshot.directory))
     # It imports gguf, which only an engine that loads a model may have in memory.
     from app.llm.engine.openvino.gguf_copy import loadable
 
-    path = snapshot.directory / str(snapshot.gguf)
-    with ExitStack() as stack:
-        if path.suffix != ".gguf":
-            # The library knows the format by the name's ending, in lower case.
-            link = Path(stack.enter_context(TemporaryDirectory()), "model.gguf")
-            link.symlink_to(path.absolute())
-            path = link
-        yield stack.enter_context(loadable(path, header, progress))
+    return loadable(snapshot.directory / str(snapshot.gguf), header, progress)
 
 
 def _vocabulary(snapshot: Snapshot, header: GgufHeader | None, shape: ModelShape) -> Any:

@@ -32,19 +32,6 @@ _LEAST_REUSED: Final = 32
 
 
 @dataclass
-class _Row:
-    """A request and its sampler."""
-
-    request: GenerationRequest
-    sampler: RequestSampler
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and of the longest answer."""
-        return len(self.request.prompt_token_ids) + self.request.max_tokens
-
-
-@dataclass
 class _Group:
     """Requests of equal length that share a cache, with a row for each.
 
@@ -55,7 +42,7 @@ class _Group:
         reused: Tokens that were in the cache before the request.
     """
 
-    rows: list[_Row]
+    rows: list[RequestSampler]
     ids: Tensor
     in_pieces: bool = False
     cache: Cache = field(default_factory=dict)
@@ -80,7 +67,7 @@ class PlainBackend:
         model = self._model = pipe.model
         self._eos = eos_token_ids(model.generation_config, pipe.tokenizer)
         self._grammars = GrammarCompiler(info.tokenizer_json, info.vocabulary_size, self._eos)
-        self._waiting: deque[_Row] = deque()
+        self._waiting: deque[RequestSampler] = deque()
         self._groups: list[_Group] = []
         self._kept: list[tuple[list[int], _Group]] = []
         self._most_kept = max_running
@@ -101,7 +88,7 @@ class PlainBackend:
 
     def add(self, request: GenerationRequest) -> None:
         """Take a request into the next step; raises ``GrammarError`` if its grammar is bad."""
-        self._waiting.append(_Row(request, RequestSampler.of(request, self._grammars, self._eos)))
+        self._waiting.append(RequestSampler.of(request, self._grammars, self._eos))
 
     def cancel(self, request_id: str) -> None:
         """Free a request's cache before the next step."""
@@ -119,7 +106,7 @@ class PlainBackend:
         for group in list(self._groups):
             count = group.ids.shape[1] - group.cached
             is_last = True
-            if group.rows[0].sampler.sent == 0:
+            if group.rows[0].sent == 0:
                 if budget <= 0:
                     continue
                 if group.in_pieces and count > (most := max(1, budget // len(group.rows))):
@@ -138,13 +125,13 @@ class PlainBackend:
         """Start waiting requests in their order, as far as their whole answers fit the memory."""
         while self._waiting:
             row = self._waiting[0]
-            needed = self._caching.size(row.length)
+            needed = self._caching.size(_length(row))
             while self._kept and self._used() + needed > self._budget:
                 self._kept.pop(0)
             if self._groups and self._used() + needed > self._budget:
                 return
             self._waiting.popleft()
-            in_pieces = row.length <= self._caching.piece_limit
+            in_pieces = _length(row) <= self._caching.piece_limit
             prompt = torch.tensor([row.request.prompt_token_ids], device=self._model.device)
             group = _Group([row], prompt, in_pieces)
             if in_pieces:
@@ -185,16 +172,16 @@ class PlainBackend:
         )
 
     def _next_tokens(self, group: _Group, logits: Tensor) -> list[TokenEvent]:
-        chosen = choose(logits, [row.sampler for row in group.rows])
+        chosen = choose(logits, group.rows)
         group.ids = torch.cat([group.ids, chosen.unsqueeze(-1)], dim=-1)
         events = []
         for row, token in zip(group.rows, chosen.tolist(), strict=True):
-            is_full = row.sampler.sent + 1 >= row.request.max_tokens
+            is_full = row.sent + 1 >= row.request.max_tokens
             finish: FinishReason | None = "length" if is_full else None
             if token in self._eos:
                 finish = "stop"
             name, reused = row.request.id, group.reused
-            events.append(row.sampler.event(name, [token], finish, cached_tokens=reused))
+            events.append(row.event(name, [token], finish, cached_tokens=reused))
         self._leave(group, [i for i, event in enumerate(events) if event.finish_reason is None])
         return events
 
@@ -223,5 +210,10 @@ class PlainBackend:
         return EngineStats(running=running, kv_cache_usage=min(1.0, used / self._budget))
 
     def _used(self) -> float:
-        lengths = [row.length for group in self._groups for row in group.rows]
+        lengths = [_length(row) for group in self._groups for row in group.rows]
         return sum(map(self._caching.size, [*lengths, *(len(tokens) for tokens, _ in self._kept)]))
+
+
+def _length(row: RequestSampler) -> int:
+    """Tokens of the prompt and of the longest answer."""
+    return len(row.request.prompt_token_ids) + row.request.max_tokens

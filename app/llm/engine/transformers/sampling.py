@@ -23,51 +23,35 @@ _SHORTLIST = 1024
 
 @dataclass
 class RequestSampler:
-    """One request's sampling parameters and state.
+    """One request's sampling state.
 
     Attributes:
-        prompt_token_ids: For the repetition penalty.
         eos: Tokens that end an answer.
         generated: How often each token has been generated.
         sent: How many tokens events have had.
-        top_logprobs_count: How many of the likeliest tokens to record for each token.
         top_logprobs: For each generated token the likeliest tokens and their log-probabilities.
     """
 
-    params: SamplingParams
-    prompt_token_ids: Sequence[int]
+    request: GenerationRequest
     eos: list[int] = field(default_factory=list)
+    mask: TokenMask | None = None
     generated: Counter[int] = field(default_factory=Counter)
     sent: int = 0
-    wants_logprobs: bool = False
-    top_logprobs_count: int = 0
-    mask: TokenMask | None = None
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.params = self.request.sampling
         # Without a seed the generator's state comes from the operating system.
         self.random = random.Random(self.params.seed)  # noqa: S311 - sampling, not secrecy  # nosec B311
-
-    def accept(self, token_ids: Sequence[int]) -> None:
-        """Count generated tokens and advance the grammar."""
-        self.generated.update(token_ids)
-        if self.mask is not None:
-            self.mask.accept(token_ids)
 
     @classmethod
     def of(
         cls, request: GenerationRequest, grammars: GrammarCompiler, eos: Collection[int]
     ) -> "RequestSampler":
         """The sampler of a request; raises ``GrammarError`` if its grammar is bad."""
-        return cls(
-            request.sampling,
-            request.prompt_token_ids,
-            sorted(eos),
-            wants_logprobs=request.logprobs,
-            top_logprobs_count=request.top_logprobs,
-            mask=None if request.grammar is None else grammars.compile(request.grammar),
-        )
+        mask = None if request.grammar is None else grammars.compile(request.grammar)
+        return cls(request, sorted(eos), mask)
 
     def event(
         self,
@@ -80,9 +64,11 @@ class RequestSampler:
     ) -> TokenEvent:
         """Accept generated tokens and report them; a grammar that fails ends the request."""
         first, self.sent = self.sent, self.sent + len(token_ids)
-        self.accept(token_ids)
-        if self.mask is not None and self.mask.error:
-            finish, error = "error", self.mask.error
+        self.generated.update(token_ids)
+        if self.mask is not None:
+            self.mask.accept(token_ids)
+            if self.mask.error:
+                finish, error = "error", self.mask.error
         return TokenEvent(
             request_id=request_id,
             token_ids=token_ids,
@@ -96,8 +82,8 @@ class RequestSampler:
     def record(self, logprobs: Tensor, chosen: int) -> None:
         """Record the chosen token's log-probability and the likeliest of all, [vocabulary]."""
         self.logprobs.append(float(logprobs[chosen]))
-        if self.top_logprobs_count:
-            values, tokens = logprobs.topk(min(self.top_logprobs_count, logprobs.shape[-1]))
+        if count := min(self.request.top_logprobs, logprobs.shape[-1]):
+            values, tokens = logprobs.topk(count)
             self.top_logprobs.append(list(zip(tokens.tolist(), values.tolist(), strict=True)))
 
 
@@ -108,36 +94,12 @@ def choose(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
         scores: Logits, float32 [rows, vocabulary]; changed in place.
         samplers: One for each row.
     """
-    recorded = [row for row, sampler in enumerate(samplers) if sampler.wants_logprobs]
-    # The selection changes the scores, so log-probabilities are computed before it.
+    recorded = [row for row, sampler in enumerate(samplers) if sampler.request.logprobs]
+    # What follows changes the scores.
     logprobs = [scores[row].log_softmax(-1) for row in recorded]
-    chosen = select(scores, samplers).argmax(-1)
-    for row, values in zip(recorded, logprobs, strict=True):
-        samplers[row].record(values, int(chosen[row]))
-    return chosen
-
-
-def select(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
-    """Apply bias, penalties and masks, and mark each sampled row's token for an argmax.
-
-    Args:
-        scores: Logits, float32 [rows, vocabulary]; changed in place.
-        samplers: One for each row.
-
-    Returns:
-        ``scores``; in sampled rows the chosen token's score is infinite.
-    """
-    for row, sampler in enumerate(samplers):
-        if bias := sampler.params.logit_bias:
-            tokens = torch.tensor(list(bias), device=scores.device)
-            scores[row, tokens] += torch.tensor(
-                list(bias.values()), device=scores.device, dtype=scores.dtype
-            )
-        _penalise(scores[row], sampler)
-        if sampler.sent < sampler.params.min_tokens:
-            scores[row, sampler.eos] = -torch.inf
-        if sampler.mask is not None:
-            sampler.mask.apply(scores[row])
+    for row, sampler in zip(scores, samplers, strict=True):
+        adjust(row, sampler)
+    chosen = scores.argmax(-1)
     sampled = [i for i, s in enumerate(samplers) if not s.params.is_greedy]
     for pick in (_pick, _pick_filtered):
         rows = [i for i in sampled if _has_filters(samplers[i].params) == (pick is _pick_filtered)]
@@ -145,19 +107,21 @@ def select(scores: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
             theirs = [samplers[i] for i in rows]
             index = torch.tensor(rows, device=scores.device)
             logits = scores[index] / _column(scores, [s.params.temperature for s in theirs])
-            scores[index, pick(logits, theirs)] = torch.inf
-    return scores
+            chosen[index] = pick(logits, theirs)
+    for row, values in zip(recorded, logprobs, strict=True):
+        samplers[row].record(values, int(chosen[row]))
+    return chosen
 
 
-def _has_filters(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-
-
-def _penalise(row: Tensor, sampler: RequestSampler) -> None:
+def adjust(row: Tensor, sampler: RequestSampler) -> None:
+    """Apply the bias, the penalties and the masks of a request to its logits, [vocabulary]."""
     params = sampler.params
+    if bias := params.logit_bias:
+        tokens = torch.tensor(list(bias), device=row.device)
+        row[tokens] += torch.tensor(list(bias.values()), device=row.device, dtype=row.dtype)
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(
-            sorted({*sampler.prompt_token_ids, *sampler.generated}), device=row.device
+            sorted({*sampler.request.prompt_token_ids, *sampler.generated}), device=row.device
         )
         logits = row[seen]
         penalty = params.repetition_penalty
@@ -166,6 +130,14 @@ def _penalise(row: Tensor, sampler: RequestSampler) -> None:
         tokens = torch.tensor(list(sampler.generated), device=row.device)
         counts = torch.tensor(list(sampler.generated.values()), device=row.device, dtype=row.dtype)
         row[tokens] -= params.presence_penalty + params.frequency_penalty * counts
+    if sampler.sent < params.min_tokens:
+        row[sampler.eos] = -torch.inf
+    if sampler.mask is not None:
+        sampler.mask.apply(row)
+
+
+def _has_filters(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
 def _pick(logits: Tensor, samplers: Sequence[RequestSampler]) -> Tensor:
