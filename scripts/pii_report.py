@@ -74,8 +74,8 @@ def main() -> None:
         )
     if arguments.errors:
         for label, entries in (("missed", result.missed), ("wrong", result.wrong)):
-            for kind, value, text in entries:
-                print(f"{label:<7} {kind:<6} {value!r} in {text!r}")
+            for found, value, text in entries:
+                print(f"{label:<7} {found:<6} {value!r} in {text!r}")
 
 
 if __name__ == "__main__":

@@ -84,10 +84,10 @@ class Connections:
     async def watch(self) -> None:
         """Close the connections whose time is over; runs until it is cancelled."""
         self._max = max(1, allow_open_files(self._max + _OTHER_FILES) - _OTHER_FILES)
+        pause = self.limits.shortest_timeout / 5
         while True:
-            await asyncio.sleep(self.limits.shortest_timeout / 5)
-            # Timers run before sockets are read. If the process was held up, what has come
-            # meanwhile is to be read first.
+            await asyncio.sleep(pause)
+            # Timers run before sockets are read. After a delay, what has come is read first.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             for connection in list(self._open):
