@@ -21,7 +21,6 @@ from app.core.config import Settings, load_settings
 from app.core.logging import get_logger
 from app.llm.client.process import engine_environment
 from app.llm.models import bundled
-from app.main import create_app
 from tests.support import workers
 from tests.support.live import STEP
 from tests.support.service import (
@@ -32,7 +31,6 @@ from tests.support.service import (
     running_service,
 )
 from tests.support.settings import Load
-from tests.support.tiny_gguf import make_tiny_gguf
 
 # As in an engine process. Otherwise torch's threads in this process spin while they wait, and take
 # the cores from the service under test (docs/adr/0010). torch reads it once, when it is imported.
@@ -161,6 +159,9 @@ def make_settings(**sections: dict[str, Any]) -> Settings:
 @contextmanager
 def running_app(**sections: dict[str, Any]) -> Iterator[TestClient]:
     """The application inside this process, with its engine process, once it is ready."""
+    # It takes most of a second, and the process that only schedules the tests does without.
+    from app.main import create_app
+
     fatal: list[str] = []
     with restored_logging():
         app = create_app(make_settings(**sections), on_fatal=fatal.append)
@@ -246,6 +247,8 @@ def tiny_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
     It costs a tenth of the bundled model, for tests that look at the form of an answer alone.
     """
+    from tests.support.tiny_gguf import make_tiny_gguf
+
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
     name = str(make_tiny_gguf(path, context=4096))
     with running_service(
