@@ -19,7 +19,7 @@ from app.api.reloaded import ReloadedApplication
 from app.core.config import PROJECT_ROOT
 from app.core.logging import get_logger
 from app.main import create_app
-from tests.support.service import isolated_environment, setting_names
+from tests.support.service import isolated_environment, session_members, setting_names
 from tests.support.settings import Load
 
 SECONDS = 100.0
@@ -83,8 +83,13 @@ def reloader(tmp_path: Path) -> Iterator[Reloader]:
         yield started
         process.terminate()
         assert process.wait(30) == 0, started.log
+        deadline = time.monotonic() + 30
+        # multiprocessing's resource tracker ends a moment after the reloader that it watched.
+        while members := session_members(process.pid):
+            assert time.monotonic() < deadline, members
+            time.sleep(0.05)
     finally:
-        if process.poll() is None:
+        if session_members(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 

@@ -1,14 +1,12 @@
 """The user's document and design card: names in the environment, commands, files, packages.
 
-Its config.yml and .env themselves are in tests/test_config.py.
+Its config.yml and .env themselves are in tests/test_config.py, its start command with --reload in
+tests/api/test_reload.py.
 """
 
 import os
 import re
-import signal
-import socket
 import subprocess
-import sys
 import time
 import tomllib
 from collections.abc import Iterator
@@ -16,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -26,9 +23,7 @@ from tests.conftest import RunApp, running_app
 from tests.support.service import (
     API_KEY,
     OTHER_KEY,
-    isolated_environment,
     running_service,
-    session_members,
 )
 from tests.support.tiny_gguf import make_tiny_gguf
 from tests.support.tiny_model import make_tiny_model
@@ -208,50 +203,7 @@ def test_cuda_without_a_device(tmp_path: Path) -> None:
         assert "MODEL__DEVICE=cpu" in service.raw_log().splitlines()[-1]
 
 
-# --- Starting it ----------------------------------------------------------------------------------
-
-
-def test_the_documented_start_command() -> None:
-    """Uvicorn app.main:app --host 0.0.0.0 --port … --reload serves, and ends when told to."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = f"uvicorn app.main:app --host 0.0.0.0 --port {port} --reload"
-    # By default the reloader watches the whole folder, .venv/ too, which takes it a second.
-    environment = {"LOGGING__LEVEL": "ERROR", "UVICORN_RELOAD_DIRS": str(PROJECT_ROOT / "app")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command.split()],
-        cwd=PROJECT_ROOT,
-        env=isolated_environment(environment),
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not _is_healthy(port):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.25)
-        process.terminate()
-        assert process.wait(30) == 0
-        deadline = time.monotonic() + 30
-        # multiprocessing's resource tracker ends a moment after the reloader that it watched.
-        while members := session_members(process.pid):
-            assert time.monotonic() < deadline, members
-            time.sleep(0.05)
-    finally:
-        if session_members(process.pid):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _is_healthy(port: int) -> bool:
-    try:
-        url = f"http://127.0.0.1:{port}/health"
-        # The service speaks plain HTTP, and reading certificates takes 35 ms.
-        return httpx.get(url, trust_env=False, verify=False).status_code == 200  # noqa: S501
-    except httpx.TransportError:
-        return False
+# --- Commands -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", MAKE)
