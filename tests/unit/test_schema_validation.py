@@ -1,7 +1,9 @@
 """Answers are checked against the keywords that no grammar holds, whatever the schema."""
 
 import json
+import sys
 import time
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -103,6 +105,34 @@ def test_what_is_not_cheap_is_not_checked(schema: Any, value: Any, keyword: str)
     assert broken(schema, value, keyword) == set()
     # The bound is 0.2 s of processor time; a test's margin is tenfold.
     assert time.thread_time() - began < 2
+
+
+def test_a_reference_to_itself_ends_before_python_does() -> None:
+    """Python's own limit panics, which is no Exception, where a library in Rust reaches it."""
+    depths = [0]
+
+    def called(frame: FrameType | None, *_: Any) -> None:
+        depth = 0
+        while frame := frame and frame.f_back:
+            depth += 1
+        depths.append(depth)
+
+    sys.setprofile(called)
+    try:
+        found = broken({"$ref": "#", "not": {}}, 1, "not")
+    finally:
+        sys.setprofile(None)
+    assert found == set()
+    assert 200 < max(depths) - min(depths[1:]) < 500
+
+
+def test_nested_values_are_checked() -> None:
+    """Forty objects within each other are not too deep."""
+    schema: dict[str, Any] = {"not": {"const": 1}}
+    value: Any = 1
+    for _ in range(40):
+        schema, value = {"properties": {"a": schema}}, {"a": value}
+    assert broken(schema, value, "not") == {"not"}
 
 
 def test_a_simple_pattern_is_linear() -> None:

@@ -26,7 +26,11 @@ _MOST_FAULTS: Final = 100
 # The library runs the patterns of these with `re`, which need not end.
 _WITH_PATTERNS: Final = ("patternProperties", "unevaluatedItems", "unevaluatedProperties")
 
+# Most keywords within each other. The library takes up to four of Python's 1,000 frames for one.
+_DEEPEST: Final = 100
+
 _deadline: ContextVar[float] = ContextVar("deadline")
+_depth: ContextVar[int] = ContextVar("depth", default=0)
 
 
 def broken_keywords(values: Iterable[tuple[str, str]], keywords: frozenset[str]) -> tuple[str, ...]:
@@ -67,7 +71,14 @@ def _bounded(check: Check) -> Check:
     def run(validator: Any, rule: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
         if time.thread_time() > _deadline.get():
             raise TimeoutError
-        yield from check(validator, rule, value, schema) or ()
+        if (depth := _depth.get()) == _DEEPEST:
+            # Where Python's own limit is reached in a library written in Rust, that panics.
+            raise RecursionError
+        _depth.set(depth + 1)
+        try:
+            yield from check(validator, rule, value, schema) or ()
+        finally:
+            _depth.set(depth)
 
     return run
 
