@@ -6,7 +6,7 @@ import logging
 import os
 import pkgutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ import app
 from app.core.config import Settings, load_settings
 from app.core.logging import get_logger
 from app.llm.client.process import engine_environment
+from app.llm.engine.openvino.loading import keep_telemetry_out
 from app.llm.models import bundled
-from tests.support import workers
 from tests.support.live import STEP
 from tests.support.service import (
     API_KEY,
@@ -36,6 +36,10 @@ from tests.support.settings import Load
 # the cores from the service under test (docs/adr/0010). torch reads it once, when it is imported.
 os.environ["GOMP_SPINCOUNT"] = engine_environment(os.environ)["GOMP_SPINCOUNT"]
 _IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if _IS_WORKER:
+    # There is a test process for each core already; more threads would wait for each other.
+    # OpenVINO does not read this variable: with one thread it crashes on a tiny model.
+    os.environ["MKL_NUM_THREADS"] = "1"
 
 # An example may be slow on a slow machine. pytest's time limit still holds. Each run has others;
 # `make test-full` has more.
@@ -94,12 +98,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
     return _Together(config, log)
 
 
-def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None:
-    """Fork `make test`'s processes from one that has imported the largest libraries."""
-    workers.start(config, specs)
-
-
-# What only other programs import.
+# What app/ imports and takes longest, and what only other programs import.
+_LIBRARIES = ("torch", "transformers.pipelines", "langchain_huggingface", "openvino_genai")
 _ELSEWHERE = {"app.__main__", "app.llm.engine.vllm.backend"}
 
 
@@ -109,7 +109,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Neither look for garbage nor measure while tests are collected: both double that time."""
     gc.disable()
     if _IS_WORKER and (coverage := _coverage(session.config)):
+        coverage.pause()
+        keep_telemetry_out()
+        for name in _LIBRARIES:
+            importlib.import_module(name)
         # The collection would import the same, and these lines are measured.
+        coverage.resume()
         for module in pkgutil.walk_packages(app.__path__, "app."):
             if module.name not in _ELSEWHERE:
                 importlib.import_module(module.name)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import itertools
-import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -86,8 +86,9 @@ async def echo_engine(**settings: Any) -> AsyncIterator[EchoEngine]:
 
 def engine_pids() -> list[int]:
     """Engine processes among this process' children."""
+    thread = threading.main_thread().native_id
     found = []
-    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+    for child in Path(f"/proc/self/task/{thread}/children").read_text().split():
         with contextlib.suppress(FileNotFoundError):
             if "app.llm.engine.worker" in Path(f"/proc/{child}/cmdline").read_text():
                 found.append(int(child))
