@@ -8,7 +8,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, MutableMapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from app.api.errors import register_error_handlers
 from app.api.guard import GeneratingRoute
 from app.api.load_shedding import LoadShedding
 from app.api.middleware import (
+    UNSAMPLED_SPAN,
     BodyLimitMiddleware,
     CrossOriginMiddleware,
     RequestContextMiddleware,
@@ -55,7 +56,7 @@ from app.core.rate_limit import CallerLimits, ClientAddress
 from app.core.reload import reloading_on_hangup
 from app.core.security import KeyRing
 from app.core.shutdown import GracefulShutdown
-from app.core.traces import make_tracer_provider
+from app.core.traces import make_span_export
 from app.core.tracing import limit_tracing
 from app.llm.client.client import EngineClient
 from app.llm.generator import GenerationOptions, TextGenerator
@@ -69,8 +70,7 @@ from app.utils.errors import StartupError
 from app.utils.garbage import no_collections
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
-
+    from app.core.otlp import SpanExport
     from app.llm.chain import Chains
 
 log = get_logger()
@@ -103,7 +103,7 @@ def create_app(
     for doubt in doubts(settings):
         log.warning(doubt)
     limit_tracing(settings.tracing, os.environ)
-    spans = make_tracer_provider(settings.app.name, os.environ)
+    spans = make_span_export(settings.app.name, os.environ)
     metrics = Metrics(lines.take_dropped)
     keys = KeyRing(settings.security, are_told=settings.metrics.require_key)
     state = make_state(settings, metrics, keys)
@@ -120,7 +120,7 @@ def create_app(
         usage=state.usage,
         security=settings.security,
     )
-    generation.tracer = spans.get_tracer("llm-service") if spans else None
+    generation.tracer = spans.provider.get_tracer("llm-service") if spans else None
     services = Services(
         settings=settings,
         started=time.monotonic(),
@@ -192,7 +192,7 @@ def _build(
     settings: Settings,
     services: Services,
     chains: "Callable[[], Chains]",
-    spans: "TracerProvider | None",
+    spans: "SpanExport | None",
 ) -> GuardedApplication:
     interactive = settings.app.environment != "production"
     traced: set[str] = set()
@@ -208,13 +208,12 @@ def _build(
         # Its logs would export the messages and tracebacks of exceptions, prompts and all.
         telemetry={
             "tracing": spans is not None,
-            "tracer_provider": spans,
+            "tracer_provider": spans and spans.provider,
             "metrics": False,
             "logs": False,
             "operation_spans": False,
             "auto_configure": False,
-            # The path of a session has its name.
-            "exclude": lambda scope: scope["type"] != "http" or scope["path"] not in traced,
+            "exclude": partial(_is_not_traced, spans, traced),
         },
     )
     app.state.services = services
@@ -249,11 +248,21 @@ def _build(
     return app
 
 
+def _is_not_traced(
+    spans: "SpanExport | None", traced: Collection[str], scope: MutableMapping[str, Any]
+) -> bool:
+    # The path of a session has its name.
+    if spans is None or scope["type"] != "http" or scope["path"] not in traced:
+        return True
+    scope[UNSAMPLED_SPAN] = span = spans.unsampled(scope["headers"])
+    return span is not None
+
+
 def _lifespan(
     settings: Settings,
     services: Services,
     chains: "Callable[[], Chains]",
-    spans: "TracerProvider | None",
+    spans: "SpanExport | None",
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -278,7 +287,7 @@ def _lifespan(
                 finally:
                     await services.engine.stop()
                     if spans is not None:
-                        await asyncio.to_thread(spans.shutdown)
+                        await asyncio.to_thread(spans.provider.shutdown)
 
     return lifespan
 

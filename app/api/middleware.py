@@ -5,8 +5,8 @@ taken from the answers to other requests.
 """
 
 import logging
+import random
 import re
-import uuid
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from time import perf_counter
@@ -30,6 +30,8 @@ HeaderPairs = Iterable[tuple[bytes, bytes]]
 HeaderList = list[tuple[bytes, bytes]]
 
 UNMATCHED = "unmatched"
+UNSAMPLED_SPAN = "llm-service.span"
+"""Where the scope has the span that a request would have, were it sampled."""
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Data loads nothing and is not framed. A page brings its own policy.
 _SECURITY_HEADERS = (
@@ -67,7 +69,7 @@ class RequestContextMiddleware:
         begin = perf_counter()
         request_id = _request_id(Headers(scope=scope))
         token = request_id_var.set(request_id)
-        span = trace.get_current_span().get_span_context()
+        span = scope.get(UNSAMPLED_SPAN) or trace.get_current_span().get_span_context()
         traced = trace_var.set(_names_of(span))
         exemplar = exemplar_var.set(_exemplar(span))
         status = 0
@@ -224,7 +226,8 @@ def _exemplar(span: SpanContext) -> dict[str, str] | None:
 
 def new_request_id() -> str:
     """A random id for a request."""
-    return f"req-{uuid.uuid4().hex}"
+    # It only has to be unique. Python's generator is cheaper than the system's.
+    return f"req-{random.getrandbits(128):032x}"  # nosec B311
 
 
 def _request_id(headers: Headers) -> str:

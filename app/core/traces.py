@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from app.utils.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
+    from app.core.otlp import SpanExport
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 # Of requests whose caller has not decided.
@@ -15,9 +15,7 @@ _SAMPLED_PART = "0.05"
 _TIMEOUT_SECONDS = "1"
 
 
-def make_tracer_provider(
-    service: str, environment: MutableMapping[str, str]
-) -> "TracerProvider | None":
+def make_span_export(service: str, environment: MutableMapping[str, str]) -> "SpanExport | None":
     """What makes spans and sends them; ``None`` where the environment names no collector.
 
     Args:
@@ -40,7 +38,7 @@ def make_tracer_provider(
     if "service.name=" not in environment.get("OTEL_RESOURCE_ATTRIBUTES", ""):
         environment.setdefault("OTEL_SERVICE_NAME", service)
     try:
-        from app.core.otlp import exporting_provider
+        from app.core.otlp import SpanExport
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("opentelemetry"):
             raise
@@ -48,4 +46,4 @@ def make_tracer_provider(
             "configuration error: OTEL_EXPORTER_OTLP_ENDPOINT needs OpenTelemetry's SDK, which the "
             "extra `tracing` installs: poetry install --extras tracing"
         ) from None
-    return exporting_provider()
+    return SpanExport()

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from opentelemetry import trace
+from opentelemetry.context import Context
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from app.core.traces import make_tracer_provider
+from app.core.traces import make_span_export
 from app.utils.errors import ConfigurationError
 from tests.conftest import RunApp
 from tests.support.live import LONG, generate, open_stream
@@ -19,7 +21,7 @@ pytest.importorskip("opentelemetry.sdk", reason="needs the extra `tracing`")
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from app.core.otlp import exporting_provider
+from app.core.otlp import SpanExport
 from scripts.spans import Span, collector, spans_in
 
 CANARY = "canary-77d0"
@@ -124,12 +126,12 @@ def test_the_application_makes_spans_of_one_trace(
     memory = InMemorySpanExporter()
     with collecting() as (_, address):
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
-        provider = exporting_provider()
-        provider.add_span_processor(SimpleSpanProcessor(memory))
-        monkeypatch.setattr("app.main.make_tracer_provider", lambda *_: provider)
+        export = SpanExport()
+        export.provider.add_span_processor(SimpleSpanProcessor(memory))
+        monkeypatch.setattr("app.main.make_span_export", lambda *_: export)
         assert run_app().post("/v1/generate", json=generate("a", max_tokens=1)).is_success
         spans = memory.get_finished_spans()
-        provider.shutdown()
+        export.provider.shutdown()
     names = {span.name for span in spans}
     assert names == {"POST /v1/generate", "text_completion echo", "queue", "prefill", "decode"}
     assert len({span.context.trace_id for span in spans}) == 1
@@ -192,6 +194,31 @@ def test_what_is_not_sampled_is_not_sent(traced: tuple[Service, Collector]) -> N
     }
 
 
+def test_a_decision_before_the_first_span_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of requests without a trace the sampled part is the configured one, decided once."""
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.5")
+    export = SpanExport()
+    tracer = export.provider.get_tracer("test")
+    sampled = 0
+    for _ in range(400):
+        unsampled = export.unsampled([(b"host", b"localhost")])
+        if unsampled is None:
+            assert tracer.start_span("request", context=Context()).is_recording()
+            sampled += 1
+        else:
+            assert unsampled.is_valid
+            assert not unsampled.trace_flags.sampled
+    # Eight standard deviations; decided twice it would be a quarter.
+    assert 120 < sampled < 280
+    for flags, is_sampled in (("01", True), ("00", False)):
+        parent = (b"traceparent", f"00-{TRACE}-{PARENT}-{flags}".encode())
+        span = export.unsampled([parent])
+        assert (span is None) is is_sampled
+        assert span is None or trace.format_trace_id(span.trace_id) == TRACE
+    export.provider.shutdown()
+
+
 def test_an_unreachable_collector_disturbs_nobody() -> None:
     """Without its collector the service answers, and its exit does not wait for it."""
     with running_service(
@@ -213,7 +240,7 @@ def test_only_an_endpoint_switches_it_on(monkeypatch: pytest.MonkeyPatch) -> Non
         {**endpoint, "OTEL_TRACES_EXPORTER": "none"},
         {**endpoint, "OTEL_SDK_DISABLED": "true"},
     ):
-        assert make_tracer_provider("service", off) is None
+        assert make_span_export("service", off) is None
     with pytest.raises(ConfigurationError, match="poetry install --extras tracing"):
-        make_tracer_provider("service", endpoint)
+        make_span_export("service", endpoint)
     assert endpoint["OTEL_TRACES_SAMPLER_ARG"] == "0.05"
