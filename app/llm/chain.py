@@ -16,8 +16,10 @@ from collections.abc import (
 )
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
+from langchain.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.callbacks import (
     AsyncCallbackManagerForLLMRun,
     CallbackManagerForLLMRun,
@@ -40,6 +42,13 @@ from app.llm.tools import ChatMessage, Tool
 T = TypeVar("T")
 Pieces = AsyncGenerator[str, None]
 
+_MESSAGE_CLASSES: dict[str, Callable[..., AnyMessage]] = {
+    "system": SystemMessage,
+    "user": HumanMessage,
+    "assistant": AIMessage,
+    # The calls that results belong to are told apart by their order, as in the model's text.
+    "tool": partial(ToolMessage, tool_call_id=""),
+}
 _ROLES = {"system": "system", "human": "user", "ai": "assistant", "tool": "tool"}
 
 
@@ -303,15 +312,26 @@ class Chains:
         chain = StreamingSequence(
             first=self._chat_prompt, middle=[renderer, self.pipeline], last=self._parser
         )
-        # LangChain wants the id of a result's call; the model's text tells them apart by order.
-        told = [
-            {**m, "tool_call_id": ""} if m["role"] == "tool" else m
-            for m in with_system_prompt(messages)
-        ]
-        return chain.astream({"messages": told}, options=options)
+        return chain.astream({"messages": chat_messages(messages)}, options=options)
+
+
+def chat_messages(messages: Sequence[ChatMessage]) -> list[AnyMessage]:
+    """Messages as LangChain has them, behind a system message."""
+    return [
+        _MESSAGE_CLASSES[m["role"]](
+            content=m["content"],
+            additional_kwargs={name: m.get(name) for name in ("token_ids", "reasoning_content")},
+        )
+        for m in with_system_prompt(messages)
+    ]
 
 
 def _plain(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
     return [
-        {"role": _ROLES[m.type], "content": str(m.content), **m.additional_kwargs} for m in messages
+        {
+            "role": _ROLES[m.type],
+            "content": str(m.content),
+            **m.additional_kwargs,
+        }
+        for m in messages
     ]
