@@ -17,10 +17,11 @@ BODY = json.dumps({"prompt": "hello", "cache": False}).encode()
 ORIGIN = "https://app.example.com"
 
 
-def http_1_0(body: dict[str, Any], path: str = CHAT) -> bytes:
+def http_1_0(body: dict[str, Any], *headers: str) -> bytes:
     """A request over HTTP/1.0 that wants the connection to stay."""
     content = json.dumps({"model": "echo", "messages": user("hello"), **body}).encode()
-    sent = post(KEY, "Connection: keep-alive", f"Content-Length: {len(content)}", path=path)
+    length = f"Content-Length: {len(content)}"
+    sent = post(KEY, "Connection: keep-alive", length, *headers, path=CHAT)
     return sent.replace(b"HTTP/1.1", b"HTTP/1.0", 1) + content
 
 
@@ -29,15 +30,17 @@ def http_1_0(body: dict[str, Any], path: str = CHAT) -> bytes:
 
 def test_a_stream_over_http_1_0_has_no_chunks(echo_service: Service) -> None:
     """Over HTTP/1.0 a stream is its events alone, and ends with the connection."""
-    with RawClient(echo_service) as client:
-        client.send(http_1_0({"stream": True}))
-        status, headers = client.head()
-        lines = client.rest().decode().splitlines()
-    assert status == 200
-    assert "transfer-encoding" not in headers
-    assert headers["connection"] == "close"
-    assert all(not line or line.startswith("data: ") for line in lines)
-    assert list(data_lines(lines))[-1] == "[DONE]"
+    # "100 Continue" would be the whole answer to a client that does not know it.
+    for further in ((), ("Expect: 100-continue",)):
+        with RawClient(echo_service) as client:
+            client.send(http_1_0({"stream": True}, *further))
+            status, headers = client.head()
+            lines = client.rest().decode().splitlines()
+        assert status == 200
+        assert "transfer-encoding" not in headers
+        assert headers["connection"] == "close"
+        assert all(not line or line.startswith("data: ") for line in lines)
+        assert list(data_lines(lines))[-1] == "[DONE]"
 
 
 def test_a_whole_answer_over_http_1_0_has_a_length(echo_service: Service) -> None:

@@ -72,8 +72,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(*args, **options)
         self.probes_only = False
         self._all = connections
-        # The request whose answer is not complete.
-        self._answering: Any = None
+        self._answering: Any = None  # The request whose answer is not complete.
         # When the connection is closed, and the reason if the client has taken too long.
         self._deadline, self._reason = math.inf, ""
         # Bytes that the client had taken when it last took some, and when that was.
@@ -183,6 +182,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if is_refused or len(self.pipeline) == _MAX_PIPELINED:
             self._reject(errors.TooManyConnectionsError(), "limit")
             raise ValueError("too many connections, or requests that wait")
+        self.expect_100_continue &= framing[0] != "1.0"  # which has no "100 Continue"
         super().on_headers_complete()
         if framing[0] == "1.0":
             self.cycle.send = partial(_send_without_chunks, self.cycle, self.cycle.send)
