@@ -183,10 +183,10 @@ def _chat(text: str, max_tokens: int, **fields: Any) -> dict[str, Any]:
 async def settled(
     observer: vitals.Observer, wanted: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """Wait up to 30 s until the counts are as wanted, or do not change for 3 s; the counts."""
+    """Wait up to 30 s until nothing leaks beside the wanted, or no count changes for 3 s."""
     end = time.monotonic() + _SETTLE_SECONDS
     now, since = await observer.counts(), time.monotonic()
-    while now != wanted and time.monotonic() < end:
+    while time.monotonic() < end and (wanted is None or vitals.leaks(wanted, now)):
         await asyncio.sleep(0.5)
         last, now = now, await observer.counts()
         if now != last:
@@ -216,9 +216,7 @@ class Report:
     def problems(self) -> list[str]:
         """Unexpected answers, changed counts and growing memory, one line each."""
         found = [f"{times} times: {what}" for what, times in self.tally.surprises.items()]
-        names = sorted(self.start.keys() | self.end.keys())
-        pairs = [(name, self.start.get(name), self.end.get(name)) for name in names]
-        found += [f"{name}: {old} before, {new} after" for name, old, new in pairs if old != new]
+        found += vitals.leaks(self.start, self.end)
         for label, samples in self.memory.items():
             before, after = _quarter(samples, 1), _quarter(samples, 3)
             if vitals.has_grown(before, after):

@@ -1,8 +1,9 @@
 """Reads a service's use of memory, files, threads, tasks and places, to find leaks."""
 
 import asyncio
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ GAUGES = {
 # Growth that is allowed: a share of the memory or MiB, whichever is more.
 _GROWTH_SHARE = 0.05
 _GROWTH_MIB = 16.0
+# asyncio's pool starts a thread when all that it has are busy, until it has so many, and keeps them.
+_POOL_THREADS = min(32, (os.cpu_count() or 1) + 4)
 
 
 def has_grown(before: float, after: float) -> bool:
@@ -83,6 +86,20 @@ def counts(session: int, metrics: str) -> dict[str, float]:
     for process in processes_of(session):
         for name in ("pid", "files", "threads"):
             found[f"{process.label}: {name}"] = getattr(process, name)
+    return found
+
+
+def leaks(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """Each count that is not what it was before, in words.
+
+    Threads may be more by those that asyncio's pool had not started before.
+    """
+    found = []
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name, 0), after.get(name, 0)
+        pooled = name.endswith(": threads") and not name.startswith("engine")
+        if not old <= new <= (old + _POOL_THREADS if pooled else old):
+            found.append(f"{name}: {old} before, {new} after")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks import vitals
 from benchmarks.load.targets import Route, Target
 from benchmarks.soak import SETTINGS, Report, Tally, slope, soak
 from tests.support.service import API_KEY, running_service
@@ -40,6 +41,17 @@ def test_leaks_are_problems() -> None:
         "API: files: 20.0 before, 21.0 after",
         "engine: grew from 114 to 134 MiB",
     ]
+
+
+def test_only_more_threads_than_asyncios_pool_has_are_a_leak() -> None:
+    """The pool of an API process starts its threads late; an engine has none of it."""
+    before = {"API: threads": 9.0, "engine: threads": 9.0}
+    assert vitals.leaks(before, before | {"API: threads": 10.0}) == []
+    assert vitals.leaks(before, {"API: threads": 100.0, "engine: threads": 10.0}) == [
+        "API: threads: 9.0 before, 100.0 after",
+        "engine: threads: 9.0 before, 10.0 after",
+    ]
+    assert vitals.leaks(before, {"API: threads": 9.0}) == ["engine: threads: 9.0 before, 0 after"]
 
 
 def test_memory_may_rise_a_little() -> None:

@@ -241,11 +241,9 @@ def vitals_of(service: Service) -> dict[str, float]:
 def leaks(service: Service, before: dict[str, float]) -> list[str]:
     """What the service still uses more of than before after ``_END_SECONDS``."""
     end = time.monotonic() + _END_SECONDS
-    while (now := vitals_of(service)) != before and time.monotonic() < end:
+    while (found := vitals.leaks(before, vitals_of(service))) and time.monotonic() < end:
         time.sleep(0.1)
-    return [
-        f"{name}: {before[name]} before, {n} now" for name, n in now.items() if n != before[name]
-    ]
+    return found
 
 
 def complaints(service: Service) -> list[str]:
