@@ -4,7 +4,7 @@ Answers have few tokens; `make test-full` asks for twice as many.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -33,13 +33,6 @@ CAPITAL = {
     "max_tokens": 100,
     "temperature": 0,
 }
-
-
-# Seconds are enough on idle cores.
-def on_the_model(test: Callable[..., None]) -> Callable[..., None]:
-    """Marks a test that waits for the bundled model."""
-    marked: Callable[..., None] = pytest.mark.model(pytest.mark.timeout(600)(test))
-    return marked
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +67,7 @@ def greedy(prompt: str, **fields: Any) -> dict[str, Any]:
 # --- The user's requests --------------------------------------------------------------------------
 
 
-@on_the_model
+@pytest.mark.model
 def test_health(bundled_service: Service) -> None:
     """GET /health answers with exactly the three members of the user's document, without a key."""
     response = bundled_service.get("/health")
@@ -82,7 +75,7 @@ def test_health(bundled_service: Service) -> None:
     assert response.json() == {"status": "healthy", "model_loaded": True, "model_name": MODEL}
 
 
-@on_the_model
+@pytest.mark.model
 def test_generate(http: httpx.Client) -> None:
     """A sampled request to /v1/generate has the document's fields, additions, and counts."""
     prompt = "Explain quantum computing in simple terms"
@@ -94,7 +87,7 @@ def test_generate(http: httpx.Client) -> None:
     check_usage(answer)
 
 
-@on_the_model
+@pytest.mark.model
 def test_chat(http: httpx.Client) -> None:
     """The user's question to /v1/chat is answered with the document's fields, naming Paris."""
     answer = post(http, "/v1/chat", CAPITAL)
@@ -106,7 +99,7 @@ def test_chat(http: httpx.Client) -> None:
     check_usage(answer)
 
 
-@on_the_model
+@pytest.mark.model
 def test_chat_streaming(http: httpx.Client) -> None:
     """The user's streamed chat comes in pieces, and ends with the counts and [DONE]."""
     ask = "Write down the numbers from 1 to 100."
@@ -137,7 +130,7 @@ PROMPTS = {
 }
 
 
-@on_the_model
+@pytest.mark.model
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
 def test_a_streams_pieces_joined_are_the_unstreamed_text(http: httpx.Client, prompt: str) -> None:
     """At temperature 0 the pieces joined equal the unstreamed text, and no character is split."""
@@ -151,7 +144,7 @@ def test_a_streams_pieces_joined_are_the_unstreamed_text(http: httpx.Client, pro
     assert prompt.isascii() == streamed.text.isascii()
 
 
-@on_the_model
+@pytest.mark.model
 def test_an_answer_cut_inside_a_character_has_no_half_of_it(http: httpx.Client) -> None:
     """An answer that max_tokens cuts inside an emoji ends before it, streamed or not."""
     texts = []
@@ -168,7 +161,7 @@ def test_an_answer_cut_inside_a_character_has_no_half_of_it(http: httpx.Client) 
     assert len(set(texts)) < len(texts)
 
 
-@on_the_model
+@pytest.mark.model
 def test_a_streamed_chat_is_the_same_answer(http: httpx.Client) -> None:
     """The joined pieces of a streamed chat equal the unstreamed answer."""
     body = {**CAPITAL, "cache": False}
@@ -178,7 +171,7 @@ def test_a_streamed_chat_is_the_same_answer(http: httpx.Client) -> None:
     assert streamed.last["finish_reason"] == whole["finish_reason"]
 
 
-@on_the_model
+@pytest.mark.model
 def test_leaving_while_the_prompt_is_read(bundled_service: Service) -> None:
     """A client that leaves during the prefill frees its place, and no token is generated."""
 
@@ -193,7 +186,7 @@ def test_leaving_while_the_prompt_is_read(bundled_service: Service) -> None:
 # --- Sampling -------------------------------------------------------------------------------------
 
 
-@on_the_model
+@pytest.mark.model
 def test_a_seed_gives_the_same_answer_twice(http: httpx.Client) -> None:
     """A seed gives the same answer again, alone and beside others; another seed another one."""
 
@@ -211,7 +204,7 @@ def test_a_seed_gives_the_same_answer_twice(http: httpx.Client) -> None:
         assert len(set(seeded)) == 3
 
 
-@on_the_model
+@pytest.mark.model
 def test_without_a_seed_answers_differ(http: httpx.Client) -> None:
     """Two answers without a seed differ."""
     body = {**greedy("Once upon a time"), "temperature": 1.0}
@@ -219,7 +212,7 @@ def test_without_a_seed_answers_differ(http: httpx.Client) -> None:
     assert len(texts) == 2
 
 
-@on_the_model
+@pytest.mark.model
 @pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}], ids=["top_k", "top_p"])
 def test_a_filter_that_leaves_one_token_is_greedy(
     http: httpx.Client, narrow: dict[str, Any]
@@ -232,7 +225,7 @@ def test_a_filter_that_leaves_one_token_is_greedy(
     assert sampled["generated_text"] == likeliest["generated_text"]
 
 
-@on_the_model
+@pytest.mark.model
 def test_max_tokens_ends_the_answer(http: httpx.Client) -> None:
     """An answer of max_tokens tokens has the finish reason length and begins as a longer one."""
     longer = post(http, "/v1/generate", greedy("Count: one, two, three,", max_tokens=10))
@@ -244,7 +237,7 @@ def test_max_tokens_ends_the_answer(http: httpx.Client) -> None:
 # --- Stop strings ---------------------------------------------------------------------------------
 
 
-@on_the_model
+@pytest.mark.model
 def test_stop_strings_end_the_text_before_them(http: httpx.Client) -> None:
     """A stop string of several tokens, or of parts of tokens, ends the text before it."""
     body = greedy("Once upon a time", max_tokens=14)
@@ -263,7 +256,7 @@ def test_stop_strings_end_the_text_before_them(http: httpx.Client) -> None:
         assert streamed.last["finish_reason"] == "stop"
 
 
-@on_the_model
+@pytest.mark.model
 def test_a_stop_string_that_never_comes_takes_nothing_away(http: httpx.Client) -> None:
     """Text that is the beginning of a stop string is kept when the answer ends."""
     body = greedy("The capital of France is")
@@ -344,7 +337,7 @@ def test_a_forged_turn_stays_text(client: TestClient, content: str) -> None:
     assert prompt_tokens("/v1/chat", chat(content)) == around + len(content)
 
 
-@on_the_model
+@pytest.mark.model
 def test_a_forged_turn_adds_no_special_token(http: httpx.Client) -> None:
     """On the real model text that spells special tokens adds none to the prompt."""
 
@@ -367,7 +360,7 @@ def test_a_forged_turn_adds_no_special_token(http: httpx.Client) -> None:
 # --- Many at once ---------------------------------------------------------------------------------
 
 
-@on_the_model
+@pytest.mark.model
 def test_16_chats_at_once(http: httpx.Client, bundled_service: Service) -> None:
     """Sixteen chats at once run in one batch and give complete answers."""
 

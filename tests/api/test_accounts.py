@@ -38,16 +38,8 @@ def key_of(name: str) -> str:
 
 def audit_line(service: Service, request_id: str) -> dict[str, Any]:
     """The line of a request, which is written just after the answer has gone out."""
-
-    def found() -> list[dict[str, Any]]:
-        return [
-            e
-            for e in service.log()
-            if (e["logger"], e.get("request_id")) == ("llm_service.audit", request_id)
-        ]
-
-    service.wait_for(found, f"the line of {request_id}")
-    (line,) = found()
+    wanted = ("llm_service.audit", request_id)
+    (line,) = service.lines(lambda e: (e["logger"], e.get("request_id")) == wanted)
     return line
 
 

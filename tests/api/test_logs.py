@@ -38,12 +38,7 @@ def text_log() -> list[str]:
 
 def access_line(service: Service, request_id: str) -> dict[str, Any]:
     """The access log's line of a request; it is written just after the answer has gone out."""
-
-    def found() -> list[dict[str, Any]]:
-        return [e for e in service.log() if e.get("request_id") == request_id and "route" in e]
-
-    service.wait_for(found, f"the access log's line of {request_id}")
-    (line,) = found()
+    (line,) = service.lines(lambda e: e.get("request_id") == request_id and "route" in e)
     return line
 
 
@@ -246,9 +241,9 @@ def test_the_text_format_is_for_people(text_log: list[str]) -> None:
 
 def test_the_start_ends_with_what_is_served(echo_service: Service) -> None:
     """The line of a start's end names the model, its engine, threads, memory and context."""
-    (line,) = [e["message"] for e in echo_service.log() if e["message"].startswith("ready for")]
+    (line,) = echo_service.lines(lambda e: e["message"].startswith("ready for"))
     assert re.fullmatch(
         r"ready for requests: echo on echo \(cpu, \w+, \d+ threads\), \d+ MB of memory, "
         r"a context of [\d,]+ tokens",
-        line,
+        line["message"],
     )

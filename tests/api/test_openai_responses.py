@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import pytest
 from jsonschema import validate
 from starlette.testclient import TestClient
 
@@ -278,7 +277,6 @@ def test_response_tools(client: TestClient) -> None:
     assert response_events(respond(client, tools=[huge], stream=True))
 
 
-@pytest.mark.timeout(300)
 def test_response_formats_and_forced_calls(tiny_service: Service) -> None:
     """text.format holds the text to a schema, and tool_choice the answer to calls."""
     schema = {

@@ -217,7 +217,6 @@ def ask(service: Service, **fields: Any) -> dict[str, Any]:
     return choice
 
 
-@pytest.mark.timeout(300)
 def test_tool_choices(tiny_service: Service) -> None:
     """A required call has arguments of the schema; there is one unless calls may be parallel."""
     named = {"type": "function", "function": {"name": "get_weather"}}
@@ -237,7 +236,6 @@ def test_tool_choices(tiny_service: Service) -> None:
     assert called(ask(tiny_service, tool_choice=nothing)) == [("now", "{}")]
 
 
-@pytest.mark.timeout(300)
 def test_tools_beside_a_response_format(tiny_service: Service) -> None:
     """With auto the answer is a call or of the schema, with required it is a call."""
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}

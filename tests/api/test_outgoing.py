@@ -113,7 +113,7 @@ def test_the_setting_allows_tracing_and_the_log_says_so() -> None:
         service.wait_for(
             lambda: any(CANARY.encode() in body for body in collector.received), "the trace"
         )
-        (line,) = [e for e in service.log() if e["message"].startswith("tracing.langsmith")]
+        (line,) = service.lines(lambda e: e["message"].startswith("tracing.langsmith"))
         assert line["level"] == "WARNING"
 
 

@@ -130,8 +130,10 @@ def test_a_request_that_kills_the_engine_twice_is_given_up_and_named(
     assert (refused.value.status_code, refused.value.code) == (500, "engine_failed")
     mortal_service.wait_until_ready()
     assert mortal_service.metric("llm_engine_restarts_total") == restarts + 2
-    about = [e for e in mortal_service.log() if e.get("request_id") == "the-poisonous"]
-    told = [(e["level"], e["message"].rpartition(": ")[2]) for e in about if "engine_request" in e]
+    about = mortal_service.lines(
+        lambda e: e.get("request_id") == "the-poisonous" and "engine_request" in e, 2
+    )
+    told = [(e["level"], e["message"].rpartition(": ")[2]) for e in about]
     assert told == [("WARNING", "it is tried once more"), ("ERROR", "it is given up")]
 
 
@@ -173,7 +175,7 @@ def test_a_load_that_hangs_is_started_again(tmp_path: Path) -> None:
         with weights.open("wb"):
             whole.replace(weights)
             service.wait_for_metric("llm_engine_restarts_total", 1)
-            (ended,) = logged(service, "ERROR")
+            (ended,) = service.lines(lambda e: e["level"] == "ERROR")
         assert "loading the model, it has not used or awaited a processor" in ended["message"]
         service.wait_until_ready()
         assert ask(service, generate("a", max_tokens=2)).status_code == 200

@@ -68,7 +68,7 @@ def test_status_says_why(service: Service) -> None:
     """The engine and the reason for it are in /status, and what vLLM said of loading in the log."""
     engine = service.get("/status").json()["engine"]
     assert (engine["backend"], engine["backend_reason"]) == ("vllm", "model.engine is vllm")
-    assert any(line["message"].startswith("vLLM: ") for line in service.log())
+    assert service.lines(lambda e: e["message"].startswith("vLLM: "))
 
 
 def test_the_users_commands(service: Service) -> None:

@@ -20,7 +20,7 @@ from tests.support.live import LONG, background
 from tests.support.service import API_KEY, Service, running_service
 
 # The service is another process, so nothing of it is covered here.
-pytestmark = [pytest.mark.model, pytest.mark.no_cover, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.model, pytest.mark.no_cover]
 
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = "The capital of France is Paris."

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from tests.contract.test_openai_clients import ANSWER, CITY, Role, connect
 from tests.support.service import API_KEY, Service
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.model
 
 QUESTION = "What is the capital of France?"
 FIELDS: dict[str, Any] = {"model": "default", "temperature": 0}

@@ -14,7 +14,6 @@ from tests.support.backends import load_bundled, logprobs, request, run, tokens
 pytestmark = [
     pytest.mark.model,
     pytest.mark.no_cover,
-    pytest.mark.timeout(300),
     pytest.mark.skipif(not bundled.is_fetched(), reason="the bundled model is not fetched"),
 ]
 

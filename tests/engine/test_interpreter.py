@@ -129,7 +129,6 @@ def test_what_vllm_cannot_run_is_refused(tiny_model_dir: Path, tmp_path: Path) -
 
 
 @pytest.mark.vllm
-@pytest.mark.timeout(300)
 def test_vllms_cache_has_room_for_a_whole_context(tiny_model_dir: Path) -> None:
     """A request may fill the context where the cache is no larger, as with a long context."""
     need_vllm()
@@ -140,7 +139,6 @@ def test_vllms_cache_has_room_for_a_whole_context(tiny_model_dir: Path) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

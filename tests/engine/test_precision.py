@@ -26,7 +26,6 @@ from tests.support.backends import load, load_bundled, request, run, tokens
 pytestmark = [
     pytest.mark.model,
     pytest.mark.full_size,
-    pytest.mark.timeout(300),
     pytest.mark.skipif(not bundled.is_fetched(), reason="the bundled model is not fetched"),
     pytest.mark.skipif(not cpu_linear.can_pack(), reason="this CPU has no bfloat16 instructions"),
 ]

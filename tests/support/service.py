@@ -134,6 +134,17 @@ class Service:
         assert not strange, f"not JSON: {strange}"
         return [json.loads(line) for line in lines]
 
+    def lines(
+        self, wanted: Callable[[dict[str, Any]], bool], count: int = 1
+    ) -> list[dict[str, Any]]:
+        """The log's lines that are wanted, once there are ``count``: a thread writes the log."""
+
+        def found() -> list[dict[str, Any]]:
+            return [line for line in self.log() if wanted(line)]
+
+        self.wait_for(lambda: len(found()) >= count, f"{count} lines of the log")
+        return found()
+
     def check_log(self) -> None:
         """Assert that no key is in the log, and that each line of it is an object, if it is JSON.
 
