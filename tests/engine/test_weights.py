@@ -27,7 +27,8 @@ from tests.support.tiny_model import make_tiny_model
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny model whose layers count as large."""
-    monkeypatch.setattr(integer_linear, "WORTH_QUANTIZING", 1)
+    for module in (integer_linear, weights):
+        monkeypatch.setattr(module, "WORTH_QUANTIZING", 1)
     return make_tiny_model(tmp_path / "model")
 
 
@@ -194,6 +195,14 @@ def test_auto_takes_what_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "GB for its weights in int4 and " in str(found[0])
     kinds = [kind for kind, _ in itertools.groupby(found) if isinstance(kind, int)]
     assert kinds == [4, 8, 0]
+
+
+def test_layers_that_stay_in_float32_count(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of small layers needs more memory in int4 than one of large layers."""
+    large = bits_by_memory(model, monkeypatch, "int4")
+    monkeypatch.setattr(weights, "WORTH_QUANTIZING", 1 << 20)
+    small = bits_by_memory(model, monkeypatch, "int4")
+    assert large.index(4) < small.index(4)
 
 
 def test_a_refusal_names_the_setting_that_helps(

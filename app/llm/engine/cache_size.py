@@ -1,4 +1,4 @@
-"""Sizes of an engine on a CPU: prompt tokens per step, and the KV cache."""
+"""Sizes of an engine on a CPU: prompt tokens per step, layers in integers, and the KV cache."""
 
 from collections.abc import Callable
 from typing import Final
@@ -11,6 +11,9 @@ PROMPT_TOKENS_PER_STEP: Final = 256
 
 ROWS_OF_INTEGERS: Final = 64
 """Rows that integer layers multiply in one call, and tokens of a step; ADR 12 has the costs."""
+
+WORTH_QUANTIZING: Final = 1 << 20
+"""Weights of a layer from which on integers are not slower than float32, by ADR 12."""
 
 # Tokens of cache for each running request. If all are longer, some wait and are computed again.
 TOKENS_PER_REQUEST = 1024

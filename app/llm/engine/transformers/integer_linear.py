@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from app.llm.engine.cache_size import ROWS_OF_INTEGERS
+from app.llm.engine.cache_size import ROWS_OF_INTEGERS, WORTH_QUANTIZING
 from app.llm.engine.openvino.loading import keep_telemetry_out
 from app.llm.engine.transformers.pages import forget_pages, is_mapped, private_memory
 
@@ -26,9 +26,6 @@ keep_telemetry_out()
 
 import openvino  # noqa: E402 - it would load its telemetry
 from openvino import opset13 as ops  # noqa: E402
-
-WORTH_QUANTIZING: Final = 1 << 21
-"""From this number of weights on, reading fewer bytes saves more than a call of OpenVINO costs."""
 
 # Weights of a row that share a scale, as many as divide the row. Larger groups are faster. Small
 # models lose most by 4 bits, so their rows, which are shorter than this number, have the smallest

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from app.core.config import ModelSettings
 from app.core.machine import available_memory
-from app.llm.engine.cache_size import TOKENS_PER_REQUEST
+from app.llm.engine.cache_size import TOKENS_PER_REQUEST, WORTH_QUANTIZING
 from app.llm.engine.transformers.gguf import is_unpacked_by_tensor
 from app.llm.models.description import (
     cache_values_per_token,
@@ -61,13 +61,14 @@ def choose_weights_precision(
         ModelLoadError: Weights and cache do not fit into the free memory.
     """
     shapes = header.shapes.values() if header else _shapes(snapshot)
-    sizes = [math.prod(shape) for shape in shapes]
-    count, table = sum(sizes), max(sizes, default=0)
+    *rest, table = sorted(map(math.prod, shapes)) or [0]
+    count = sum(rest) + table
     whole = count * float(weight_bytes)
     needs = {0: whole}
+    floats = sum(size for size in rest if size < WORTH_QUANTIZING)
     for bits, size in _BYTES.items():
         # The largest is the embedding or the output layer; the first stays in its file.
-        small = table * _BYTES[8] + (count - table) * size
+        small = table * _BYTES[8] + (count - table - floats) * size + 4.0 * floats
         if header:
             # Its embedding is unpacked; of some kinds all weights are, before they are rounded.
             small += 2.0 * table
