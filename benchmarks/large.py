@@ -56,7 +56,7 @@ async def _figures(server: Server, name: str, *, quick: bool) -> dict[str, Any]:
             workload,
             # Other prompts in each, which no cache knows.
             name=f"{name}, {clients} clients",
-            requests=max(3, clients),
+            requests=clients if quick else max(3, clients),
             clients=clients,
         )
         figures = summarise(results)
@@ -77,7 +77,8 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         # In a process, because torch keeps much of the memory.
         make = [sys.executable, "-m", "benchmarks.stand_in", str(STAND_IN)]
         await asyncio.to_thread(subprocess.run, make, check=True, cwd=ROOT)
-    rows = [r for r in _rows() if any(word in r.name for word in options.only or [""])]
+    only = options.only or ([DEFAULT, LLAMA_8] if options.quick else [""])
+    rows = [row for row in _rows() if any(word in row.name for word in only)]
     count = 1 if options.quick else options.rounds
     found: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
     absent: dict[str, str] = {}

@@ -139,7 +139,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     count = 1 if options.quick else options.rounds
     running = Running()
     try:
-        await start_all(rows, running, engines=True, times=count)
+        await start_all(rows, running, engines=not options.quick, times=count)
         throughput = await rounds(running, count, clients)
         data = await details(running, quick=options.quick)
     finally:

@@ -23,7 +23,7 @@ GAUGES = {
 # Growth that is allowed: a share of the memory or MiB, whichever is more.
 _GROWTH_SHARE = 0.05
 _GROWTH_MIB = 16.0
-# asyncio's pool starts a thread when all that it has are busy, until it has so many, and keeps them.
+# asyncio's pool starts a thread when all that it has are busy, up to so many, and keeps them.
 _POOL_THREADS = min(32, (os.cpu_count() or 1) + 4)
 
 
