@@ -133,6 +133,20 @@ async def test_a_fault_ends_its_connection_only() -> None:
     assert good.wire.aborted == 0
 
 
+async def test_many_connections_are_checked_in_turns() -> None:
+    """While a thousand connections are checked, others of the event loop run several times."""
+    connections = bounds(header_timeout_seconds=0.01)
+    fakes = opened(connections, *[None] * 1000)
+    watch = asyncio.create_task(connections.watch())
+    partly = 0
+    async with asyncio.timeout(10):
+        while not fakes[-1].checked.is_set():
+            partly += fakes[0].checked.is_set()
+            await asyncio.sleep(0)
+    watch.cancel()
+    assert partly >= 5
+
+
 @pytest.mark.parametrize(
     ("soft", "hard", "allowed", "raised"),
     [

@@ -21,8 +21,7 @@ log = get_logger()
 # Connections beyond the bounds that are open at a time, for probes alone.
 PROBE_PLACES = 32
 _PROBES = "probes"
-# Open files beside the connections within the bounds: those for probes, the engine, logs.
-_OTHER_FILES = PROBE_PLACES + 96
+_OTHER_FILES = PROBE_PLACES + 96  # Open files that are no counted connections.
 
 
 class Connection(Protocol):
@@ -87,10 +86,11 @@ class Connections:
         pause = self.limits.shortest_timeout / 5
         while True:
             await asyncio.sleep(pause)
-            # Timers run before sockets are read. After a delay, what has come is read first.
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            for connection in list(self._open):
+            for number, connection in enumerate(list(self._open)):
+                if number % 100 == 0:
+                    # Others have their turn. Timers run before sockets are read, hence two.
+                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)
                 try:
                     connection.check()
                 except Exception:
