@@ -183,7 +183,7 @@ def _chat(text: str, max_tokens: int, **fields: Any) -> dict[str, Any]:
 async def settled(
     observer: vitals.Observer, wanted: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """Wait up to 30 s until nothing leaks beside the wanted, or no count changes for 3 s."""
+    """The counts once they are as wanted, or do not change for 3 s; waits 30 s at most."""
     end = time.monotonic() + _SETTLE_SECONDS
     now, since = await observer.counts(), time.monotonic()
     while time.monotonic() < end and (wanted is None or vitals.leaks(wanted, now)):

@@ -21,7 +21,7 @@ log = get_logger()
 # Connections beyond the bounds that are open at a time, for probes alone.
 PROBE_PLACES = 32
 _PROBES = "probes"
-_OTHER_FILES = PROBE_PLACES + 96  # Open files that are no counted connections.
+_OTHER_FILES = PROBE_PLACES + 96  # Open files for probes, the engine and logs.
 
 
 class Connection(Protocol):
@@ -88,7 +88,7 @@ class Connections:
             await asyncio.sleep(pause)
             for number, connection in enumerate(list(self._open)):
                 if number % 100 == 0:
-                    # Others have their turn. Timers run before sockets are read, hence two.
+                    # Serve other connections. Sockets are read after timers: two turns.
                     await asyncio.sleep(0)
                     await asyncio.sleep(0)
                 try:

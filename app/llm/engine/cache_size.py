@@ -13,7 +13,7 @@ ROWS_OF_INTEGERS: Final = 64
 """Rows that integer layers multiply in one call, and tokens of a step; ADR 12 has the costs."""
 
 WORTH_QUANTIZING: Final = 1 << 20
-"""Weights of a layer from which on integers are not slower than float32, by ADR 12."""
+"""A layer with fewer weights stays float32, which is as fast; ADR 12 has the costs."""
 
 # Tokens of cache for each running request. If all are longer, some wait and are computed again.
 TOKENS_PER_REQUEST = 1024
